@@ -1,0 +1,43 @@
+"""info: what this installation is and which kernels it would run."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import backend
+from .version import __version__
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def info() -> dict[str, Any]:
+    """Facts about the installation: versions, instruction sets, threads, kernels in use; plain data."""
+    built = [name for name, _ in backend.native.kernel_sets()] if backend.native else []
+    return {
+        "qcfs_fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _version_of("torchvision"),
+        "triton": _version_of("triton"),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "native module": "loaded"
+        if backend.native
+        else f"absent ({backend.native_error}); operators run through plain torch",
+        "kernel sets built": built,
+        "kernel sets this processor runs": [name for name, _ in backend.kernel_sets()],
+        "QCFS_FAST_MAX_ISA": backend.isa_cap or "not set",
+        "kernels in use (cpu)": backend.describe(),
+        "cuda": f"{torch.cuda.device_count()} devices; operators run through plain torch"
+        if torch.cuda.is_available()
+        else "not available; this version has no CUDA kernels",
+    }
