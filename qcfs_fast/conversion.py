@@ -34,10 +34,6 @@ from .snn import (
 )
 from .windows import PoolSpec
 
-ENCODER_UNITS = 2**24
-"""Units per threshold in the first layer: its current is clipped to [0, theta], which changes no spike of a
-constant current, so no T can overflow."""
-
 MOST_COUNT = 255  # of a count plane's byte
 CHUNK = 1 << 22  # weights quantised at once
 
@@ -225,35 +221,38 @@ class _Builder:
         C = amplitude.numel()
         return amplitude.reshape(1, 1, 1, C).numpy(), [*ops.POINTWISE[:8], C], "identity"
 
-    def _analog_tensors(self, weight: np.ndarray, unit: np.ndarray, name: str) -> dict[str, Tensor]:
+    def _analog_tensors(self, weight: np.ndarray, unit: np.ndarray, name: str) -> tuple[dict[str, Tensor], int]:
         flat = weight.reshape(-1, weight.shape[3])
         if not np.isfinite(flat).all():
             raise ConversionError(f"{name}: weights are not finite (NaN or infinity); check the trained model")
-        scale = units.choose_weight_scale(flat)
+        scale, exact = units.choose_weight_scale(flat)
         whole = np.rint(weight / scale).astype(np.int16)
-        return {"weight": torch.from_numpy(whole), "gain": torch.from_numpy(scale / unit)}
+        return {"weight": torch.from_numpy(whole), "gain": torch.from_numpy(scale / unit)}, int(exact.sum())
 
     def _encoder(self, node: FireNode, term: Product | Signal) -> None:
         weight, geometry, layer = self._analog_operands(term)
         theta, bias = node.theta.numpy(), node.current.bias.numpy()
         if not np.isfinite(bias).all():
             raise ConversionError(f"{node.name}: bias is not finite (NaN or infinity); check the trained model")
-        unit = theta / ENCODER_UNITS
+        unit, n = units.choose_analog_unit(theta)
         O = theta.size
-        tensors = self._analog_tensors(weight, unit, node.name)
+        tensors, exact = self._analog_tensors(weight, unit, node.name)
         tensors["offset"] = torch.from_numpy(bias / unit)
         tensors["low"] = torch.zeros(O, dtype=torch.int32)
-        tensors["high"] = torch.full((O,), ENCODER_UNITS, dtype=torch.int32)
-        tensors["threshold"] = torch.full((O,), ENCODER_UNITS, dtype=torch.int32)
+        tensors["threshold"] = torch.from_numpy(n.astype(np.int32))
+        tensors["high"] = tensors["threshold"].clone()
         config = {"geometry": geometry, "vector": node.current.vector, "layers": [layer]}
         self._add(node.name, EncodingLayer([INPUT], config, tensors))
-        self.details[node.name] = {
-            "channels": O,
-            "lossless": O,
-            "threshold_min": ENCODER_UNITS,
-            "threshold_max": ENCODER_UNITS,
-            "weight_bits_used": 16.0,
-            "max_T": 2**31 - 1,
+        self.details[node.name] = self._detail(node, n, exact, 16.0, 2**31 - 1)
+
+    def _detail(self, node: FireNode, n: np.ndarray, lossless: int, bits: float, max_T: int) -> dict[str, Any]:
+        return {
+            "channels": n.size,
+            "lossless": lossless,
+            "threshold_min": int(n.min()),
+            "threshold_max": int(n.max()),
+            "weight_bits_used": bits,
+            "max_T": max_T,
             "levels": node.levels,
             "theta": node.theta.tolist(),
         }
@@ -287,7 +286,7 @@ class _Builder:
         }
         if analog is not None:
             weight, config["analog_geometry"], _ = self._analog_operands(analog)
-            made = self._analog_tensors(weight, grid.unit, node.name)
+            made, _ = self._analog_tensors(weight, grid.unit, node.name)
             tensors["analog_weight"], tensors["gain"] = made["weight"], made["gain"]
             tensors["offset"] = torch.zeros(current.channels, dtype=torch.float64)
             high = (units.ANALOG_RANGE * grid.threshold).astype(np.int32)
@@ -295,16 +294,10 @@ class _Builder:
             inputs.append(INPUT)
         self._add(node.name, SpikingLayer(inputs, config, tensors))
         used = grid.weight_levels[grid.weight_levels > 0]
-        self.details[node.name] = {
-            "channels": current.channels,
-            "lossless": int(grid.lossless.sum()),
-            "threshold_min": int(grid.threshold.min()),
-            "threshold_max": int(grid.threshold.max()),
-            "weight_bits_used": float(np.log2(used.min()) + 1) if used.size else 0.0,
-            "max_T": min(grid.max_steps, 2**31 - 1),
-            "levels": node.levels,
-            "theta": node.theta.tolist(),
-        }
+        bits = float(np.log2(used.min()) + 1) if used.size else 0.0
+        self.details[node.name] = self._detail(
+            node, grid.threshold, int(grid.lossless.sum()), bits, min(grid.max_steps, 2**31 - 1)
+        )
 
     def _grid(
         self,
@@ -390,7 +383,7 @@ class _Builder:
             flat = weight.reshape(-1, weight.shape[3])
             if not np.isfinite(flat).all():
                 raise ConversionError(f"{p.layer}: weights are not finite (NaN or infinity); check the trained model")
-            scale = units.choose_weight_scale(flat)
+            scale, _ = units.choose_weight_scale(flat)
             whole = torch.from_numpy(np.rint(weight / scale).astype(np.int16))
             add(p.part.pools, p.part.node, p.vector, _geometry(p), whole, torch.from_numpy(scale.copy()), p.layer)
         for s in current.identities:

@@ -638,21 +638,30 @@ METHODS: dict[str, Handler] = {
 }
 
 
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a graph and notes the shape of every tensor, without the batch."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.shapes: Shapes = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(int(d) for d in value.shape[1:])
+        return value
+
+
 def _propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
     """Run the graph on fake tensors of batch 1."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.passes.shape_prop import ShapeProp
 
     first = next(iter(gm.parameters()), torch.empty(0))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        x = torch.empty((1, *input_shape), dtype=first.dtype, device=first.device)
-        ShapeProp(gm, mode).propagate(x)
-    shapes = {}
-    for node in gm.graph.nodes:
-        meta = node.meta.get("tensor_meta")
-        if meta is not None and hasattr(meta, "shape"):
-            shapes[node] = tuple(int(d) for d in meta.shape[1:])
-    return shapes
+    recorder = _ShapeRecorder(gm)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        recorder.run(torch.empty((1, *input_shape), dtype=first.dtype, device=first.device))
+    return recorder.shapes
 
 
 def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[Lowered, tuple[int, ...] | None]:
@@ -686,6 +695,6 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
     finally:
         model.train(was_training)
     raise ConversionError(
-        f"the model does not run on images of shape {guesses[-1]} ({type(error).__name__}: {error}). "
+        f"the model does not run on images of shape {guesses[-1]} ({str(error).splitlines()[0]}). "
         "Remedy: give convert(..., input_shape=(channels, height, width))"
     ) from error

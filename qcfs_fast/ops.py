@@ -631,6 +631,7 @@ def _fake_readout(
     offset: Tensor,
     T: int,
 ) -> Tensor:
+    _check_no_grad("readout", *gain, offset)
     shape = _readout_shape(counts, weight, geometry, gain, multiple, offset, T)
     return offset.new_empty(shape, dtype=torch.float32)
 

@@ -55,27 +55,31 @@ def prepare(
     gm = trace(copy.deepcopy(model))
     QCFS(levels, threshold)  # validates both before anything is changed
     taken = {name for name, _ in gm.named_modules()}
+    # Found before any is replaced: two calls of one module are two sites.
+    relus = {node for node in gm.graph.nodes if is_relu(gm, node)}
     for node in list(gm.graph.nodes):
-        if is_relu(gm, node):
-            _replace(gm, node, _site_path(gm, node, taken), QCFS(levels, threshold))
+        if node in relus:
+            _replace(gm, node, _site_path(gm, node, taken, "relu"), QCFS(levels, threshold))
         elif max_pool == "avg" and (pool := _average_pool(gm, node)) is not None:
-            _replace(gm, node, _site_path(gm, node, taken), pool)
+            _replace(gm, node, _site_path(gm, node, taken, "pool"), pool)
     gm.graph.lint()
     gm.delete_all_unused_submodules()
     gm.recompile()
-    if not any(True for _ in call_sites(gm)):
-        raise ConversionError("the model has no ReLU: nothing to turn into spiking neurons")
     first = next(gm.parameters(), None)
     if first is not None:
         gm.to(first.device)
     gm.register_forward_pre_hook(_remember_input_shape)
     if check:
         lower(gm)
+    if not any(True for _ in call_sites(gm)):
+        raise ConversionError(
+            "the model has no ReLU: nothing can become a spiking neuron. Remedy: use ReLU as its activation"
+        )
     gm.train(training)
     return gm
 
 
-def _site_path(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> str:
+def _site_path(gm: fx.GraphModule, node: fx.Node, taken: set[str], name: str) -> str:
     """Where a call site's new module goes; a module's first call takes the module's own place."""
     if node.op == "call_module":
         path = str(node.target)
@@ -84,7 +88,6 @@ def _site_path(gm: fx.GraphModule, node: fx.Node, taken: set[str]) -> str:
             taken.add(path + "#replaced")
             return path
     else:
-        name = "relu" if is_relu(gm, node) else "pool"
         owner = owner_path(node)
         path = f"{owner}.{name}" if owner else name
         if path not in taken and f"{path}#replaced" not in taken:

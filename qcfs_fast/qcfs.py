@@ -80,7 +80,9 @@ def over_channels(threshold: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def is_qcfs(module: nn.Module) -> bool:
     """Whether a module is a QCFS activation: ours, or any with a ``thresh`` tensor and a level count ``L``."""
-    return isinstance(getattr(module, "thresh", None), torch.Tensor) and isinstance(getattr(module, "L", None), int)
+    # Looked up in the dictionaries: while torch.fx traces, getattr returns proxies.
+    thresh = module._parameters.get("thresh", module._buffers.get("thresh"))
+    return thresh is not None and isinstance(module.__dict__.get("L"), int)
 
 
 def thresholds(module: Any, name: str, channels: int) -> torch.Tensor:

@@ -112,7 +112,7 @@ def simulate(
         if missing:
             raise ValueError(f"simulate: force has no spikes for {', '.join(missing)}")
         for name, neuron in neurons.items():
-            neuron.forced = force[name].to(dtype)
+            neuron.forced = force[name].to(dtype).contiguous()  # models may call view
     x = x.to(dtype)
     outputs = []
     with torch.no_grad():

@@ -22,11 +22,6 @@ from .windows import PoolSpec
 Values = dict[str, Any]
 
 
-def _registered(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        module.register_buffer(name, tensor)
-
-
 class Layer(nn.Module):
     """A node: `inputs` are the names it reads, `config` what else it needs besides its buffers."""
 
@@ -34,7 +29,8 @@ class Layer(nn.Module):
         super().__init__()
         self.inputs = list(inputs)
         self.config = dict(config)
-        _registered(self, tensors)
+        for name in sorted(tensors):
+            self.register_buffer(name, tensors[name])
 
     if TYPE_CHECKING:  # buffers by name
 

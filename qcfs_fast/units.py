@@ -143,13 +143,23 @@ def choose(
     return Grid(n, theta / n, whole, whole_amplitudes, whole_bias, lossless, levels, max_steps, narrow)
 
 
-def choose_weight_scale(w: np.ndarray) -> np.ndarray:
+def choose_weight_scale(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Unit of 16-bit weights [K, O] for the analog first layer and the readout, per channel: a power of two
-    if that is exact, else largest / 32639."""
+    where that is exact, else largest / 32639; and where it is exact."""
     largest = np.abs(w).max(0) if w.shape[0] else np.zeros(w.shape[1])
-    if not np.isfinite(largest).all():
-        raise ConversionError("weights are not finite (NaN or infinity); check the trained model")
     safe = np.where(largest > 0, largest, 1.0)
     dyadic = 2.0 ** -np.floor(np.log2(MOST_WEIGHT / safe))
     exact = _is_whole(w, 1 / dyadic, True)
-    return np.where(exact, dyadic, safe / MOST_WEIGHT)
+    return np.where(exact, dyadic, safe / MOST_WEIGHT), exact
+
+
+def choose_analog_unit(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Unit and threshold n of a layer that integrates the analog image alone.
+
+    The unit is a power of two near theta / 2^24, so a dyadic current is exact; a float32 theta is then an even
+    number of units too. The current is clipped to [0, theta], which changes no spike of a constant current,
+    so there is no bound on T.
+    """
+    unit = 2.0 ** (np.floor(np.log2(theta)) - 24)
+    n = 2 * np.rint(theta / unit / 2)
+    return theta / n, n.astype(np.int64)

@@ -6,17 +6,18 @@
 // Spiking convolution, event-driven. QCFS networks fire at 5 to 15 % a step, so it pays to touch only
 // the weights of inputs that fired:
 //
-//     1. for each input pixel of the tile and each step, list the channels that fired (once, whatever
-//        the number of taps, outputs and output channels that read them);
-//     2. for each block of output channels (its weight panel stays in cache), each output pixel and
-//        each step: add one weight row per listed input of each tap to accumulators in registers,
-//        then integrate, fire, reset there.
+//     1. for each input row of the tile and each step, list the positions (column * channels + channel) that
+//        fired, once, whatever the number of taps, outputs and output channels that read them;
+//     2. for each block of output channels (its weight panel stays in cache), each output pixel and each step:
+//        add one weight row per listed position under each kernel row to accumulators in registers, then
+//        integrate, fire, reset there. The taps of a kernel row are neighbours in the list and in the weights
+//        [KH, KW * C, O], so a kernel row is one loop over one stretch of the list:
 //
-//        lists    (pixel 0: t0 [3 17 40] t1 [3 9] ..) (pixel 1: ..) ..
-//                      |          one row of weights, 16-bit
-//        panel    tap, channel 3:  [ w w w w ... block_vectors * lanes ... ]
-//                                    + + + +
-//        registers                 [ v v v v ]  -> compare -> bit t of one byte per neuron
+//        list of one row, one step    col 0 [3 17 40] col 1 [67 90] col 2 [130] col 3 [201 ..]
+//                                            `-------- under the kernel --------'
+//        weights of the kernel row    position 17:  [ w w w w ... block_vectors * lanes ... ]
+//                                                     + + + +
+//        registers                                  [ v v v v ]  -> compare -> bit t of one byte per neuron
 //
 // The membrane lives in registers for all T steps; only the mask bytes reach memory. Blocks at the end
 // of the channel range overlap their predecessor instead of running past the row; a layer narrower than
@@ -51,9 +52,9 @@ inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to -
 
 struct Events {
   std::int64_t row0, row1;    // input rows covered
-  std::uint32_t* start;       // [pixels * T + 1], pixel-major
-  std::uint32_t* channel;
-  std::uint8_t* value;    // count planes only
+  std::uint32_t* start;       // [rows, T, W] and one more: where a column's positions begin
+  std::uint32_t* position;    // column * channels + channel, ascending within a row and step
+  std::uint8_t* value;        // count planes only
 };
 
 inline void input_rows(const Product& p, std::int64_t row0, std::int64_t row1, std::int64_t& in0, std::int64_t& in1) {
@@ -88,42 +89,42 @@ inline char* list_events(const Product& p, std::int64_t batch, std::int64_t samp
   const std::int64_t lists = (e.row1 - e.row0) * width * steps;
   e.start = reinterpret_cast<std::uint32_t*>(workspace);
   workspace += round_up((lists + 1) * 4, 64);
-  e.channel = reinterpret_cast<std::uint32_t*>(workspace);
+  e.position = reinterpret_cast<std::uint32_t*>(workspace);
   workspace += round_up(lists * channels * 4, 64);
   e.value = nullptr;
   if (p.x.coding == Coding::count) {
     e.value = reinterpret_cast<std::uint8_t*>(workspace);
     workspace += round_up(lists * channels, 64);
   }
+  const bool mask = p.x.coding == Coding::mask;
   const std::int64_t plane = batch * p.x.height * width * channels;
   std::uint32_t n = 0;
   std::uint32_t* start = e.start;
   for (std::int64_t r = e.row0; r < e.row1; ++r) {
     const bool row_read = is_read(r, p.g.pad_h, p.g.stride_h, p.g.dilation_h, p.g.kernel_h);
-    for (std::int64_t c = 0; c < width; ++c) {
-      const bool read = row_read && is_read(c, p.g.pad_w, p.g.stride_w, p.g.dilation_w, p.g.kernel_w);
-      const std::uint8_t* pixel = p.x.data + ((sample * p.x.height + r) * width + c) * channels;
-      for (std::int64_t t = 0; t < steps; ++t) {
+    const std::uint8_t* row = p.x.data + (sample * p.x.height + r) * width * channels;
+    for (std::int64_t t = 0; t < steps; ++t) {
+      const std::uint8_t* bytes = row + (mask ? t / 8 : t) * plane;
+      const std::uint64_t wanted = 0x0101010101010101ull * (mask ? 1u << (t % 8) : 0xffu);
+      for (std::int64_t c = 0; c < width; ++c) {
         *start++ = n;
-        if (!read) continue;
-        const bool mask = p.x.coding == Coding::mask;
-        const std::uint8_t* bytes = pixel + (mask ? t / 8 : t) * plane;
-        const std::uint64_t wanted = 0x0101010101010101ull * (mask ? 1u << (t % 8) : 0xffu);
-        std::int64_t k = 0;
-        for (; k + 8 <= channels; k += 8) {
+        if (!row_read || !is_read(c, p.g.pad_w, p.g.stride_w, p.g.dilation_w, p.g.kernel_w)) continue;
+        std::int64_t k = c * channels;
+        const std::int64_t end = k + channels;
+        for (; k + 8 <= end; k += 8) {
           std::uint64_t word = load<std::uint64_t>(bytes + k) & wanted;
           while (word != 0) {
             const int byte = __builtin_ctzll(word) >> 3;
-            e.channel[n] = static_cast<std::uint32_t>(k + byte);
+            e.position[n] = static_cast<std::uint32_t>(k + byte);
             if (!mask) e.value[n] = bytes[k + byte];
             ++n;
             word &= ~(0xffull << (8 * byte));
           }
         }
-        for (; k < channels; ++k) {
+        for (; k < end; ++k) {
           const std::uint8_t x = bytes[k] & static_cast<std::uint8_t>(wanted);
           if (x == 0) continue;
-          e.channel[n] = static_cast<std::uint32_t>(k);
+          e.position[n] = static_cast<std::uint32_t>(k);
           if (!mask) e.value[n] = x;
           ++n;
         }
@@ -136,41 +137,56 @@ inline char* list_events(const Product& p, std::int64_t batch, std::int64_t samp
 
 // --------------------------------------------------------------------------- spiking convolution
 
-// Calls visit(tap weights, list index) for every tap of output pixel (row, col) that lies inside the input.
+// A stretch of the event list and the weights it selects: position k reads row k - origin of `rows`.
+template <typename Weight>
+struct Stretch {
+  const Weight* rows;
+  std::uint32_t origin, begin, end;
+};
+
+// Calls visit(stretch) for what output pixel (row, col) reads at step t: one stretch per kernel row, or, with
+// `each_tap` or a dilated kernel, one per tap.
 template <typename Weight, typename Visit>
-inline void for_each_tap(const Product& p, const Events& e, std::int64_t out_channels, std::int64_t row,
-                         std::int64_t col, std::int64_t steps, Visit visit) {
+inline void for_each_stretch(const Product& p, const Events& e, std::int64_t out_channels, std::int64_t row,
+                             std::int64_t col, std::int64_t steps, std::int64_t t, bool each_tap, Visit visit) {
   const Geometry& g = p.g;
-  const std::int64_t tap_size = p.x.channels / g.groups * out_channels;
+  const std::int64_t channels = p.x.channels;
+  const std::int64_t tap_size = channels / g.groups * out_channels;
+  const std::int64_t left = col * g.stride_w - g.pad_w;
   for (std::int64_t kh = 0; kh < g.kernel_h; ++kh) {
     const std::int64_t r = row * g.stride_h - g.pad_h + kh * g.dilation_h;
     if (r < 0 || r >= p.x.height) continue;
+    const std::uint32_t* start = e.start + ((r - e.row0) * steps + t) * p.x.width;
+    const Weight* weight = static_cast<const Weight*>(p.weight) + kh * g.kernel_w * tap_size;
+    if (!each_tap && g.dilation_w == 1) {
+      const std::int64_t first = larger(0, left), last = smaller(p.x.width, left + g.kernel_w);
+      if (first >= last) continue;
+      visit(Stretch<Weight>{weight + (first - left) * tap_size, static_cast<std::uint32_t>(first * channels),
+                            start[first], start[last]});
+      continue;
+    }
     for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
-      const std::int64_t c = col * g.stride_w - g.pad_w + kw * g.dilation_w;
+      const std::int64_t c = left + kw * g.dilation_w;
       if (c < 0 || c >= p.x.width) continue;
-      visit(static_cast<const Weight*>(p.weight) + (kh * g.kernel_w + kw) * tap_size,
-            ((r - e.row0) * p.x.width + c) * steps);
+      visit(Stretch<Weight>{weight + kw * tap_size, static_cast<std::uint32_t>(c * channels), start[c], start[c + 1]});
     }
   }
 }
 
 template <typename Weight, int vectors>
-inline void add_rows(const Weight* panel, std::int64_t row_size, const Events& e, std::int64_t list,
-                     Int (&acc)[vectors]) {
-  const std::uint32_t* k = e.channel + e.start[list];
-  const std::uint32_t* end = e.channel + e.start[list + 1];
+inline void add_rows(const Stretch<Weight>& s, std::int64_t row_size, const Events& e, Int (&acc)[vectors]) {
   if (e.value == nullptr) {
-    for (; k != end; ++k) {
-      const Weight* w = panel + *k * row_size;
+    for (std::uint32_t k = s.begin; k != s.end; ++k) {
+      const Weight* w = s.rows + (e.position[k] - s.origin) * row_size;
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) acc[j] += widen(w + j * lanes);
     }
   } else {
-    const std::uint8_t* value = e.value + e.start[list];
-    for (; k != end; ++k, ++value) {
-      const Weight* w = panel + *k * row_size;
+    for (std::uint32_t k = s.begin; k != s.end; ++k) {
+      const Weight* w = s.rows + (e.position[k] - s.origin) * row_size;
+      const std::int32_t value = e.value[k];
       QCFS_UNROLL
-      for (int j = 0; j < vectors; ++j) acc[j] += widen(w + j * lanes) * static_cast<std::int32_t>(*value);
+      for (int j = 0; j < vectors; ++j) acc[j] += widen(w + j * lanes) * value;
     }
   }
 }
@@ -200,10 +216,11 @@ void fire_block(const ConvIf& a, const Tile& tile, const Events* events, std::in
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) acc[j] = Int{};
         for (int i = 0; i < a.product_count; ++i) {
-          for_each_tap<Weight>(a.products[i], events[i], O, row, col, a.steps,
-                               [&](const Weight* tap, std::int64_t list) {
-                                 add_rows<Weight, vectors>(tap + channel, O, events[i], list + t, acc);
-                               });
+          for_each_stretch<Weight>(a.products[i], events[i], O, row, col, a.steps, t, false,
+                                   [&](Stretch<Weight> stretch) {
+                                     stretch.rows += channel;
+                                     add_rows<Weight, vectors>(stretch, O, events[i], acc);
+                                   });
         }
         for (int i = 0; i < a.residual_count; ++i) {
           const Residual& r = a.residuals[i];
@@ -268,16 +285,16 @@ void fire_in_memory(const ConvIf& a, const Tile& tile, const Events* events, std
           const Product& p = a.products[i];
           const Events& e = events[i];
           const std::int64_t group_in = p.x.channels / p.g.groups, group_out = O / p.g.groups;
-          for_each_tap<Weight>(p, e, O, row, col, a.steps, [&](const Weight* tap, std::int64_t list) {
-            std::int64_t first_in = 0, first_out = 0;    // of the current group: lists ascend
-            for (std::uint32_t k = e.start[list + t]; k != e.start[list + t + 1]; ++k) {
-              const std::int64_t channel = e.channel[k];
+          for_each_stretch<Weight>(p, e, O, row, col, a.steps, t, true, [&](const Stretch<Weight>& stretch) {
+            std::int64_t first_in = 0, first_out = 0;    // of the current group: positions ascend
+            for (std::uint32_t k = stretch.begin; k != stretch.end; ++k) {
+              const std::int64_t channel = e.position[k] - stretch.origin;
               while (channel >= first_in + group_in) {
                 first_in += group_in;
                 first_out += group_out;
               }
               const std::int64_t lo = larger(first_out, c0), hi = smaller(first_out + group_out, c1);
-              const Weight* w = tap + (channel - first_in) * O;
+              const Weight* w = stretch.rows + (channel - first_in) * O;
               const std::int32_t value = e.value == nullptr ? 1 : e.value[k];
               for (std::int64_t o = lo; o < hi; ++o) acc[o] += w[o] * value;
             }
@@ -429,15 +446,16 @@ void encode_pixels(std::int64_t pixels, std::int64_t pixel0, std::int64_t pixel1
 }
 
 std::size_t analog_workspace(const AnalogConv& a) {
-  return static_cast<std::size_t>(round_up(a.out_channels * 8, 64) + a.out_w * a.out_channels * 4);
+  return static_cast<std::size_t>(2 * round_up(a.out_channels * 8, 64) + a.out_w * a.out_channels * 4);
 }
 
 void analog(const AnalogConv& a, const Tile& tile, const double* weight, void* workspace) {
   const std::int64_t O = a.out_channels;
   double* acc = static_cast<double*>(workspace);
-  std::int32_t* row_current = reinterpret_cast<std::int32_t*>(static_cast<char*>(workspace) + round_up(O * 8, 64));
+  double* gain = acc + round_up(O, 8);
+  std::int32_t* row_current = reinterpret_cast<std::int32_t*>(gain + round_up(O, 8));
   const std::int64_t pixels = a.batch * a.out_h * a.out_w;
-  const int exponent = a.exponent[tile.sample];
+  for (std::int64_t c = 0; c < O; ++c) gain[c] = __builtin_ldexp(a.gain[c], a.exponent[tile.sample]);
   for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
     const std::int64_t pixel0 = (tile.sample * a.out_h + row) * a.out_w;
     std::int32_t* current = a.steps > 0 ? row_current : a.out_current + pixel0 * O;
@@ -446,12 +464,13 @@ void analog(const AnalogConv& a, const Tile& tile, const double* weight, void* w
       if (a.g.groups == 1) {
         for (; O - o >= 8 * real_lanes; o += 8 * real_lanes)
           multiply_rows<8>(a, weight, tile.sample, row, col, o, acc + o);
+        for (; O - o >= 4 * real_lanes; o += 4 * real_lanes)
+          multiply_rows<4>(a, weight, tile.sample, row, col, o, acc + o);
         for (; O - o >= real_lanes; o += real_lanes) multiply_rows<1>(a, weight, tile.sample, row, col, o, acc + o);
       }
       for (; o < O; ++o) multiply_one(a, weight, tile.sample, row, col, o, acc + o);
       for (std::int64_t c = 0; c < O; ++c) {
-        const double z = acc[c] * __builtin_ldexp(a.gain[c], exponent) + a.offset[c];
-        current[col * O + c] = to_grid(z, a.low[c], a.high[c]);
+        current[col * O + c] = to_grid(acc[c] * gain[c] + a.offset[c], a.low[c], a.high[c]);
       }
     }
     if (a.steps > 0) encode_pixels(pixels, pixel0, pixel0 + a.out_w, O, a.steps, current, a.threshold, a.out_mask);

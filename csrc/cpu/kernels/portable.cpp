@@ -6,13 +6,20 @@ namespace qcfs::cpu {
 namespace {
 
 constexpr int lanes = 4;
-constexpr int block_vectors = 8;
+constexpr int block_vectors = 4;
 using Int = std::int32_t __attribute__((vector_size(4 * lanes)));
 using Real = double __attribute__((vector_size(4 * lanes)));
 
-template <typename Weight>
-inline Int widen(const Weight* w) {
-  return Int{w[0], w[1], w[2], w[3]};
+inline Int widen(const std::int16_t* w) {
+  std::int16_t v __attribute__((vector_size(2 * lanes)));
+  __builtin_memcpy(&v, w, sizeof(v));
+  return __builtin_convertvector(v, Int);
+}
+
+inline Int widen(const std::int8_t* w) {
+  std::int8_t v __attribute__((vector_size(lanes)));
+  __builtin_memcpy(&v, w, sizeof(v));
+  return __builtin_convertvector(v, Int);
 }
 
 inline Real multiply_add(Real a, double b, Real c) { return a * b + c; }

@@ -1,0 +1,114 @@
+"""Random spiking layers for differential tests: operands, the oracle's answer, and how it was reached."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+import torch
+
+ODD = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
+
+
+@dataclass
+class Case:
+    """Arguments of torch.ops.qcfs_fast.conv2d_if and what they must give."""
+
+    args: tuple
+    want: oracle.Fired
+
+
+def tensor(a):
+    return torch.from_numpy(np.ascontiguousarray(a))
+
+
+def random_spikes(rng, shape, T, count):
+    """Masks or count planes [.., *shape]; sparse, as trained nets are."""
+    rate = rng.choice([0.1, 0.3, 0.6])
+    if count:
+        return (rng.random((T, *shape)) < rate).astype(np.uint8) * rng.integers(1, 256, (T, *shape), dtype=np.uint8)
+    return oracle.pack(rng.random((T, *shape)) < rate)
+
+
+def random_geometry(rng, groups):
+    kh, kw = int(rng.integers(1, 4)), int(rng.integers(1, 4))
+    return (
+        kh, kw, int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.integers(0, kh)), int(rng.integers(0, kw)),
+        int(rng.integers(1, 3)), int(rng.integers(1, 3)), groups,
+    )  # fmt: skip
+
+
+def random_weights(rng, shape, bits, extreme):
+    """Coarse grids, so that sums collide with thresholds; or the limits of the digits."""
+    if bits == 8:
+        return rng.choice([-127, 127], shape).astype(np.int8) if extreme else rng.integers(-3, 4, shape).astype(np.int8)
+    if extreme:
+        return rng.choice([-32639, 32639, 127, -128, 128], shape).astype(np.int16)
+    return (rng.integers(-4, 5, shape) * 64).astype(np.int16)
+
+
+def random_case(seed, T=None, most_channels=65, most_pixels=9):
+    """A layer with one to three products, up to two residuals, maybe a constant current, any groups."""
+    rng = np.random.default_rng(seed)
+    T = int(rng.integers(1, 41)) if T is None else T
+    bits = int(rng.choice([8, 16]))
+    extreme = rng.random() < 0.25
+    channels = [c for c in ODD if c <= most_channels]
+    O = int(rng.choice(channels))
+    N = int(rng.integers(1, 4))
+    size = 2 + int(rng.integers(0, most_pixels - 1)), 2 + int(rng.integers(0, most_pixels - 1))
+    kind = rng.choice(["plain", "grouped", "depthwise"], p=[0.7, 0.15, 0.15])
+    groups = (
+        O
+        if kind == "depthwise"
+        else int(rng.choice([g for g in range(1, O + 1) if O % g == 0]))
+        if kind == "grouped"
+        else 1
+    )
+    per_group = (
+        1 if kind == "depthwise" else int(rng.integers(1, 9)) if kind == "grouped" else int(rng.choice(channels))
+    )
+    while True:
+        g = random_geometry(rng, groups)
+        oh, ow = ((size[a] + 2 * g[4 + a] - g[6 + a] * (g[a] - 1) - 1) // g[2 + a] + 1 for a in (0, 1))
+        if oh > 0 and ow > 0:
+            break
+    products = [(random_spikes(rng, (N, *size, per_group * groups), T, rng.random() < 0.3), None, g)]
+    while len(products) < 3 and rng.random() < 0.3:  # further products: pointwise, on maps of the output's size
+        products.append((random_spikes(rng, (N, oh, ow, int(rng.choice(channels))), T, rng.random() < 0.3), None,
+                         (1, 1, 1, 1, 0, 0, 1, 1, 1)))  # fmt: skip
+    products = [
+        (x, random_weights(rng, (g[0], g[1], x.shape[-1] // g[8], O), bits, extreme), g) for x, _, g in products
+    ]
+    unit = 256 if bits == 8 else 64
+    residuals = [
+        (random_spikes(rng, (N, oh, ow, O), T, rng.random() < 0.3), (rng.integers(0, 5, O) * unit).astype(np.int32))
+        for _ in range(int(rng.integers(0, 3)))
+    ]
+    constant = (rng.integers(-3, 4, (N, oh, ow, O)) * unit).astype(np.int32) if rng.random() < 0.2 else None
+    bias = (rng.integers(-2, 3, O) * unit).astype(np.int32)
+    total = oracle.currents(products, residuals, constant, bias, T)
+    # A threshold of the size of the currents, on their grid, makes neurons fire at some steps and tie at some.
+    typical = np.abs(total).mean(axis=(0, 1, 2, 3)) * rng.choice([0.5, 1.0, 2.0])
+    threshold = np.maximum(2 * unit * np.rint(typical / (2 * unit)), 2 * unit).astype(np.int32)
+    x, w = [tensor(p[0]) for p in products], [tensor(p[1]) for p in products]
+    args = (
+        x, w, [v for p in products for v in p[2]], [tensor(r[0]) for r in residuals], [tensor(r[1]) for r in residuals],
+        None if constant is None else tensor(constant), tensor(bias), tensor(threshold), T,
+    )  # fmt: skip
+    return Case(args, oracle.integrate_and_fire(total, threshold))
+
+
+class Evidence:
+    """Adds up firing rates and exact hits over the cases of a test; a test of silent neurons proves nothing."""
+
+    def __init__(self):
+        self.rates, self.ties = [], 0
+
+    def add(self, fired):
+        self.rates.append(fired.rate)
+        self.ties += fired.ties
+
+    def check(self):
+        rate = float(np.mean(self.rates))
+        assert 0.05 < rate < 0.95, f"firing rate {rate}: the test is void"
+        assert self.ties > 0, "no membrane hit its threshold exactly: >= and > were not told apart"

@@ -1,0 +1,207 @@
+"""Saved networks: round trips, and every kind of damage refused by name."""
+
+import json
+import stat
+import struct
+import warnings
+
+import networks
+import pytest
+import torch
+
+import qcfs_fast
+from qcfs_fast import FormatError
+
+
+def make(kind, bits=16):
+    shape = networks.SHAPES[kind]
+    g = torch.Generator().manual_seed(0)
+    prepared = qcfs_fast.prepare(networks.randomize(kind()), levels=4)
+    qcfs_fast.calibrate(prepared, [torch.randn((8, *shape), generator=g)], progress=False)
+    return qcfs_fast.convert(prepared, T=5, weight_bits=bits), torch.randn((3, *shape), generator=g)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    snn, x = make(networks.Small)
+    snn.save(tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors", snn, x
+
+
+@pytest.mark.parametrize("kind", list(networks.SHAPES), ids=lambda k: k.__name__)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_round_trip(kind, bits, tmp_path):
+    snn, x = make(kind, bits)
+    path = tmp_path / "net.safetensors"
+    snn.save(path)
+    again = qcfs_fast.load(path)
+    assert torch.equal(snn(x, per_step=True), again(x, per_step=True))
+    assert str(snn) == str(again)
+    assert snn.report() == again.report()
+    assert (again.T, again.max_T, again.weight_bits, again.input_shape) == (5, snn.max_T, bits, snn.input_shape)
+    state, other = snn.state_dict(), again.state_dict()
+    assert list(state) == list(other)
+    assert all(torch.equal(state[k], other[k]) for k in state)
+    again.save(tmp_path / "again.safetensors")
+    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+
+
+def test_eight_bits_take_half_the_room(tmp_path):
+    sizes = {}
+    for bits in (8, 16):
+        make(networks.Small, bits)[0].save(tmp_path / f"{bits}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            snn = qcfs_fast.load(tmp_path / f"{bits}")
+        sizes[bits] = sum(
+            b.numel() * b.element_size() for n, b in snn.named_buffers() if ".weight_" in n and "head" not in n
+        )
+    assert sizes[16] == 2 * sizes[8]
+
+
+def test_writing_is_atomic(saved, monkeypatch):
+    path, snn, _ = saved
+    before = path.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(qcfs_fast.serialize, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        snn.save(path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_file_mode_is_the_usual_one(saved):
+    assert stat.S_IMODE(saved[0].stat().st_mode) & 0o600 == 0o600
+    assert stat.S_IMODE(saved[0].stat().st_mode) & 0o044
+
+
+def test_missing_places(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the folder .* does not exist"):
+        saved[1].save(tmp_path / "none" / "net.safetensors")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        qcfs_fast.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
+def test_truncated(saved, share):
+    path = saved[0]
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(FormatError, match="not a complete safetensors file"):
+        qcfs_fast.load(path)
+
+
+def test_another_safetensors_file(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(3)}, tmp_path / "x")
+    with pytest.raises(FormatError, match="not a network saved by qcfs_fast"):
+        qcfs_fast.load(tmp_path / "x")
+
+
+def rewrite(path, change_header=None, change_tensors=None):
+    """Alter a saved file as an editor would, keeping the container valid."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(str(path), framework="pt") as f:
+        header = json.loads(f.metadata()["qcfs_fast"])
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    if change_header:
+        change_header(header)
+    if change_tensors:
+        change_tensors(tensors)
+    save_file(tensors, path, metadata={"qcfs_fast": json.dumps(header)})
+
+
+def node(header, kind):
+    return next(n for n in header["graph"] if n["type"] == kind)
+
+
+# fmt: off
+HEADERS = {
+    "version": (lambda h: h.update(format_version=99), "written in format 99.*upgrade"),
+    "no version": (lambda h: h.pop("format_version"), "no format version"),
+    "T": (lambda h: h.update(T=0), "T is 0"),
+    "T kind": (lambda h: h.update(T="4"), "T is '4'"),
+    "T bound": (lambda h: h.update(T=10**8), "overflow bound"),
+    "bits": (lambda h: h.update(weight_bits=7), "weight_bits is 7"),
+    "no graph": (lambda h: h.pop("graph"), "field is missing"),
+    "no details": (lambda h: h.update(details={}), "details do not match"),
+    "kind": (lambda h: node(h, "SpikePool").update(type="Evil"), "unknown kind of layer 'Evil'"),
+    "input name": (
+        lambda h: node(h, "SpikingLayer").update(inputs=["nowhere", "nowhere"]), "no earlier node|inputs do not match"),
+    "forward reference": (
+        lambda h: node(h, "SpikePool").update(inputs=["block2.relu_1"]), "reads 'block2.relu_1', which is no earlier"),
+    "geometry": (lambda h: node(h, "SpikingLayer")["config"].update(geometry=[3, 3]), "geometry is damaged"),
+    "negative": (lambda h: node(h, "SpikingLayer")["config"]["geometry"].__setitem__(2, -1), "geometry is damaged"),
+    "peaks": (lambda h: node(h, "SpikingLayer")["config"].update(peaks=[]), "peaks are damaged"),
+    "pool": (lambda h: node(h, "SpikePool")["config"]["pool"].update(kind="sum"), "pool is damaged"),
+    "tensor": (lambda h: node(h, "SpikingLayer")["tensors"].remove("bias"), "unknown tensors|bias must have"),
+    "duplicate": (lambda h: h["graph"].insert(1, dict(h["graph"][1])), "is missing|two nodes are called"),
+    "order": (lambda h: h["graph"].reverse(), "no earlier node|first node"),
+    "bound": (lambda h: [d.update(max_T=10**6) for d in h["details"].values()], "claims to be free of overflow up to T=1000000"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("fault", HEADERS)
+def test_altered_header(saved, fault):
+    change, message = HEADERS[fault]
+    rewrite(saved[0], change_header=change)
+    with pytest.raises((FormatError, ValueError), match=message):
+        qcfs_fast.load(saved[0])
+
+
+TENSORS = {
+    "missing": (lambda t: t.pop("block1.relu/bias"), "tensor block1.relu/bias is missing"),
+    "extra": (lambda t: t.update({"more": torch.zeros(1)}), "unknown tensors"),
+    "dtype": (
+        lambda t: t.update({"block1.relu/bias": t["block1.relu/bias"].float()}),
+        "bias must be a vector of torch.int32",
+    ),
+    "odd": (lambda t: t["block1.relu/threshold"].add_(1), "thresholds must be even and positive"),
+    "zero": (lambda t: t["block1.relu/threshold"].zero_(), "thresholds must be even and positive"),
+    "huge": (lambda t: t["block1.relu/bias"].fill_(2**30), "claims to be free of overflow"),
+    "length": (lambda t: t.update({"block1.relu/bias": torch.zeros(3, dtype=torch.int32)}), "bias must have 8 values"),
+    "nan": (lambda t: t["head/offset"].fill_(float("nan")), "offset is not finite"),
+    "range": (lambda t: t["stem.2/high"].fill_(2**30), "current's range is damaged"),
+    "weight": (lambda t: t.update({"block1.relu/weight_0": t["block1.relu/weight_0"].float()}), "weight_0 has dtype"),
+}
+
+
+@pytest.mark.parametrize("fault", TENSORS)
+def test_altered_tensors(saved, fault):
+    change, message = TENSORS[fault]
+    rewrite(saved[0], change_tensors=change)
+    with pytest.raises(FormatError, match=message):
+        qcfs_fast.load(saved[0])
+
+
+def test_random_damage_never_crashes(saved):
+    """Bytes flipped anywhere: a FormatError, or a network that still runs (a changed weight is not detectable)."""
+    import numpy as np
+
+    path, _, x = saved
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        for at in rng.integers(0, 8 + length, 3):
+            damaged[at] = int(rng.integers(0, 256))
+        path.write_bytes(bytes(damaged))
+        try:
+            snn = qcfs_fast.load(path)
+        except (FormatError, ValueError):
+            refused += 1
+        else:
+            try:
+                snn(x)
+            except (ValueError, TypeError, RuntimeError):
+                refused += 1
+    assert refused > 100

@@ -1,0 +1,160 @@
+"""conv2d_if and linear_if: every CPU kernel set and the reference against plain integers, with ==."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import Evidence, random_case, random_spikes, tensor
+
+from qcfs_fast import backend
+
+ENGINES = [("reference", None), *backend.kernel_sets()]
+IDS = [name for name, _ in ENGINES]
+
+
+@pytest.fixture(params=ENGINES, ids=IDS)
+def engine(request):
+    name, isa = request.param
+    with backend.force(isa, reference=isa is None):
+        assert backend.describe() == name  # the kernels under test are the ones that run
+        yield name
+
+
+def test_every_kernel_set_is_covered():
+    assert "portable" in IDS
+    assert len(IDS) == 1 + len(backend.kernel_sets())
+
+
+def test_random_layers(engine):
+    evidence = Evidence()
+
+    @settings(max_examples=60 if engine == "reference" else 150, deadline=None, database=None, derandomize=True)
+    @given(st.integers(0, 2**31), st.one_of(st.integers(1, 20), st.integers(21, 70)))
+    def check(seed, T):
+        case = random_case(seed, T)
+        out = torch.ops.qcfs_fast.conv2d_if(*case.args)
+        evidence.add(case.want)
+        assert np.array_equal(out.numpy(), case.want.masks)
+
+    check()
+    evidence.check()
+
+
+def test_many_layers_agree_between_engines():
+    """Beyond what the slow oracle can afford: larger layers, all engines against each other."""
+    spikes = neurons = 0
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        case_args = _wide_layer(rng)
+        outputs = []
+        for name, isa in ENGINES[1:]:
+            with backend.force(isa):
+                assert backend.describe() == name
+                outputs.append(torch.ops.qcfs_fast.conv2d_if(*case_args))
+        assert all(torch.equal(outputs[0], o) for o in outputs[1:]), f"seed {seed}"
+        bits = oracle.unpack(outputs[0].numpy(), case_args[-1])
+        spikes, neurons = spikes + int((bits & 1).sum()), neurons + bits.size
+        if seed % 20 == 0:
+            with backend.force(reference=True):
+                assert torch.equal(outputs[0], torch.ops.qcfs_fast.conv2d_if(*case_args)), f"seed {seed}"
+    assert 0.05 < spikes / neurons < 0.95
+
+
+def _wide_layer(rng):
+    T = int(rng.integers(1, 17))
+    C, O = (int(v) for v in rng.choice([1, 3, 16, 33, 64, 100, 128, 200, 257], 2))
+    x = random_spikes(rng, (int(rng.integers(1, 3)), 7, 6, C), T, rng.random() < 0.2)
+    w = rng.integers(-32639, 32640, (3, 3, C, O)).astype(np.int16)
+    n = max(2, int(32639 * np.sqrt(C) * (1 if x.shape[0] != T or T == 1 else 100)))
+    threshold = np.full(O, n // 2 * 2, dtype=np.int32)
+    bias = rng.integers(-1000, 1000, O).astype(np.int32)
+    g = [3, 3, int(rng.integers(1, 3)), 1, 1, 1, 1, 1, 1]
+    return [tensor(x)], [tensor(w)], g, [], [], None, tensor(bias), tensor(threshold), T
+
+
+def test_linear(engine):
+    evidence = Evidence()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        T, N, K, O = (
+            int(v) for v in (rng.integers(1, 20), rng.integers(1, 5), rng.integers(1, 70), rng.integers(1, 70))
+        )
+        x = random_spikes(rng, (N, K), T, seed % 3 == 0)
+        w = (rng.integers(-4, 5, (K, O)) * 64).astype(np.int16)
+        bias = (rng.integers(-2, 3, O) * 64).astype(np.int32)
+        total = oracle.unpack(x, T) @ w.astype(np.int64) + bias
+        threshold = np.maximum(128 * np.rint(np.abs(total).mean((0, 1)) / 128), 128).astype(np.int32)
+        want = oracle.integrate_and_fire(total, threshold)
+        evidence.add(want)
+        out = torch.ops.qcfs_fast.linear_if([tensor(x)], [tensor(w)], [], [], None, tensor(bias), tensor(threshold), T)
+        assert np.array_equal(out.numpy(), want.masks)
+    evidence.check()
+
+
+def test_threads_and_batch_splits_do_not_matter():
+    evidence = Evidence()
+    before = torch.get_num_threads()
+    try:
+        for seed in range(30):
+            case = random_case(1000 + seed, most_pixels=12)
+            evidence.add(case.want)
+            outputs = []
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                outputs.append(torch.ops.qcfs_fast.conv2d_if(*case.args).numpy())
+            assert all(np.array_equal(o, case.want.masks) for o in outputs)
+            x, w, g, residual, amplitude, constant, bias, threshold, T = case.args
+            halves = [
+                torch.ops.qcfs_fast.conv2d_if(
+                    [t[:, s] for t in x], w, g, [t[:, s] for t in residual], amplitude,
+                    None if constant is None else constant[s], bias, threshold, T,
+                )
+                for s in (slice(0, 1), slice(1, None))
+            ]  # fmt: skip
+            assert np.array_equal(torch.cat(halves, 1).numpy(), case.want.masks)
+    finally:
+        torch.set_num_threads(before)
+    evidence.check()
+
+
+def test_mask_bits_beyond_T_are_ignored(engine):
+    rng = np.random.default_rng(3)
+    T = 5
+    x = random_spikes(rng, (1, 4, 4, 16), T, False)
+    w = rng.integers(-500, 501, (3, 3, 16, 24)).astype(np.int16)
+    rest = (
+        [3, 3, 1, 1, 1, 1, 1, 1, 1],
+        [],
+        [],
+        None,
+        torch.zeros(24, dtype=torch.int32),
+        torch.full((24,), 800, dtype=torch.int32),
+        T,
+    )
+    clean = torch.ops.qcfs_fast.conv2d_if([tensor(x)], [tensor(w)], *rest)
+    dirty = torch.ops.qcfs_fast.conv2d_if([tensor(x | 0xE0)], [tensor(w)], *rest)
+    assert torch.equal(clean, dirty)
+    assert 0.05 < oracle.unpack(clean.numpy(), T).mean() < 0.95
+
+
+def test_threshold_is_inclusive_and_reset_is_soft(engine):
+    """One neuron, by hand: n = 4, v starts at 2; currents 2, 1, 1, 9, 0 give v 4* 1 2 11* 7*."""
+    x = torch.tensor([2, 1, 1, 9, 0], dtype=torch.uint8).reshape(5, 1, 1)
+    w, zero, n = (
+        torch.ones(1, 1, dtype=torch.int16),
+        torch.zeros(1, dtype=torch.int32),
+        torch.tensor([4], dtype=torch.int32),
+    )
+    out = torch.ops.qcfs_fast.linear_if([x], [w], [], [], None, zero, n, 5)
+    assert out.flatten().tolist() == [0b11001]
+
+
+def test_empty_batch(engine):
+    x = torch.zeros(1, 0, 4, 4, 3, dtype=torch.uint8)
+    out = torch.ops.qcfs_fast.conv2d_if(
+        [x], [torch.ones(1, 1, 3, 5, dtype=torch.int16)], [1, 1, 1, 1, 0, 0, 1, 1, 1], [], [], None,
+        torch.zeros(5, dtype=torch.int32), torch.full((5,), 2, dtype=torch.int32), 4,
+    )  # fmt: skip
+    assert out.shape == (1, 0, 4, 4, 5)
