@@ -143,7 +143,7 @@ HEADERS = {
     "tensor": (lambda h: node(h, "SpikingLayer")["tensors"].remove("bias"), "unknown tensors|bias must have"),
     "duplicate": (lambda h: h["graph"].insert(1, dict(h["graph"][1])), "is missing|two nodes are called"),
     "order": (lambda h: h["graph"].reverse(), "no earlier node|first node"),
-    "bound": (lambda h: [d.update(max_T=10**6) for d in h["details"].values()], "claims to be free of overflow up to T=1000000"),
+    "bound": (lambda h: [d.update(max_T=10**6) for d in h["details"].values()], "free of overflow up to T=1000000"),
 }
 # fmt: on
 

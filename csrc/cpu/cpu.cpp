@@ -91,15 +91,18 @@ Status run_rows(std::int64_t rows, std::int64_t row_work, int threads, const Ran
   });
 }
 
+// Linear layers on a batch go through the samples panel by panel, so that a panel is read from memory once.
+constexpr std::int64_t panel_channels = 128;
+
 // How one layer is cut: first into bands of output rows, then, when those are too few for the threads,
 // into ranges of output channels.
 struct Cut {
-  std::int64_t band, bands, range, ranges;
+  std::int64_t batch, band, bands, range, ranges;
 };
 
 Cut cut_layer(std::int64_t batch, std::int64_t rows, std::int64_t channels, int threads, std::int64_t channel_unit) {
   const std::int64_t wanted = threads > 1 ? 4 * threads : 1;
-  Cut c{rows, 1, channels, 1};
+  Cut c{batch, rows, 1, channels, 1};
   if (batch < wanted) {
     // Bands re-list the halo rows of their neighbours: keep them at least four rows high.
     std::int64_t bands = ceil_div(wanted, batch);
@@ -117,9 +120,10 @@ Cut cut_layer(std::int64_t batch, std::int64_t rows, std::int64_t channels, int 
 
 Tile tile_of(const Cut& c, std::int64_t index, std::int64_t rows, std::int64_t channels) {
   Tile t;
-  const std::int64_t range = index % c.ranges;
-  const std::int64_t band = index / c.ranges % c.bands;
-  t.sample = index / c.ranges / c.bands;
+  // Ranges are the outer loop: neighbouring tasks share a panel of weights.
+  const std::int64_t band = index % c.bands;
+  t.sample = index / c.bands % c.batch;
+  const std::int64_t range = index / c.bands / c.batch;
   t.row0 = band * c.band;
   t.row1 = t.row0 + c.band < rows ? t.row0 + c.band : rows;
   t.channel0 = range * c.range;
@@ -146,6 +150,10 @@ Status conv_if(const ConvIf& a, const Options& options) {
   work = (work + 4) * a.batch * a.out_h * a.out_w * a.out_channels * a.steps;
   const int threads = useful_threads(work, options.threads);
   Cut cut = cut_layer(a.batch, a.out_h, a.out_channels, threads, 64);
+  if (a.out_h * a.out_w == 1 && a.batch > 1 && cut.range > panel_channels) {
+    cut.range = panel_channels;
+    cut.ranges = ceil_div(a.out_channels, cut.range);
+  }
   // Event lists are sized for the worst case; bands of many steps get lower to stay near 4 MiB.
   while (cut.band > 1 && k.conv_if_workspace(a, cut.band) > (4u << 20)) {
     cut.band = ceil_div(cut.band, 2);

@@ -1,0 +1,66 @@
+"""The main job: a network trained on real scans keeps its labels at every T."""
+
+import json
+
+import pytest
+import torch
+
+import qcfs_fast
+from qcfs_fast import demo
+
+
+@pytest.fixture(scope="module")
+def trained():
+    data = demo.digits()
+    return data, demo.train(data, progress=False)
+
+
+def test_trained_network_agrees_with_float64_at_every_T(trained):
+    data, model = trained
+    snn = qcfs_fast.convert(model, T=4)
+    ours = snn(data.test_x, T=32, per_step=True)
+    meaning = qcfs_fast.simulate(model, data.test_x, 32)
+    for T in demo.STEPS:
+        a, b = ours[T - 1].argmax(1), meaning[T - 1].argmax(1)
+        assert (a == b).float().mean() >= 0.995
+        accuracy = [float((v == data.test_y).float().mean()) for v in (a, b)]
+        assert abs(accuracy[0] - accuracy[1]) <= 0.003
+
+
+def test_accuracy_reaches_the_ann(trained):
+    data, model = trained
+    snn = qcfs_fast.convert(model, T=4)
+    with torch.no_grad():
+        ann = float((model(data.test_x).argmax(1) == data.test_y).float().mean())
+    accuracy = {T: float((snn(data.test_x, T=T).argmax(1) == data.test_y).float().mean()) for T in (1, 4, 16)}
+    assert ann > 0.97
+    assert accuracy[1] > 0.8
+    assert accuracy[4] > ann - 0.02
+    assert accuracy[16] > ann - 0.01
+
+
+def test_eight_bits_keep_the_labels(trained):
+    data, model = trained
+    labels = [qcfs_fast.convert(model, T=8, weight_bits=b)(data.test_x).argmax(1) for b in (8, 16)]
+    assert (labels[0] == labels[1]).float().mean() > 0.99
+
+
+def test_command(tmp_path, capsys):
+    rows = demo.demo(tmp_path / "out", epochs=2, progress=False, as_json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert [r["T"] for r in printed] == list(demo.STEPS)
+    assert [r.accuracy for r in rows] == [r["accuracy"] for r in printed]
+    assert all(r["snn_time"] > 0 and 0 < r["firing_rate"] < 1 for r in printed)
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    snn = qcfs_fast.load(tmp_path / "out" / "digits.safetensors")
+    assert snn(demo.digits().test_x[:5]).shape == (5, 10)
+
+
+def test_table(trained, capsys):
+    from rich.console import Console
+
+    row = demo.Row(4, 0.99, 0.993, 0.998, 1e-5, 0.18, 4e-5, 3e-5, 1e-4)
+    Console(width=120).print(demo._table([row]))
+    text = capsys.readouterr().out
+    for cell in ("99.00%", "99.30%", "99.80%", "1e-05", "18.0%", "40.0", "30.0", "100.0", "2.5"):
+        assert cell in text

@@ -1,0 +1,119 @@
+"""info, dispatch and environment variables, in processes of their own where they are read at import."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qcfs_fast
+from qcfs_fast import backend
+
+SOURCE = Path(__file__).resolve().parent.parent
+
+
+def python(*arguments, **environment):
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-P", *arguments], capture_output=True, text=True, env=env, timeout=120)
+
+
+def test_info():
+    facts = qcfs_fast.info()
+    assert facts["qcfs_fast"] == qcfs_fast.__version__
+    assert facts["native module"] == "loaded"
+    assert facts["kernels in use (cpu)"] in facts["kernel sets this processor runs"]
+    out = python("-m", "qcfs_fast", "info", "--json")
+    assert out.returncode == 0
+    assert json.loads(out.stdout)["kernel sets built"] == facts["kernel sets built"]
+    text = python("-m", "qcfs_fast", "info")
+    assert text.returncode == 0
+    assert re.search(r"kernels in use \(cpu\)\s+\w+", text.stdout)
+
+
+CODE = "import qcfs_fast, sys; print(qcfs_fast.info()['kernels in use (cpu)'])"
+
+
+def test_instruction_set_cap():
+    runs = {level: python("-W", "error", "-c", CODE, QCFS_FAST_MAX_ISA=level) for level in ("portable",)}
+    assert runs["portable"].stdout.strip() == "portable", runs["portable"].stderr
+    bad = python("-c", CODE, QCFS_FAST_MAX_ISA="avx9000")
+    assert bad.returncode != 0
+    assert "known levels: portable, avx2, avx512" in bad.stderr
+
+
+def test_backend_variable():
+    assert python("-c", CODE, QCFS_FAST_BACKEND="reference").stdout.strip() == "reference"
+    bad = python("-c", CODE, QCFS_FAST_BACKEND="abacus")
+    assert bad.returncode != 0
+    assert "known backends: auto" in bad.stderr
+
+
+def test_cap_above_the_host_warns():
+    with pytest.warns(UserWarning, match="QCFS_FAST_MAX_ISA=avx512 is above this processor"):
+        assert backend.capped_isa("avx512", 0) == 0
+    everything = backend._level_mask("avx512")
+    assert backend.capped_isa("", everything) == everything
+    assert backend.capped_isa("avx2", everything) == backend._level_mask("avx2")
+
+
+def test_kernels_are_chosen_by_mask():
+    """The choice for processors nobody here has: the mask is an argument."""
+    choose = backend.native.chosen_kernel_set
+    sets = dict(backend.native.kernel_sets())
+    assert choose(0) == "portable"
+    for name, mask in sets.items():
+        assert choose(mask) == name
+    if "avx512" in sets:
+        assert choose(backend.native.ISA_AVX512) == "portable"  # AVX-512 without AVX2 is no known level
+        assert choose(sets["avx512"] | 1 << 31) == "avx512"
+    with pytest.raises(ValueError, match="lacks some of the instruction sets"), backend.force(1 << 31):
+        pass
+
+
+def test_import_without_the_native_module():
+    """A missing extension leaves the reference, and info says why."""
+    code = (
+        "import sys; sys.modules['qcfs_fast._cpu'] = None; import qcfs_fast, torch; "
+        "f = qcfs_fast.info(); print(f['kernels in use (cpu)'], '|', f['native module']); "
+        "m = torch.nn.Sequential(torch.nn.Linear(3, 4), qcfs_fast.QCFS(4, 1.0), torch.nn.Linear(4, 2)); "
+        "m[1].thresh.data.fill_(0.5); print(qcfs_fast.convert(m)(torch.ones(2, 3)).shape)"
+    )
+    out = python("-c", code)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.startswith("reference | absent")
+    assert "torch.Size([2, 2])" in out.stdout
+
+
+def test_import_is_light():
+    """Libraries of the demo, the plots and the tests are not needed to run a network."""
+    heavy = ("sklearn", "matplotlib", "rich", "torchvision", "triton")
+    code = f"import qcfs_fast, sys; print([m for m in {heavy} if m in sys.modules])"
+    assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_core_knows_no_torch():
+    sources = [p for p in (SOURCE / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".inc", ".cu", ".cuh")]
+    assert len(sources) > 10
+    for path in sources:
+        text = path.read_text(encoding="ascii")
+        assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", text), path
+    assert "torch" not in re.findall(r"^import (\w+)|^from (\w+)", (SOURCE / "setup.py").read_text(), re.M)
+
+
+def test_no_shared_code_carries_instruction_set_flags():
+    """Files compiled with wide flags define nothing with external linkage but their table (see kernel_set.h)."""
+    for path in (SOURCE / "csrc/cpu/kernels").glob("*.cpp"):
+        text = path.read_text()
+        assert re.findall(r"#include <(\w+)>", text) in ([], ["immintrin"]) or "#include <vector>" not in text
+        assert text.index("namespace {") < text.index('#include "cpu/kernels/generic.h"')
+
+
+def test_command_line_errors():
+    out = python("-m", "qcfs_fast", "demo", "--epochs", "0")
+    assert out.returncode == 2
+    assert "--epochs must be at least 1" in out.stderr
+    assert python("-m", "qcfs_fast").returncode == 2
+    assert "example:" in python("-m", "qcfs_fast", "demo", "--help").stdout
