@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 
 # Tests run outside the source folder's package: the installed one is what users get.
 test: $(VENV)/.installed $(VENV)/.tools
-	$(PY) -P -m pytest tests $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -P -m pytest tests $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed $(VENV)/.tools
 	$(PY) -P -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
@@ -49,5 +49,5 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch
-	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis pillow ruff mypy clang-format
+	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis pillow ruff mypy clang-format cmake setuptools
 	touch $@

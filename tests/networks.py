@@ -220,7 +220,7 @@ VGG_PLANS = {
 
 
 class TheirVGG(nn.Module):
-    def __init__(self, plan, classes=10, dropout=0.1, divide=8):
+    def __init__(self, plan, classes=10, dropout=0.1, divide=8, area=1):
         super().__init__()
         self.init_channels = 3
         self.T = 0
@@ -242,7 +242,7 @@ class TheirVGG(nn.Module):
             setattr(self, f"layer{i}", nn.Sequential(*stage))
         hidden = 4096 // divide
         self.classifier = nn.Sequential(
-            nn.Flatten(), nn.Linear(self.init_channels, hidden), TheirIF(), nn.Dropout(dropout),
+            nn.Flatten(), nn.Linear(self.init_channels * area, hidden), TheirIF(), nn.Dropout(dropout),
             nn.Linear(hidden, hidden), TheirIF(), nn.Dropout(dropout), nn.Linear(hidden, classes),
         )  # fmt: skip
 

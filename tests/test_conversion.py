@@ -201,6 +201,7 @@ def test_other_families_convert_or_say_what_they_lack(name):
 def their_networks():
     for plan in networks.VGG_PLANS:
         yield plan, lambda plan=plan: networks.TheirVGG(plan), 32
+    yield "vgg16-imagenet", lambda: networks.TheirVGG("vgg16", 1000, divide=16, area=9), 96
     for depth in (18, 20, 34):
         yield f"resnet{depth}", lambda depth=depth: networks.TheirResNet(depth), 32
         yield f"resnet{depth}-imagenet", lambda depth=depth: networks.TheirResNet(depth, 1000, imagenet=True), 64

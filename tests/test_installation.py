@@ -111,6 +111,14 @@ def test_no_shared_code_carries_instruction_set_flags():
         assert text.index("namespace {") < text.index('#include "cpu/kernels/generic.h"')
 
 
+def test_a_missing_compiler_gives_one_clear_line(tmp_path):
+    run = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "t")]
+    env = {**os.environ, "PATH": str(tmp_path), "CXX": "no-such-compiler"}
+    out = subprocess.run(run, capture_output=True, text=True, env=env, cwd=SOURCE, timeout=120)
+    assert out.returncode != 0
+    assert out.stderr.strip().splitlines()[-1].startswith("qcfs_fast: no C++ compiler found. Install g++ or clang++")
+
+
 def test_command_line_errors():
     out = python("-m", "qcfs_fast", "demo", "--epochs", "0")
     assert out.returncode == 2
