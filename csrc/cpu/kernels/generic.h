@@ -1,7 +1,7 @@
 // The CPU algorithms, written once over vectors of `lanes` int32 and included by one file for each
 // instruction set, inside that file's unnamed namespace (hence no include guard and no includes).
 // The including file defines: lanes, block_vectors, Int, Real (half as many doubles), widen(const int16_t*),
-// widen(const int8_t*) and multiply_add(Real, double, Real).
+// widen(const int8_t*), multiply_add(Real, double, Real) and pairs; with pairs = true also add_pair and settle.
 //
 // Spiking convolution, event-driven. QCFS networks fire at 5 to 15 % a step, so it pays to touch only
 // the weights of inputs that fired:
@@ -173,9 +173,23 @@ inline void for_each_stretch(const Product& p, const Events& e, std::int64_t out
   }
 }
 
+// Adds one weight row per event, times its count. 16-bit rows go two at a time where the instruction set has a
+// multiply-add of pairs: the words of two rows are interleaved and multiplied by (value, value), which takes half the
+// instructions of widening each row. The sums then sit in an interleaved order until settle().
 template <typename Weight, int vectors>
 inline void add_rows(const Stretch<Weight>& s, std::int64_t row_size, const Events& e, Int (&acc)[vectors]) {
-  if (e.value == nullptr) {
+  if constexpr (pairs && sizeof(Weight) == 2 && vectors % 2 == 0) {
+    for (std::uint32_t k = s.begin; k < s.end; k += 2) {
+      const bool both = k + 1 < s.end;
+      const Weight* w0 = s.rows + (e.position[k] - s.origin) * row_size;
+      const Weight* w1 = both ? s.rows + (e.position[k + 1] - s.origin) * row_size : w0;
+      const std::int32_t value0 = e.value == nullptr ? 1 : e.value[k];
+      const std::int32_t value1 = !both ? 0 : e.value == nullptr ? 1 : e.value[k + 1];
+      const Int values = Int{} + (value0 | value1 << 16);
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; j += 2) add_pair(w0 + j * lanes, w1 + j * lanes, values, acc[j], acc[j + 1]);
+    }
+  } else if (e.value == nullptr) {
     for (std::uint32_t k = s.begin; k != s.end; ++k) {
       const Weight* w = s.rows + (e.position[k] - s.origin) * row_size;
       QCFS_UNROLL
@@ -188,6 +202,14 @@ inline void add_rows(const Stretch<Weight>& s, std::int64_t row_size, const Even
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) acc[j] += widen(w + j * lanes) * value;
     }
+  }
+}
+
+template <typename Weight, int vectors>
+inline void settle_rows(Int (&acc)[vectors]) {
+  if constexpr (pairs && sizeof(Weight) == 2 && vectors % 2 == 0) {
+    QCFS_UNROLL
+    for (int j = 0; j < vectors; j += 2) settle(acc[j], acc[j + 1]);
   }
 }
 
@@ -222,6 +244,7 @@ void fire_block(const ConvIf& a, const Tile& tile, const Events* events, std::in
                                      add_rows<Weight, vectors>(stretch, O, events[i], acc);
                                    });
         }
+        settle_rows<Weight, vectors>(acc);
         for (int i = 0; i < a.residual_count; ++i) {
           const Residual& r = a.residuals[i];
           const std::uint8_t* x = r.data + (r.coding == Coding::mask ? t / 8 : t) * plane + index;
