@@ -12,15 +12,16 @@ CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: demo test check format bench clean
 
+# Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
+# not the sources beside it.
 demo: $(VENV)/.installed
-	$(PY) -m qcfs_fast demo
+	cd $(VENV) && bin/python -m qcfs_fast demo --output ../demo-output
 
-# Tests run outside the source folder's package: the installed one is what users get.
 test: $(VENV)/.installed $(VENV)/.tools
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -P -m pytest tests $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed $(VENV)/.tools
-	$(PY) -P -m pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
 check: $(VENV)/.tools
 	$(VENV)/bin/ruff format --check $(PYTHON_FILES)

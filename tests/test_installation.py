@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ SOURCE = Path(__file__).resolve().parent.parent
 
 def python(*arguments, **environment):
     env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-P", *arguments], capture_output=True, text=True, env=env, timeout=120)
+    run = [sys.executable, *arguments]
+    return subprocess.run(run, capture_output=True, text=True, env=env, timeout=120, cwd=tempfile.gettempdir())
 
 
 def test_info():

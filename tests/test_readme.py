@@ -14,12 +14,8 @@ def test_code_runs(tmp_path):
     assert blocks
     header = f"import sys; sys.path.insert(0, {str(SOURCE / 'tests')!r}); import torchvision_models\n"
     for code in blocks:
-        out = subprocess.run(
-            [sys.executable, "-P", "-c", header + code.replace("snn.safetensors", str(tmp_path / "snn.safetensors"))],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        run = [sys.executable, "-c", header + code]
+        out = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert out.returncode == 0, out.stderr
     assert (tmp_path / "snn.safetensors").stat().st_size > 0
 
