@@ -24,8 +24,12 @@ QCFS_HD static inline std::int32_t fire(std::int32_t& v, std::int32_t current, s
 
 // Double to the grid: nearest, halves to even (the IEEE default), then clamped. NaN cannot occur:
 // operands are finite integers and finite gains.
-static inline std::int32_t to_grid(double z, std::int32_t low, std::int32_t high) {
+QCFS_HD static inline std::int32_t to_grid(double z, std::int32_t low, std::int32_t high) {
+#if defined(__CUDA_ARCH__)
+  const double r = rint(z);
+#else
   const double r = __builtin_rint(z);
+#endif
   if (r <= static_cast<double>(low)) return low;
   if (r >= static_cast<double>(high)) return high;
   return static_cast<std::int32_t>(r);
