@@ -2,12 +2,14 @@
 
 Environment (read at import):
     QCFS_FAST_MAX_ISA   caps the instruction set of the CPU kernels: portable, avx2 or avx512.
-    QCFS_FAST_BACKEND   "reference" runs every operator through plain torch (slow, exact).
+    QCFS_FAST_BACKEND   "reference" runs every operator through plain torch (slow, exact); "cuda" insists on these
+                        kernels for tensors on a GPU instead of taking the best that loads.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import warnings
@@ -22,7 +24,8 @@ except ImportError as error:  # a source tree that was not built: the reference 
     native_error = str(error)
 
 LEVELS = ("portable", "avx2", "avx512")
-BACKENDS = ("auto", "reference")
+GPU_BACKENDS = ("cuda",)  # best first; each is a module <name>_backend
+BACKENDS = ("auto", *GPU_BACKENDS, "reference")
 
 
 def _level_mask(level: str) -> int:
@@ -84,3 +87,35 @@ def describe() -> str:
     if use_reference or native is None:
         return "reference"
     return str(native.chosen_kernel_set(isa))
+
+
+@functools.cache
+def _load_gpu_backend() -> tuple[Any, str]:
+    """The first GPU backend that runs here, or None, and in words what was found."""
+    chosen = _chosen_backend()
+    names = GPU_BACKENDS if chosen == "auto" else tuple(n for n in GPU_BACKENDS if n == chosen)
+    problems = []
+    for name in names:
+        module = importlib.import_module(f".{name}_backend", __package__)
+        problem = str(module.unavailable())
+        if problem == "":
+            return module, name
+        problems.append(problem)
+    if chosen in GPU_BACKENDS:
+        raise RuntimeError(f"QCFS_FAST_BACKEND={chosen}: {problems[0]}")
+    return None, "; ".join([*problems, "operators run through plain torch"])
+
+
+def gpu_backend() -> Any:
+    """The module whose functions run operators on GPU tensors, loaded at first use; None: plain torch does."""
+    if use_reference and native is not None:
+        return None
+    return _load_gpu_backend()[0]
+
+
+def describe_gpu() -> str:
+    """What runs on a GPU, or why nothing native does."""
+    try:
+        return _load_gpu_backend()[1]
+    except RuntimeError as error:
+        return str(error)

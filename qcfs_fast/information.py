@@ -37,7 +37,6 @@ def info() -> dict[str, Any]:
         "kernel sets this processor runs": [name for name, _ in backend.kernel_sets()],
         "QCFS_FAST_MAX_ISA": backend.isa_cap or "not set",
         "kernels in use (cpu)": backend.describe(),
-        "cuda": f"{torch.cuda.device_count()} devices; operators run through plain torch"
-        if torch.cuda.is_available()
-        else "not available; this version has no CUDA kernels",
+        "cuda": (f"{torch.cuda.device_count()} devices; " if torch.cuda.is_available() else "")
+        + backend.describe_gpu(),
     }

@@ -1,7 +1,8 @@
 """torch.ops.qcfs_fast: the operators a converted network is made of.
 
 Every operator has a schema, a native CPU kernel (csrc/, reached by address), a fake kernel for
-torch.compile and torch.export, and a plain-torch reference (reference.py) for every other device. There is
+torch.compile and torch.export, and a plain-torch reference (reference.py) for every other device, which CUDA
+tensors use where no GPU backend loads (backend.py). There is
 no autograd: an input that requires grad raises. All operators return the same bytes on every backend.
 
 Layouts: spikes are uint8, masks [ceil(T/8), N, H, W, C] (bit t%8 of plane t//8 is the spike at step t) or
@@ -665,8 +666,16 @@ def _register(name: str) -> None:
         native(out, *args)
         return out
 
+    def run_gpu(*args: Any) -> Any:
+        gpu = backend.gpu_backend()
+        if gpu is None:
+            return run_reference(*args)
+        out = fake(*args)
+        getattr(gpu, name)(out, *args)
+        return out
+
     library.impl(name, run_native, "CPU")
-    library.impl(name, run_reference, "CUDA")
+    library.impl(name, run_gpu, "CUDA")
     torch.library.register_fake(f"qcfs_fast::{name}", fake, lib=library)
 
 

@@ -16,6 +16,7 @@ namespace qcfs::cuda {
 
 constexpr int most_products = 64;
 constexpr int most_residuals = 16;
+constexpr int most_terms = 24;
 
 // Own codes are negative, those of the CUDA runtime positive.
 enum Code : int { ok = 0, unsupported = -1, no_kernel = -2 };

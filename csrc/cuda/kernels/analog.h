@@ -102,7 +102,7 @@ static __global__ void __launch_bounds__(analog_threads) analog_kernel(const __g
   }
 }
 
-constexpr int readout_channels = 32, readout_parts = 8, most_terms = 24;
+constexpr int readout_channels = 32, readout_parts = 8;
 
 struct ReadoutParams {
   std::int64_t images, samples, out_h, out_w, out_channels, steps;
