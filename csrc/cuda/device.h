@@ -27,8 +27,10 @@ QCFS_HD static inline std::int32_t shift_left(std::int32_t a, int bits) {
 #define QCFS_DEVICE __device__ __forceinline__
 #if defined(__CUDA_ARCH__)
 #define QCFS_UNROLL _Pragma("unroll")
+#define QCFS_ROLLED _Pragma("unroll 1")
 #else
 #define QCFS_UNROLL
+#define QCFS_ROLLED
 #endif
 #define QCFS_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 

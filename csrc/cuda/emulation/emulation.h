@@ -20,6 +20,7 @@
 
 #define QCFS_DEVICE inline
 #define QCFS_UNROLL
+#define QCFS_ROLLED
 #define QCFS_SHARED(name) unsigned char* const name = ::qcfs::cuda::emulation::shared_memory()
 #define __global__
 #define __grid_constant__

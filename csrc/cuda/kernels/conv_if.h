@@ -277,9 +277,13 @@ __global__ void __launch_bounds__(32 * warps) conv_if_kernel(const __grid_consta
   copies_wait<0>();
   __syncthreads();
 
-  // Lane l holds, of each 16 x 8 fragment, rows l/4 and l/4 + 8 and channels 2*(l%4) and one more.
+  // Lane l holds, of each 16 x 8 fragment, rows l/4 and l/4 + 8 and channels 2*(l%4) and one more. The end of a layer
+  // is too long to stand in the code once for each of these registers: they pass through the thread's own words of
+  // shared memory, 2 * pairs * T at a time, to be indexed by a loop.
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   unsigned char* tile = shared;    // [rows, cols] mask bytes
+  std::int32_t* own = reinterpret_cast<std::int32_t*>(shared + Tile::rows * cols) + thread;
+  static_assert(Tile::rows * cols + 2 * Tile::pairs * T * Tile::threads * 4 <= stages * Tile::bytes, "shared memory");
   QCFS_UNROLL
   for (int i = 0; i < parts; ++i) {
     QCFS_UNROLL
@@ -288,21 +292,27 @@ __global__ void __launch_bounds__(32 * warps) conv_if_kernel(const __grid_consta
       const std::int32_t at = first_pixel + row;
       QCFS_UNROLL
       for (int j = 0; j < 2 * Tile::pairs; ++j) {
+        QCFS_UNROLL
+        for (int t = 0; t < T; ++t) own[(j * T + t) * Tile::threads] = acc[t][i][j][r];
+      }
+      if (at >= p.pixels) continue;
+      QCFS_ROLLED
+      for (int j = 0; j < 2 * Tile::pairs; ++j) {
         const std::int32_t col = 8 * j + lane % 4 * 2 + r % 2;
         const std::int32_t o = first_channel + col;
-        if (at >= p.pixels || o >= p.out_channels) continue;
+        if (o >= p.out_channels) break;
         const std::int64_t index = static_cast<std::int64_t>(at) * p.out_channels + o;
-        if (p.partial != nullptr) {
-          QCFS_UNROLL
-          for (int t = 0; t < T; ++t) {
-            if (t < p.steps) p.partial[(blockIdx.z * p.steps + t) * plane + index] = acc[t][i][j][r];
-          }
-          continue;
-        }
         std::int32_t currents[T];
         QCFS_UNROLL
-        for (int t = 0; t < T; ++t) currents[t] = acc[t][i][j][r];
-        tile[row * cols + col] = integrate<T>(p, index, o, currents);
+        for (int t = 0; t < T; ++t) currents[t] = own[(j * T + t) * Tile::threads];
+        if (p.partial == nullptr) {
+          tile[row * cols + col] = integrate<T>(p, index, o, currents);
+        } else {
+          QCFS_UNROLL
+          for (int t = 0; t < T; ++t) {
+            if (t < p.steps) p.partial[(blockIdx.z * p.steps + t) * plane + index] = currents[t];
+          }
+        }
       }
     }
   }
