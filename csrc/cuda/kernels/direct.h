@@ -16,7 +16,7 @@
 namespace qcfs::cuda {
 
 template <int T>
-__global__ void __launch_bounds__(128) direct_kernel(const __grid_constant__ LayerParams p) {
+__global__ void __launch_bounds__(128, 4) direct_kernel(const __grid_constant__ LayerParams p) {
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (index >= static_cast<std::int64_t>(p.pixels) * p.out_channels) return;
   const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(128) direct_kernel(const __grid_constant__ Lay
 
 // Adds the slices of a split K (none for a layer without products) and ends the layer.
 template <int T>
-__global__ void __launch_bounds__(128) finish_kernel(const __grid_constant__ LayerParams p) {
+__global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ LayerParams p) {
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (index >= plane) return;
