@@ -46,7 +46,7 @@ bool fits(const ConvIf& a) {
     const Spikes& x = a.products[i].x;
     most = most > x.height * x.width * 4 ? most : x.height * x.width * 4;
   }
-  return most < (std::int64_t{1} << 30) && a.out_channels < (1 << 20);
+  return most < (std::int64_t{1} << 30) && a.out_channels < (1 << 19);
 }
 
 std::uint8_t widest_copy(const void* data, std::int64_t channels) {
