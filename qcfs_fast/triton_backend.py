@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,32 @@ from . import triton_tiles as tiles
 
 GROUP = 8  # steps a launch holds in registers, the bits of a mask byte
 INTERPRETED = hasattr(kernels.encode, "rewrite") or type(kernels.encode).__name__ == "InterpretedFunction"
+
+_MATRIX_HIP = ("gfx90a", "gfx942", "gfx950")
+
+
+def has_matrix_units(backend: str, arch: int | str, version: tuple[int, ...]) -> bool:
+    """Whether this Triton turns an int8 tl.dot into matrix instructions there (elsewhere it may not even compile)."""
+    if backend == "hip":
+        return arch in _MATRIX_HIP
+    if int(arch) >= 120:
+        return version >= MATRIX_SM120
+    return int(arch) >= 80
+
+
+MATRIX_SM120 = (3, 3, 1)
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix_units(device: torch.device) -> bool:
+    if INTERPRETED:
+        return True
+    version = tuple(int(v) for v in re.findall(r"\d+", triton.__version__)[:3])
+    if torch.version.hip:
+        return has_matrix_units("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0], version)
+    major, minor = torch.cuda.get_device_capability(device)
+    return has_matrix_units("cuda", 10 * major + minor, version)
+
 
 # Matrix units pay from this many inputs per group and tap on; below, most of a tile would be padding.
 MATRIX_INPUTS = 8
@@ -119,9 +146,9 @@ class Product:
         return self.inputs * self.geometry[0] * self.geometry[1]
 
     @property
-    def direct(self) -> bool:
-        """Whether this product runs without matrix units."""
-        return self.inputs < MATRIX_INPUTS or self.depth >= (COUNT_DEPTH if self.count else MASK_DEPTH)
+    def fits_matrix(self) -> bool:
+        """Whether matrix units pay and their 32-bit sums cannot saturate."""
+        return self.inputs >= MATRIX_INPUTS and self.depth < (COUNT_DEPTH if self.count else MASK_DEPTH)
 
     def operands(self, first: int) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
         """x from plane `first` on, its size and the geometry as the kernels take them."""
@@ -146,10 +173,10 @@ class Launch:
     direct: bool
 
 
-def plan(products: Sequence[Product], residuals: Sequence[Residual]) -> list[Launch]:
-    """Cover all sources: direct products one by one, the others in pairs, up to two residuals with the last."""
-    launches = [Launch((p,), (), True) for p in products if p.direct]
-    waiting = [p for p in products if not p.direct]
+def plan(products: Sequence[Product], residuals: Sequence[Residual], matrix_units: bool) -> list[Launch]:
+    """Cover all sources: direct products one by one, the others in pairs, two residuals with the last launch."""
+    launches = [Launch((p,), (), True) for p in products if not (matrix_units and p.fits_matrix)]
+    waiting = [p for p in products if matrix_units and p.fits_matrix]
     while waiting:
         first, *rest = waiting
         fits = [
@@ -216,12 +243,13 @@ def _spiking_launch(
     }
     if launch.direct:
         product: list[Any] = [none, none, 0, *[1] * 13]
-        outputs, scale, count = O, 1, False
+        outputs, scale, count, grouped = O, 1, False, False
         if launch.products:
             (p,) = launch.products
             x, size, window = p.operands(group.start(p.count))
             product = [x, p.weight, p.x.stride(0), *size, p.inputs, *window]
-            outputs, scale, count = O // p.geometry[8], 256 if p.weight.dtype == torch.int8 else 1, p.count
+            outputs, count, grouped = O // p.geometry[8], p.count, p.geometry[8] > 1
+            scale = 256 if p.weight.dtype == torch.int8 else 1
         tile = tiles.direct(O, INTERPRETED)
         _launch(
             kernels.spiking_direct,
@@ -229,7 +257,7 @@ def _spiking_launch(
             *product,
             *shared,
             M, OH, OW, O, outputs, M * O,
-            PRODUCTS=len(launch.products), SCALE=scale, COUNT=count, **flags,
+            PRODUCTS=len(launch.products), SCALE=scale, GROUPED=grouped, COUNT=count, **flags,
             BM=tile.m, BN=tile.n, num_warps=tile.warps,
         )  # fmt: skip
         return
@@ -310,7 +338,7 @@ def conv2d_if(
         N, OH, OW = residuals[0].x.shape[1:4] if residuals else current.shape[:3]  # type: ignore[union-attr]
     shape = (N, OH, OW, threshold.shape[0])
     out = threshold.new_empty(((T + GROUP - 1) // GROUP, *shape), dtype=torch.uint8)
-    launches = plan(products, residuals)
+    launches = plan(products, residuals, _matrix_units(threshold.device))
     v: Tensor | None = None
     for plane in range(out.shape[0]):
         first = plane * GROUP
@@ -381,10 +409,7 @@ def _analog(
     O = weight.shape[3]
     M = N * OH * OW
     shape = (N, OH, OW, O)
-    if T:
-        out = x.new_empty(((T + 7) // 8, *shape), dtype=torch.uint8)
-    else:
-        out = x.new_empty(shape, dtype=torch.int32)
+    out = x.new_empty(((T + 7) // 8, *shape), dtype=torch.uint8) if T else x.new_empty(shape, dtype=torch.int32)
     tile = tiles.analog(O, INTERPRETED)
     _launch(
         kernels.analog, (_blocks(M, tile.m), _blocks(O, tile.n)),

@@ -36,7 +36,8 @@ byte c - 128; the launcher adds 128 * sum(w) back (also for padding, which enter
 intermediate is exact or exact modulo 2^32, and the contract bounds the result: tile shape, split and device do
 not matter.
 
-Where C/groups is small (depthwise) or K very large, `spiking_direct` multiplies int32 by int32 without matrix units.
+Where C/groups is small (depthwise), K very large, or Triton has no int8 matrix instruction for the device (sm_75),
+`spiking_direct` multiplies int32 by int32 instead.
 
 Analog sums (first layer, readout) are formed in int64 (they stay below 2^53) and rounded in double in the order
 reference.py has; the launchers forbid contraction to fused multiply-add.
@@ -362,6 +363,7 @@ def spiking_direct(
     M, OH, OW, O, group_outputs, plane,
     PRODUCTS: tl.constexpr,     # 0 or 1
     SCALE: tl.constexpr,        # 1: int16 weights, 256: int8 weights
+    GROUPED: tl.constexpr,      # whether outputs differ in the inputs they read
     COUNT: tl.constexpr, STEPS: tl.constexpr,
     R: tl.constexpr, RCOUNT0: tl.constexpr, RCOUNT1: tl.constexpr, CURRENT: tl.constexpr,
     PARTIAL: tl.constexpr, FIRE: tl.constexpr, CONTINUED: tl.constexpr, CONTINUES: tl.constexpr,
@@ -396,8 +398,11 @@ def spiking_direct(
             iy = oy * SH - PH + ky * DH
             ix = ox * SW - PW + (tap - ky * KW) * DW
             inside = row_ok & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
-            valid = inside[:, None] & o_ok[None, :]
-            address = x + (((image * H + iy) * W + ix) * C)[:, None] + (first + (i - tap * K))[None, :]
+            address = x + (((image * H + iy) * W + ix) * C + (i - tap * K))[:, None]
+            valid = inside[:, None]
+            if GROUPED:
+                address = address + first[None, :]
+                valid = valid & o_ok[None, :]
             b = tl.load(w + tl.cast(i, tl.int64) * O + o, mask=o_ok, other=0).to(tl.int32)[None, :] * SCALE
             s = tl.load(address, mask=valid, other=0).to(tl.int32)
             if COUNT:
@@ -652,7 +657,7 @@ def readout(
     total,         # float64 [rows, O], the sum over the terms so far
     out,           # float32 [rows, O], written with LAST
     OH, OW, O, group_outputs, H, W, C, K, KW, TAPS, SH, SW, PH, PW, DH, DW, T,
-    step_rows,     # rows of one step with running counts (row // step_rows + 1 is the number of steps); 0: totals over T
+    step_rows,     # with running counts, the rows of one step (row // step_rows + 1 steps have passed); 0: totals
     multiple,      # divisor of the pool before
     IDENTITY: tl.constexpr, GROUPED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
@@ -726,9 +731,7 @@ def largest_input(
     image = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = i < per_sample
-    z = _scaled_input(
-        x, source, scale, shift, image, i // C, i % C, W, stride_n, stride_c, stride_h, stride_w, valid
-    )
+    z = _scaled_input(x, source, scale, shift, image, i // C, i % C, W, stride_n, stride_c, stride_h, stride_w, valid)
     bits = z.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tl.atomic_max(most + image, tl.max(tl.where(valid, bits, 0), axis=0))
 

@@ -128,7 +128,9 @@ def _milliseconds(run: Callable[[], None]) -> float:
     return float(triton.testing.do_bench(run))
 
 
-def fastest(tiles: list[Tile], run: Callable[[Tile], None], milliseconds: Callable[[Callable[[], None]], float]) -> Tile:
+def fastest(
+    tiles: list[Tile], run: Callable[[Tile], None], milliseconds: Callable[[Callable[[], None]], float]
+) -> Tile:
     """Time each tile; one that does not fit the device (too much shared memory, say) is out."""
     times: list[tuple[float, int]] = []
     for i, tile in enumerate(tiles):
