@@ -26,7 +26,7 @@ from . import triton_kernels as kernels
 from . import triton_tiles as tiles
 
 GROUP = 8  # steps a launch holds in registers, the bits of a mask byte
-INTERPRETED = hasattr(kernels.encode, "rewrite") or type(kernels.encode).__name__ == "InterpretedFunction"
+INTERPRETED = not isinstance(kernels.encode, triton.JITFunction)
 
 _MATRIX_HIP = ("gfx90a", "gfx942", "gfx950")
 
@@ -282,6 +282,7 @@ def _spiking_launch(
         "HORNER": horner,
         "COUNT0": counts[0],
         "COUNT1": bool(counts[1:]) and counts[1],
+        "PTX": not INTERPRETED and torch.version.hip is None,
     }
 
     def run(tile: tiles.Tile) -> None:

@@ -26,8 +26,8 @@ BM x BN neurons of one group for all (up to 8) steps, and takes K in pieces of B
               BK | w, int8   |                      for t: acc[t] += ((x tile >> t) & 1) . w tile
         BK       +-----------+
       +-----+    +-----------+ \\
-   BM | x   | -> | acc[0..7] |  > int32, in registers (BM*BN*steps/threads of them, at most 128 a thread: half of
-      +-----+    +-----------+ /  what a thread can have); then T steps of the recursion there, one byte a neuron out
+   BM | x   | -> | acc[0..7] |  > int32, in registers (BM*BN*steps/threads of them, at most 32 a thread, see
+      +-----+    +-----------+ /  triton_tiles.py); then T steps of the recursion there, one byte a neuron out
 
 Two digits need no second set of accumulators: the high digits over all of K, a shift by 8, the low digits on top
 (HORNER). The tensor-core instruction may saturate, so this is used only while |sum| < 2^31 is certain from K alone;
@@ -58,11 +58,23 @@ def _offset(count):
 
 
 @triton.jit
+def _spikes(m, t: tl.constexpr, PTX: tl.constexpr):
+    """Bit t of each mask byte as 0 or 1. In PTX on four bytes at once; a shift brings in only bits that are masked."""
+    if PTX:
+        bits = tl.inline_asm_elementwise(
+            f"shr.u32 $0, $1, {t}; and.b32 $0, $0, 0x01010101;", "=r,r", [m], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        bits = ((m >> t) & 1).to(tl.int8)
+    return bits
+
+
+@triton.jit
 def _add_product(
     acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
     x, plane, w, image, oy, ox, row_ok, o, o_ok, first,
     O, H, W, C, K, KP, KW, TAPS, SH, SW, PH, PW, DH, DW,
-    COUNT: tl.constexpr, STEPS: tl.constexpr, BK: tl.constexpr,
+    COUNT: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """acc[t] += one digit plane of one product, over all taps and inputs."""
     blocks = tl.cdiv(K, BK)
@@ -104,21 +116,21 @@ def _add_product(
                 m = tl.load(address + 7 * step, mask=valid, other=0)
                 acc7 = tl.dot(_offset(m), b, acc7, out_dtype=tl.int32)
         else:
-            acc0 = tl.dot((m & 1).to(tl.int8), b, acc0, out_dtype=tl.int32)
+            acc0 = tl.dot(_spikes(m, 0, PTX), b, acc0, out_dtype=tl.int32)
             if STEPS > 1:
-                acc1 = tl.dot(((m >> 1) & 1).to(tl.int8), b, acc1, out_dtype=tl.int32)
+                acc1 = tl.dot(_spikes(m, 1, PTX), b, acc1, out_dtype=tl.int32)
             if STEPS > 2:
-                acc2 = tl.dot(((m >> 2) & 1).to(tl.int8), b, acc2, out_dtype=tl.int32)
+                acc2 = tl.dot(_spikes(m, 2, PTX), b, acc2, out_dtype=tl.int32)
             if STEPS > 3:
-                acc3 = tl.dot(((m >> 3) & 1).to(tl.int8), b, acc3, out_dtype=tl.int32)
+                acc3 = tl.dot(_spikes(m, 3, PTX), b, acc3, out_dtype=tl.int32)
             if STEPS > 4:
-                acc4 = tl.dot(((m >> 4) & 1).to(tl.int8), b, acc4, out_dtype=tl.int32)
+                acc4 = tl.dot(_spikes(m, 4, PTX), b, acc4, out_dtype=tl.int32)
             if STEPS > 5:
-                acc5 = tl.dot(((m >> 5) & 1).to(tl.int8), b, acc5, out_dtype=tl.int32)
+                acc5 = tl.dot(_spikes(m, 5, PTX), b, acc5, out_dtype=tl.int32)
             if STEPS > 6:
-                acc6 = tl.dot(((m >> 6) & 1).to(tl.int8), b, acc6, out_dtype=tl.int32)
+                acc6 = tl.dot(_spikes(m, 6, PTX), b, acc6, out_dtype=tl.int32)
             if STEPS > 7:
-                acc7 = tl.dot((m >> 7).to(tl.int8), b, acc7, out_dtype=tl.int32)
+                acc7 = tl.dot(_spikes(m, 7, PTX), b, acc7, out_dtype=tl.int32)
     return acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7
 
 
@@ -258,6 +270,7 @@ def spiking_dot(
     PARTIAL: tl.constexpr,      # whether sums of an earlier launch are added
     FIRE: tl.constexpr,         # integrate and fire, or store the sums for a later launch
     CONTINUED: tl.constexpr, CONTINUES: tl.constexpr,    # steps came before, steps follow
+    PTX: tl.constexpr,          # whether inline PTX can be used (NVIDIA, not interpreted)
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Matrix products of one or two sources, then the neurons. Grid: (tiles of M x tiles of a group's O, groups)."""
@@ -321,13 +334,13 @@ def spiking_dot(
         acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7 = _add_product(
             acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
             x0, x_plane0, w0 + digit * tl.cast(w_plane0, tl.int64), image, oy, ox, row_ok, o, o_ok, group * K0,
-            O, H0, W0, C0, K0, KP0, KW0, TAPS0, SH0, SW0, PH0, PW0, DH0, DW0, COUNT0, STEPS, BK,
+            O, H0, W0, C0, K0, KP0, KW0, TAPS0, SH0, SW0, PH0, PW0, DH0, DW0, COUNT0, STEPS, PTX, BK,
         )  # fmt: skip
         if PRODUCTS > 1:
             acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7 = _add_product(
                 acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
                 x1, x_plane1, w1 + digit * tl.cast(w_plane1, tl.int64), image, oy, ox, row_ok, o, o_ok, group * K1,
-                O, H1, W1, C1, K1, KP1, KW1, TAPS1, SH1, SW1, PH1, PW1, DH1, DW1, COUNT1, STEPS, BK,
+                O, H1, W1, C1, K1, KP1, KW1, TAPS1, SH1, SW1, PH1, PW1, DH1, DW1, COUNT1, STEPS, PTX, BK,
             )  # fmt: skip
     # What the counts' offset of 128 took away.
     back = o * 0

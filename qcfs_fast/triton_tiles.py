@@ -2,11 +2,13 @@
 
 The list is short because a bad tile is bad for few reasons:
 
-    accumulators    BM * BN * steps int32 (twice that with separate digit sums) must leave half of a thread's 255
-                    registers for operands and addresses: at most 128 a thread;
+    accumulators    BM * BN * steps int32 (twice that with separate digit sums): at most 32 a thread. A thread has 255
+                    registers, but ptxas needs many for operands, masks and the epilogue's loads: with 64 it spills
+                    on some architectures, with 32 on none (test_triton_compile.py reads it from the cubins);
     few pixels      7x7 maps at batch 1 have 49 rows: BM = 16 or 32 keeps padding small and fills more processors;
-    many pixels     a tall tile reads each weight more seldom, a wide one each mask: 64x64 balances the two, and
-                    128 rows pay where steps are few;
+    many pixels     a tall tile reads each weight more seldom, a wide one each mask: 64x64 balances the two,
+                    128 rows pay where steps are few. More warps make room for more
+                    steps, but 16 leave a thread 128 registers, which is too few;
     few outputs     BN = 16 or 32 for grouped layers and the last stage of small nets;
     BK              64 where there are that many inputs (two matrix instructions deep), else 32, the least there is.
 
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 import triton
 
-REGISTERS = 128  # accumulators a thread may hold
+REGISTERS = 32  # accumulators a thread may hold
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Problem:
 
 
 # BM, BN, warps.
-SHAPES = ((64, 64, 4), (128, 64, 8), (64, 32, 4), (32, 64, 4), (64, 64, 8), (128, 32, 8), (32, 32, 4), (16, 64, 4))
-SMALL = (16, 32, 4)  # fits any number of steps
+SHAPES = ((64, 64, 8), (128, 64, 8), (64, 32, 4), (64, 32, 8), (32, 32, 4), (32, 32, 8))
+SMALL = (16, 32, 4)  # for any number of steps
 INTERPRETER = Tile(16, 16, 32, 4, 1)
 
 
@@ -89,8 +91,9 @@ def direct(outputs: int, interpreted: bool) -> Tile:
 
 
 def analog(outputs: int, interpreted: bool) -> Tile:
-    """The analog convolution: 64-bit accumulators, 8 a thread."""
-    return direct(outputs, interpreted)
+    """The analog convolution: 64-bit accumulators, 4 a thread."""
+    tile = direct(outputs, interpreted)
+    return tile if interpreted else Tile(tile.m // 2, tile.n, 0, tile.warps, 1)
 
 
 # ---------------------------------------------------------------------------------------- disk cache
