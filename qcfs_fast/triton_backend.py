@@ -105,17 +105,22 @@ def pack_weight(w: Tensor) -> Packed:
     return Packed(digits, sums)
 
 
+def _kernel(w: Tensor) -> Tensor:
+    """The weight of a linear layer as that of a 1x1 convolution."""
+    return w.detach() if w.dim() == 4 else w.detach()[None, None]
+
+
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def packed_weight(w: Tensor) -> Packed:
     """pack_weight, remembered for as long as the weight lives unchanged."""
     if w.is_inference():  # no version counter: changes could not be noticed
-        return pack_weight(w)
+        return pack_weight(_kernel(w))
     state = (w._version, w.data_ptr())
     found = _packed.get(w)
     if found is None or found[0] != state:
-        found = (state, pack_weight(w.detach()))
+        found = (state, pack_weight(_kernel(w)))
         _packed[w] = found
     packed: Packed = found[1]
     return packed
@@ -242,7 +247,7 @@ def _spiking_launch(
         "CONTINUES": fire and group.v_out is not None,
     }
     if launch.direct:
-        product: list[Any] = [none, none, 0, *[1] * 13]
+        product: list[Any] = [none, none, 0, *[1] * 12]
         outputs, scale, count, grouped = O, 1, False, False
         if launch.products:
             (p,) = launch.products

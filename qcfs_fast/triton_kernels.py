@@ -696,8 +696,8 @@ def readout(
             tap = i // blocks
             k = (i - tap * blocks) * BK + lane
             ky = tap // KW
-            iy = oy * SH - PH + ky * DH
-            ix = ox * SW - PW + (tap - ky * KW) * DW
+            iy = oy * SH - PH + ky * DH + k * 0
+            ix = ox * SW - PW + (tap - ky * KW) * DW + k * 0
             inside = (k < K) & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
             valid = inside[:, None] & o_ok[None, :]
             at = counts + ((image * H + iy) * W + ix) * C + k
