@@ -49,5 +49,5 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch
-	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis pillow ruff mypy clang-format
+	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis pillow triton ruff mypy clang-format
 	touch $@
