@@ -27,7 +27,9 @@ class CMakeBuild(build_ext):
         source = Path(__file__).resolve().parent
         prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parent.parent
         build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
+        # A cache of an earlier isolated build names tools of an environment that is gone.
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
         configure = [
             "cmake",
             "-S",
