@@ -50,5 +50,5 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch
-	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis pillow ruff mypy clang-format cmake setuptools
+	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis pillow triton ruff mypy clang-format cmake setuptools
 	touch $@

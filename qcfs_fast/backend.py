@@ -1,17 +1,20 @@
-"""Which kernels run: the native CPU module, the instruction sets it may use, and the fallback.
+"""Which kernels run, where, and why: CPU instruction sets, and the order of GPU backends.
 
-Environment (read at import):
-    QCFS_FAST_MAX_ISA   caps the instruction set of the CPU kernels: portable, avx2 or avx512.
-    QCFS_FAST_BACKEND   "reference" runs every operator through plain torch (slow, exact).
+docs/backends.md describes the order and every override (QCFS_FAST_BACKEND, QCFS_FAST_MAX_ISA, ...) for users;
+both variables are read at import, `force` changes the choice at run time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import importlib.util
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from typing import Any
 
 native: Any = None
@@ -22,7 +25,9 @@ except ImportError as error:  # a source tree that was not built: the reference 
     native_error = str(error)
 
 LEVELS = ("portable", "avx2", "avx512")
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "reference")
+GPU_ORDER = ("cuda", "triton", "reference")
+OLDEST_TRITON = (3, 3)
 
 
 def _level_mask(level: str) -> int:
@@ -54,22 +59,115 @@ def _chosen_backend() -> str:
 host_isa = int(native.host_isa()) if native is not None else 0
 isa_cap = os.environ.get("QCFS_FAST_MAX_ISA", "")
 isa = capped_isa(isa_cap, host_isa)
-use_reference = native is None or _chosen_backend() == "reference"
+requested = _chosen_backend()
+use_reference = native is None or requested == "reference"
 
 
 @contextlib.contextmanager
-def force(isa_mask: int | None = None, reference: bool | None = None) -> Iterator[None]:
-    """For tests and comparisons: run with another instruction-set mask, or through the reference."""
-    global isa, use_reference
-    saved = (isa, use_reference)
+def force(isa_mask: int | None = None, reference: bool | None = None, gpu: str | None = None) -> Iterator[None]:
+    """For tests and comparisons: another instruction-set mask, the reference, or another GPU backend by name."""
+    global isa, use_reference, requested
+    saved = (isa, use_reference, requested)
     if isa_mask is not None and isa_mask & ~host_isa:
         raise ValueError("this processor lacks some of the instruction sets asked for")
+    if gpu is not None and gpu not in ("auto", *GPU_ORDER):
+        raise ValueError(f"GPU backend {gpu!r} is unknown; known backends: auto, {', '.join(GPU_ORDER)}")
     isa = saved[0] if isa_mask is None else isa_mask
     use_reference = saved[1] if reference is None else reference
+    requested = saved[2] if gpu is None else gpu
     try:
         yield
     finally:
-        isa, use_reference = saved
+        isa, use_reference, requested = saved
+
+
+# ---------------------------------------------------------------------------------------------- GPU
+
+
+def _cuda_absence() -> str:
+    return "this version has no CUDA kernels"
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    """Version of the installed Triton, found without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-windows"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(package)
+    return str(importlib.import_module("triton").__version__)
+
+
+def triton_absence(version: str | None) -> str:
+    """Why a Triton of this version (None: not installed) cannot be used; empty if it can."""
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    if version is None:
+        return f"Triton is not installed (pip install 'triton>={oldest}')"
+    if tuple(int(v) for v in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is too old; {oldest} or newer is needed"
+    return ""
+
+
+@functools.cache
+def _triton_absence() -> str:
+    reason = triton_absence(_triton_version())
+    if not reason:
+        try:
+            importlib.import_module(".triton_backend", __package__)
+        except Exception as error:  # a broken installation must not break the others
+            reason = f"Triton cannot be loaded ({type(error).__name__}: {error})"
+    return reason
+
+
+# Why a backend cannot run here; an empty string means that it can. A backend joins by an entry here and in `operators`.
+absence: dict[str, Callable[[], str]] = {
+    "cuda": _cuda_absence,
+    "triton": _triton_absence,
+    "reference": lambda: "",
+}
+
+
+def gpu_backend() -> str:
+    """Name of the backend that operators on GPU tensors use: the one asked for, or the first that can run.
+
+    Raises:
+        RuntimeError: the backend asked for cannot run; nothing else is taken in its place.
+    """
+    if requested == "auto":
+        return next(name for name in GPU_ORDER if not absence[name]())
+    reason = absence[requested]()
+    if reason:
+        raise RuntimeError(f"the {requested} backend was asked for, but {reason}")
+    return requested
+
+
+def triton_on_cpu() -> bool:
+    """Whether CPU tensors go through the Triton kernels: asked for, and Triton runs as an interpreter."""
+    return (
+        requested == "triton"
+        and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+        and gpu_backend() == "triton"
+    )
+
+
+def operators(name: str) -> Mapping[str, Callable[..., Any]]:
+    """The operators of a GPU backend other than the reference, by name; arguments as in reference.py."""
+    found: Mapping[str, Callable[..., Any]] = importlib.import_module(f".{name}_backend", __package__).OPERATORS
+    return found
+
+
+def describe_gpu() -> dict[str, str]:
+    """State of each GPU backend for `info`: "usable" or why not, and which one would run."""
+    states = {name: absence[name]() or "usable" for name in GPU_ORDER if name != "reference"}
+    try:
+        states["in use"] = gpu_backend()
+    except RuntimeError as error:
+        states["in use"] = f"none: {error}"
+    return states
+
+
+# ---------------------------------------------------------------------------------------------- CPU
 
 
 def kernel_sets() -> list[tuple[str, int]]:
@@ -80,7 +178,9 @@ def kernel_sets() -> list[tuple[str, int]]:
 
 
 def describe() -> str:
-    """One word for what runs: the kernel set's name, or "reference"."""
+    """One word for what runs on CPU tensors: the kernel set's name, "reference" or "triton"."""
+    if triton_on_cpu():
+        return "triton"
     if use_reference or native is None:
         return "reference"
     return str(native.chosen_kernel_set(isa))

@@ -1,8 +1,9 @@
 """torch.ops.qcfs_fast: the operators a converted network is made of.
 
-Every operator has a schema, a native CPU kernel (csrc/, reached by address), a fake kernel for
-torch.compile and torch.export, and a plain-torch reference (reference.py) for every other device. There is
-no autograd: an input that requires grad raises. All operators return the same bytes on every backend.
+Every operator has a schema, a native CPU kernel (csrc/, reached by address), a fake kernel for torch.compile and
+torch.export, and a plain-torch reference (reference.py). On CUDA and ROCm tensors the backend that backend.py
+chooses runs (docs/backends.md). There is no autograd: an input that requires grad raises. All operators return
+the same bytes on every backend.
 
 Layouts: spikes are uint8, masks [ceil(T/8), N, H, W, C] (bit t%8 of plane t//8 is the spike at step t) or
 count planes [T, N, H, W, C]; the first dimension tells which. At T = 1 the two coincide. Linear layers use
@@ -659,7 +660,16 @@ def _register(name: str) -> None:
         fake(*args)
         return plain(*args)
 
+    def run_gpu(*args: Any) -> Any:
+        chosen = backend.gpu_backend()
+        if chosen == "reference":
+            return run_reference(*args)
+        fake(*args)
+        return backend.operators(chosen)[name](*args)
+
     def run_native(*args: Any) -> Any:
+        if backend.triton_on_cpu():
+            return run_gpu(*args)
         if backend.use_reference:
             return run_reference(*args)
         out = fake(*args)
@@ -667,7 +677,7 @@ def _register(name: str) -> None:
         return out
 
     library.impl(name, run_native, "CPU")
-    library.impl(name, run_reference, "CUDA")
+    library.impl(name, run_gpu, "CUDA")
     torch.library.register_fake(f"qcfs_fast::{name}", fake, lib=library)
 
 

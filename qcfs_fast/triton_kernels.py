@@ -1,0 +1,779 @@
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+"""Triton kernels of every operator: the same bytes as the CPU kernels and as reference.py.
+
+One spiking layer, per output neuron (row m = pixel of the batch, channel o), for t = 0 .. T-1, in int32:
+
+    I[t] = scale * sum over products, taps, inputs k of  w[k, o] * x[k, t]
+           + sum over residuals of  amplitude[o] * x[t]  + current + bias[o]
+    v[-1] = n[o] / 2      v = v + I[t]      s[t] = v >= n[o]      v = v - n[o] * s[t]
+
+with scale 1 for int16 weights and 256 for int8 weights. Layouts (C order):
+
+    spikes x      uint8  masks [ceil(T/8), N, H, W, C], bit t%8 of plane t//8 is the spike at step t,
+                         or counts [T, N, H, W, C], one byte 0..255 a step
+    weights       int8   [digit, KH, KW, O, KP]: base-256 digits (high, low) of an int16 weight or the int8 weight
+                         itself; KP is C/groups padded with zeros to 16, K innermost as the matrix units want it
+    residuals     uint8  [planes, M, O], amplitude int32 [O];   current int32 [M, O]
+    membrane      int32  [M, O], only where more than 8 steps follow each other
+    partial sums  int32  [steps, M, O], only where a layer has more sources than one launch takes
+    output        uint8  masks [ceil(T/8), M, O]
+
+Tiling of `spiking_dot`: M = N*OH*OW output pixels, an implicit matrix product without im2col. One program owns
+BM x BN neurons of one group for all (up to 8) steps, and takes K in pieces of BK inputs of one filter tap:
+
+                   BN outputs                       x tile: BM x BK mask bytes, read once for all steps
+                 +-----------+                      w tile: BK x BN weights, read once for all steps
+              BK | w, int8   |                      for t: acc[t] += ((x tile >> t) & 1) . w tile
+        BK       +-----------+
+      +-----+    +-----------+ \\
+   BM | x   | -> | acc[0..7] |  > int32, in registers (BM*BN*steps/threads of them, at most 32 a thread, see
+      +-----+    +-----------+ /  triton_tiles.py); then T steps of the recursion there, one byte a neuron out
+
+Two digits need no second set of accumulators: the high digits over all of K, a shift by 8, the low digits on top
+(HORNER). The tensor-core instruction may saturate, so this is used only while |sum| < 2^31 is certain from K alone;
+otherwise high and low sums are kept apart and meet in wrapping integer additions. A count c enters as the signed
+byte c - 128; the launcher adds 128 * sum(w) back (also for padding, which enters as -128). With these, every
+intermediate is exact or exact modulo 2^32, and the contract bounds the result: tile shape, split and device do
+not matter.
+
+Where C/groups is small (depthwise), K very large, or Triton has no int8 matrix instruction for the device (sm_75),
+`spiking_direct` multiplies int32 by int32 instead.
+
+Analog sums (first layer, readout) are formed in int64 (they stay below 2^53) and rounded in double in the order
+reference.py has; the launchers forbid contraction to fused multiply-add.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Adding and subtracting 1.5 * 2^52 rounds a double of magnitude below 2^51 to an integer, halves to even.
+ROUND = tl.constexpr(6755399441055744.0)
+
+
+@triton.jit
+def _offset(count):
+    return (count ^ 128).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _spikes(m, t: tl.constexpr, PTX: tl.constexpr):
+    """Bit t of each mask byte as 0 or 1. In PTX on four bytes at once; a shift brings in only bits that are masked."""
+    if PTX:
+        bits = tl.inline_asm_elementwise(
+            f"shr.u32 $0, $1, {t}; and.b32 $0, $0, 0x01010101;", "=r,r", [m], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        bits = ((m >> t) & 1).to(tl.int8)
+    return bits
+
+
+@triton.jit
+def _add_product(
+    acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
+    x, plane, w, image, oy, ox, row_ok, o, o_ok, first,
+    O, H, W, C, K, KP, KW, TAPS, SH, SW, PH, PW, DH, DW,
+    COUNT: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """acc[t] += one digit plane of one product, over all taps and inputs."""
+    blocks = tl.cdiv(K, BK)
+    lane = tl.arange(0, BK)
+    for i in range(TAPS * blocks):
+        tap = i // blocks
+        k = (i - tap * blocks) * BK + lane
+        ky = tap // KW
+        iy = oy * SH - PH + ky * DH
+        ix = ox * SW - PW + (tap - ky * KW) * DW
+        inside = row_ok & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
+        address = x + (((image * H + iy) * W + ix) * C + first)[:, None] + k[None, :]
+        valid = inside[:, None] & (k < K)[None, :]
+        row = (tap * O + o).to(tl.int64) * KP
+        b = tl.trans(tl.load(w + row[:, None] + k[None, :], mask=o_ok[:, None] & (k < KP)[None, :], other=0))
+        m = tl.load(address, mask=valid, other=0)
+        if COUNT:
+            acc0 = tl.dot(_offset(m), b, acc0, out_dtype=tl.int32)
+            step = tl.cast(plane, tl.int64)
+            if STEPS > 1:
+                m = tl.load(address + step, mask=valid, other=0)
+                acc1 = tl.dot(_offset(m), b, acc1, out_dtype=tl.int32)
+            if STEPS > 2:
+                m = tl.load(address + 2 * step, mask=valid, other=0)
+                acc2 = tl.dot(_offset(m), b, acc2, out_dtype=tl.int32)
+            if STEPS > 3:
+                m = tl.load(address + 3 * step, mask=valid, other=0)
+                acc3 = tl.dot(_offset(m), b, acc3, out_dtype=tl.int32)
+            if STEPS > 4:
+                m = tl.load(address + 4 * step, mask=valid, other=0)
+                acc4 = tl.dot(_offset(m), b, acc4, out_dtype=tl.int32)
+            if STEPS > 5:
+                m = tl.load(address + 5 * step, mask=valid, other=0)
+                acc5 = tl.dot(_offset(m), b, acc5, out_dtype=tl.int32)
+            if STEPS > 6:
+                m = tl.load(address + 6 * step, mask=valid, other=0)
+                acc6 = tl.dot(_offset(m), b, acc6, out_dtype=tl.int32)
+            if STEPS > 7:
+                m = tl.load(address + 7 * step, mask=valid, other=0)
+                acc7 = tl.dot(_offset(m), b, acc7, out_dtype=tl.int32)
+        else:
+            acc0 = tl.dot(_spikes(m, 0, PTX), b, acc0, out_dtype=tl.int32)
+            if STEPS > 1:
+                acc1 = tl.dot(_spikes(m, 1, PTX), b, acc1, out_dtype=tl.int32)
+            if STEPS > 2:
+                acc2 = tl.dot(_spikes(m, 2, PTX), b, acc2, out_dtype=tl.int32)
+            if STEPS > 3:
+                acc3 = tl.dot(_spikes(m, 3, PTX), b, acc3, out_dtype=tl.int32)
+            if STEPS > 4:
+                acc4 = tl.dot(_spikes(m, 4, PTX), b, acc4, out_dtype=tl.int32)
+            if STEPS > 5:
+                acc5 = tl.dot(_spikes(m, 5, PTX), b, acc5, out_dtype=tl.int32)
+            if STEPS > 6:
+                acc6 = tl.dot(_spikes(m, 6, PTX), b, acc6, out_dtype=tl.int32)
+            if STEPS > 7:
+                acc7 = tl.dot(_spikes(m, 7, PTX), b, acc7, out_dtype=tl.int32)
+    return acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7
+
+
+@triton.jit
+def _residual(r, index, valid, r_plane, amplitude, t: tl.constexpr, COUNT: tl.constexpr):
+    """amplitude[o] * x[t] of one residual source."""
+    if COUNT:
+        spikes = tl.load(r + index + t * r_plane, mask=valid, other=0).to(tl.int32)
+    else:
+        spikes = (tl.load(r + index, mask=valid, other=0).to(tl.int32) >> t) & 1
+    return spikes * amplitude[None, :]
+
+
+@triton.jit
+def _step(
+    acc, v, bits, index, valid, constant, threshold, amplitude0, amplitude1,
+    r0, r1, partial_in, partial_out, plane,
+    t: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, RCOUNT0: tl.constexpr, RCOUNT1: tl.constexpr,
+    PARTIAL: tl.constexpr, FIRE: tl.constexpr,
+):  # fmt: skip
+    """Step t of the epilogue: all other sources join the sum, then integrate, fire, soft reset (or store the sum)."""
+    if t < STEPS:
+        if PARTIAL:
+            acc += tl.load(partial_in + index + t * plane, mask=valid, other=0)
+        if R > 0:
+            acc += _residual(r0, index, valid, plane, amplitude0, t, RCOUNT0)
+        if R > 1:
+            acc += _residual(r1, index, valid, plane, amplitude1, t, RCOUNT1)
+        if FIRE:
+            v += acc + constant
+            fired = v >= threshold[None, :]
+            v = tl.where(fired, v - threshold[None, :], v)
+            bits |= fired.to(tl.int32) << t
+        else:
+            tl.store(partial_out + index + t * plane, acc, mask=valid)
+    return v, bits
+
+
+@triton.jit
+def _finish(
+    acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
+    tile_m, rows, o, row_ok, o_ok, O, plane,
+    r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
+    STEPS: tl.constexpr, R: tl.constexpr, RCOUNT0: tl.constexpr, RCOUNT1: tl.constexpr, CURRENT: tl.constexpr,
+    PARTIAL: tl.constexpr, FIRE: tl.constexpr, CONTINUED: tl.constexpr, CONTINUES: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of both spiking kernels. `plane` = M * O, the distance between planes of everything [.., M, O]."""
+    plane = tl.cast(plane, tl.int64)
+    valid = row_ok[:, None] & o_ok[None, :]
+    # 64-bit positions belong to the tile, 32-bit ones to its elements: those are held in registers.
+    origin = tile_m.to(tl.int64) * acc0.shape[0] * O
+    index = rows[:, None] * O + o[None, :]
+    r0 += origin
+    r1 += origin
+    current += origin
+    v_in += origin
+    v_out += origin
+    partial_in += origin
+    partial_out += origin
+    out += origin
+    a0 = o * 0
+    a1 = a0
+    n = a0
+    constant = a0[None, :]
+    v = tl.zeros_like(acc0)
+    bits = tl.zeros_like(acc0)
+    if R > 0:
+        a0 = tl.load(amplitude0 + o, mask=o_ok, other=0)
+    if R > 1:
+        a1 = tl.load(amplitude1 + o, mask=o_ok, other=0)
+    if FIRE:
+        n = tl.load(threshold + o, mask=o_ok, other=2)
+        constant = tl.load(bias + o, mask=o_ok, other=0)[None, :]
+        if CURRENT:
+            constant += tl.load(current + index, mask=valid, other=0)
+        if CONTINUED:
+            v = tl.load(v_in + index, mask=valid, other=0)
+        else:
+            v += (n >> 1)[None, :]
+    v, bits = _step(
+        acc0, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
+        0, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
+    )  # fmt: skip
+    v, bits = _step(
+        acc1, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
+        1, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
+    )  # fmt: skip
+    v, bits = _step(
+        acc2, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
+        2, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
+    )  # fmt: skip
+    v, bits = _step(
+        acc3, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
+        3, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
+    )  # fmt: skip
+    v, bits = _step(
+        acc4, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
+        4, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
+    )  # fmt: skip
+    v, bits = _step(
+        acc5, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
+        5, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
+    )  # fmt: skip
+    v, bits = _step(
+        acc6, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
+        6, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
+    )  # fmt: skip
+    v, bits = _step(
+        acc7, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
+        7, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
+    )  # fmt: skip
+    if FIRE:
+        tl.store(out + index, bits.to(tl.uint8), mask=valid)
+        if CONTINUES:
+            tl.store(v_out + index, v, mask=valid)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "OH", "OW",
+        "H0", "W0", "KW0", "TAPS0", "SH0", "SW0", "PH0", "PW0", "DH0", "DW0",
+        "H1", "W1", "KW1", "TAPS1", "SH1", "SW1", "PH1", "PW1", "DH1", "DW1",
+    ]
+)  # fmt: skip
+def spiking_dot(
+    x0, w0, sums0, x_plane0, w_plane0, H0, W0, C0, K0, KP0, KW0, TAPS0, SH0, SW0, PH0, PW0, DH0, DW0,
+    x1, w1, sums1, x_plane1, w_plane1, H1, W1, C1, K1, KP1, KW1, TAPS1, SH1, SW1, PH1, PW1, DH1, DW1,
+    r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
+    M, OH, OW, O, group_outputs, plane,
+    PRODUCTS: tl.constexpr,     # 1 or 2
+    DIGITS: tl.constexpr,       # 2: int16 weights, 1: int8 weights
+    HORNER: tl.constexpr,       # both digits in one set of accumulators
+    COUNT0: tl.constexpr, COUNT1: tl.constexpr,    # coding of each input
+    STEPS: tl.constexpr,        # steps of this launch, 1 to 8
+    R: tl.constexpr, RCOUNT0: tl.constexpr, RCOUNT1: tl.constexpr,    # residuals: number (0 to 2), codings
+    CURRENT: tl.constexpr,      # whether a constant current is added
+    PARTIAL: tl.constexpr,      # whether sums of an earlier launch are added
+    FIRE: tl.constexpr,         # integrate and fire, or store the sums for a later launch
+    CONTINUED: tl.constexpr, CONTINUES: tl.constexpr,    # steps came before, steps follow
+    PTX: tl.constexpr,          # whether inline PTX can be used (NVIDIA, not interpreted)
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Matrix products of one or two sources, then the neurons. Grid: (tiles of M x tiles of a group's O, groups)."""
+    tiles = tl.cdiv(group_outputs, BN)
+    tile_m = tl.program_id(0) // tiles
+    tile_n = tl.program_id(0) - tile_m * tiles
+    group = tl.program_id(1)
+    rows = tl.arange(0, BM)
+    m = tile_m.to(tl.int64) * BM + rows
+    row_ok = m < M
+    in_group = tile_n * BN + tl.arange(0, BN)
+    o_ok = in_group < group_outputs
+    o = group * group_outputs + in_group
+    ox = (m % OW).to(tl.int32)
+    oy = ((m // OW) % OH).to(tl.int32)
+    image = m // OW // OH
+    acc0 = tl.zeros([BM, BN], tl.int32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+    acc4 = acc0
+    acc5 = acc0
+    acc6 = acc0
+    acc7 = acc0
+    high0 = acc0
+    high1 = acc0
+    high2 = acc0
+    high3 = acc0
+    high4 = acc0
+    high5 = acc0
+    high6 = acc0
+    high7 = acc0
+    for digit in tl.static_range(DIGITS):
+        if digit == 1:
+            if HORNER:
+                acc0 = acc0 << 8
+                acc1 = acc1 << 8
+                acc2 = acc2 << 8
+                acc3 = acc3 << 8
+                acc4 = acc4 << 8
+                acc5 = acc5 << 8
+                acc6 = acc6 << 8
+                acc7 = acc7 << 8
+            else:
+                high0 = acc0 << 8
+                high1 = acc1 << 8
+                high2 = acc2 << 8
+                high3 = acc3 << 8
+                high4 = acc4 << 8
+                high5 = acc5 << 8
+                high6 = acc6 << 8
+                high7 = acc7 << 8
+                acc0 = tl.zeros([BM, BN], tl.int32)
+                acc1 = acc0
+                acc2 = acc0
+                acc3 = acc0
+                acc4 = acc0
+                acc5 = acc0
+                acc6 = acc0
+                acc7 = acc0
+        acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7 = _add_product(
+            acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
+            x0, x_plane0, w0 + digit * tl.cast(w_plane0, tl.int64), image, oy, ox, row_ok, o, o_ok, group * K0,
+            O, H0, W0, C0, K0, KP0, KW0, TAPS0, SH0, SW0, PH0, PW0, DH0, DW0, COUNT0, STEPS, PTX, BK,
+        )  # fmt: skip
+        if PRODUCTS > 1:
+            acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7 = _add_product(
+                acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
+                x1, x_plane1, w1 + digit * tl.cast(w_plane1, tl.int64), image, oy, ox, row_ok, o, o_ok, group * K1,
+                O, H1, W1, C1, K1, KP1, KW1, TAPS1, SH1, SW1, PH1, PW1, DH1, DW1, COUNT1, STEPS, PTX, BK,
+            )  # fmt: skip
+    # What the counts' offset of 128 took away.
+    back = o * 0
+    if COUNT0:
+        back += tl.load(sums0 + o, mask=o_ok, other=0)
+    if PRODUCTS > 1 and COUNT1:
+        back += tl.load(sums1 + o, mask=o_ok, other=0)
+    scale: tl.constexpr = 8 if DIGITS == 1 else 0
+    back = back[None, :]
+    acc0 = (acc0 + high0 + back) << scale
+    acc1 = (acc1 + high1 + back) << scale
+    acc2 = (acc2 + high2 + back) << scale
+    acc3 = (acc3 + high3 + back) << scale
+    acc4 = (acc4 + high4 + back) << scale
+    acc5 = (acc5 + high5 + back) << scale
+    acc6 = (acc6 + high6 + back) << scale
+    acc7 = (acc7 + high7 + back) << scale
+    _finish(
+        acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, tile_m, rows, o, row_ok, o_ok, O, plane,
+        r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
+        STEPS, R, RCOUNT0, RCOUNT1, CURRENT, PARTIAL, FIRE, CONTINUED, CONTINUES,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "OH", "OW", "H", "W", "C", "K", "KW", "TAPS", "SH", "SW", "PH", "PW", "DH", "DW", "group_outputs",
+    ]
+)  # fmt: skip
+def spiking_direct(
+    x, w, x_plane, H, W, C, K, KW, TAPS, SH, SW, PH, PW, DH, DW,
+    r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
+    M, OH, OW, O, group_outputs, plane,
+    PRODUCTS: tl.constexpr,     # 0 or 1
+    SCALE: tl.constexpr,        # 1: int16 weights, 256: int8 weights
+    GROUPED: tl.constexpr,      # whether outputs differ in the inputs they read
+    COUNT: tl.constexpr, STEPS: tl.constexpr,
+    R: tl.constexpr, RCOUNT0: tl.constexpr, RCOUNT1: tl.constexpr, CURRENT: tl.constexpr,
+    PARTIAL: tl.constexpr, FIRE: tl.constexpr, CONTINUED: tl.constexpr, CONTINUES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """As spiking_dot for one source or none, in plain int32 arithmetic; w is [KH, KW, K, O] as the operators take it.
+
+    Neighbouring outputs may belong to different groups here. Grid: (tiles of M, tiles of O).
+    """
+    tile_m = tl.program_id(0)
+    rows = tl.arange(0, BM)
+    m = tile_m.to(tl.int64) * BM + rows
+    row_ok = m < M
+    o = tl.program_id(1) * BN + tl.arange(0, BN)
+    o_ok = o < O
+    acc0 = tl.zeros([BM, BN], tl.int32)
+    acc1 = acc0
+    acc2 = acc0
+    acc3 = acc0
+    acc4 = acc0
+    acc5 = acc0
+    acc6 = acc0
+    acc7 = acc0
+    if PRODUCTS > 0:
+        ox = (m % OW).to(tl.int32)
+        oy = ((m // OW) % OH).to(tl.int32)
+        image = m // OW // OH
+        first = (o // group_outputs) * K
+        for i in range(TAPS * K):
+            tap = i // K
+            ky = tap // KW
+            iy = oy * SH - PH + ky * DH
+            ix = ox * SW - PW + (tap - ky * KW) * DW
+            inside = row_ok & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
+            address = x + (((image * H + iy) * W + ix) * C + (i - tap * K))[:, None]
+            valid = inside[:, None]
+            if GROUPED:
+                address = address + first[None, :]
+                valid = valid & o_ok[None, :]
+            b = tl.load(w + tl.cast(i, tl.int64) * O + o, mask=o_ok, other=0).to(tl.int32)[None, :] * SCALE
+            s = tl.load(address, mask=valid, other=0).to(tl.int32)
+            if COUNT:
+                acc0 += s * b
+                step = tl.cast(x_plane, tl.int64)
+                if STEPS > 1:
+                    acc1 += tl.load(address + step, mask=valid, other=0).to(tl.int32) * b
+                if STEPS > 2:
+                    acc2 += tl.load(address + 2 * step, mask=valid, other=0).to(tl.int32) * b
+                if STEPS > 3:
+                    acc3 += tl.load(address + 3 * step, mask=valid, other=0).to(tl.int32) * b
+                if STEPS > 4:
+                    acc4 += tl.load(address + 4 * step, mask=valid, other=0).to(tl.int32) * b
+                if STEPS > 5:
+                    acc5 += tl.load(address + 5 * step, mask=valid, other=0).to(tl.int32) * b
+                if STEPS > 6:
+                    acc6 += tl.load(address + 6 * step, mask=valid, other=0).to(tl.int32) * b
+                if STEPS > 7:
+                    acc7 += tl.load(address + 7 * step, mask=valid, other=0).to(tl.int32) * b
+            else:
+                acc0 += (s & 1) * b
+                if STEPS > 1:
+                    acc1 += ((s >> 1) & 1) * b
+                if STEPS > 2:
+                    acc2 += ((s >> 2) & 1) * b
+                if STEPS > 3:
+                    acc3 += ((s >> 3) & 1) * b
+                if STEPS > 4:
+                    acc4 += ((s >> 4) & 1) * b
+                if STEPS > 5:
+                    acc5 += ((s >> 5) & 1) * b
+                if STEPS > 6:
+                    acc6 += ((s >> 6) & 1) * b
+                if STEPS > 7:
+                    acc7 += ((s >> 7) & 1) * b
+    _finish(
+        acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, tile_m, rows, o, row_ok, o_ok, O, plane,
+        r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
+        STEPS, R, RCOUNT0, RCOUNT1, CURRENT, PARTIAL, FIRE, CONTINUED, CONTINUES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _encode_planes(current, n, out, index, valid, plane, T):
+    """The recursion on a constant current, all T steps; writes ceil(T/8) planes at `index`."""
+    plane = tl.cast(plane, tl.int64)
+    v = tl.zeros_like(current) + (n >> 1)
+    for p in range(tl.cdiv(T, 8)):
+        bits = tl.zeros_like(current)
+        for b in tl.static_range(8):
+            v += current
+            fired = (v >= n) & (p * 8 + b < T)
+            v = tl.where(fired, v - n, v)
+            bits |= fired.to(tl.int32) << b
+        tl.store(out + p * plane + index, bits.to(tl.uint8), mask=valid)
+
+
+@triton.jit(do_not_specialize=["T", "elements"])
+def encode(
+    current,      # int32 [pixels, C]
+    threshold,    # int32 [C]
+    out,          # uint8 [ceil(T/8), pixels, C]
+    elements,     # pixels * C, the distance between planes
+    C, T,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < elements
+    n = tl.load(threshold + i % C, mask=valid, other=2)
+    _encode_planes(tl.load(current + i, mask=valid, other=0), n, out, i, valid, elements, T)
+
+
+@triton.jit
+def _power_of_two(e):
+    """2^e in double from its bits, e within -1022 .. 1023 (clamped)."""
+    e = tl.minimum(tl.maximum(e, -1022), 1023).to(tl.int64)
+    return ((e + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit(
+    do_not_specialize=["M", "OH", "OW", "H", "W", "C", "K", "KW", "TAPS", "SH", "SW", "PH", "PW", "DH", "DW", "T"]
+)
+def analog(
+    x,                     # int16 [N, H, W, C]
+    exponent,              # int32 [N]
+    w,                     # int16 [KH, KW, K, O], K = C/groups
+    gain, offset,          # float64 [O]
+    low, high,             # int32 [O]
+    threshold,             # int32 [O], used with FIRE
+    out,                   # int32 [M, O] or, with FIRE, masks uint8 [ceil(T/8), M, O]
+    M, OH, OW, O, group_outputs, plane,
+    H, W, C, K, KW, TAPS, SH, SW, PH, PW, DH, DW, T,
+    GROUPED: tl.constexpr, FIRE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """current = clamp(rint(acc * ((gain * 2^half) * 2^(e-half)) + offset), low, high); FIRE: then encode it.
+
+    acc in int64, from int32 products (|x| * |w| < 2^31). Grid: (tiles of M, tiles of O).
+    """
+    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    row_ok = m < M
+    o = tl.program_id(1) * BN + tl.arange(0, BN)
+    o_ok = o < O
+    ox = (m % OW).to(tl.int32)
+    oy = ((m // OW) % OH).to(tl.int32)
+    image = m // OW // OH
+    first = (o // group_outputs) * K
+    acc = tl.zeros([BM, BN], tl.int64)
+    for i in range(TAPS * K):
+        tap = i // K
+        ky = tap // KW
+        iy = oy * SH - PH + ky * DH
+        ix = ox * SW - PW + (tap - ky * KW) * DW
+        inside = row_ok & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
+        address = x + ((image * H + iy) * W + ix) * C + (i - tap * K)
+        b = tl.load(w + tl.cast(i, tl.int64) * O + o, mask=o_ok, other=0).to(tl.int32)
+        if GROUPED:
+            a = tl.load(address[:, None] + first[None, :], mask=inside[:, None] & o_ok[None, :], other=0).to(tl.int32)
+        else:
+            a = tl.load(address, mask=inside, other=0).to(tl.int32)[:, None]
+        acc += (a * b[None, :]).to(tl.int64)
+    e = tl.load(exponent + image, mask=row_ok, other=0)
+    half = e >> 1
+    scale = tl.load(gain + o, mask=o_ok, other=0.0)[None, :] * _power_of_two(half)[:, None]
+    scale = scale * _power_of_two(e - half)[:, None]
+    z = acc.to(tl.float64) * scale
+    z = z + tl.load(offset + o, mask=o_ok, other=0.0)[None, :]
+    # The limits are integers, so clamping before rounding is the same and keeps the rounding trick in range.
+    z = tl.minimum(z, tl.load(high + o, mask=o_ok, other=0).to(tl.float64)[None, :])
+    z = tl.maximum(z, tl.load(low + o, mask=o_ok, other=0).to(tl.float64)[None, :])
+    current = ((z + ROUND) - ROUND).to(tl.int32)
+    index = m[:, None] * O + o[None, :]
+    valid = row_ok[:, None] & o_ok[None, :]
+    if FIRE:
+        n = tl.zeros([BM, BN], tl.int32) + tl.load(threshold + o, mask=o_ok, other=2)[None, :]
+        _encode_planes(current, n, out, index, valid, plane, T)
+    else:
+        tl.store(out + index, current, mask=valid)
+
+
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW", "T", "factor"])
+def pool(
+    x,               # uint8 masks [planes, N, H, W, C] or counts [T, N, H, W, C]
+    rows, cols,      # int64 [OH, 3], [OW, 3]: first, end, divisor
+    out,             # uint8 counts [T, N, OH, OW, C]
+    H, W, C, OH, OW, plane_in, plane_out, T,
+    factor,          # common multiple of the divisors, 0: bare sums
+    COUNT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Window sums of 8 steps, [8, BC] at a time. Grid: (output pixels, tiles of C, groups of 8 steps)."""
+    pixel = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    step = tl.arange(0, 8)
+    t = tl.program_id(2) * 8 + step
+    ox = pixel % OW
+    oy = (pixel // OW) % OH
+    image = (pixel // OW // OH).to(tl.int64)
+    r0, r1, rd = tl.load(rows + 3 * oy), tl.load(rows + 3 * oy + 1), tl.load(rows + 3 * oy + 2)
+    c0, c1, cd = tl.load(cols + 3 * ox), tl.load(cols + 3 * ox + 1), tl.load(cols + 3 * ox + 2)
+    valid = (t < T)[:, None] & (c < C)[None, :]
+    acc = tl.zeros([8, BC], tl.int32)
+    for iy in range(r0, r1):
+        for ix in range(c0, c1):
+            at = ((image * H + iy) * W + ix) * C + c
+            if COUNT:
+                address = x + t[:, None].to(tl.int64) * plane_in + at[None, :]
+                acc += tl.load(address, mask=valid, other=0).to(tl.int32)
+            else:
+                m = tl.load(x + tl.program_id(2).to(tl.int64) * plane_in + at, mask=c < C, other=0).to(tl.int32)
+                acc += (m[None, :] >> step[:, None]) & 1
+    if factor != 0:
+        acc *= (factor // (rd * cd)).to(tl.int32)
+    target = out + t[:, None].to(tl.int64) * plane_out + (pixel.to(tl.int64) * C + c)[None, :]
+    tl.store(target, acc.to(tl.uint8), mask=valid)
+
+
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
+def max_pool(
+    x, rows, cols, out,    # as in pool; x and out are masks
+    H, W, C, OH, OW, plane_in, plane_out,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """OR over each window: 8 steps in a byte. Grid: (output pixels, tiles of C, planes)."""
+    pixel = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    plane = tl.program_id(2).to(tl.int64)
+    ox = pixel % OW
+    oy = (pixel // OW) % OH
+    image = (pixel // OW // OH).to(tl.int64)
+    bits = tl.zeros([BC], tl.uint8)
+    for iy in range(tl.load(rows + 3 * oy), tl.load(rows + 3 * oy + 1)):
+        for ix in range(tl.load(cols + 3 * ox), tl.load(cols + 3 * ox + 1)):
+            at = ((image * H + iy) * W + ix) * C + c
+            bits |= tl.load(x + plane * plane_in + at, mask=c < C, other=0)
+    tl.store(out + plane * plane_out + pixel.to(tl.int64) * C + c, bits, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW", "factor"])
+def pool_counts(
+    x, rows, cols, out,    # x int32 [images, H, W, C], out int32 [images, OH, OW, C]
+    H, W, C, OH, OW, factor,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """Window sums of int32 counts. Grid: (output pixels of all images, tiles of C)."""
+    pixel = tl.program_id(0)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    ox = pixel % OW
+    oy = (pixel // OW) % OH
+    image = (pixel // OW // OH).to(tl.int64)
+    r0, r1, rd = tl.load(rows + 3 * oy), tl.load(rows + 3 * oy + 1), tl.load(rows + 3 * oy + 2)
+    c0, c1, cd = tl.load(cols + 3 * ox), tl.load(cols + 3 * ox + 1), tl.load(cols + 3 * ox + 2)
+    acc = tl.zeros([BC], tl.int32)
+    for iy in range(r0, r1):
+        for ix in range(c0, c1):
+            acc += tl.load(x + ((image * H + iy) * W + ix) * C + c, mask=c < C, other=0)
+    if factor != 0:
+        acc *= (factor // (rd * cd)).to(tl.int32)
+    tl.store(out + pixel.to(tl.int64) * C + c, acc, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["elements", "T"])
+def count(
+    x,           # uint8 masks [ceil(T/8), elements] or counts [T, elements]
+    out,         # int32 [1, elements] totals or, with PREFIX, [T, elements] running sums
+    elements, T,
+    COUNT: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < elements
+    plane = tl.cast(elements, tl.int64)
+    total = tl.zeros([BLOCK], tl.int32)
+    for t in range(T):
+        if COUNT:
+            total += tl.load(x + t * plane + i, mask=valid, other=0).to(tl.int32)
+        else:
+            total += (tl.load(x + (t // 8) * plane + i, mask=valid, other=0).to(tl.int32) >> (t % 8)) & 1
+        if PREFIX:
+            tl.store(out + t * plane + i, total, mask=valid)
+    if not PREFIX:
+        tl.store(out + i, total, mask=valid)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "OH", "OW", "H", "W", "C", "K", "KW", "TAPS", "SH", "SW", "PH", "PW", "DH", "DW", "T", "step_rows", "multiple",
+    ]
+)  # fmt: skip
+def readout(
+    counts,        # int32 [images, H, W, C]
+    w,             # int16 [KH, KW, K, O]; unused with IDENTITY (then H, W, C are those of the output)
+    gain,          # float64 [O]
+    offset,        # float64 [O], used with LAST
+    total,         # float64 [rows, O], the sum over the terms so far
+    out,           # float32 [rows, O], written with LAST
+    OH, OW, O, group_outputs, H, W, C, K, KW, TAPS, SH, SW, PH, PW, DH, DW, T,
+    step_rows,     # with running counts, the rows of one step (row // step_rows + 1 steps have passed); 0: totals
+    multiple,      # divisor of the pool before
+    IDENTITY: tl.constexpr, GROUPED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One term: total + (sum of w * count) * gain / (steps * multiple). Grid: (rows = images*OH*OW, tiles of O).
+
+    One row a program, [BK, BN] weights at a time, so that a single sample still keeps many threads busy.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BN + tl.arange(0, BN)
+    o_ok = o < O
+    if IDENTITY:
+        acc = tl.load(counts + row * O + o, mask=o_ok, other=0).to(tl.int64)
+    else:
+        ox = (row % OW).to(tl.int32)
+        oy = ((row // OW) % OH).to(tl.int32)
+        image = row // OW // OH
+        first = (o // group_outputs) * K
+        lane = tl.arange(0, BK)
+        blocks = tl.cdiv(K, BK)
+        sums = tl.zeros([BK, BN], tl.int64)
+        for i in range(TAPS * blocks):
+            tap = i // blocks
+            k = (i - tap * blocks) * BK + lane
+            ky = tap // KW
+            iy = oy * SH - PH + ky * DH + k * 0
+            ix = ox * SW - PW + (tap - ky * KW) * DW + k * 0
+            inside = (k < K) & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
+            valid = inside[:, None] & o_ok[None, :]
+            at = counts + ((image * H + iy) * W + ix) * C + k
+            if GROUPED:
+                a = tl.load(at[:, None] + first[None, :], mask=valid, other=0).to(tl.int64)
+            else:
+                a = tl.load(at, mask=inside, other=0).to(tl.int64)[:, None]
+            b = tl.load(w + (tap * K + k).to(tl.int64)[:, None] * O + o[None, :], mask=valid, other=0).to(tl.int64)
+            sums += a * b
+        acc = tl.sum(sums, axis=0)
+    steps = row * 0 + T
+    if step_rows != 0:
+        steps = row // step_rows + 1
+    divisor = steps.to(tl.float64) * tl.cast(multiple, tl.float64)
+    part = acc.to(tl.float64) * tl.load(gain + o, mask=o_ok, other=0.0)
+    part = part / divisor
+    if not FIRST:
+        part = tl.load(total + row * O + o, mask=o_ok, other=0.0) + part
+    if LAST:
+        part = part + tl.load(offset + o, mask=o_ok, other=0.0)
+        tl.store(out + row * O + o, part.to(tl.float32), mask=o_ok)
+    else:
+        tl.store(total + row * O + o, part, mask=o_ok)
+
+
+@triton.jit
+def _scaled_input(x, source, scale, shift, image, pixel, c, W, stride_n, stride_c, stride_h, stride_w, valid):
+    at = image * stride_n + tl.load(source + c, mask=valid, other=0) * stride_c
+    at += (pixel // W) * stride_h + (pixel % W) * stride_w
+    z = tl.load(x + at, mask=valid, other=0.0) * tl.load(scale + c, mask=valid, other=0.0)
+    return z + tl.load(shift + c, mask=valid, other=0.0)
+
+
+@triton.jit(do_not_specialize=["per_sample", "C", "W", "stride_n", "stride_c", "stride_h", "stride_w"])
+def largest_input(
+    x,                           # float32 [N, C', H, W] with any strides
+    source, scale, shift,        # int64, float32, float32 [C]
+    most,                        # int32 [N], zero before: bits of max |x[source] * scale + shift| over the sample
+    per_sample,                  # H * W * C
+    C, W, stride_n, stride_c, stride_h, stride_w,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Bits of non-negative floats order as the floats do, infinity and NaN above all. Grid: (N, tiles of a sample)."""
+    image = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < per_sample
+    z = _scaled_input(x, source, scale, shift, image, i // C, i % C, W, stride_n, stride_c, stride_h, stride_w, valid)
+    bits = z.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(most + image, tl.max(tl.where(valid, bits, 0), axis=0))
+
+
+@triton.jit(do_not_specialize=["per_sample", "C", "W", "stride_n", "stride_c", "stride_h", "stride_w"])
+def quantize(
+    x, source, scale, shift, most,    # as in largest_input
+    out,                              # int16 [N, H, W, C]
+    exponent,                         # int32 [N]
+    per_sample, C, W, stride_n, stride_c, stride_h, stride_w,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """q = rint(z * 2^-e) with the smallest e for which most <= 32767 * 2^e. Grid: (N, tiles of a sample).
+
+    With most = f * 2^q and f of 53 bits, 32767 * 2^38 has 53 bits too: e = q + 38 if f is not above it, else q + 39.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    valid = i < per_sample
+    largest = tl.load(most + image)
+    bits = largest.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
+    fraction = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000
+    e = ((bits >> 52) - 1023 - 52 + 38).to(tl.int32)
+    e = tl.where(fraction <= 9006924376834048, e, e + 1)
+    e = tl.where(largest == 0, 0, e)
+    z = _scaled_input(
+        x, source, scale, shift, image, i // C, i % C, W, stride_n, stride_c, stride_h, stride_w, valid
+    ).to(tl.float64)
+    q = (z * _power_of_two(-e) + ROUND) - ROUND
+    tl.store(out + image * per_sample + i, q.to(tl.int16), mask=valid)
+    if tl.program_id(1) == 0:
+        tl.store(exponent + image, e)

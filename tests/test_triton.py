@@ -1,0 +1,533 @@
+"""Every operator through the Triton kernels, in Triton's interpreter, against the CPU kernels and the reference: ==."""
+
+import importlib.util
+import os
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed; make test installs it from constraints.txt", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+from math import lcm
+
+import torch
+from torch import nn
+
+import qcfs_fast
+from qcfs_fast import backend, reference, triton_tiles
+from qcfs_fast import triton_backend as tb
+from qcfs_fast.windows import PoolSpec
+
+OPS = torch.ops.qcfs_fast
+ODD = (1, 3, 7, 8, 9, 15, 16, 17, 31, 33)
+POINTWISE = [1, 1, 1, 1, 0, 0, 1, 1, 1]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that ran: a test states which it means."""
+    names = []
+    launch = tb._launch
+
+    def note(kernel, *args, **options):
+        names.append(kernel.fn.__name__)
+        return launch(kernel, *args, **options)
+
+    monkeypatch.setattr(tb, "_launch", note)
+    return names
+
+
+def same(name, *args):
+    """Run an operator on Triton, the CPU kernels and the reference; returns the common answer."""
+    with backend.force(gpu="triton"):
+        assert backend.describe() == "triton"
+        got = getattr(OPS, name)(*args)
+    with backend.force(reference=False):
+        assert backend.describe() in [k for k, _ in backend.kernel_sets()]
+        want = getattr(OPS, name)(*args)
+    plain = getattr(reference, name)(*args)
+    results = [r if isinstance(r, tuple) else (r,) for r in (got, want, plain)]
+    for a, b, c in zip(*results, strict=True):
+        assert a.dtype == b.dtype == c.dtype
+        assert a.shape == b.shape == c.shape
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+    return got
+
+
+class Random:
+    def __init__(self, seed):
+        self.g = torch.Generator().manual_seed(seed)
+
+    def integers(self, low, high, shape=(), dtype=torch.int64):
+        """low .. high inclusive."""
+        return torch.randint(low, high + 1, tuple(shape), generator=self.g, dtype=torch.int64).to(dtype)
+
+    def one(self, low, high):
+        return int(self.integers(low, high))
+
+    def pick(self, options):
+        return options[self.one(0, len(options) - 1)]
+
+    def chance(self, p):
+        return float(torch.rand((), generator=self.g)) < p
+
+    def spikes(self, shape, T, count):
+        s = torch.rand((T, *shape), generator=self.g) < self.pick((0.1, 0.3, 0.6))
+        if count:
+            return (s * self.integers(1, 255, (T, *shape))).to(torch.uint8)
+        return reference.pack(s)
+
+    def weights(self, shape, bits, extreme):
+        """Coarse grids, so that sums collide with thresholds; or the limits of the digits."""
+        if bits == 8:
+            limits = torch.tensor([-127, 127], dtype=torch.int8)
+            return limits[self.integers(0, 1, shape)] if extreme else self.integers(-3, 3, shape, torch.int8)
+        limits = torch.tensor([-32639, 32639, 127, -128, 128], dtype=torch.int16)
+        return limits[self.integers(0, 4, shape)] if extreme else self.integers(-4, 4, shape, torch.int16) * 64
+
+
+class Evidence:
+    """Firing rates and exact hits of the thresholds: silent neurons would agree trivially."""
+
+    def __init__(self):
+        self.fired = self.neurons = self.ties = 0
+
+    def add(self, total, threshold):
+        n = threshold.to(torch.int64)
+        v = (n // 2).expand(total.shape[1:])
+        for current in total:
+            v = v + current
+            assert int(v.abs().max()) < 2**31
+            s = v >= n
+            self.ties += int((v == n).sum())
+            self.fired, self.neurons = self.fired + int(s.sum()), self.neurons + s.numel()
+            v = v - n * s
+
+    def check(self, ties=True):
+        assert 0.05 < self.fired / self.neurons < 0.95
+        assert self.ties > 0 or not ties
+
+
+def currents(x, weight, geometry, residual, amplitude, current, bias, T):
+    total = bias.to(torch.int64)
+    for i, (xi, wi) in enumerate(zip(x, weight, strict=True)):
+        steps = reference.unpack(xi, T)
+        part = reference.convolve(steps.flatten(0, 1), wi, geometry[9 * i : 9 * i + 9]).to(torch.int64)
+        total = total + part.unflatten(0, (T, xi.shape[1])) * (256 if wi.dtype == torch.int8 else 1)
+    for r, a in zip(residual, amplitude, strict=True):
+        total = total + reference.unpack(r, T) * a
+    if current is not None:
+        total = total + current
+    return total.expand(T, *total.shape[-4:])
+
+
+def layer(seed, evidence, T=None, channels=None, outputs=None, bits=None, products=None, residuals=None, plain=False):
+    """Arguments of conv2d_if for a random layer whose neurons fire."""
+    r = Random(seed)
+    T = T or r.one(1, 20)
+    bits = bits or r.pick((8, 16))
+    extreme = r.chance(0.25)
+    O = outputs or r.pick(ODD)
+    groups = 1 if plain else r.pick((1, 1, 1, O, r.pick([g for g in range(1, O + 1) if O % g == 0])))
+    C = channels or (r.pick(ODD) if groups == 1 else groups * (1 if groups == O else r.one(1, 9)))
+    size = r.one(2, 5), r.one(2, 5)
+    N = r.one(1, 2)
+    while True:
+        g = [r.one(1, 3), r.one(1, 3), r.one(1, 2), r.one(1, 2), r.one(0, 2), r.one(0, 2), r.one(1, 2), r.one(1, 2)]
+        oh, ow = ((size[i] + 2 * g[4 + i] - g[6 + i] * (g[i] - 1) - 1) // g[2 + i] + 1 for i in (0, 1))
+        if 0 < oh and 0 < ow and oh * ow <= 25:
+            break
+    x = [r.spikes((N, *size, C), T, r.chance(0.3))]
+    w = [r.weights((g[0], g[1], C // groups, O), bits, extreme)]
+    geometry = [*g, groups]
+    while len(x) < (products or 1 + r.chance(0.3)):
+        C = r.pick(ODD)
+        x.append(r.spikes((N, oh, ow, C), T, r.chance(0.3)))
+        w.append(r.weights((1, 1, C, O), bits, extreme))
+        geometry += POINTWISE
+    unit = 256 if bits == 8 else 64
+    extra = [r.spikes((N, oh, ow, O), T, r.chance(0.3)) for _ in range(r.one(0, 2) if residuals is None else residuals)]
+    amplitude = [r.integers(0, 4, (O,), torch.int32) * unit for _ in extra]
+    constant = r.integers(-3, 3, (N, oh, ow, O), torch.int32) * unit if r.chance(0.3) else None
+    bias = r.integers(-2, 2, (O,), torch.int32) * unit
+    total = currents(x, w, geometry, extra, amplitude, constant, bias, T)
+    typical = total.double().abs().mean((0, 1, 2, 3)) * r.pick((0.5, 1.0, 2.0))
+    threshold = (2 * unit * (typical / (2 * unit)).round()).clamp_min(2 * unit).to(torch.int32)
+    evidence.add(total, threshold)
+    return x, w, geometry, extra, amplitude, constant, bias, threshold, T
+
+
+def test_the_interpreter_runs():
+    assert tb.INTERPRETED
+    with backend.force(gpu="triton"):
+        assert backend.describe() == "triton"
+        assert backend.describe_gpu()["in use"] == "triton"
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_layers(part, launched):
+    evidence = Evidence()
+    for seed in range(100 * part, 100 * part + 16):
+        same("conv2d_if", *layer(seed, evidence))
+    evidence.check()
+    assert {"spiking_dot", "spiking_direct"} <= set(launched)
+
+
+@pytest.mark.parametrize("T", range(1, 21))
+def test_steps(T, launched):
+    evidence = Evidence()
+    for bits in (8, 16):
+        same("conv2d_if", *layer(T, evidence, T=T, channels=17, outputs=9, bits=bits, plain=True))
+    assert "spiking_dot" in launched
+    evidence.check(ties=False)  # few neurons here; the larger tests show ties
+
+
+@pytest.mark.parametrize("size", ODD)
+def test_odd_sizes(size, launched):
+    evidence = Evidence()
+    for other in (1, 8, 33):
+        same("conv2d_if", *layer(1000 + size, evidence, T=3, channels=size, outputs=other, plain=True))
+        same("conv2d_if", *layer(2000 + size, evidence, T=9, channels=other, outputs=size, plain=True))
+    evidence.check(ties=False)
+    assert {"spiking_dot", "spiking_direct"} <= set(launched)
+
+
+def test_many_sources(launched):
+    """More products and residuals than one launch takes: partial sums pass through memory."""
+    evidence = Evidence()
+    for seed in range(6):
+        same("conv2d_if", *layer(seed, evidence, products=5, residuals=4, channels=16, plain=True))
+        same("conv2d_if", [], [], [], *layer(seed, evidence, residuals=3)[3:])
+    evidence.check()
+    assert len(launched) > 6 * 4
+
+
+def test_without_matrix_units(launched, monkeypatch):
+    monkeypatch.setattr(tb, "_matrix_units", lambda device: False)
+    evidence = Evidence()
+    for seed in range(6):
+        same("conv2d_if", *layer(seed, evidence, channels=7 + seed, outputs=9, plain=True))
+    evidence.check()
+    assert set(launched) == {"spiking_direct"}
+
+
+@pytest.mark.parametrize("tile", [(16, 32, 64), (64, 16, 32), (32, 64, 32)])
+def test_tiles_do_not_matter(tile, monkeypatch, launched):
+    monkeypatch.setattr(triton_tiles, "INTERPRETER", triton_tiles.Tile(*tile, 4, 1))
+    evidence = Evidence()
+    for seed in range(8):
+        same("conv2d_if", *layer(seed, evidence, channels=33, plain=True))
+    evidence.check()
+    assert "spiking_dot" in launched
+
+
+def test_digits_apart_from_a_depth_on(launched, monkeypatch):
+    """Deep layers keep the sums of high and low digits apart, and the deepest leave the matrix units."""
+    evidence = Evidence()
+    monkeypatch.setattr(tb, "HORNER_DEPTH", 1)
+    for seed in range(6):
+        same("conv2d_if", *layer(seed, evidence, channels=17, plain=True))
+    assert "spiking_dot" in launched
+    launched.clear()
+    monkeypatch.setattr(tb, "MASK_DEPTH", 1)
+    monkeypatch.setattr(tb, "COUNT_DEPTH", 1)
+    same("conv2d_if", *layer(0, evidence, channels=17, plain=True))
+    assert "spiking_dot" not in launched
+    evidence.check()
+
+
+def test_depth_limits_hold():
+    """The largest sums of digit products below each limit fit 32 bits."""
+    for depth, worst in (
+        (tb.HORNER_DEPTH - 1, 256 * 128 + 128),
+        (tb.COUNT_DEPTH - 1, 128 * 128),
+        (tb.MASK_DEPTH - 1, 128),
+    ):
+        assert depth * worst < 2**31
+
+
+def test_extreme_counts_and_weights(launched):
+    """All counts 255 under all-equal extreme weights: the largest partial sums there are."""
+    for value in (-32639, 32639):
+        x = torch.full((2, 1, 3, 3, 33), 255, dtype=torch.uint8)
+        w = torch.full((2, 2, 33, 3), value, dtype=torch.int16)
+        bias = torch.tensor([0, 64, -64], dtype=torch.int32)
+        n = torch.full((3,), 2 * (255 * 32639 * 33), dtype=torch.int32)
+        out = same("conv2d_if", [x], [w], [2, 2, 1, 1, 1, 1, 1, 1, 1], [], [], None, bias, n, 2)
+        if value > 0:
+            spikes = reference.unpack(out, 2).double().mean()
+            assert 0.05 < float(spikes) < 0.95
+    assert set(launched) == {"spiking_dot"}
+
+
+def test_linear(launched):
+    evidence = Evidence()
+    for seed in range(12):
+        r = Random(seed)
+        x, w, _, residual, amplitude, current, bias, n, T = layer(
+            seed, evidence, channels=r.pick((9, 33)), plain=True, products=1
+        )
+        K = x[0].shape[-1]
+        flat = [x[0][:, :, 0, 0]], [w[0][0, 0]]
+        rest = [t[:, :, 0, 0] for t in residual], amplitude, None if current is None else current[:, 0, 0]
+        assert flat[1][0].shape[0] == K
+        same("linear_if", *flat, *rest, bias, n, T)
+    evidence.check()
+    assert "spiking_dot" in launched
+
+
+def test_weights_changed_in_place_are_seen():
+    evidence = Evidence()
+    args = layer(3, evidence, T=4, channels=16, outputs=16, bits=16, plain=True, products=1)
+    before = same("conv2d_if", *args)
+    args[1][0].neg_()
+    assert not torch.equal(before, same("conv2d_if", *args))
+    with torch.inference_mode():
+        same("conv2d_if", args[0], [args[1][0].clone()], *args[2:])
+
+
+# ----------------------------------------------------------------------------------- the other operators
+
+
+def test_first_layer(launched):
+    evidence = Evidence()
+    for seed in range(16):
+        r = Random(seed)
+        T = r.one(1, 20)
+        groups = r.pick((1, 1, 2, 3))
+        C, O, N = groups * r.one(1, 4), groups * r.one(1, 11), r.one(1, 2)
+        g = [r.one(1, 3), r.one(1, 3), r.one(1, 2), r.one(1, 2), r.one(0, 1), r.one(0, 1), 1, 1, groups]
+        x = r.integers(-32767, 32767, (N, 5, 6, C), torch.int16)
+        e = r.integers(-21, 3, (N,), torch.int32)
+        w = r.weights((g[0], g[1], C // groups, O), 16, seed % 2 == 0)
+        acc = reference.convolve(x, w, g) * torch.exp2(e.double())[:, None, None, None]
+        gain = 1000.0 / acc.abs().mean((0, 1, 2)).clamp_min(1e-9)
+        n = torch.full((O,), 2048, dtype=torch.int32)
+        low = torch.zeros_like(n) if r.chance(0.5) else -n
+        args = (x, e, w, g, gain, torch.randn(O, generator=r.g, dtype=torch.float64) * 100, low, n)
+        current = same("conv2d_current", *args)
+        same("conv2d_encode", *args, n, T)
+        same("encode", current, n, T)
+        evidence.add(current.to(torch.int64).expand(T, *current.shape), n)
+    evidence.check(ties=False)
+    assert set(launched) == {"analog", "encode"}
+
+
+def test_first_layer_rounds_halves_to_even():
+    x = torch.arange(-32, 32, dtype=torch.int16).reshape(1, 8, 8, 1)
+    limits = torch.tensor([-(2**31) + 1], dtype=torch.int32), torch.tensor([2**31 - 1], dtype=torch.int32)
+    for exponent, gain, offset in ((-1, 1.0, 0.0), (0, 0.5, 1e9), (7, 2.0**-8, -(2.0**30)), (-300, 2.0**299, 0.0)):
+        e = torch.tensor([exponent], dtype=torch.int32)
+        vectors = torch.tensor([gain], dtype=torch.float64), torch.tensor([offset], dtype=torch.float64)
+        out = same("conv2d_current", x, e, torch.ones((1, 1, 1, 1), dtype=torch.int16), POINTWISE, *vectors, *limits)
+        halves = x.double().flatten() / 2 + offset
+        assert torch.equal(out.flatten().double(), halves.round())
+        assert bool((halves != halves.floor()).any())
+
+
+def test_constant_current_gives_qcfs_counts():
+    n = 720720  # divisible by every T tried, so that z*T/n + 1/2 hits integers exactly
+    for T in (1, 2, 7, 8, 9, 16, 20):
+        z = torch.cat([torch.arange(-n // 2, 2 * n, 9973), torch.arange(-1, 2 * T + 2) * n // (2 * T)]).to(torch.int32)
+        masks = same("encode", z.reshape(-1, 1), torch.tensor([n], dtype=torch.int32), T)
+        counts = same("count", masks, T, False).flatten().to(torch.int64)
+        want = torch.div(2 * z.to(torch.int64) * T + n, 2 * n, rounding_mode="floor").clamp(0, T)
+        assert torch.equal(counts, want)
+        assert 0.05 < float(counts.double().mean()) / T < 0.95
+
+
+def test_quantize_input(launched):
+    for seed in range(10):
+        r = Random(seed)
+        N, C, H, W = (r.one(1, 5) for _ in range(4))
+        scales = 10.0 ** r.integers(-30, 30, (N, 1, 1, 1)).double()
+        x = (torch.randn((N, C, H, W), generator=r.g) * scales).float()
+        source = r.integers(0, C - 1, (C + 1,))
+        scale, shift = torch.randn((2, C + 1), generator=r.g)
+        same("quantize_input", x, source, scale, shift)
+        same("quantize_input", x.contiguous(memory_format=torch.channels_last), source, scale, shift * 0)
+    one = torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.zeros(1)
+    edges = (0.0, 1.0, -1.0, 32767.0, 32767.002, 32768.0, 65534.0, 2.0**-140, 1e-45, 3.4e38, -3.4e38)
+    same("quantize_input", torch.tensor(edges).reshape(-1, 1, 1, 1), *one)
+    for dtype in (torch.float16, torch.bfloat16):
+        same("quantize_input", torch.randn(2, 1, 3, 3).to(dtype), *one)
+    assert {"largest_input", "quantize"} == set(launched)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.ones(2, 1, 40, 40)
+        x[1, 0, 39, 39] = bad
+        with backend.force(gpu="triton"), pytest.raises(ValueError, match="NaN or infinity"):
+            OPS.quantize_input(x, *one)
+
+
+POOLS = (
+    PoolSpec("avg", (2, 2), (2, 2)),
+    PoolSpec("avg", (3, 2), (2, 1), (1, 0), count_include_pad=False, size=(5, 7)),
+    PoolSpec("avg", (3, 3), (2, 2), ceil_mode=True, size=(5, 7)),
+    PoolSpec("avg", output=(1, 1), size=(5, 7)),
+    PoolSpec("avg", output=(2, 3), size=(5, 7)),
+)
+
+
+@pytest.mark.parametrize("spec", POOLS)
+def test_pooling(spec, launched):
+    rows, cols = spec.windows(5, 0), spec.windows(7, 1)
+    multiple = lcm(*spec.divisors())
+    for T, count in ((1, True), (5, True), (11, False)):
+        r = Random(T)
+        x = r.spikes((2, 5, 7, 17), T, count)
+        small = x.clamp_max(2) if count else x
+        for m in (multiple, 0):
+            if m <= 100:
+                same("pool", small, rows, cols, m, T)
+            same("pool_counts", reference.unpack(x, T).to(torch.int32), rows, cols, m)
+        same("max_pool", x, rows, cols)
+        for prefix in (False, True):
+            same("count", x, T, prefix)
+    assert {"pool", "pool_counts", "max_pool", "count"} == set(launched)
+
+
+def test_readout(launched):
+    for seed in range(16):
+        r = Random(seed)
+        T, N, O = r.one(1, 8), r.one(1, 3), r.one(1, 19)
+        groups = r.pick([g for g in (1, 2, 3) if O % g == 0])
+        S = T if r.chance(0.5) else 1
+        K = r.one(1, 20)
+        counts = [r.integers(0, 500, (S, N, 3, 4, K * groups), torch.int32)]
+        counts.append(r.integers(0, 2**31 - 1, (S, N, 4, 4, O), torch.int32))
+        weights = [r.weights((2, 3, K, O), 16, r.chance(0.5)), torch.zeros(0, dtype=torch.int16)]
+        gains = list(torch.randn((2, O), generator=r.g, dtype=torch.float64))
+        offset = torch.randn(O, generator=r.g, dtype=torch.float64)
+        geometry = [2, 3, 1, 1, 1, 1, 1, 1, groups, *POINTWISE]
+        for n in (1, 2):
+            same("readout", counts[:n], weights[:n], geometry[: 9 * n], gains[:n], [36, 7][:n], offset, T)
+    assert set(launched) == {"readout"}
+
+
+# -------------------------------------------------------------------------------------- whole networks
+
+
+class Block(nn.Module):
+    """A residual block with a projection shortcut, then one with identity."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 12, 3, 2, 1), nn.Conv2d(12, 12, 3, 1, 1, groups=groups)
+        self.short = nn.Conv2d(8, 12, 1, 2)
+        self.c = nn.Conv2d(12, 12, 3, 1, 2, dilation=2)
+        self.norm = nn.BatchNorm2d(12)
+
+    def forward(self, x):
+        x = torch.relu(self.b(torch.relu(self.a(x))) + self.short(x))
+        return torch.relu(self.norm(self.c(x)) + x)
+
+
+def network(groups, head):
+    torch.manual_seed(groups)
+    stem = [nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
+    tail = {
+        "linear": [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5)],
+        "global": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5)],
+    }[head]
+    return nn.Sequential(*stem, Block(groups), *tail)
+
+
+@pytest.mark.parametrize(("groups", "head", "bits"), [(1, "linear", 16), (12, "global", 16), (3, "linear", 8)])
+def test_networks(groups, head, bits, launched):
+    images = torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    model = qcfs_fast.prepare(network(groups, head).eval(), levels=4)
+    qcfs_fast.calibrate(model, [images], progress=False)
+    snn = qcfs_fast.convert(model, T=4, weight_bits=bits, max_T=11, input_shape=(3, 8, 8))
+    for T in (1, 4, 11):
+        values = []
+        for gpu in ("triton", "auto"):
+            seen = {}
+            with backend.force(gpu=gpu), torch.no_grad():
+                assert (backend.describe() == "triton") == (gpu == "triton")
+                logits = snn.run(images, T, per_step=True, watch=lambda name, _, value, s=seen: s.update({name: value}))
+            values.append((logits, seen))
+        (a, first), (b, second) = values
+        assert torch.equal(a, b)
+        rates = []
+        for name in snn.spiking_layers:
+            assert torch.equal(first[name], second[name]), name
+            rates.append(float(reference.unpack(second[name], T).double().mean()))
+        assert 0.05 < sum(rates) / len(rates) < 0.95
+    assert {"quantize", "analog", "spiking_dot", "count", "readout"} <= set(launched)
+
+
+# ------------------------------------------------------------------------------------------------ tiles
+
+
+def problem(**changes):
+    values = {"rows": 1000, "outputs": 64, "groups": 1, "inputs": 64, "depth": 576, "steps": 4, "accumulators": 4}
+    return triton_tiles.Problem(**{**values, "variant": "x", **changes})
+
+
+def test_tile_candidates():
+    for accumulators in range(1, 17):
+        for rows in (1, 49, 10**6):
+            for outputs in (1, 9, 512):
+                found = triton_tiles.candidates(problem(rows=rows, outputs=outputs, accumulators=accumulators))
+                assert 1 <= len(found) <= 7
+                for t in found:
+                    small = (t.m, t.n) == triton_tiles.SMALL[:2]
+                    assert small or t.m * t.n * accumulators <= triton_tiles.REGISTERS * 32 * t.warps
+
+
+def test_fastest_tile_skips_what_does_not_fit():
+    tiles = triton_tiles.candidates(problem())
+    times = {tiles[0]: 3.0, tiles[1]: 1.0}
+    ran = []
+
+    def milliseconds(run):
+        run()
+        if ran[-1] not in times:
+            raise triton_tiles.triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+        return times[ran[-1]]
+
+    assert triton_tiles.fastest(tiles, ran.append, milliseconds) == tiles[1]
+    assert ran == tiles
+
+
+def test_tile_cache(tmp_path):
+    path = tmp_path / "deeper" / "triton-tiles.json"
+    assert triton_tiles.read_cache(path) == {}
+    a, b = triton_tiles.Tile(1, 2, 3, 4, 5), triton_tiles.Tile(5, 4, 3, 2, 1)
+    triton_tiles.write_cache(path, {"a": a})
+    triton_tiles.write_cache(path, {"b": b})
+    assert triton_tiles.read_cache(path) == {"a": a, "b": b}
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    for broken in ("", "[]", '{"a": [1]}', '{"a": 3}', "{"):
+        path.write_text(broken)
+        assert triton_tiles.read_cache(path) == {}
+
+
+def test_tiles_are_timed_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCFS_FAST_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(triton_tiles, "_known", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "fake")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    ran = []
+    monkeypatch.setattr(triton_tiles, "_milliseconds", lambda run: (run(), -float(len(ran)))[1])
+    options = triton_tiles.candidates(problem())
+    assert triton_tiles.choose(problem(), ran.append, None, False) == options[-1]  # each faster than the one before
+    assert ran == options
+    monkeypatch.setattr(triton_tiles, "_known", None)  # a new process reads the file
+    assert triton_tiles.choose(problem(), ran.append, None, False) == options[-1]
+    assert ran == options
+    monkeypatch.setenv("QCFS_FAST_TRITON_TUNE", "0")
+    assert triton_tiles.choose(problem(), ran.append, None, False) == options[0]
+    assert triton_tiles.choose(problem(), ran.append, None, True) == triton_tiles.INTERPRETER
+
+
+def test_matrix_units_by_architecture():
+    has = tb.has_matrix_units
+    assert not has("cuda", 75, (3, 9, 0))
+    assert all(has("cuda", arch, (3, 3, 0)) for arch in (80, 86, 89, 90, 100))
+    assert not has("cuda", 120, (3, 3, 0))
+    assert has("cuda", 120, (3, 9, 0))
+    assert has("hip", "gfx90a", (3, 9, 0))
+    assert not has("hip", "gfx1030", (3, 9, 0))
