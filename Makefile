@@ -6,9 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qcfs_fast -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.py')
-PYTHON_FILES := qcfs_fast tests benchmarks examples setup.py
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc' -o -name '*.py')
+PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: demo test check format bench clean
 

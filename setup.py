@@ -1,6 +1,7 @@
-"""Builds the native module through CMake and Ninja; everything else is in pyproject.toml.
+"""Builds the native modules through CMake and Ninja; everything else is in pyproject.toml.
 
-torch is not needed to build: the kernels know only pointers and sizes.
+torch is not needed to build: the kernels know only pointers and sizes. QCFS_FAST_CUDA (auto, on, off),
+TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS are read from the environment, here or by CMakeLists.txt.
 """
 
 import os

@@ -8,6 +8,7 @@ logits = snn(images)
 
 from .calibration import calibrate
 from .conversion import convert
+from .cuda_backend import CudaGraph, cuda_graph
 from .errors import ConversionError, FormatError
 from .information import info
 from .preparation import prepare
@@ -22,11 +23,13 @@ __all__ = [
     "QCFS",
     "SNN",
     "ConversionError",
+    "CudaGraph",
     "FormatError",
     "Simulation",
     "__version__",
     "calibrate",
     "convert",
+    "cuda_graph",
     "info",
     "load",
     "prepare",

@@ -25,7 +25,7 @@ except ImportError as error:  # a source tree that was not built: the reference 
     native_error = str(error)
 
 LEVELS = ("portable", "avx2", "avx512")
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "cuda", "triton", "reference")
 GPU_ORDER = ("cuda", "triton", "reference")
 OLDEST_TRITON = (3, 3)
 
@@ -84,8 +84,9 @@ def force(isa_mask: int | None = None, reference: bool | None = None, gpu: str |
 # ---------------------------------------------------------------------------------------------- GPU
 
 
+@functools.cache
 def _cuda_absence() -> str:
-    return "this version has no CUDA kernels"
+    return str(importlib.import_module(".cuda_backend", __package__).unavailable())
 
 
 @functools.cache

@@ -25,7 +25,7 @@ QCFS_HD static inline std::int32_t fire(std::int32_t& v, std::int32_t current, s
 // Double to the grid: clamped, then nearest, halves to even. Adding and subtracting 1.5 * 2^52 rounds exactly so
 // below 2^51 and, unlike a call of rint, vectorises on every machine. NaN cannot occur: operands are finite
 // integers and finite gains.
-static inline std::int32_t to_grid(double z, std::int32_t low, std::int32_t high) {
+QCFS_HD static inline std::int32_t to_grid(double z, std::int32_t low, std::int32_t high) {
   constexpr double rounder = 6755399441055744.0;
   const double floor = static_cast<double>(low), ceiling = static_cast<double>(high);
   z = z < floor ? floor : z;

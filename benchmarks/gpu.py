@@ -1,0 +1,388 @@
+"""Latency on a GPU: the converted network against its ANN and against the usual loop over time steps.
+
+    python benchmarks/gpu.py                         everything; prints tables and writes gpu.json
+    python benchmarks/gpu.py --nets resnet18 --batches 1 256 --steps 4 --rounds 20
+
+Contenders, each under its best conditions: the ANN (ReLU network) in fp16 and bf16, channels_last, eager, compiled
+and as a CUDA graph; the spiking network simulated step by step (qcfs_fast.simulation) in fp16 and fp32, eager and
+compiled; this package in 16 and 8 bits, eager and as a CUDA graph. Contenders take turns within every round and the
+median over rounds is reported, so that clocks and other users fall on all alike. Every spiking network is calibrated on
+the images it is timed on and its firing rate is printed: sparse, silent or saturated nets measure something else.
+GPU results are compared with the CPU kernels (==) before anything is timed.
+
+Then, per spiking layer: time alone, its rate as a share of what one large int8 product (torch._int_mm) reaches in
+the same run, and the bytes it must move as a share of a large copy's bandwidth. What fails is listed with its error and
+counts as not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import qcfs_fast
+from qcfs_fast import backend
+from qcfs_fast.simulation import step_network
+from qcfs_fast.snn import SpikingLayer
+
+NOT_MEASURED = "not measured"
+
+
+class Block(nn.Module):
+    """Residual block of the CIFAR ResNets; a projection where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.short: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.short = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.b(self.a(x)) + self.short(x))
+
+
+def cifar_resnet20() -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    channels = 16
+    for outputs in (16, 32, 64):
+        for i in range(3):
+            layers.append(Block(channels, outputs, 2 if i == 0 and outputs > 16 else 1))
+            channels = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def cifar_vgg16() -> nn.Module:
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(depth):
+            layers += [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        layers.append(nn.AvgPool2d(2))
+    head = [nn.Flatten(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
+    return nn.Sequential(*layers, *head)
+
+
+def torchvision_net(name: str) -> nn.Module:
+    from torchvision_models import models
+
+    return getattr(models, name)(weights=None)
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet18": (lambda: torchvision_net("resnet18"), 224),
+    "resnet34": (lambda: torchvision_net("resnet34"), 224),
+    "resnet50": (lambda: torchvision_net("resnet50"), 224),
+    "vgg16": (lambda: torchvision_net("vgg16"), 224),
+    "cifar-resnet20": (cifar_resnet20, 32),
+    "cifar-vgg16": (cifar_vgg16, 32),
+}
+
+
+class Clock:
+    """Seconds of a call on the device: CUDA events, or the wall clock on a CPU (to try the script out)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, run: Callable[[], Any], calls: int) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            for _ in range(calls):
+                run()
+            return (time.perf_counter() - start) / calls
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+
+class Table:
+    """Contenders, failures and interleaved medians."""
+
+    def __init__(self, clock: Clock, rounds: int) -> None:
+        self.clock, self.rounds = clock, rounds
+        self.contenders: dict[str, Callable[[], Any]] = {}
+        self.errors: dict[str, str] = {}
+
+    def attempt(self, name: str, make: Callable[[], Callable[[], Any]]) -> None:
+        try:
+            run = make()
+            for _ in range(3):
+                run()
+            if self.clock.cuda:
+                torch.cuda.synchronize()
+            self.contenders[name] = run
+        except Exception as error:  # whatever the compiler or the device throws is a result
+            self.errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+
+    def measure(self) -> dict[str, Any]:
+        """Median, least and largest seconds of each contender; the error of each that failed."""
+        calls = {n: max(1, min(50, int(0.02 / max(self.clock(r, 1), 1e-6)))) for n, r in self.contenders.items()}
+        times: dict[str, list[float]] = {n: [] for n in self.contenders}
+        for _ in range(self.rounds):
+            for name, run in list(self.contenders.items()):
+                try:
+                    times[name].append(self.clock(run, calls[name]))
+                except Exception as error:
+                    self.errors[name] = f"{type(error).__name__}: {error}"[:300]
+                    del self.contenders[name]
+        rows: dict[str, Any] = {
+            n: {"seconds": statistics.median(t), "least": min(t), "most": max(t), "rounds": len(t)}
+            for n, t in times.items()
+            if n in self.contenders and t
+        }
+        return rows | {n: {"seconds": NOT_MEASURED, "error": e} for n, e in self.errors.items()}
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def ann_contenders(table: Table, net: nn.Module, images: Tensor) -> None:
+    for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
+
+        def inputs(dtype: torch.dtype = dtype) -> tuple[nn.Module, Tensor]:
+            import copy
+
+            model = copy.deepcopy(net).to(images.device, dtype, memory_format=torch.channels_last).eval()
+            return model, images.to(dtype, memory_format=torch.channels_last)
+
+        def eager(inputs: Any = inputs) -> Callable[[], Any]:
+            model, x = inputs()
+            return lambda: model(x)
+
+        def compiled(inputs: Any = inputs) -> Callable[[], Any]:
+            model, x = inputs()
+            model = torch.compile(model)
+            return lambda: model(x)
+
+        table.attempt(f"ANN {name} eager", eager)
+        table.attempt(f"ANN {name} compiled", compiled)
+        if table.clock.cuda:
+            table.attempt(f"ANN {name} CUDA graph", lambda eager=eager: graphed(eager()))
+            table.attempt(f"ANN {name} compiled, CUDA graph", lambda compiled=compiled: graphed(compiled()))
+
+
+def loop_contenders(table: Table, model: nn.Module, images: Tensor, T: int) -> None:
+    for dtype, name in ((torch.float16, "fp16"), (torch.float32, "fp32")):
+
+        def make(compile_it: bool, dtype: torch.dtype = dtype) -> Callable[[], Any]:
+            network, neurons = step_network(model, dtype)
+            network = network.to(images.device, memory_format=torch.channels_last)
+            x = images.to(dtype, memory_format=torch.channels_last)
+            step: Any = torch.compile(network) if compile_it else network
+
+            def run() -> Tensor:
+                for neuron in neurons.values():
+                    neuron.reset()
+                total = step(x)
+                for _ in range(T - 1):
+                    total = total + step(x)
+                return total / T
+
+            return run
+
+        table.attempt(f"T-loop {name} eager", lambda make=make: make(False))
+        table.attempt(f"T-loop {name} compiled", lambda make=make: make(True))
+
+
+def snn_contenders(table: Table, snns: dict[int, Any], images: Tensor, T: int) -> None:
+    for bits, snn in snns.items():
+        table.attempt(f"qcfs_fast {bits}-bit eager", lambda snn=snn: lambda: snn(images, T))
+        if table.clock.cuda:
+
+            def graph(snn: Any = snn) -> Callable[[], Any]:
+                captured = qcfs_fast.cuda_graph(snn, images, T)
+                return captured.graph.replay
+
+            table.attempt(f"qcfs_fast {bits}-bit CUDA graph", graph)
+
+
+def rates(device: torch.device, clock: Clock) -> dict[str, Any]:
+    """What a large int8 product and a large copy reach here."""
+    found: dict[str, Any] = {"int8_macs_per_second": NOT_MEASURED, "bytes_per_second": NOT_MEASURED}
+    try:
+        n = 8192 if clock.cuda else 256
+        a = torch.randint(-128, 128, (n, n), dtype=torch.int8, device=device)
+        b = torch.randint(-128, 128, (n, n), dtype=torch.int8, device=device).t()
+        torch._int_mm(a, b)
+        found["int8_macs_per_second"] = n**3 / statistics.median(
+            clock(lambda: torch._int_mm(a, b), 5) for _ in range(9)
+        )
+    except Exception as error:
+        found["int8_error"] = f"{type(error).__name__}: {error}"[:300]
+    source = torch.empty(1 << (30 if clock.cuda else 20), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = statistics.median(clock(lambda: target.copy_(source), 5) for _ in range(9))
+    found["bytes_per_second"] = 2 * source.numel() / seconds
+    return found
+
+
+def layer_rows(
+    snn: Any, images: Tensor, T: int, clock: Clock, rounds: int, peak: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Each spiking layer alone, on the spikes it gets in this network."""
+    values: dict[str, Any] = {}
+    snn.run(images, T, watch=lambda name, layer, value: values.update({name: value}))
+    values.setdefault("input", images)
+    rows = []
+    for name, layer in snn.spiking_layers.items():
+        if not isinstance(layer, SpikingLayer):
+            continue
+        out = values[name]
+        weights = [getattr(layer, f"weight_{i}") for i in layer.config["weight_index"]]
+        pixels = out[0].numel() // out.shape[-1]
+        digits = sum(w.element_size() * w.numel() for w in weights)  # one int8 product per byte of weight
+        macs = pixels * T * digits
+        moved = sum(values[i].numel() for i in layer.inputs if isinstance(values[i], Tensor)) + out.numel() + digits
+
+        def run(layer: SpikingLayer = layer) -> Any:
+            return layer(values, T, False)
+
+        timed = graphed(run) if clock.cuda else run  # a replay: the kernels, without Python's launch overhead
+        seconds = statistics.median(clock(timed, 20 if clock.cuda else 1) for _ in range(rounds))
+        row: dict[str, Any] = {"layer": name, "seconds": seconds, "int8_macs": macs, "bytes": moved}
+        for key, amount, rate in (
+            ("int8_share", macs, "int8_macs_per_second"),
+            ("byte_share", moved, "bytes_per_second"),
+        ):
+            measured = peak[rate]
+            row[key] = NOT_MEASURED if isinstance(measured, str) else amount / seconds / measured
+        rows.append(row)
+    return rows
+
+
+def firing_rate(snn: Any, images: Tensor, T: int) -> float:
+    spikes = qcfs_fast.trace(snn, images, T)
+    return sum(float(s.sum()) for s in spikes.values()) / sum(s.numel() for s in spikes.values())
+
+
+def check_equal(snn: Any, images: Tensor, T: int) -> bool:
+    """GPU against the CPU kernels on two images."""
+    import copy
+
+    some = images[:2].cpu()
+    return torch.equal(snn(some.to(images.device), T).cpu(), copy.deepcopy(snn).cpu()(some, T))
+
+
+def print_rows(title: str, rows: dict[str, Any]) -> None:
+    print(f"\n{title}")
+    for name, row in sorted(rows.items(), key=lambda r: r[1]["seconds"] if "error" not in r[1] else float("inf")):
+        text = f"{NOT_MEASURED}: {row['error']}" if "error" in row else f"{1e3 * row['seconds']:9.3f} ms"
+        print(f"  {name:36} {text}", flush=True)
+
+
+def print_layers(rows: list[dict[str, Any]]) -> None:
+    def share(x: Any) -> str:
+        return f"{x:>12}" if isinstance(x, str) else f"{100 * x:10.1f} %"
+
+    print(f"  {'layer alone':36} {'ms':>9} {'int8 rate':>12} {'bandwidth':>12}")
+    for r in rows:
+        print(f"  {r['layer']:36} {1e3 * r['seconds']:9.4f} {share(r['int8_share'])} {share(r['byte_share'])}")
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    clock = Clock(device)
+    peak = rates(device, clock)
+    gpu = torch.cuda.get_device_name(device) if clock.cuda else platform.processor()
+    kernels = backend.describe_gpu() if clock.cuda else backend.describe()
+    result: dict[str, Any] = {
+        "device": gpu,
+        "torch": torch.__version__,
+        "kernels": kernels,
+        "measured rates": peak,
+        "rounds": args.rounds,
+        "results": [],
+    }
+    print(f"{gpu}, torch {torch.__version__}, kernels: {kernels}\nmeasured rates: {peak}")
+    for name in args.nets:
+        make, size = NETS[name]
+        for batch in args.batches:
+            entry: dict[str, Any] = {"net": name, "batch": batch, "size": size}
+            result["results"].append(entry)
+            try:
+                torch.manual_seed(0)
+                net = make().eval()
+                images = torch.randn(batch, 3, size, size)
+                model = qcfs_fast.prepare(net, levels=4).to(device)
+                few = images[:8].to(device)
+                qcfs_fast.calibrate(model, [few], progress=False)
+                model = model.cpu()
+                shape = (3, size, size)
+                snns = {b: qcfs_fast.convert(model, max(args.steps), b, input_shape=shape).to(device) for b in (16, 8)}
+                images = images.to(device)
+                entry["equal to CPU"] = {b: check_equal(s, images, max(args.steps)) for b, s in snns.items()}
+                anns = Table(clock, args.rounds)
+                ann_contenders(anns, net, images)
+                for T in args.steps:
+                    table = Table(clock, args.rounds)
+                    table.contenders |= anns.contenders
+                    table.errors |= anns.errors
+                    loop_contenders(table, model, images, T)
+                    snn_contenders(table, snns, images, T)
+                    rows = table.measure()
+                    rate = firing_rate(snns[16], images[:8], T)
+                    layers = layer_rows(snns[16], images, T, clock, args.rounds, peak)
+                    entry[f"T={T}"] = {"firing rate": rate, "contenders": rows, "layers (16-bit)": layers}
+                    equal = ", equal to the CPU" if all(entry["equal to CPU"].values()) else ", NOT EQUAL TO THE CPU"
+                    print_rows(f"{name} {size}x{size}, batch {batch}, T={T}, firing {100 * rate:.1f} %{equal}", rows)
+                    print_layers(layers)
+            except Exception as error:
+                entry["error"] = f"{type(error).__name__}: {error}"[:500]
+                print(f"\n{name}, batch {batch}: {NOT_MEASURED}: {entry['error']}")
+            args.output.write_text(json.dumps(result, indent=1))  # after each, in case the next one is interrupted
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
+    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="T")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--device", default="cuda", help="cpu tries the script out; its figures mean nothing")
+    args = parser.parse_args()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        print("torch sees no GPU here: nothing was measured")
+        return 2
+    with torch.no_grad():
+        result = measure(args, torch.device(args.device))
+    print(f"\nwritten to {args.output}")
+    unequal = [e for e in result["results"] if "error" in e or not all(e["equal to CPU"].values())]
+    return 1 if unequal else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

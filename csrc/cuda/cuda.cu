@@ -1,0 +1,283 @@
+// The native CUDA API: turns the contract's structs into kernel parameters and queues the launches. The same file,
+// compiled by g++ over emulation/, runs them on the CPU.
+#include "cuda/cuda.h"
+#include "cuda/device.h"
+#include "cuda/kernels/analog.h"
+#include "cuda/kernels/elementwise.h"
+#include "cuda/kernels/groups.h"
+
+namespace qcfs::cuda {
+
+namespace {
+
+const GroupKernels& kernels_of(int group) {
+  switch (group) {
+    case 1:
+      return group_1;
+    case 2:
+      return group_2;
+    case 4:
+      return group_4;
+    default:
+      return group_8;
+  }
+}
+
+// Few inputs or outputs: padding to the tensor cores' 16 x 8 x 32 would be most of the work.
+bool suits_tensor_cores(const ConvIf& a) {
+  std::int64_t inputs = 0;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    if (p.g.groups != 1) return false;
+    if (p.x.channels >= 8) inputs += p.g.kernel_h * p.g.kernel_w * p.x.channels;
+  }
+  return inputs >= 32 && a.out_channels >= 8;
+}
+
+bool fits(const ConvIf& a) {
+  if (a.product_count > most_products || a.residual_count > most_residuals) return false;
+  std::int64_t most = a.batch * a.out_h * a.out_w;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Geometry& g = a.products[i].g;
+    for (const std::int64_t n :
+         {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dilation_h, g.dilation_w, g.groups}) {
+      if (n > 0xffff) return false;
+    }
+    const Spikes& x = a.products[i].x;
+    most = most > x.height * x.width * 4 ? most : x.height * x.width * 4;
+  }
+  return most < (std::int64_t{1} << 30) && a.out_channels < (1 << 19);
+}
+
+std::uint8_t widest_copy(const void* data, std::int64_t channels) {
+  const auto address = reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uintptr_t>(channels);
+  return address % 16 == 0 ? 16 : address % 4 == 0 ? 4 : 1;
+}
+
+}    // namespace
+
+Plan plan_conv_if(const ConvIf& a, const Device& device) {
+  Plan plan{Path::direct, Tile::small, 1, 0, 0, 0};
+  const std::int64_t outputs = a.batch * a.out_h * a.out_w * a.out_channels;
+  if (a.steps > 8) plan.membrane_bytes = outputs * 4;
+  if (!suits_tensor_cores(a)) return plan;
+  plan.path = Path::tensor_cores;
+  Work w{a.batch * a.out_h * a.out_w, a.out_channels, 0, a.steps < 8 ? a.steps : 8, 1, false};
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    w.stages += stages_of(p.g.kernel_h * p.g.kernel_w, p.x.channels);
+    w.counts |= p.x.coding == Coding::count;
+    w.digits = p.weight_bytes;
+  }
+  const Choice c = choose_tile(w, device);
+  plan.tile = c.tile;
+  plan.splits = static_cast<int>(ceil_div(w.stages, ceil_div(w.stages, c.splits)));    // none empty
+  if (plan.splits > 1) {
+    plan.slices = plan.splits;
+    plan.partial_bytes = plan.slices * w.steps * outputs * 4;
+  }
+  return plan;
+}
+
+int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan, void* workspace,
+            const Launch& launch) {
+  if (!fits(a)) return unsupported;
+  if (a.batch == 0) return ok;
+  LayerParams p{};
+  p.batch = static_cast<std::int32_t>(a.batch);
+  p.out_h = static_cast<std::int32_t>(a.out_h);
+  p.out_w = static_cast<std::int32_t>(a.out_w);
+  p.out_channels = static_cast<std::int32_t>(a.out_channels);
+  p.pixels = p.batch * p.out_h * p.out_w;
+  p.product_count = a.product_count;
+  p.residual_count = a.residual_count;
+  p.digits = a.product_count > 0 ? a.products[0].weight_bytes : 2;
+  p.padded_out = static_cast<std::int32_t>(padded_channels(a.out_channels));
+  p.current = a.current;
+  p.bias = a.bias;
+  p.threshold = a.threshold;
+  const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& from = a.products[i];
+    const Geometry& g = from.g;
+    const auto u16 = [](std::int64_t n) { return static_cast<std::uint16_t>(n); };
+    ProductParams& q = p.products[i];
+    q.height = static_cast<std::int32_t>(from.x.height);
+    q.width = static_cast<std::int32_t>(from.x.width);
+    q.channels = static_cast<std::int32_t>(from.x.channels);
+    q.kernel_h = u16(g.kernel_h);
+    q.kernel_w = u16(g.kernel_w);
+    q.stride_h = u16(g.stride_h);
+    q.stride_w = u16(g.stride_w);
+    q.pad_h = u16(g.pad_h);
+    q.pad_w = u16(g.pad_w);
+    q.dilation_h = u16(g.dilation_h);
+    q.dilation_w = u16(g.dilation_w);
+    q.groups = u16(g.groups);
+    q.count = from.x.coding == Coding::count;
+    q.copy_bytes = widest_copy(from.x.data, from.x.channels);
+    q.weight = plan.path == Path::tensor_cores ? packed[i] : from.weight;
+    p.stages += stages_of(g.kernel_h * g.kernel_w, from.x.channels);
+  }
+  p.split_stages = static_cast<std::int32_t>(ceil_div(p.stages, plan.splits));
+  p.slices = plan.slices;
+  std::int32_t* membrane = static_cast<std::int32_t*>(workspace);
+  std::int32_t* partial = reinterpret_cast<std::int32_t*>(static_cast<char*>(workspace) + plan.membrane_bytes);
+  for (std::int64_t t = 0; t < a.steps; t += 8) {
+    p.steps = static_cast<std::int32_t>(a.steps - t < 8 ? a.steps - t : 8);
+    p.membrane_in = t > 0 ? membrane : nullptr;
+    p.membrane_out = t + 8 < a.steps ? membrane : nullptr;
+    p.partial = plan.slices > 0 ? partial : nullptr;
+    p.out = a.out + t / 8 * plane;
+    p.wide_out = widest_copy(p.out, a.out_channels) == 16;
+    for (int i = 0; i < a.product_count; ++i) {
+      const Spikes& x = a.products[i].x;
+      const std::int64_t in_plane = a.batch * x.height * x.width * x.channels;
+      p.products[i].x = x.data + (x.coding == Coding::count ? t : t / 8) * in_plane;
+      // Every plane of a launch must be as aligned as the first; in_plane is a multiple of C.
+      p.products[i].copy_bytes = widest_copy(p.products[i].x, x.channels);
+    }
+    for (int i = 0; i < a.residual_count; ++i) {
+      const Residual& r = a.residuals[i];
+      const bool count = r.coding == Coding::count;
+      p.residuals[i] = {r.data + (count ? t : t / 8) * plane, r.amplitude, count};
+    }
+    const int group = group_of(p.steps);
+    const GroupKernels& k = kernels_of(group);
+    int code = ok;
+    if (a.product_count == 0) {
+      code = k.finish(p, launch.stream);
+    } else if (plan.path == Path::direct) {
+      code = k.direct(p, launch.stream);
+    } else {
+      // The last group of a layer with counts may have one step, where all tiles load one plane.
+      const Tile tile = group == 1 && plan.tile == Tile::counts ? Tile::wide : plan.tile;
+      code = k.conv_if(p, tile, plan.splits, launch.stream);
+      if (code == ok && plan.slices > 0) code = k.finish(p, launch.stream);
+    }
+    if (code != ok) return code;
+  }
+  return ok;
+}
+
+std::size_t packed_bytes(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes) {
+  return static_cast<std::size_t>(weight_bytes * stages_of(g.kernel_h * g.kernel_w, channels) *
+                                  padded_channels(out_channels) * stage_bytes);
+}
+
+int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes,
+                const void* weight, std::int8_t* packed, const Launch& launch) {
+  PackParams p{weight,
+               packed,
+               static_cast<std::int32_t>(g.kernel_h * g.kernel_w),
+               static_cast<std::int32_t>(channels),
+               static_cast<std::int32_t>(out_channels),
+               static_cast<std::int32_t>(padded_channels(out_channels)),
+               stages_of(g.kernel_h * g.kernel_w, channels),
+               weight_bytes};
+  const std::int64_t plane = static_cast<std::int64_t>(p.stages) * p.padded_out * stage_bytes;
+  return launch_elements(pack_kernel, plane, launch.stream, p);
+}
+
+int analog(const AnalogConv& a, const Launch& launch) {
+  const AnalogParams p{a, ceil_div(a.out_w, analog_pixels),
+                       ceil_div(a.out_channels / a.g.groups, analog_channels) * a.g.groups};
+  const std::int64_t threads = a.batch * a.out_h * p.col_blocks * p.channel_blocks;
+  return launch_kernel(analog_kernel, Grid{ceil_div(threads, analog_threads)}, analog_threads, 0, launch.stream, p);
+}
+
+int encode(const Encode& a, const Launch& launch) {
+  return launch_elements(encode_kernel, a.pixels * a.channels, launch.stream, a);
+}
+
+int pool(const Pool& a, const Launch& launch) {
+  const std::int64_t planes = a.any && a.coding == Coding::mask ? ceil_div(a.steps, 8) : a.steps;
+  const PoolParams p{a, quads(a.channels, a.x, a.out), planes};
+  return launch_elements(pool_kernel, planes * a.batch * a.out_h * a.out_w * p.quad.count, launch.stream, p);
+}
+
+int pool_counts(const PoolCounts& a, const Launch& launch) {
+  return launch_elements(pool_counts_kernel, a.images * a.out_h * a.out_w * a.channels, launch.stream, a);
+}
+
+int count(const Count& a, const Launch& launch) {
+  const CountParams p{a, quads(a.elements, a.x, a.x)};
+  return launch_elements(count_kernel, p.quad.count, launch.stream, p);
+}
+
+int readout(const Readout& a, const Launch& launch) {
+  if (a.term_count > most_terms) return unsupported;
+  ReadoutParams p{};
+  p.images = a.images;
+  p.samples = a.samples;
+  p.out_h = a.out_h;
+  p.out_w = a.out_w;
+  p.out_channels = a.out_channels;
+  p.steps = a.steps;
+  p.term_count = a.term_count;
+  p.offset = a.offset;
+  p.out = a.out;
+  for (int i = 0; i < a.term_count; ++i) p.terms[i] = a.terms[i];
+  const Grid grid{a.images * a.out_h * a.out_w, static_cast<int>(ceil_div(a.out_channels, readout_channels))};
+  constexpr int threads = readout_channels * readout_parts;
+  return launch_kernel(readout_kernel, grid, threads, threads * sizeof(std::int64_t), launch.stream, p);
+}
+
+int quantize(const Quantize& a, std::uint32_t* workspace, const Launch& launch) {
+  const QuantizeParams p{a, workspace};
+  const std::int64_t elements = a.batch * a.height * a.width * a.channels;
+  int code = clear_words(workspace, static_cast<std::size_t>(a.batch + 1), launch.stream);
+  if (code == ok) code = launch_elements(largest_kernel, elements, launch.stream, p);
+  if (code == ok) code = launch_elements(quantize_kernel, elements, launch.stream, p);
+  return code;
+}
+
+#if defined(__CUDACC__)
+
+const char* describe(int code) {
+  if (code == unsupported) return "more sources or larger sizes than the CUDA kernels take";
+  if (code == no_kernel) return "no kernel for this plan";
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+int device_count(int* count) { return cudaGetDeviceCount(count); }
+
+int set_device(int index, int* previous) {
+  const cudaError_t e = cudaGetDevice(previous);
+  if (e != cudaSuccess || *previous == index) return e;
+  return cudaSetDevice(index);
+}
+
+int query_device(int index, Device* device) {
+  const auto attribute = [&](cudaDeviceAttr a, int* value) { return cudaDeviceGetAttribute(value, a, index); };
+  int major = 0, minor = 0;
+  cudaError_t e = attribute(cudaDevAttrMultiProcessorCount, &device->multiprocessors);
+  if (e == cudaSuccess) e = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
+  if (e == cudaSuccess) e = attribute(cudaDevAttrComputeCapabilityMajor, &major);
+  if (e == cudaSuccess) e = attribute(cudaDevAttrComputeCapabilityMinor, &minor);
+  device->capability = 10 * major + minor;
+  return e;
+}
+
+#else
+
+const char* describe(int code) { return code == unsupported ? "unsupported" : "no kernel"; }
+
+int device_count(int* count) {
+  *count = 1;
+  return ok;
+}
+
+int set_device(int, int* previous) {
+  *previous = 0;
+  return ok;
+}
+
+int query_device(int, Device* device) {
+  *device = {132, emulation::capability, 227 * 1024};
+  return ok;
+}
+
+#endif
+
+}    // namespace qcfs::cuda

@@ -1,0 +1,144 @@
+// The instructions the kernels are made of, one function each: asynchronous copies, ldmatrix, the tensor core
+// product, correctly rounded float operations, and the launch. Without nvcc the same names come from
+// emulation/emulation.h, which runs the kernels on the CPU.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "core/neuron.h"
+
+namespace qcfs::cuda {
+
+// Sums of products are formed modulo 2^32, as the tensor cores form them; only the final value is bound to fit.
+QCFS_HD static inline std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
+}
+QCFS_HD static inline std::int32_t shift_left(std::int32_t a, int bits) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) << bits);
+}
+
+}    // namespace qcfs::cuda
+
+#if defined(__CUDACC__)
+
+#include <cuda_runtime.h>
+
+#define QCFS_DEVICE __device__ __forceinline__
+#if defined(__CUDA_ARCH__)
+#define QCFS_UNROLL _Pragma("unroll")
+#define QCFS_ROLLED _Pragma("unroll 1")
+#else
+#define QCFS_UNROLL
+#define QCFS_ROLLED
+#endif
+#define QCFS_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+namespace qcfs::cuda {
+
+// 16 bytes, global to shared, without passing through registers from sm_80 on; zeros where `valid` is false.
+// The source must be readable (any address of the operand) even then.
+QCFS_DEVICE void copy16(unsigned char* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(global), "r"(valid ? 16 : 0));
+#else
+  *reinterpret_cast<uint4*>(shared) = valid ? __ldg(static_cast<const uint4*>(global)) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+// 4 bytes, likewise.
+QCFS_DEVICE void copy4(unsigned char* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(global), "r"(valid ? 4 : 0));
+#else
+  *reinterpret_cast<unsigned*>(shared) = valid ? __ldg(static_cast<const unsigned*>(global)) : 0u;
+#endif
+}
+
+// Closes the group of copies issued so far by this thread.
+QCFS_DEVICE void copies_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;\n" ::);
+#endif
+}
+
+// Waits until at most `pending` of this thread's groups are under way.
+template <int pending>
+QCFS_DEVICE void copies_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(pending));
+#endif
+}
+
+// Four 8x8 matrices of 16-bit elements, here 8 rows of 16 bytes each: lane i gives the row i%8 of matrix
+// i/8 and receives, of each matrix, bytes 4*(i%4) .. +3 of row i/4.
+QCFS_DEVICE void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) {
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at));
+}
+
+// acc[16x8] += a[16x32, u8] * b[32x8, s8], modulo 2^32. Turing knows 8x8x16 only: the same registers in four parts.
+QCFS_DEVICE void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};\n"
+      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+#define QCFS_MMA_8816(c0, c1, a, b)                                                               \
+  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};\n" \
+               : "+r"(c0), "+r"(c1)                                                               \
+               : "r"(a), "r"(b))
+  QCFS_MMA_8816(acc[0], acc[1], a[0], b0);
+  QCFS_MMA_8816(acc[2], acc[3], a[1], b0);
+  QCFS_MMA_8816(acc[0], acc[1], a[2], b1);
+  QCFS_MMA_8816(acc[2], acc[3], a[3], b1);
+#undef QCFS_MMA_8816
+#endif
+}
+
+// Round to nearest, never contracted into a fused multiply-add.
+QCFS_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
+QCFS_DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
+QCFS_DEVICE double div_rn(double a, double b) { return __ddiv_rn(a, b); }
+QCFS_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+QCFS_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+QCFS_DEVICE std::uint32_t bits_of(float x) { return __float_as_uint(x); }
+QCFS_DEVICE float float_of(std::uint32_t x) { return __uint_as_float(x); }
+
+struct Grid {
+  std::int64_t x;
+  int y = 1, z = 1;
+};
+
+// Queues one kernel whose only parameter is a struct; returns the runtime's code.
+template <typename Params>
+int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t shared, void* stream,
+                  const Params& params) {
+  if (grid.x == 0 || grid.y == 0) return 0;
+  if (grid.x > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared > 48 * 1024) {
+    const cudaError_t e =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (e != cudaSuccess) return e;
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid.x), grid.y, grid.z), dim3(threads), arguments,
+                          shared, static_cast<cudaStream_t>(stream));
+}
+
+inline int clear_words(std::uint32_t* words, std::size_t count, void* stream) {
+  return cudaMemsetAsync(words, 0, count * sizeof(*words), static_cast<cudaStream_t>(stream));
+}
+
+}    // namespace qcfs::cuda
+
+#else
+#include "cuda/emulation/emulation.h"
+#endif

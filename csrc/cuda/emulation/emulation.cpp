@@ -1,0 +1,297 @@
+#include "cuda/emulation/emulation.h"
+
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define QCFS_ASAN 1
+#endif
+
+namespace qcfs::cuda::emulation {
+
+Index thread_index, block_index;
+int capability = 90;
+std::uint64_t schedule_seed = 1;
+
+namespace {
+
+constexpr std::size_t stack_bytes = 256 * 1024;
+constexpr int warp_size = 32;
+
+enum class State { ready, at_collective, at_barrier, finished };
+
+struct Copy {
+  unsigned char* to;
+  const void* from;
+  int bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[stack_bytes]};
+  void* fake_stack = nullptr;
+  State state = State::ready;
+  Collective collective = nullptr;
+  void* operands = nullptr;
+  std::vector<std::vector<Copy>> groups;    // of copies: the last one is open
+};
+
+std::vector<std::unique_ptr<Fiber>> fibers;
+Fiber* current = nullptr;
+ucontext_t scheduler;
+void* scheduler_fake_stack = nullptr;
+const void* scheduler_stack = nullptr;
+std::size_t scheduler_stack_bytes = 0;
+const std::function<void()>* body = nullptr;
+struct Free {
+  void operator()(unsigned char* p) const { std::free(p); }
+};
+std::unique_ptr<unsigned char, Free> shared;
+std::size_t shared_bytes = 0;
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s (block %u %u %u)\n", what, block_index.x, block_index.y, block_index.z);
+  std::abort();
+}
+
+void start_switch([[maybe_unused]] void** save, [[maybe_unused]] const void* bottom,
+                  [[maybe_unused]] std::size_t size) {
+#if defined(QCFS_ASAN)
+  __sanitizer_start_switch_fiber(save, bottom, size);
+#endif
+}
+
+void finish_switch([[maybe_unused]] void* saved, [[maybe_unused]] const void** bottom,
+                   [[maybe_unused]] std::size_t* size) {
+#if defined(QCFS_ASAN)
+  __sanitizer_finish_switch_fiber(saved, bottom, size);
+#endif
+}
+
+void yield(State state) {
+  Fiber* self = current;
+  self->state = state;
+  start_switch(&self->fake_stack, scheduler_stack, scheduler_stack_bytes);
+  swapcontext(&self->context, &scheduler);
+  finish_switch(self->fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+}
+
+void entry() {
+  finish_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+  (*body)();
+  current->state = State::finished;
+  start_switch(nullptr, scheduler_stack, scheduler_stack_bytes);
+  setcontext(&scheduler);
+}
+
+void resume(int thread) {
+  current = fibers[static_cast<std::size_t>(thread)].get();
+  thread_index = {static_cast<unsigned>(thread), 0, 0};
+  start_switch(&scheduler_fake_stack, current->stack.get(), stack_bytes);
+  swapcontext(&scheduler, &current->context);
+  finish_switch(scheduler_fake_stack, nullptr, nullptr);
+}
+
+std::uint64_t random() {
+  schedule_seed ^= schedule_seed << 13;
+  schedule_seed ^= schedule_seed >> 7;
+  schedule_seed ^= schedule_seed << 17;
+  return schedule_seed;
+}
+
+// Runs the lanes of one warp until all stand at a barrier or have finished.
+void run_warp(int first, int lanes) {
+  for (;;) {
+    int collectives = 0, ready = 0;
+    for (int i = 0; i < lanes; ++i) {
+      Fiber& f = *fibers[static_cast<std::size_t>(first + i)];
+      if (f.state == State::ready) resume(first + i);
+      if (f.state == State::at_collective) ++collectives;
+      if (f.state == State::ready) ++ready;
+    }
+    if (ready != 0) fail("a fiber yielded without a reason");
+    if (collectives == 0) return;
+    if (collectives != warp_size) fail("a warp instruction was not reached by all 32 lanes");
+    void* operands[warp_size];
+    Fiber& leader = *fibers[static_cast<std::size_t>(first)];
+    for (int i = 0; i < warp_size; ++i) {
+      Fiber& f = *fibers[static_cast<std::size_t>(first + i)];
+      if (f.collective != leader.collective) fail("the lanes of a warp execute different instructions");
+      operands[i] = f.operands;
+      f.state = State::ready;
+    }
+    leader.collective(operands);
+  }
+}
+
+void run_block(int threads) {
+  while (fibers.size() < static_cast<std::size_t>(threads)) fibers.push_back(std::make_unique<Fiber>());
+  for (int i = 0; i < threads; ++i) {
+    Fiber& f = *fibers[static_cast<std::size_t>(i)];
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = stack_bytes;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, entry, 0);
+    f.state = State::ready;
+    f.groups.assign(1, {});
+  }
+  const int warps = (threads + warp_size - 1) / warp_size;
+  std::vector<int> order(static_cast<std::size_t>(warps));
+  for (int w = 0; w < warps; ++w) order[static_cast<std::size_t>(w)] = w;
+  for (;;) {
+    for (std::size_t w = order.size(); w > 1; --w) std::swap(order[w - 1], order[random() % w]);
+    int waiting = 0, finished = 0;
+    for (const int w : order) {
+      const int first = w * warp_size;
+      run_warp(first, threads - first < warp_size ? threads - first : warp_size);
+    }
+    for (int i = 0; i < threads; ++i) {
+      Fiber& f = *fibers[static_cast<std::size_t>(i)];
+      waiting += f.state == State::at_barrier;
+      finished += f.state == State::finished;
+      if (f.state == State::at_barrier) f.state = State::ready;
+    }
+    if (finished == threads) return;
+    if (waiting != threads) fail("some threads wait at a barrier that others never reach");
+  }
+}
+
+std::int32_t byte_of(std::uint32_t word, int i) { return static_cast<std::int32_t>(word >> (8 * i) & 0xff); }
+std::int32_t signed_byte_of(std::uint32_t word, int i) { return static_cast<std::int8_t>(word >> (8 * i) & 0xff); }
+
+void add_wrapping(std::int32_t& to, std::int64_t value) {
+  to = static_cast<std::int32_t>(static_cast<std::uint32_t>(to) + static_cast<std::uint32_t>(value));
+}
+
+}    // namespace
+
+unsigned char* shared_memory() { return shared.get(); }
+
+void barrier() { yield(State::at_barrier); }
+
+void collective(Collective execute, void* operands) {
+  current->collective = execute;
+  current->operands = operands;
+  yield(State::at_collective);
+}
+
+namespace {
+void execute(const Copy& c) {
+  if (reinterpret_cast<std::uintptr_t>(c.to) % static_cast<unsigned>(c.bytes) != 0 ||
+      reinterpret_cast<std::uintptr_t>(c.from) % static_cast<unsigned>(c.bytes) != 0) {
+    fail("a misaligned asynchronous copy");
+  }
+  const auto offset = static_cast<std::size_t>(c.to - shared.get());
+  if (offset + static_cast<std::size_t>(c.bytes) > shared_bytes) fail("an asynchronous copy beyond shared memory");
+  if (c.from == nullptr) {
+    std::memset(c.to, 0, static_cast<std::size_t>(c.bytes));
+  } else {
+    std::memcpy(c.to, c.from, static_cast<std::size_t>(c.bytes));
+  }
+}
+}    // namespace
+
+void queue_copy(unsigned char* to, const void* from, int bytes) {
+  const Copy c{to, from, bytes};
+  if (capability < 80) {
+    execute(c);
+  } else {
+    current->groups.back().push_back(c);
+  }
+}
+
+void commit_copies() { current->groups.emplace_back(); }
+
+void wait_copies(int pending) {
+  auto& groups = current->groups;
+  while (groups.size() > static_cast<std::size_t>(pending) + 1) {
+    for (const Copy& c : groups.front()) execute(c);
+    groups.erase(groups.begin());
+  }
+}
+
+void run_grid(Grid grid, int threads, std::size_t bytes, const std::function<void()>& kernel) {
+  body = &kernel;
+  shared_bytes = bytes;
+  for (int z = 0; z < grid.z; ++z) {
+    for (int y = 0; y < grid.y; ++y) {
+      for (std::int64_t x = 0; x < grid.x; ++x) {
+        shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (bytes + 127) / 128 * 128)));
+        std::memset(shared.get(), 0xa5, bytes);
+        block_index = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
+        run_block(threads);
+      }
+    }
+  }
+  body = nullptr;
+}
+
+// ldmatrix .m8n8.x4 .b16: matrix i's row r is at the address lane 8*i + r gives; lane l receives of it, into register
+// i, elements 2*(l%4) and 2*(l%4)+1 of row l/4.
+void load_matrices(void* const* lanes) {
+  for (int lane = 0; lane < warp_size; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const unsigned char* row = static_cast<const MatrixRows*>(lanes[8 * i + lane / 4])->row;
+      const auto offset = static_cast<std::size_t>(row - shared.get());
+      if (offset % 16 != 0 || offset + 16 > shared_bytes)
+        fail("ldmatrix reads a misaligned row or beyond shared memory");
+      std::memcpy(static_cast<const MatrixRows*>(lanes[lane])->r + i, row + 4 * (lane % 4), 4);
+    }
+  }
+}
+
+// mma .m16n8k32, 8-bit operands, by the tables of the PTX manual. groupID = lane / 4, in = lane % 4:
+//     a (16x32): element i: row = groupID (+ 8 for 4 <= i < 8 and i >= 12), col = 4*in + i%4 (+ 16 for i >= 8)
+//     b (32x8):  element i: row = 4*in + i%4 (+ 16 for i >= 4), col = groupID
+//     c (16x8):  element i: row = groupID (+ 8 for i >= 2), col = 2*in + i%2
+void multiply_16x8x32(void* const* lanes) {
+  std::int32_t a[16][32], b[32][8];
+  for (int lane = 0; lane < warp_size; ++lane) {
+    const auto& f = *static_cast<const Fragments*>(lanes[lane]);
+    const int group = lane / 4, in = lane % 4;
+    for (int i = 0; i < 16; ++i) {
+      const int row = group + ((i >= 4 && i < 8) || i >= 12 ? 8 : 0);
+      a[row][4 * in + i % 4 + (i >= 8 ? 16 : 0)] = byte_of(f.a[i / 4], i % 4);
+    }
+    for (int i = 0; i < 8; ++i) {
+      b[4 * in + i % 4 + (i >= 4 ? 16 : 0)][group] = signed_byte_of(i < 4 ? f.b0 : f.b1, i % 4);
+    }
+  }
+  for (int lane = 0; lane < warp_size; ++lane) {
+    std::int32_t* acc = static_cast<const Fragments*>(lanes[lane])->acc;
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + (i >= 2 ? 8 : 0), col = 2 * (lane % 4) + i % 2;
+      std::int64_t sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[row][k] * b[k][col];
+      add_wrapping(acc[i], sum);
+    }
+  }
+}
+
+// mma .m8n8k16: a: row groupID, cols 4*in ..; b: rows 4*in .., col groupID; c: row groupID, cols 2*in, 2*in+1.
+void multiply_8x8x16(void* const* lanes) {
+  std::int32_t a[8][16], b[16][8];
+  for (int lane = 0; lane < warp_size; ++lane) {
+    const auto& f = *static_cast<const SmallFragments*>(lanes[lane]);
+    for (int i = 0; i < 4; ++i) {
+      a[lane / 4][4 * (lane % 4) + i] = byte_of(f.a, i);
+      b[4 * (lane % 4) + i][lane / 4] = signed_byte_of(f.b, i);
+    }
+  }
+  for (int lane = 0; lane < warp_size; ++lane) {
+    const auto& f = *static_cast<const SmallFragments*>(lanes[lane]);
+    for (int i = 0; i < 2; ++i) {
+      std::int64_t sum = 0;
+      for (int k = 0; k < 16; ++k) sum += a[lane / 4][k] * b[k][2 * (lane % 4) + i];
+      add_wrapping(i == 0 ? *f.c0 : *f.c1, sum);
+    }
+  }
+}
+
+}    // namespace qcfs::cuda::emulation

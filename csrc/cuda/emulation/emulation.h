@@ -1,0 +1,148 @@
+// The CUDA programming model on one CPU thread, enough to run this backend's kernels unchanged: index arithmetic,
+// barriers, shared memory, asynchronous copies, warp instructions.
+//
+//     CUDA thread     a fiber (ucontext) with its own stack
+//     __syncthreads   the fiber yields; a block goes on when all its fibers have arrived
+//     warp collective ldmatrix, mma and shuffle: every lane leaves its operands and yields; the last lane to arrive
+//                     executes for all 32, by the fragment tables of the PTX manual
+//     shared memory   a heap block of exactly the launch's size (ASan sees its ends), filled with garbage
+//     cp.async        queued, executed by the wait that guarantees it and no earlier: a missing wait reads garbage
+//
+// Between barriers the warps of a block run one after the other in an order drawn from a seed, so that a missing
+// barrier shows as wrong data in some order. Memory operands are plain host memory.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define QCFS_DEVICE inline
+#define QCFS_UNROLL
+#define QCFS_ROLLED
+#define QCFS_SHARED(name) unsigned char* const name = ::qcfs::cuda::emulation::shared_memory()
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+namespace qcfs::cuda {
+
+struct Grid {
+  std::int64_t x;
+  int y = 1, z = 1;
+};
+
+namespace emulation {
+
+struct Index {
+  unsigned x, y, z;
+};
+extern Index thread_index, block_index;
+
+// Architecture to imitate: below 80 mma is 8x8x16 and copies are immediate.
+extern int capability;
+extern std::uint64_t schedule_seed;
+
+unsigned char* shared_memory();
+void barrier();
+// Runs `execute` once for the warp with the 32 lanes' operand pointers.
+using Collective = void (*)(void* const* lanes);
+void collective(Collective execute, void* operands);
+void queue_copy(unsigned char* to, const void* from, int bytes);
+void commit_copies();
+void wait_copies(int pending);
+void run_grid(Grid grid, int threads, std::size_t shared, const std::function<void()>& kernel);
+
+void load_matrices(void* const* lanes);
+void multiply_16x8x32(void* const* lanes);
+void multiply_8x8x16(void* const* lanes);
+
+struct MatrixRows {
+  std::uint32_t* r;
+  const unsigned char* row;
+};
+struct Fragments {
+  std::int32_t* acc;
+  const std::uint32_t* a;
+  std::uint32_t b0, b1;
+};
+struct SmallFragments {
+  std::int32_t *c0, *c1;
+  std::uint32_t a, b;
+};
+
+}    // namespace emulation
+
+#define threadIdx ::qcfs::cuda::emulation::thread_index
+#define blockIdx ::qcfs::cuda::emulation::block_index
+#define __syncthreads ::qcfs::cuda::emulation::barrier
+
+struct alignas(16) uint4 {
+  std::uint32_t x, y, z, w;
+};
+
+inline void copy16(unsigned char* shared, const void* global, bool valid) {
+  emulation::queue_copy(shared, valid ? global : nullptr, 16);
+}
+inline void copy4(unsigned char* shared, const void* global, bool valid) {
+  emulation::queue_copy(shared, valid ? global : nullptr, 4);
+}
+inline void copies_commit() { emulation::commit_copies(); }
+template <int pending>
+void copies_wait() {
+  emulation::wait_copies(pending);
+}
+
+inline void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) {
+  emulation::MatrixRows operands{r, row};
+  emulation::collective(emulation::load_matrices, &operands);
+}
+
+inline void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  if (emulation::capability >= 80) {
+    emulation::Fragments operands{acc, a, b0, b1};
+    emulation::collective(emulation::multiply_16x8x32, &operands);
+    return;
+  }
+  emulation::SmallFragments parts[4] = {{&acc[0], &acc[1], a[0], b0},
+                                        {&acc[2], &acc[3], a[1], b0},
+                                        {&acc[0], &acc[1], a[2], b1},
+                                        {&acc[2], &acc[3], a[3], b1}};
+  for (auto& part : parts) emulation::collective(emulation::multiply_8x8x16, &part);
+}
+
+// Compiled with -ffp-contract=off.
+inline double mul_rn(double a, double b) { return a * b; }
+inline double add_rn(double a, double b) { return a + b; }
+inline double div_rn(double a, double b) { return a / b; }
+inline float mul_rn(float a, float b) { return a * b; }
+inline float add_rn(float a, float b) { return a + b; }
+inline std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float float_of(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+inline std::uint32_t atomicMax(std::uint32_t* at, std::uint32_t value) {
+  const std::uint32_t old = *at;
+  if (value > old) *at = value;
+  return old;
+}
+
+template <typename Params>
+int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t shared, void*, const Params& params) {
+  emulation::run_grid(grid, threads, shared, [&] { kernel(params); });
+  return 0;
+}
+
+inline int clear_words(std::uint32_t* words, std::size_t count, void*) {
+  std::memset(words, 0, count * sizeof(*words));
+  return 0;
+}
+
+}    // namespace qcfs::cuda

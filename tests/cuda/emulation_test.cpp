@@ -1,0 +1,685 @@
+// Runs the CUDA backend's kernels on the CPU (csrc/cuda/emulation) and compares every byte with plain loops over int64
+// and double. Usage: emulation_test SEED SPIKING_LAYERS; prints one line of totals. Every operand is a heap block of
+// exactly its size, so that ASan sees an index that strays.
+#include "cuda/emulation/emulation.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cuda/cuda.h"
+#include "cuda/kernels/layer.h"
+
+namespace {
+
+using namespace qcfs;
+using cuda::Path;
+using cuda::Tile;
+using i64 = std::int64_t;
+
+std::mt19937_64 generator;
+
+i64 uniform(i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(generator); }
+bool chance(double p) { return std::bernoulli_distribution(p)(generator); }
+template <typename T>
+T any_of(std::initializer_list<T> from) {
+  return *(from.begin() + uniform(0, static_cast<i64>(from.size()) - 1));
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  std::printf("FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
+
+// A block of exactly `count` elements, aligned as device memory is, or off by some bytes.
+template <typename T>
+class Block {
+ public:
+  explicit Block(i64 count, i64 offset = 0)
+      : count_(count), offset_(offset), bytes_(static_cast<char*>(std::malloc(size()))) {
+    // malloc aligns to 16; no rounding up, so that ASan's red zone begins where the operand ends.
+    for (i64 i = 0; i < count; ++i) (*this)[i] = T{};
+  }
+  T* data() const { return reinterpret_cast<T*>(bytes_.get() + offset_ * static_cast<i64>(sizeof(T))); }
+  T& operator[](i64 i) const { return data()[i]; }
+  i64 count() const { return count_; }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::size_t size() const { return static_cast<std::size_t>(count_ + offset_) * sizeof(T) + (count_ + offset_ == 0); }
+  i64 count_, offset_;
+  std::unique_ptr<char, Free> bytes_;
+};
+
+i64 out_size(i64 n, i64 k, i64 s, i64 p, i64 d) { return (n + 2 * p - d * (k - 1) - 1) / s + 1; }
+i64 planes_of(Coding c, i64 T) { return c == Coding::count ? T : (T + 7) / 8; }
+
+struct Input {
+  Coding coding;
+  i64 channels;
+  Geometry g;
+  i64 height, width;
+  Block<std::uint8_t> x;
+  Block<std::int16_t> w16;
+  Block<std::int8_t> w8;
+  Block<std::int8_t> packed;
+};
+
+struct Source {
+  Coding coding;
+  Block<std::uint8_t> data;
+  Block<std::int32_t> amplitude;
+};
+
+i64 value_of(const std::uint8_t* x, Coding c, i64 plane, i64 index, i64 t) {
+  return c == Coding::count ? x[t * plane + index] : (x[t / 8 * plane + index] >> (t % 8)) & 1;
+}
+
+struct Totals {
+  i64 layers = 0, neurons = 0, spikes = 0, opportunities = 0, ties = 0;
+  i64 tensor = 0, direct = 0, split = 0, several = 0, long_runs = 0, counted = 0, extreme = 0, other = 0;
+  i64 tiles[3] = {0, 0, 0};
+} totals;
+
+cuda::Launch launch_settings() {
+  cuda::Device d;
+  cuda::query_device(0, &d);
+  d.multiprocessors = static_cast<int>(any_of<i64>({1, 4, 30, 132}));
+  if (cuda::emulation::capability < 80) d.shared_bytes = 64 * 1024;
+  return {nullptr, d};
+}
+
+void fill_spikes(const Block<std::uint8_t>& x, Coding c, double rate, i64 most) {
+  for (i64 i = 0; i < x.count(); ++i) {
+    unsigned byte = 0;
+    if (c == Coding::count) {
+      byte = chance(rate) ? static_cast<unsigned>(uniform(1, most)) : 0;
+    } else {
+      // All bits, also those of steps past T: nothing may read them.
+      for (int b = 0; b < 8; ++b) byte |= chance(rate) ? 1u << b : 0;
+    }
+    x[i] = static_cast<std::uint8_t>(byte);
+  }
+}
+
+void spiking_layer() {
+  const i64 T = any_of<i64>({1, 1, 2, 3, 4, 4, 5, 7, 8, 9, 10, 12, 16, 17, 20});
+  const bool narrow = chance(0.3);    // 8-bit weights
+  const bool extreme = chance(0.15), grouped = chance(0.15);
+  const i64 O = any_of<i64>({1, 3, 8, 9, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96});
+  const i64 products = any_of<i64>({0, 1, 1, 1, 1, 2, 3});
+  const i64 N = uniform(1, 3);
+  i64 OH = uniform(1, 7), OW = uniform(1, 7);
+  if (chance(0.1)) OH = OW = 1;    // linear layers
+  const double rate = any_of<double>({0.1, 0.3, 0.6});
+
+  std::vector<std::unique_ptr<Input>> inputs;
+  i64 reach_per_unit = 0;    // largest sum of input values
+  for (i64 i = 0; i < products; ++i) {
+    Geometry g{any_of<i64>({1, 1, 3, 3, 2, 5}),
+               any_of<i64>({1, 1, 3, 3, 2}),
+               uniform(1, 2),
+               uniform(1, 2),
+               0,
+               0,
+               any_of<i64>({1, 1, 1, 2}),
+               any_of<i64>({1, 1, 1, 2}),
+               1};
+    i64 C = any_of<i64>({1, 3, 4, 7, 8, 15, 16, 17, 20, 31, 32, 33, 48, 63, 64, 65, 80});
+    if (grouped) {
+      g.groups = any_of<i64>({2, 4});
+      if (O % g.groups != 0) g.groups = O;    // depthwise, or one channel a group
+      C = g.groups * any_of<i64>({1, 1, 2});
+    }
+    // Height and width such that the output is OH x OW, with some padding where it fits.
+    i64 height = 0, width = 0;
+    for (i64 axis = 0; axis < 2; ++axis) {
+      const i64 k = axis ? g.kernel_w : g.kernel_h, s = axis ? g.stride_w : g.stride_h;
+      const i64 d = axis ? g.dilation_w : g.dilation_h, out = axis ? OW : OH;
+      const i64 need = (out - 1) * s + d * (k - 1) + 1;    // size + 2 * padding, at least
+      const i64 pad = std::min<i64>(uniform(0, 2), (need - 1) / 2);
+      (axis ? g.pad_w : g.pad_h) = pad;
+      (axis ? width : height) = need - 2 * pad + (s > 1 ? uniform(0, s - 1) : 0);
+    }
+    const Coding coding = chance(0.25) ? Coding::count : Coding::mask;
+    const i64 offset = chance(0.15) ? uniform(1, 8) : 0;    // misaligned views
+    const i64 weights = g.kernel_h * g.kernel_w * (C / g.groups) * O;
+    inputs.push_back(std::make_unique<Input>(Input{
+        coding, C, g, height, width, Block<std::uint8_t>(planes_of(coding, T) * N * height * width * C, offset),
+        Block<std::int16_t>(narrow ? 0 : weights), Block<std::int8_t>(narrow ? weights : 0), Block<std::int8_t>(0)}));
+    fill_spikes(inputs.back()->x, coding, rate, extreme ? 255 : 4);
+    reach_per_unit += g.kernel_h * g.kernel_w * (C / g.groups) * (coding == Coding::count ? 255 : 1);
+  }
+  // The contract: n/2 + T * (sum |w| a + ..) < 2^31.
+  const i64 largest =
+      std::min<i64>(narrow ? 127 : 32639, ((i64{1} << 30) / (T * (reach_per_unit + 1))) / (narrow ? 256 : 1));
+  for (auto& in : inputs) {
+    const i64 count = narrow ? in->w8.count() : in->w16.count();
+    const i64 top = std::max<i64>(1, largest);
+    for (i64 i = 0; i < count; ++i) {
+      const i64 w = extreme && chance(0.5) ? any_of<i64>({top, -top}) : uniform(-top / 8 - 1, top / 8 + 1);
+      if (narrow)
+        in->w8[i] = static_cast<std::int8_t>(w);
+      else
+        in->w16[i] = static_cast<std::int16_t>(w);
+    }
+  }
+  std::vector<std::unique_ptr<Source>> sources;
+  const i64 outputs = N * OH * OW * O;
+  for (i64 i = uniform(products == 0 ? 1 : 0, 2); i > 0; --i) {
+    const Coding coding = chance(0.3) ? Coding::count : Coding::mask;
+    sources.push_back(std::make_unique<Source>(
+        Source{coding, Block<std::uint8_t>(planes_of(coding, T) * outputs), Block<std::int32_t>(O)}));
+    fill_spikes(sources.back()->data, coding, rate, 4);
+    for (i64 o = 0; o < O; ++o) sources.back()->amplitude[o] = static_cast<std::int32_t>(uniform(-2000, 4000));
+  }
+  const bool with_current = chance(0.2);
+  const Block<std::int32_t> current(with_current ? outputs : 0), bias(O), threshold(O);
+  for (i64 i = 0; i < current.count(); ++i) current[i] = static_cast<std::int32_t>(uniform(-500, 3000));
+  for (i64 o = 0; o < O; ++o) bias[o] = static_cast<std::int32_t>(uniform(-300, 600));
+
+  // Currents by plain loops.
+  std::vector<i64> currents(static_cast<std::size_t>(outputs * T));
+  const i64 scale = narrow ? 256 : 1;
+  for (i64 t = 0; t < T; ++t) {
+    for (i64 index = 0; index < outputs; ++index) {
+      const i64 o = index % O, ow = index / O % OW, oh = index / O / OW % OH, n = index / O / OW / OH;
+      i64 sum = bias[o] + (with_current ? current[index] : 0);
+      for (const auto& in : inputs) {
+        const Geometry& g = in->g;
+        const i64 per_group = in->channels / g.groups, first = o / (O / g.groups) * per_group;
+        for (i64 kh = 0; kh < g.kernel_h; ++kh) {
+          for (i64 kw = 0; kw < g.kernel_w; ++kw) {
+            const i64 y = oh * g.stride_h - g.pad_h + kh * g.dilation_h,
+                      x = ow * g.stride_w - g.pad_w + kw * g.dilation_w;
+            if (y < 0 || y >= in->height || x < 0 || x >= in->width) continue;
+            for (i64 c = 0; c < per_group; ++c) {
+              const i64 at = ((kh * g.kernel_w + kw) * per_group + c) * O + o;
+              const i64 w = narrow ? in->w8[at] : in->w16[at];
+              sum += scale * w *
+                     value_of(in->x.data(), in->coding, N * in->height * in->width * in->channels,
+                              ((n * in->height + y) * in->width + x) * in->channels + first + c, t);
+            }
+          }
+        }
+      }
+      for (const auto& s : sources) sum += s->amplitude[o] * value_of(s->data.data(), s->coding, outputs, index, t);
+      currents[static_cast<std::size_t>(t * outputs + index)] = sum;
+    }
+  }
+  // Thresholds near the spread of the channel's currents, and for some neurons exactly met: n/2 + I[0] = n.
+  for (i64 o = 0; o < O; ++o) {
+    i64 spread = 1;
+    for (i64 i = o; i < outputs * T; i += O) spread = std::max(spread, std::abs(currents[static_cast<std::size_t>(i)]));
+    i64 n = spread * any_of<i64>({3, 5, 8}) / 4;
+    const i64 first = currents[static_cast<std::size_t>(uniform(0, outputs / O - 1) * O + o)];
+    if (first > 0 && chance(0.5)) n = 2 * first;
+    threshold[o] = static_cast<std::int32_t>(std::clamp<i64>(n / 2 * 2, 2, 1 << 29));
+  }
+
+  const i64 planes = planes_of(Coding::mask, T);
+  const Block<std::uint8_t> want(planes * outputs), got(planes * outputs, chance(0.1) ? 3 : 0);
+  i64 spikes = 0;
+  for (i64 index = 0; index < outputs; ++index) {
+    const i64 n = threshold[index % O];
+    i64 v = n / 2;
+    for (i64 t = 0; t < T; ++t) {
+      v += currents[static_cast<std::size_t>(t * outputs + index)];
+      if (std::abs(v) > std::numeric_limits<std::int32_t>::max()) fail("the test's own operands overflow");
+      totals.ties += v == n;
+      if (v < n) continue;
+      v -= n;
+      want[t / 8 * outputs + index] |= static_cast<std::uint8_t>(1 << (t % 8));
+      ++spikes;
+    }
+  }
+
+  std::vector<Product> products_in;
+  std::vector<Residual> residuals;
+  for (const auto& in : inputs) {
+    const void* w = narrow ? static_cast<const void*>(in->w8.data()) : in->w16.data();
+    products_in.push_back({{in->x.data(), in->coding, in->height, in->width, in->channels}, w, narrow ? 1 : 2, in->g});
+  }
+  for (const auto& s : sources) residuals.push_back({s->data.data(), s->coding, s->amplitude.data()});
+  const ConvIf a{N,
+                 OH,
+                 OW,
+                 O,
+                 T,
+                 products_in.data(),
+                 static_cast<int>(products_in.size()),
+                 residuals.data(),
+                 static_cast<int>(residuals.size()),
+                 with_current ? current.data() : nullptr,
+                 bias.data(),
+                 threshold.data(),
+                 got.data()};
+  const cuda::Launch launch = launch_settings();
+  cuda::Plan plan = cuda::plan_conv_if(a, launch.device);
+  const int group = cuda::group_of(std::min<i64>(T, 8));
+  if (plan.path == Path::tensor_cores) {
+    // Every tile and every split must give the same bytes, not only the one that the model prefers.
+    if (chance(0.6) && plan.tile != Tile::counts) plan.tile = chance(0.5) ? Tile::wide : Tile::small;
+    i64 stages = 0;
+    for (const auto& in : inputs) stages += cuda::stages_of(in->g.kernel_h * in->g.kernel_w, in->channels);
+    if (chance(0.3)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 5)));
+    plan.splits = static_cast<int>(cuda::ceil_div(stages, cuda::ceil_div(stages, plan.splits)));
+    plan.slices = plan.splits > 1 ? plan.splits : 0;
+    plan.partial_bytes = plan.slices * std::min<i64>(T, 8) * outputs * 4;
+  }
+  std::vector<const std::int8_t*> packed;
+  for (const auto& in : inputs) {
+    if (plan.path != Path::tensor_cores) continue;
+    const i64 bytes = static_cast<i64>(cuda::packed_bytes(in->g, in->channels, O, narrow ? 1 : 2));
+    in->packed = Block<std::int8_t>(bytes);
+    const void* w = narrow ? static_cast<const void*>(in->w8.data()) : in->w16.data();
+    if (cuda::pack_weight(in->g, in->channels, O, narrow ? 1 : 2, w, in->packed.data(), launch) != 0) fail("packing");
+    packed.push_back(in->packed.data());
+  }
+  const Block<std::int32_t> workspace(plan.workspace_bytes() / 4);
+  for (i64 i = 0; i < workspace.count(); ++i) workspace[i] = 0x5a5a5a5a;
+  const int code = cuda::conv_if(a, packed.data(), plan, workspace.data(), launch);
+  if (code != 0) fail(std::string("conv_if: ") + cuda::describe(code));
+
+  for (i64 i = 0; i < planes * outputs; ++i) {
+    if (want[i] == got[i]) continue;
+    std::string shape = "conv_if: T=" + std::to_string(T) + " N=" + std::to_string(N) + " out " + std::to_string(OH) +
+                        "x" + std::to_string(OW) + "x" + std::to_string(O) + (narrow ? " 8-bit" : " 16-bit");
+    for (const auto& in : inputs) {
+      shape += ", kernel " + std::to_string(in->g.kernel_h) + "x" + std::to_string(in->g.kernel_w) +
+               " C=" + std::to_string(in->channels) + " groups " + std::to_string(in->g.groups) +
+               (in->coding == Coding::count ? " counts" : " masks");
+    }
+    fail(shape + ", path " + std::to_string(static_cast<int>(plan.path)) + " tile " +
+         std::to_string(static_cast<int>(plan.tile)) + " splits " + std::to_string(plan.splits) + ": byte " +
+         std::to_string(i) + " is " + std::to_string(got[i]) + ", not " + std::to_string(want[i]));
+  }
+  ++totals.layers;
+  totals.neurons += outputs;
+  totals.spikes += spikes;
+  totals.opportunities += outputs * T;
+  totals.long_runs += T > 8;
+  totals.extreme += extreme;
+  for (const auto& in : inputs) totals.counted += in->coding == Coding::count && T > 1;
+  if (plan.path == Path::tensor_cores) {
+    ++totals.tensor;
+    totals.split += plan.splits > 1;
+    totals.several += products > 1;
+    ++totals.tiles[group == 1 && plan.tile == Tile::counts ? 0 : static_cast<int>(plan.tile)];
+  } else {
+    ++totals.direct;
+  }
+}
+
+template <typename T>
+void expect_equal(const Block<T>& want, const Block<T>& got, const char* what) {
+  for (i64 i = 0; i < want.count(); ++i) {
+    if (want[i] != got[i]) {
+      fail(std::string(what) + ": element " + std::to_string(i) + " is " + std::to_string(got[i]) + ", not " +
+           std::to_string(want[i]));
+    }
+  }
+  ++totals.other;
+}
+
+void analog_layer() {
+  const i64 groups = any_of<i64>({1, 1, 1, 3}), C = groups * uniform(1, 4), O = groups * any_of<i64>({1, 5, 8, 13});
+  const Geometry g{uniform(1, 3), uniform(1, 5), uniform(1, 2), uniform(1, 3),
+                   uniform(0, 2), uniform(0, 1), uniform(1, 2), 1,
+                   groups};
+  const i64 N = uniform(1, 3), H = uniform(5, 9), W = uniform(5, 11);
+  const i64 OH = out_size(H, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h);
+  const i64 OW = out_size(W, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w);
+  const i64 T = any_of<i64>({0, 1, 4, 8, 11}), outputs = N * OH * OW * O, planes = planes_of(Coding::mask, T);
+  const Block<std::int16_t> x(N * H * W * C), weight(g.kernel_h * g.kernel_w * C / groups * O);
+  const Block<std::int32_t> exponent(N), low(O), high(O), threshold(O);
+  const Block<double> gain(O), offset(O);
+  for (i64 i = 0; i < x.count(); ++i) x[i] = static_cast<std::int16_t>(chance(0.1) ? -32767 : uniform(-32767, 32767));
+  for (i64 i = 0; i < weight.count(); ++i) weight[i] = static_cast<std::int16_t>(uniform(-32639, 32639));
+  for (i64 n = 0; n < N; ++n) exponent[n] = static_cast<std::int32_t>(uniform(-20, 3));
+  for (i64 o = 0; o < O; ++o) {
+    // Powers of two leave sums on half units, which must go to even.
+    gain[o] = chance(0.5) ? std::ldexp(1.0, -18) : 1e-6 * static_cast<double>(uniform(1, 99)) / 7;
+    offset[o] = chance(0.3) ? 0.5 : static_cast<double>(uniform(-1000, 1000)) / 3;
+    low[o] = static_cast<std::int32_t>(uniform(-3000000, -10));
+    high[o] = static_cast<std::int32_t>(uniform(10, 3000000));
+    threshold[o] = static_cast<std::int32_t>(2 * uniform(1, 300000));
+  }
+  const Block<std::int32_t> want(outputs), got(T == 0 ? outputs : 0);
+  const Block<std::uint8_t> want_mask(planes * outputs), got_mask(planes * outputs);
+  for (i64 index = 0; index < outputs; ++index) {
+    const i64 o = index % O, ow = index / O % OW, oh = index / O / OW % OH, n = index / O / OW / OH;
+    i64 sum = 0;
+    for (i64 kh = 0; kh < g.kernel_h; ++kh) {
+      for (i64 kw = 0; kw < g.kernel_w; ++kw) {
+        const i64 r = oh * g.stride_h - g.pad_h + kh * g.dilation_h, c = ow * g.stride_w - g.pad_w + kw * g.dilation_w;
+        if (r < 0 || r >= H || c < 0 || c >= W) continue;
+        for (i64 k = 0; k < C / groups; ++k) {
+          sum += static_cast<i64>(x[((n * H + r) * W + c) * C + o / (O / groups) * (C / groups) + k]) *
+                 weight[((kh * g.kernel_w + kw) * (C / groups) + k) * O + o];
+        }
+      }
+    }
+    const double product = static_cast<double>(sum) * (gain[o] * std::ldexp(1.0, exponent[n]));
+    const double z = std::nearbyint(product + offset[o]);
+    want[index] = static_cast<std::int32_t>(std::clamp<double>(z, low[o], high[o]));
+    i64 v = threshold[o] / 2;
+    for (i64 t = 0; t < T; ++t) {
+      v += want[index];
+      if (v < threshold[o]) continue;
+      v -= threshold[o];
+      want_mask[t / 8 * outputs + index] |= static_cast<std::uint8_t>(1 << (t % 8));
+    }
+  }
+  const AnalogConv a{N,
+                     H,
+                     W,
+                     C,
+                     OH,
+                     OW,
+                     O,
+                     T,
+                     x.data(),
+                     exponent.data(),
+                     weight.data(),
+                     g,
+                     gain.data(),
+                     offset.data(),
+                     low.data(),
+                     high.data(),
+                     T > 0 ? threshold.data() : nullptr,
+                     T > 0 ? got_mask.data() : nullptr,
+                     T > 0 ? nullptr : got.data()};
+  if (cuda::analog(a, launch_settings()) != 0) fail("analog");
+  if (T == 0) {
+    expect_equal(want, got, "analog current");
+  } else {
+    expect_equal(want_mask, got_mask, "analog encoding");
+    const Block<std::uint8_t> again(planes * outputs);
+    const Encode e{N * OH * OW, O, T, want.data(), threshold.data(), again.data()};
+    if (cuda::encode(e, launch_settings()) != 0) fail("encode");
+    expect_equal(want_mask, again, "encode");
+  }
+}
+
+std::vector<i64> windows(i64 size, bool divided) {
+  std::vector<i64> w;
+  for (i64 i = uniform(1, 4); i > 0; --i) {
+    const i64 first = uniform(0, size - 1), end = uniform(first + 1, std::min(size, first + 3));
+    w.insert(w.end(), {first, end, divided ? end - first : 1});
+  }
+  return w;
+}
+
+void pooling() {
+  const i64 N = uniform(1, 2), H = uniform(1, 7), W = uniform(1, 7), C = any_of<i64>({1, 3, 4, 5, 8, 17});
+  const i64 T = any_of<i64>({1, 2, 4, 8, 9, 17}), kind = uniform(0, 2);
+  const bool any = kind == 2;
+  const Coding coding = kind == 1 ? Coding::count : Coding::mask;
+  const i64 multiple = chance(0.5) ? 36 : 0;    // divisible by all window sizes up to 3 x 3
+  const std::vector<i64> rows = windows(H, multiple != 0), cols = windows(W, multiple != 0);
+  const i64 OH = static_cast<i64>(rows.size()) / 3, OW = static_cast<i64>(cols.size()) / 3;
+  const Block<std::uint8_t> x(planes_of(coding, T) * N * H * W * C, chance(0.2) ? 1 : 0);
+  fill_spikes(x, coding, 0.4, 3);
+  const i64 planes = any ? planes_of(coding, T) : T, outputs = N * OH * OW * C;
+  const Block<std::uint8_t> want(planes * outputs), got(planes * outputs);
+  for (i64 p = 0; p < planes; ++p) {
+    for (i64 index = 0; index < outputs; ++index) {
+      const i64 c = index % C, ow = index / C % OW, oh = index / C / OW % OH, n = index / C / OW / OH;
+      const i64 *h = rows.data() + 3 * oh, *w = cols.data() + 3 * ow;
+      i64 sum = 0;
+      for (i64 r = h[0]; r < h[1]; ++r) {
+        for (i64 k = w[0]; k < w[1]; ++k) {
+          const i64 at = ((n * H + r) * W + k) * C + c;
+          if (any)
+            sum |= x[p * N * H * W * C + at];
+          else
+            sum += value_of(x.data(), coding, N * H * W * C, at, p);
+        }
+      }
+      if (!any && multiple != 0) sum *= multiple / (h[2] * w[2]);
+      want[p * outputs + index] = static_cast<std::uint8_t>(sum);
+    }
+  }
+  const Pool a{N, H, W, C, OH, OW, T, coding, any, rows.data(), cols.data(), any ? 0 : multiple, x.data(), got.data()};
+  if (cuda::pool(a, launch_settings()) != 0) fail("pool");
+  expect_equal(want, got, "pool");
+}
+
+void counting() {
+  const i64 n = uniform(1, 700), T = any_of<i64>({1, 2, 5, 8, 9, 20});
+  const Coding coding = chance(0.4) ? Coding::count : Coding::mask;
+  const bool prefix = chance(0.5);
+  const Block<std::uint8_t> x(planes_of(coding, T) * n);
+  fill_spikes(x, coding, 0.3, 255);
+  const Block<std::int32_t> want((prefix ? T : 1) * n), got((prefix ? T : 1) * n);
+  for (i64 i = 0; i < n; ++i) {
+    i64 sum = 0;
+    for (i64 t = 0; t < T; ++t) {
+      sum += value_of(x.data(), coding, n, i, t);
+      if (prefix) want[t * n + i] = static_cast<std::int32_t>(sum);
+    }
+    if (!prefix) want[i] = static_cast<std::int32_t>(sum);
+  }
+  if (cuda::count({n, T, coding, prefix, x.data(), got.data()}, launch_settings()) != 0) fail("count");
+  expect_equal(want, got, "count");
+}
+
+void pooling_counts() {
+  const i64 images = uniform(1, 3), H = uniform(1, 7), W = uniform(1, 7), C = uniform(1, 20);
+  const i64 multiple = chance(0.5) ? 36 : 0;
+  const std::vector<i64> rows = windows(H, true), cols = windows(W, true);
+  const i64 OH = static_cast<i64>(rows.size()) / 3, OW = static_cast<i64>(cols.size()) / 3;
+  const Block<std::int32_t> x(images * H * W * C), want(images * OH * OW * C), got(images * OH * OW * C);
+  for (i64 i = 0; i < x.count(); ++i) x[i] = static_cast<std::int32_t>(uniform(0, 100000));
+  for (i64 index = 0; index < want.count(); ++index) {
+    const i64 c = index % C, ow = index / C % OW, oh = index / C / OW % OH, n = index / C / OW / OH;
+    const i64 *h = rows.data() + 3 * oh, *w = cols.data() + 3 * ow;
+    i64 sum = 0;
+    for (i64 r = h[0]; r < h[1]; ++r) {
+      for (i64 k = w[0]; k < w[1]; ++k) sum += x[((n * H + r) * W + k) * C + c];
+    }
+    want[index] = static_cast<std::int32_t>(sum * (multiple == 0 ? 1 : multiple / (h[2] * w[2])));
+  }
+  const PoolCounts a{images, H, W, C, OH, OW, rows.data(), cols.data(), multiple, x.data(), got.data()};
+  if (cuda::pool_counts(a, launch_settings()) != 0) fail("pool_counts");
+  expect_equal(want, got, "pool_counts");
+}
+
+void reading_out() {
+  const i64 samples = uniform(1, 2), T = uniform(1, 5), images = chance(0.5) ? samples : samples * T;
+  const i64 O = any_of<i64>({1, 10, 32, 45}), OH = uniform(1, 2), OW = uniform(1, 3), terms = uniform(1, 3);
+  struct Term {
+    Block<std::int32_t> counts;
+    Block<std::int16_t> weight;
+    Block<double> gain;
+    i64 H, W, C, multiple;
+    Geometry g;
+  };
+  std::vector<std::unique_ptr<Term>> t;
+  const Block<double> offset(O);
+  for (i64 o = 0; o < O; ++o) offset[o] = static_cast<double>(uniform(-100, 100)) / 7;
+  for (i64 i = 0; i < terms; ++i) {
+    const bool identity = chance(0.25);
+    const i64 k = identity ? 1 : uniform(1, 2), groups = identity || O % 5 != 0 ? 1 : any_of<i64>({1, 5});
+    const i64 C = identity ? O : groups * uniform(1, 21), H = OH + k - 1, W = OW + k - 1;
+    t.push_back(std::make_unique<Term>(Term{Block<std::int32_t>(images * H * W * C),
+                                            Block<std::int16_t>(identity ? 0 : k * k * C / groups * O),
+                                            Block<double>(O),
+                                            H,
+                                            W,
+                                            C,
+                                            any_of<i64>({1, 49}),
+                                            {k, k, 1, 1, 0, 0, 1, 1, groups}}));
+    Term& term = *t.back();
+    for (i64 j = 0; j < term.counts.count(); ++j) term.counts[j] = static_cast<std::int32_t>(uniform(0, 400));
+    for (i64 j = 0; j < term.weight.count(); ++j) term.weight[j] = static_cast<std::int16_t>(uniform(-32639, 32639));
+    for (i64 o = 0; o < O; ++o) term.gain[o] = 1.0 / static_cast<double>(uniform(3, 9999));
+  }
+  const Block<float> want(images * OH * OW * O), got(images * OH * OW * O);
+  for (i64 index = 0; index < want.count(); ++index) {
+    const i64 o = index % O, ow = index / O % OW, oh = index / O / OW % OH, image = index / O / OW / OH;
+    const i64 steps = images == samples ? T : image / samples + 1;
+    double sum = 0;
+    for (const auto& term : t) {
+      i64 acc = 0;
+      if (term->weight.count() == 0) {
+        acc = term->counts[index];
+      } else {
+        const i64 per_group = term->C / term->g.groups, first = o / (O / term->g.groups) * per_group;
+        for (i64 kh = 0; kh < term->g.kernel_h; ++kh) {
+          for (i64 kw = 0; kw < term->g.kernel_w; ++kw) {
+            for (i64 c = 0; c < per_group; ++c) {
+              acc += static_cast<i64>(term->weight[((kh * term->g.kernel_w + kw) * per_group + c) * O + o]) *
+                     term->counts[((image * term->H + oh + kh) * term->W + ow + kw) * term->C + first + c];
+            }
+          }
+        }
+      }
+      sum += static_cast<double>(acc) * term->gain[o] / static_cast<double>(steps * term->multiple);
+    }
+    want[index] = static_cast<float>(sum + offset[o]);
+  }
+  std::vector<ReadoutTerm> list;
+  for (const auto& term : t) {
+    list.push_back({term->counts.data(), term->H, term->W, term->C,
+                    term->weight.count() == 0 ? nullptr : term->weight.data(), term->g, term->gain.data(),
+                    term->multiple});
+  }
+  const Readout a{images, samples, OH, OW, O, T, list.data(), static_cast<int>(terms), offset.data(), got.data()};
+  if (cuda::readout(a, launch_settings()) != 0) fail("readout");
+  expect_equal(want, got, "readout");
+}
+
+void quantizing() {
+  const i64 N = uniform(1, 4), H = uniform(1, 9), W = uniform(1, 9), from = uniform(1, 4), C = uniform(1, 5);
+  const bool channels_last = chance(0.5);
+  const Block<float> x(N * H * W * from), scale(C), shift(C);
+  const Block<i64> source(C);
+  for (i64 i = 0; i < x.count(); ++i) x[i] = static_cast<float>(uniform(-1000000, 1000000)) / 77777.0f;
+  for (i64 c = 0; c < C; ++c) {
+    source[c] = uniform(0, from - 1);
+    scale[c] = chance(0.5) ? 1.0f : static_cast<float>(uniform(1, 1000)) / 333.0f;
+    shift[c] = chance(0.5) ? 0.0f : static_cast<float>(uniform(-1000, 1000)) / 333.0f;
+  }
+  const i64 special = uniform(0, 3), sample = uniform(0, N - 1);
+  const i64 image = H * W * from;
+  if (special == 1) x[sample * image + uniform(0, image - 1)] = chance(0.5) ? NAN : -INFINITY;
+  if (special == 2) {
+    for (i64 i = 0; i < image; ++i) x[sample * image + i] = 0;
+  }
+  if (special == 3) x[sample * image] = 32767.0f * 4;    // a power of two times 32767: the smaller exponent
+  const i64 sn = image, sc = channels_last ? 1 : H * W, sh = channels_last ? W * from : W,
+            sw = channels_last ? from : 1;
+  const Block<std::int16_t> want(N * H * W * C), got(N * H * W * C);
+  const Block<std::int32_t> want_e(N), got_e(N);
+  bool bad = false;
+  for (i64 n = 0; n < N; ++n) {
+    std::vector<double> z;
+    bool finite = true;
+    for (i64 i = 0; i < H * W * C; ++i) {
+      const i64 c = i % C, w = i / C % W, h = i / C / W;
+      const float value = x[n * sn + source[c] * sc + h * sh + w * sw] * scale[c];
+      z.push_back(static_cast<double>(value + shift[c]));
+      finite &= std::isfinite(z.back());
+    }
+    double most = 0;
+    for (const double v : z) most = std::max(most, std::abs(v));
+    bad |= !finite;
+    int e = 0;
+    if (finite && most > 0) {
+      e = -200;
+      while (most > std::ldexp(32767.0, e)) ++e;
+    }
+    want_e[n] = e;
+    for (i64 i = 0; i < H * W * C; ++i) {
+      want[n * H * W * C + i] =
+          finite ? static_cast<std::int16_t>(std::nearbyint(std::ldexp(z[static_cast<std::size_t>(i)], -e)))
+                 : std::int16_t{0};
+    }
+  }
+  const Block<std::uint32_t> workspace(N + 1);
+  for (i64 i = 0; i <= N; ++i) workspace[i] = 77;
+  const Quantize a{N,          H,           W, C, x.data(), sn, sc, sh, sw, source.data(), scale.data(), shift.data(),
+                   got.data(), got_e.data()};
+  if (cuda::quantize(a, workspace.data(), launch_settings()) != 0) fail("quantize");
+  if (workspace[N] != static_cast<std::uint32_t>(bad)) fail("quantize: the flag for NaN and infinity is wrong");
+  expect_equal(want, got, "quantize");
+  expect_equal(want_e, got_e, "quantize, exponent");
+}
+
+// The cost model must keep every plan inside the device: shared memory, no empty split.
+void plans() {
+  for (const int capability : {75, 80, 86, 89, 90, 100, 120}) {
+    const cuda::Device d{capability == 75 ? 40 : 108, capability, capability == 75 ? 65536 : 101376};
+    for (const i64 steps : {1, 2, 3, 4, 5, 8}) {
+      for (const bool counts : {false, true}) {
+        for (const i64 pixels : {1, 49, 12544, 802816}) {
+          const cuda::Work w{pixels, any_of<i64>({16, 64, 512}), any_of<i64>({1, 9, 72}), steps, 2, counts};
+          const cuda::Choice c = cuda::choose_tile(w, d);
+          const auto shape = cuda::tile_shape(cuda::group_of(steps), c.tile);
+          if (cuda::tile_shared_bytes(shape) > static_cast<std::size_t>(d.shared_bytes))
+            fail("a tile beyond shared memory");
+          if (c.splits > w.stages) fail("a split without work");
+          if (pixels >= 802816 && c.splits > 1) fail("split-K where the grid fills the GPU many times over");
+          if (pixels == 1 && w.stages == 72 && w.out_channels <= 64 && c.splits == 1)
+            fail("no split-K for one pixel and a long K");
+        }
+      }
+    }
+  }
+}
+
+}    // namespace
+
+int main(int argc, char** argv) {
+  const auto seed = static_cast<std::uint64_t>(argc > 1 ? std::atoll(argv[1]) : 1);
+  const i64 layers = argc > 2 ? std::atoll(argv[2]) : 50;
+  generator.seed(seed);
+  cuda::emulation::schedule_seed = seed * 2 + 1;
+  plans();
+  for (i64 i = 0; i < layers; ++i) {
+    cuda::emulation::capability = i % 5 == 4 ? 75 : 90;
+    spiking_layer();
+    switch (i % 6) {
+      case 0:
+        analog_layer();
+        break;
+      case 1:
+        pooling();
+        break;
+      case 2:
+        counting();
+        break;
+      case 3:
+        pooling_counts();
+        break;
+      case 4:
+        reading_out();
+        break;
+      default:
+        quantizing();
+    }
+  }
+  std::printf(
+      "layers %lld neurons %lld rate %.4f ties %lld tensor %lld direct %lld split %lld several %lld long %lld counted "
+      "%lld "
+      "extreme %lld wide %lld small %lld counts %lld other %lld\n",
+      static_cast<long long>(totals.layers), static_cast<long long>(totals.neurons),
+      static_cast<double>(totals.spikes) / static_cast<double>(totals.opportunities),
+      static_cast<long long>(totals.ties), static_cast<long long>(totals.tensor), static_cast<long long>(totals.direct),
+      static_cast<long long>(totals.split), static_cast<long long>(totals.several),
+      static_cast<long long>(totals.long_runs), static_cast<long long>(totals.counted),
+      static_cast<long long>(totals.extreme), static_cast<long long>(totals.tiles[0]),
+      static_cast<long long>(totals.tiles[1]), static_cast<long long>(totals.tiles[2]),
+      static_cast<long long>(totals.other));
+  return 0;
+}
