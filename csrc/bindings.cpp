@@ -20,6 +20,7 @@ using Address = std::uintptr_t;
 using qcfs::Coding;
 using qcfs::Geometry;
 using qcfs::Status;
+using qcfs::cpu::Engine;
 using qcfs::cpu::Options;
 
 template <typename T>
@@ -49,19 +50,31 @@ Coding coding(bool count) { return count ? Coding::count : Coding::mask; }
 
 // (address, is_count, height, width, channels, weight address, weight bytes, geometry)
 using ProductTuple = std::tuple<Address, bool, std::int64_t, std::int64_t, std::int64_t, Address, int, GeometryTuple>;
+// Addresses of each product's packed weights by engine, 0 where it has none yet.
+using PackedTuple = std::tuple<Address, Address>;
 // (address, is_count, amplitude address)
 using ResidualTuple = std::tuple<Address, bool, Address>;
 // (counts, height, width, channels, weight or 0, geometry, gain, multiple)
 using TermTuple =
     std::tuple<Address, std::int64_t, std::int64_t, std::int64_t, Address, GeometryTuple, Address, std::int64_t>;
 
-void conv_if(const std::vector<ProductTuple>& products, const std::vector<ResidualTuple>& residuals, Address current,
-             Address bias, Address threshold, Address out, std::int64_t batch, std::int64_t out_h, std::int64_t out_w,
-             std::int64_t out_channels, std::int64_t steps, std::uint32_t isa, int threads) {
+Engine engine(int value) { return static_cast<Engine>(value); }
+
+std::vector<qcfs::Product> unpack(const std::vector<ProductTuple>& products) {
   std::vector<qcfs::Product> p;
   for (const auto& [x, is_count, h, w, c, weight, bytes, g] : products) {
-    p.push_back({{at<const std::uint8_t>(x), coding(is_count), h, w, c}, at<const void>(weight), bytes, geometry(g)});
+    p.push_back(
+        {{at<const std::uint8_t>(x), coding(is_count), h, w, c}, at<const void>(weight), bytes, geometry(g), nullptr});
   }
+  return p;
+}
+
+// Returns the engine that ran, or, negative, the one that was chosen but lacks packed weights: pack them, call again.
+int conv_if(const std::vector<ProductTuple>& products, const std::vector<PackedTuple>& packed,
+            const std::vector<ResidualTuple>& residuals, Address current, Address bias, Address threshold, Address out,
+            std::int64_t batch, std::int64_t out_h, std::int64_t out_w, std::int64_t out_channels, std::int64_t steps,
+            std::uint32_t isa, int threads, int wanted) {
+  std::vector<qcfs::Product> p = unpack(products);
   std::vector<qcfs::Residual> r;
   for (const auto& [x, is_count, amplitude] : residuals) {
     r.push_back({at<const std::uint8_t>(x), coding(is_count), at<const std::int32_t>(amplitude)});
@@ -80,17 +93,67 @@ void conv_if(const std::vector<ProductTuple>& products, const std::vector<Residu
                        at<const std::int32_t>(threshold),
                        at<std::uint8_t>(out)};
   Status s;
+  Engine chosen;
   {
     py::gil_scoped_release release;
-    s = qcfs::cpu::conv_if(a, Options{isa, threads});
+    chosen = qcfs::cpu::choose_engine(a, Options{isa, threads, engine(wanted)});
+    for (std::size_t i = 0; i < p.size(); ++i) {
+      p[i].packed = at<const void>(chosen == Engine::dense ? std::get<1>(packed.at(i)) : std::get<0>(packed.at(i)));
+    }
+    s = qcfs::cpu::conv_if(a, Options{isa, threads, chosen});
   }
+  if (s == Status::not_packed) return -static_cast<int>(chosen);
   check(s, "conv2d_if");
+  return static_cast<int>(chosen);
 }
 
-void analog(Address x, Address exponent, Address weight, const GeometryTuple& g, Address gain, Address offset,
-            Address low, Address high, Address threshold, Address out_mask, Address out_current, std::int64_t batch,
-            std::int64_t in_h, std::int64_t in_w, std::int64_t in_channels, std::int64_t out_h, std::int64_t out_w,
-            std::int64_t out_channels, std::int64_t steps, std::uint32_t isa, int threads) {
+// A layer of which only shapes and weights matter.
+qcfs::ConvIf shapes(const std::vector<qcfs::Product>& products, std::int64_t out_channels) {
+  qcfs::ConvIf a{};
+  a.out_channels = out_channels;
+  a.products = products.data();
+  a.product_count = static_cast<int>(products.size());
+  return a;
+}
+
+std::size_t packed_bytes(const std::vector<ProductTuple>& products, std::int64_t out_channels, int product, int wanted,
+                         std::uint32_t isa) {
+  const std::vector<qcfs::Product> p = unpack(products);
+  return qcfs::cpu::packed_bytes(shapes(p, out_channels), product, engine(wanted), isa);
+}
+
+void pack(const std::vector<ProductTuple>& products, std::int64_t out_channels, int product, int wanted,
+          std::uint32_t isa, Address out) {
+  const std::vector<qcfs::Product> p = unpack(products);
+  py::gil_scoped_release release;
+  qcfs::cpu::pack(shapes(p, out_channels), product, engine(wanted), isa, at<void>(out));
+}
+
+qcfs::AnalogConv analog_shape(Address weight, const GeometryTuple& g, std::int64_t in_channels,
+                              std::int64_t out_channels) {
+  qcfs::AnalogConv a{};
+  a.weight = at<const std::int16_t>(weight);
+  a.g = geometry(g);
+  a.in_channels = in_channels;
+  a.out_channels = out_channels;
+  return a;
+}
+
+std::size_t packed_analog_bytes(const GeometryTuple& g, std::int64_t in_channels, std::int64_t out_channels,
+                                std::uint32_t isa) {
+  return qcfs::cpu::packed_bytes(analog_shape(0, g, in_channels, out_channels), isa);
+}
+
+void pack_analog(Address weight, const GeometryTuple& g, std::int64_t in_channels, std::int64_t out_channels,
+                 std::uint32_t isa, Address out) {
+  py::gil_scoped_release release;
+  qcfs::cpu::pack(analog_shape(weight, g, in_channels, out_channels), isa, at<void>(out));
+}
+
+void analog(Address x, Address exponent, Address weight, Address packed, const GeometryTuple& g, Address gain,
+            Address offset, Address low, Address high, Address threshold, Address out_mask, Address out_current,
+            std::int64_t batch, std::int64_t in_h, std::int64_t in_w, std::int64_t in_channels, std::int64_t out_h,
+            std::int64_t out_w, std::int64_t out_channels, std::int64_t steps, std::uint32_t isa, int threads) {
   const qcfs::AnalogConv a{batch,
                            in_h,
                            in_w,
@@ -109,7 +172,8 @@ void analog(Address x, Address exponent, Address weight, const GeometryTuple& g,
                            at<const std::int32_t>(high),
                            at<const std::int32_t>(threshold),
                            at<std::uint8_t>(out_mask),
-                           at<std::int32_t>(out_current)};
+                           at<std::int32_t>(out_current),
+                           at<const void>(packed)};
   Status s;
   {
     py::gil_scoped_release release;
@@ -248,9 +312,27 @@ void quantize(Address x, const std::vector<std::int64_t>& strides, Address sourc
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of qcfs_fast; use torch.ops.qcfs_fast instead";
-  m.attr("ISA_AVX2") = static_cast<std::uint32_t>(qcfs::cpu::isa_avx2);
-  m.attr("ISA_AVX512") = static_cast<std::uint32_t>(qcfs::cpu::isa_avx512);
-  m.attr("ISA_NEON") = static_cast<std::uint32_t>(qcfs::cpu::isa_neon);
+  for (const auto& [name, bit] : {std::pair{"ISA_AVX2", qcfs::cpu::isa_avx2},
+                                  {"ISA_AVX512", qcfs::cpu::isa_avx512},
+                                  {"ISA_AVXVNNI", qcfs::cpu::isa_avxvnni},
+                                  {"ISA_AVX512VNNI", qcfs::cpu::isa_avx512vnni},
+                                  {"ISA_AMX", qcfs::cpu::isa_amx},
+                                  {"ISA_NEON", qcfs::cpu::isa_neon},
+                                  {"ISA_NEONDOT", qcfs::cpu::isa_neondot}}) {
+    m.attr(name) = static_cast<std::uint32_t>(bit);
+  }
+  m.def("engines", [] {
+    std::vector<std::string> names;
+    for (const Engine e : {Engine::automatic, Engine::events, Engine::dense, Engine::depthwise, Engine::grouped}) {
+      names.emplace_back(qcfs::cpu::engine_name(e));
+    }
+    return names;
+  });
+  m.def("measure_peak", &qcfs::cpu::measure_peak, py::call_guard<py::gil_scoped_release>());
+  m.def("packed_bytes", &packed_bytes);
+  m.def("pack", &pack);
+  m.def("packed_analog_bytes", &packed_analog_bytes);
+  m.def("pack_analog", &pack_analog);
   m.def("host_isa", &qcfs::cpu::host_isa);
   m.def("chosen_kernel_set", &qcfs::cpu::chosen_kernel_set);
   m.def("kernel_sets", [] {

@@ -24,17 +24,26 @@ try:
 except ImportError as error:  # a source tree that was not built: the reference still works
     native_error = str(error)
 
-LEVELS = ("portable", "avx2", "avx512")
+# Caps of the instruction set, and the CPU features that each allows.
+LEVELS = {
+    "portable": (),
+    "avx2": ("AVX2",),
+    "avxvnni": ("AVX2", "AVXVNNI"),
+    "avx512": ("AVX2", "AVX512"),
+    "avx512vnni": ("AVX2", "AVXVNNI", "AVX512", "AVX512VNNI"),
+    "amx": ("AVX2", "AVXVNNI", "AVX512", "AVX512VNNI", "AMX"),
+    "neon": ("NEON",),
+    "neondot": ("NEON", "NEONDOT"),
+}
+# How a spiking layer runs on the CPU; the first three can be asked for (csrc/cpu/cpu.h explains them).
+ENGINES = ("auto", "events", "dense", "depthwise", "grouped")
 BACKENDS = ("auto", "cuda", "triton", "reference")
 GPU_ORDER = ("cuda", "triton", "reference")
 OLDEST_TRITON = (3, 3)
 
 
 def _level_mask(level: str) -> int:
-    if native is None or level == "portable":
-        return 0
-    avx2 = int(native.ISA_AVX2)
-    return avx2 if level == "avx2" else avx2 | int(native.ISA_AVX512)
+    return 0 if native is None else sum(int(getattr(native, f"ISA_{feature}")) for feature in LEVELS[level])
 
 
 def capped_isa(cap: str, host: int) -> int:
@@ -49,6 +58,12 @@ def capped_isa(cap: str, host: int) -> int:
     return host & mask
 
 
+def checked_engine(name: str) -> str:
+    if name not in ENGINES[:3]:
+        raise ValueError(f"QCFS_FAST_ENGINE={name!r} is unknown; known engines: {', '.join(ENGINES[:3])}")
+    return name
+
+
 def _chosen_backend() -> str:
     name = os.environ.get("QCFS_FAST_BACKEND", "auto")
     if name not in BACKENDS:
@@ -59,15 +74,19 @@ def _chosen_backend() -> str:
 host_isa = int(native.host_isa()) if native is not None else 0
 isa_cap = os.environ.get("QCFS_FAST_MAX_ISA", "")
 isa = capped_isa(isa_cap, host_isa)
+engine = checked_engine(os.environ.get("QCFS_FAST_ENGINE", "auto"))
+last_engine = ""  # of the spiking layer that ran last on the CPU
 requested = _chosen_backend()
 use_reference = native is None or requested == "reference"
 
 
 @contextlib.contextmanager
-def force(isa_mask: int | None = None, reference: bool | None = None, gpu: str | None = None) -> Iterator[None]:
-    """For tests and comparisons: another instruction-set mask, the reference, or another GPU backend by name."""
-    global isa, use_reference, requested
-    saved = (isa, use_reference, requested)
+def force(
+    isa_mask: int | None = None, reference: bool | None = None, gpu: str | None = None, cpu_engine: str | None = None
+) -> Iterator[None]:
+    """For tests and comparisons: another instruction-set mask, the reference, a GPU backend or a CPU engine by name."""
+    global isa, use_reference, requested, engine
+    saved = (isa, use_reference, requested, engine)
     if isa_mask is not None and isa_mask & ~host_isa:
         raise ValueError("this processor lacks some of the instruction sets asked for")
     if gpu is not None and gpu not in ("auto", *GPU_ORDER):
@@ -75,10 +94,11 @@ def force(isa_mask: int | None = None, reference: bool | None = None, gpu: str |
     isa = saved[0] if isa_mask is None else isa_mask
     use_reference = saved[1] if reference is None else reference
     requested = saved[2] if gpu is None else gpu
+    engine = saved[3] if cpu_engine is None else checked_engine(cpu_engine)
     try:
         yield
     finally:
-        isa, use_reference, requested = saved
+        isa, use_reference, requested, engine = saved
 
 
 # ---------------------------------------------------------------------------------------------- GPU
@@ -178,10 +198,20 @@ def kernel_sets() -> list[tuple[str, int]]:
     return [(str(name), int(mask)) for name, mask in native.kernel_sets() if not int(mask) & ~host_isa]
 
 
+@functools.cache
+def _chosen_set(mask: int) -> str:
+    return str(native.chosen_kernel_set(mask))
+
+
+def kernel_set() -> str:
+    """Name of the CPU kernel set in use."""
+    return _chosen_set(isa)
+
+
 def describe() -> str:
     """One word for what runs on CPU tensors: the kernel set's name, "reference" or "triton"."""
     if triton_on_cpu():
         return "triton"
     if use_reference or native is None:
         return "reference"
-    return str(native.chosen_kernel_set(isa))
+    return kernel_set()

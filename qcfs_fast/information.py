@@ -37,6 +37,7 @@ def info() -> dict[str, Any]:
         "kernel sets this processor runs": [name for name, _ in backend.kernel_sets()],
         "QCFS_FAST_MAX_ISA": backend.isa_cap or "not set",
         "kernels in use (cpu)": backend.describe(),
+        "QCFS_FAST_ENGINE": backend.engine,
         "QCFS_FAST_BACKEND": backend.requested,
         "gpu devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "gpu backends": backend.describe_gpu(),

@@ -14,6 +14,7 @@ column: first input index, last + 1, divisor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import backend, reference
+from .packing import PackedWeights
 from .windows import largest_value
 
 GEOMETRY = 9
@@ -304,6 +306,9 @@ def _readout_shape(
 # Each takes the output made by the fake kernel (which has checked the operands) and fills it.
 
 
+_packed = PackedWeights()
+
+
 def _common() -> tuple[int, int]:
     return backend.isa, torch.get_num_threads()
 
@@ -352,13 +357,25 @@ def _native_conv2d_current(
     T: int = 0,
 ) -> None:
     operands = _dense((x, exponent, weight, gain, offset, low, high, *(() if threshold is None else (threshold,))))
-    x, exponent, weight, *vectors = operands
+    x, exponent, dense, *vectors = operands
+    shape = (tuple(geometry), x.shape[3], weight.shape[3])
+    kind = f"analog {backend.kernel_set()} {geometry[8] > 1}"
+    packed = _packed.find(kind, (weight,))
+    if packed is None:
+
+        def pack() -> Tensor:
+            out = torch.empty(_module().packed_analog_bytes(*shape, backend.isa), dtype=torch.uint8)
+            _module().pack_analog(dense.data_ptr(), *shape, backend.isa, out.data_ptr())
+            return out
+
+        packed = _packed.make(kind, (weight,), pack)
     addresses = [t.data_ptr() for t in vectors] + ([] if T else [0])
     outputs = (out.data_ptr(), 0) if T else (0, out.data_ptr())
     _module().analog(
         x.data_ptr(),
         exponent.data_ptr(),
-        weight.data_ptr(),
+        dense.data_ptr(),
+        packed.data_ptr(),
         tuple(geometry),
         *addresses,
         *outputs,
@@ -391,7 +408,10 @@ def _native_conv2d_if(
     bias: Tensor,
     threshold: Tensor,
     T: int,
+    keys: Sequence[Tensor] | None = None,
 ) -> None:
+    """`keys` are the tensors that packed weights belong to, where `weight` holds views of them."""
+    keys = weight if keys is None else keys
     x, weight, residual, amplitude = _dense(x), _dense(weight), _dense(residual), _dense(amplitude)
     current = None if current is None else current.contiguous()
     bias, threshold = _dense((bias, threshold))
@@ -407,17 +427,48 @@ def _native_conv2d_if(
         for i, (xi, wi) in enumerate(zip(x, weight, strict=True))
     ]
     residuals = [(r.data_ptr(), r.shape[0] == T, a.data_ptr()) for r, a in zip(residual, amplitude, strict=True)]
-    _module().conv_if(
-        products,
-        residuals,
-        _address(current),
-        bias.data_ptr(),
-        threshold.data_ptr(),
-        out.data_ptr(),
-        *out.shape[1:],
-        T,
-        *_common(),
-    )
+    forms = {name: f"{name} {backend.kernel_set()}" for name in ("events", "dense")}
+    events = [_packed.find(forms["events"], (k,)) for k in keys]
+    dense = _packed.find(forms["dense"], keys)
+    wanted = backend.ENGINES.index(backend.engine)
+
+    def run() -> int:
+        packed = [(_address(e), _address(dense)) for e in events]
+        return int(
+            _module().conv_if(
+                products,
+                packed,
+                residuals,
+                _address(current),
+                bias.data_ptr(),
+                threshold.data_ptr(),
+                out.data_ptr(),
+                *out.shape[1:],
+                T,
+                *_common(),
+                wanted,
+            )
+        )
+
+    def pack(product: int, engine: int) -> Tensor:
+        layer = (products, out.shape[-1], product, engine, backend.isa)
+        packed = torch.empty(_module().packed_bytes(*layer), dtype=torch.uint8)
+        _module().pack(*layer, packed.data_ptr())
+        return packed
+
+    ran = run()
+    if ran < 0:
+        chosen = -ran
+        if backend.ENGINES[chosen] == "dense":
+            dense = _packed.make(forms["dense"], keys, lambda: pack(0, chosen))
+        else:
+            events = [
+                e if e is not None else _packed.make(forms["events"], (k,), functools.partial(pack, i, chosen))
+                for i, (e, k) in enumerate(zip(events, keys, strict=True))
+            ]
+        wanted = chosen
+        ran = run()
+    backend.last_engine = backend.ENGINES[ran]
 
 
 def _native_linear_if(
@@ -432,7 +483,7 @@ def _native_linear_if(
     T: int,
 ) -> None:
     maps = _as_conv(x, weight, residual, current)
-    _native_conv2d_if(_flat_to_map(out), *maps[:4], amplitude, maps[4], bias, threshold, T)
+    _native_conv2d_if(_flat_to_map(out), *maps[:4], amplitude, maps[4], bias, threshold, T, keys=weight)
 
 
 def _native_pool(

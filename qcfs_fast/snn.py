@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import backend, ops
 from .errors import FormatError
 from .lowering import INPUT
 from .windows import PoolSpec
@@ -87,10 +87,20 @@ class SpikingLayer(Layer):
     """Integrate-and-fire over the sum of convolutions (or linear layers) of its inputs and of residual spikes.
 
     inputs: first the products' sources, then the residuals', last the image if it adds an analog current. Product
-    i uses buffer weight_{weight_index[i]}, residual i amplitude_i.
+    i uses buffer weight_{weight_index[i]}, residual i amplitude_i. `engine` names how the last call ran on the CPU
+    (events, dense, depthwise or grouped; docs/backends.md), "" before that and on other devices.
     """
 
+    engine = ""
+
     def forward(self, values: Values, T: int, per_step: bool) -> Any:
+        backend.last_engine = ""
+        out = self._fire(values, T)
+        if not torch.compiler.is_compiling():
+            self.engine = backend.last_engine
+        return out
+
+    def _fire(self, values: Values, T: int) -> Tensor:
         amplitudes = self.indexed("amplitude")
         weights = [getattr(self, f"weight_{i}") for i in self.config["weight_index"]]
         x = [values[name] for name in self.inputs]
@@ -127,7 +137,8 @@ class SpikingLayer(Layer):
         split = [geometry[ops.GEOMETRY * i : ops.GEOMETRY * (i + 1)] for i in first]
         text = _describe(self.config["layers"], weights, split, self.config["vector"])
         residuals = self.inputs[len(index) : len(index) + len(self.indexed("amplitude"))]
-        return text + "".join(f" + {name}" for name in residuals)
+        text += "".join(f" + {name}" for name in residuals)
+        return text + (f", {self.engine} engine" if self.engine else "")
 
 
 def _describe(names: Sequence[str], weights: Sequence[Tensor], geometry: Sequence[Sequence[int]], vector: bool) -> str:

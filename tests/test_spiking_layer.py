@@ -10,21 +10,37 @@ from layers import Evidence, random_case, random_spikes, tensor
 
 from qcfs_fast import backend
 
-ENGINES = [("reference", None), *backend.kernel_sets()]
-IDS = [name for name, _ in ENGINES]
+# The reference, and every kernel set with every engine that can be asked for.
+ENGINES = [("reference", None, "auto")] + [
+    (name, isa, how) for name, isa in backend.kernel_sets() for how in ("events", "dense")
+]
+IDS = [f"{name} {how}" for name, _, how in ENGINES]
 
 
 @pytest.fixture(params=ENGINES, ids=IDS)
 def engine(request):
-    name, isa = request.param
-    with backend.force(isa, reference=isa is None):
+    name, isa, how = request.param
+    with backend.force(isa, reference=isa is None, cpu_engine=how):
         assert backend.describe() == name  # the kernels under test are the ones that run
         yield name
 
 
 def test_every_kernel_set_is_covered():
-    assert "portable" in IDS
-    assert len(IDS) == 1 + len(backend.kernel_sets())
+    assert {"portable dense", "portable events"} <= set(IDS) or {"neon dense", "neon events"} <= set(IDS)
+    assert len(IDS) == 1 + 2 * len(backend.kernel_sets())
+
+
+def ran(case_args):
+    """The engine that a native call must have used."""
+    x, w, geometry, *_, T = case_args
+    groups = geometry[8::9]
+    if any(g != 1 for g in groups):
+        O = w[0].shape[3]
+        return "depthwise" if all(g == O == t.shape[4] for g, t in zip(groups, x, strict=True)) else "grouped"
+    if backend.engine == "events" or not x:
+        return "events"
+    counts = any(t.shape[0] == T for t in x)
+    return "events" if counts and not backend.kernel_set().endswith(("vnni", "amx")) else "dense"
 
 
 def test_random_layers(engine):
@@ -37,20 +53,27 @@ def test_random_layers(engine):
         out = torch.ops.qcfs_fast.conv2d_if(*case.args)
         evidence.add(case.want)
         assert np.array_equal(out.numpy(), case.want.masks)
+        if engine != "reference":
+            used.add(backend.last_engine)
+            assert backend.last_engine == ran(case.args)
 
+    used = set()
     check()
     evidence.check()
+    if engine != "reference":
+        assert backend.engine in used
+        assert {"depthwise", "grouped"} <= used
 
 
 def test_many_layers_agree_between_engines():
     """Beyond what the slow oracle can afford: larger layers, all engines against each other."""
     spikes = neurons = 0
-    for seed in range(400):
+    for seed in range(200):
         rng = np.random.default_rng(seed)
         case_args = _wide_layer(rng)
         outputs = []
-        for name, isa in ENGINES[1:]:
-            with backend.force(isa):
+        for name, isa, how in ENGINES[1:]:
+            with backend.force(isa, cpu_engine=how):
                 assert backend.describe() == name
                 outputs.append(torch.ops.qcfs_fast.conv2d_if(*case_args))
         assert all(torch.equal(outputs[0], o) for o in outputs[1:]), f"seed {seed}"
@@ -91,6 +114,71 @@ def test_linear(engine):
         out = torch.ops.qcfs_fast.linear_if([tensor(x)], [tensor(w)], [], [], None, tensor(bias), tensor(threshold), T)
         assert np.array_equal(out.numpy(), want.masks)
     evidence.check()
+
+
+def test_large_linear_layer_in_chunks(engine):
+    """Weights of one panel beyond the cache: taken chunk by chunk, with sums waiting in memory."""
+    rng = np.random.default_rng(5)
+    T, N, K, O = 5, 3, 6144, 70
+    x = random_spikes(rng, (N, K), T, False)
+    w = rng.integers(-300, 301, (K, O)).astype(np.int16)
+    bias = rng.integers(-50, 51, O).astype(np.int32)
+    total = oracle.unpack(x, T) @ w.astype(np.int64) + bias
+    threshold = np.maximum(2 * np.rint(np.abs(total).mean((0, 1)) / 2), 2).astype(np.int32)
+    want = oracle.integrate_and_fire(total, threshold)
+    out = torch.ops.qcfs_fast.linear_if([tensor(x)], [tensor(w)], [], [], None, tensor(bias), tensor(threshold), T)
+    assert np.array_equal(out.numpy(), want.masks)
+    assert 0.05 < want.rate < 0.95
+
+
+def test_weights_changed_in_place_are_packed_again(engine):
+    rng = np.random.default_rng(6)
+    x = tensor(random_spikes(rng, (1, 6, 6, 16), 4, False))
+    w = tensor(rng.integers(-500, 501, (3, 3, 16, 24)).astype(np.int16))
+    rest = ([3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, torch.zeros(24, dtype=torch.int32))
+    threshold = torch.full((24,), 800, dtype=torch.int32)
+    before = torch.ops.qcfs_fast.conv2d_if([x], [w], *rest, threshold, 4)
+    assert torch.equal(before, torch.ops.qcfs_fast.conv2d_if([x], [w], *rest, threshold, 4))
+    w.neg_()
+    after = torch.ops.qcfs_fast.conv2d_if([x], [w], *rest, threshold, 4)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, torch.ops.qcfs_fast.conv2d_if([x], [w.clone()], *rest, threshold, 4))
+
+
+def test_the_cost_model_follows_the_firing_rate():
+    """Few spikes go through lists, many through the matrix product, where there are fast products."""
+    rng = np.random.default_rng(7)
+    w = tensor(rng.integers(-127, 128, (3, 3, 64, 64)).astype(np.int8))
+    n = torch.full((64,), 256 * 400, dtype=torch.int32)
+    picked = {}
+    for rate in (0.02, 0.95):
+        x = tensor(oracle.pack(rng.random((4, 1, 14, 14, 64)) < rate))
+        torch.ops.qcfs_fast.conv2d_if([x], [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, torch.zeros_like(n), n, 4)
+        picked[rate] = backend.last_engine
+    assert picked[0.02] == "events"
+    if backend.kernel_set().endswith(("vnni", "amx")):
+        assert picked[0.95] == "dense"
+
+
+@pytest.mark.skipif(backend.native is None, reason="needs the native module")
+def test_the_best_allowed_kernel_set_is_picked():
+    """For processors nobody here has, too: dispatch is a function of the mask."""
+    n = backend.native
+    avx2, avx512 = n.ISA_AVX2, n.ISA_AVX2 | n.ISA_AVX512
+    built = [name for name, _ in n.kernel_sets()]
+    for mask, want in [
+        (0, built[-1]),
+        (avx2, "avx2"),
+        (avx2 | n.ISA_AVXVNNI, "avxvnni"),
+        (avx512, "avx512"),
+        (avx512 | n.ISA_AVXVNNI, "avx512"),
+        (avx512 | n.ISA_AVX512VNNI, "avx512vnni"),
+        (avx512 | n.ISA_AVX512VNNI | n.ISA_AMX, "amx"),
+        (n.ISA_AMX, built[-1]),  # tiles without the rest
+        (n.ISA_NEON | n.ISA_NEONDOT, "neondot"),
+    ]:
+        if want in built:
+            assert n.chosen_kernel_set(mask) == want
 
 
 def test_threads_and_batch_splits_do_not_matter():

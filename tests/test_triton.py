@@ -137,7 +137,7 @@ def layer(seed, evidence, T=None, channels=None, outputs=None, bits=None, produc
     while True:
         g = [r.one(1, 3), r.one(1, 3), r.one(1, 2), r.one(1, 2), r.one(0, 2), r.one(0, 2), r.one(1, 2), r.one(1, 2)]
         oh, ow = ((size[i] + 2 * g[4 + i] - g[6 + i] * (g[i] - 1) - 1) // g[2 + i] + 1 for i in (0, 1))
-        if 0 < oh and 0 < ow and oh * ow <= 25:
+        if oh > 0 and ow > 0 and oh * ow <= 25:
             break
     x = [r.spikes((N, *size, C), T, r.chance(0.3))]
     w = [r.weights((g[0], g[1], C // groups, O), bits, extreme)]

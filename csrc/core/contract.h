@@ -27,7 +27,7 @@
 
 namespace qcfs {
 
-enum class Status : int { ok = 0, out_of_memory, not_finite };
+enum class Status : int { ok = 0, out_of_memory, not_finite, not_packed };
 
 enum class Coding : int { mask = 0, count = 1 };
 
@@ -51,6 +51,7 @@ struct Product {
   const void* weight;    // [KH, KW, C/groups, O]
   int weight_bytes;      // 1: int8, worth 256 units a step; 2: int16
   Geometry g;
+  const void* packed;    // the weights once more as the engine that will run wants them (cpu.h), or null
 };
 
 struct Residual {
@@ -88,6 +89,7 @@ struct AnalogConv {
   const std::int32_t* threshold;    // [O]; used when steps > 0
   std::uint8_t* out_mask;           // [ceil(T/8), N, OH, OW, O]
   std::int32_t* out_current;        // [N, OH, OW, O]
+  const void* packed;               // CPU only: the weights once more as its kernels want them (cpu.h)
 };
 
 // Constant current -> masks: the recursion above with I[t] = current.

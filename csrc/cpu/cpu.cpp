@@ -2,10 +2,16 @@
 // workspace that only grows, so that a network of many layers does not go back to the system for each.
 #include "cpu/cpu.h"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#include <vector>
 
+#include "cpu/engines.h"
 #include "cpu/kernels/kernel_set.h"
 #include "cpu/thread_pool.h"
 
@@ -50,7 +56,8 @@ class Workspace {
   std::size_t size_ = 0;
 };
 
-thread_local Workspace workspace;
+thread_local Workspace workspace;    // of a task
+thread_local Workspace shared;       // of a call: what its tasks read
 
 // Runs task(index) in parallel; a task returns a Status and the worst one is the result.
 template <typename Task>
@@ -91,48 +98,495 @@ Status run_rows(std::int64_t rows, std::int64_t row_work, int threads, const Ran
   });
 }
 
-// Linear layers on a batch go through the samples panel by panel, so that a panel is read from memory once.
-constexpr std::int64_t panel_channels = 128;
-
-// How one layer is cut: first into bands of output rows, then, when those are too few for the threads,
-// into ranges of output channels.
+// Bands of output rows, so that there is work for all threads.
 struct Cut {
-  std::int64_t batch, band, bands, range, ranges;
+  std::int64_t band, bands;
 };
 
-Cut cut_layer(std::int64_t batch, std::int64_t rows, std::int64_t channels, int threads, std::int64_t channel_unit) {
-  const std::int64_t wanted = threads > 1 ? 4 * threads : 1;
-  Cut c{batch, rows, 1, channels, 1};
-  if (batch < wanted) {
-    // Bands re-list the halo rows of their neighbours: keep them at least four rows high.
-    std::int64_t bands = ceil_div(wanted, batch);
-    if (bands > ceil_div(rows, 4)) bands = ceil_div(rows, 4);
-    c.band = ceil_div(rows, bands);
-    c.bands = ceil_div(rows, c.band);
-    if (batch * c.bands < wanted && channel_unit > 0) {
-      const std::int64_t ranges = ceil_div(wanted, batch * c.bands);
-      c.range = ceil_div(ceil_div(channels, ranges), channel_unit) * channel_unit;
-      c.ranges = ceil_div(channels, c.range);
-    }
-  }
-  return c;
-}
-
-Tile tile_of(const Cut& c, std::int64_t index, std::int64_t rows, std::int64_t channels) {
-  Tile t;
-  // Ranges are the outer loop: neighbouring tasks share a panel of weights.
-  const std::int64_t band = index % c.bands;
-  t.sample = index / c.bands % c.batch;
-  const std::int64_t range = index / c.bands / c.batch;
-  t.row0 = band * c.band;
-  t.row1 = t.row0 + c.band < rows ? t.row0 + c.band : rows;
-  t.channel0 = range * c.range;
-  t.channel1 = t.channel0 + c.range < channels ? t.channel0 + c.range : channels;
-  return t;
+Cut cut_rows(std::int64_t rows, std::int64_t images, int threads) {
+  const std::int64_t wanted = threads > 1 ? ceil_div(4 * threads, images) : 1;
+  const std::int64_t band = ceil_div(rows, std::min(wanted, rows));
+  return {band, ceil_div(rows, band)};
 }
 
 std::int64_t taps(const Geometry& g, std::int64_t in_channels) {
   return g.kernel_h * g.kernel_w * (in_channels / g.groups);
+}
+
+std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) * to; }
+
+// Hands out pieces of one block of memory, cache lines each; without a block it only adds up.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <typename T>
+  T* take(std::int64_t count) {
+    char* at = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += static_cast<std::size_t>(round_up(count * static_cast<std::int64_t>(sizeof(T)), 64));
+    return reinterpret_cast<T*>(at);
+  }
+
+  std::size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  std::size_t used_ = 0;
+};
+
+// A wave's lists or planes should stay in the second or third-level cache.
+constexpr std::int64_t wave_bytes = 16 << 20;
+
+// Weights of one panel (or column block) that go through the second-level cache at a time.
+constexpr std::int64_t whole_panel_bytes = 640 << 10, chunk_bytes = 320 << 10;
+
+InputRows input_rows(const Product& p, std::int64_t row0, std::int64_t row1) {
+  const std::int64_t first = std::max<std::int64_t>(0, row0 * p.g.stride_h - p.g.pad_h);
+  const std::int64_t last =
+      std::min(p.x.height, (row1 - 1) * p.g.stride_h - p.g.pad_h + (p.g.kernel_h - 1) * p.g.dilation_h + 1);
+  return {first, std::max<std::int64_t>(0, last - first)};
+}
+
+// Cuts a layer into waves of at most `budget` bytes; bytes(row0, row1) are those of one sample.
+template <typename Bytes>
+std::vector<Wave> cut_waves(const ConvIf& a, const Bytes& bytes) {
+  std::vector<Wave> waves;
+  const std::int64_t sample = bytes(0, a.out_h);
+  if (sample <= wave_bytes) {
+    const std::int64_t samples = std::max<std::int64_t>(1, wave_bytes / std::max<std::int64_t>(1, sample));
+    for (std::int64_t n = 0; n < a.batch; n += samples) {
+      waves.push_back({n, std::min(a.batch, n + samples), 0, a.out_h});
+    }
+    return waves;
+  }
+  std::int64_t rows = std::max<std::int64_t>(1, a.out_h * wave_bytes / sample);
+  while (rows > 1 && bytes(0, rows) > wave_bytes) --rows;
+  for (std::int64_t n = 0; n < a.batch; ++n) {
+    for (std::int64_t r = 0; r < a.out_h; r += rows) waves.push_back({n, n + 1, r, std::min(a.out_h, r + rows)});
+  }
+  return waves;
+}
+
+Neurons pad_neurons(const ConvIf& a, Carver& space) {
+  const std::int64_t O = a.out_channels, padded = round_up(O, panel_channels);
+  const auto copy = [&](const std::int32_t* from) {
+    std::int32_t* to = space.take<std::int32_t>(padded);
+    if (to != nullptr) {
+      std::copy(from, from + O, to);
+      std::fill(to + O, to + padded, 0);
+    }
+    return to;
+  };
+  Neurons n{};
+  n.threshold = copy(a.threshold);
+  n.bias = copy(a.bias);
+  for (int i = 0; i < a.residual_count; ++i) n.amplitude[i] = copy(a.residuals[i].amplitude);
+  return n;
+}
+
+std::int64_t work_of(const ConvIf& a) {
+  std::int64_t work = 4;
+  for (int i = 0; i < a.product_count; ++i) work += taps(a.products[i].g, a.products[i].x.channels) / 8;
+  return work * a.batch * a.out_h * a.out_w * a.out_channels * a.steps;
+}
+
+// Runs the tasks of one parallel step, each with a workspace of `bytes`.
+template <typename Task>
+Status run_tasks(std::int64_t tasks, int threads, std::size_t bytes, const Task& task) {
+  return run(tasks, threads, [&](std::int64_t i) {
+    void* space = workspace.reserve(bytes);
+    if (space == nullptr) return Status::out_of_memory;
+    task(i, space);
+    return Status::ok;
+  });
+}
+
+// ------------------------------------------------------------------------------------------ layers
+
+// A linear layer is a 1x1 convolution of 1x1 maps. Seen as one image whose rows are the samples, its tasks may hold
+// many samples and so read a panel of weights once for all of them.
+bool is_linear(const ConvIf& a) {
+  bool linear = a.out_h == 1 && a.out_w == 1 && a.product_count > 0;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    linear &= p.x.height == 1 && p.x.width == 1 && p.g.kernel_h == 1 && p.g.kernel_w == 1 && p.g.pad_h == 0 &&
+              p.g.pad_w == 0 && p.g.groups == 1;
+  }
+  return linear;
+}
+
+// At T = 1 masks and counts look alike and come as counts; spikes go the faster way of masks.
+bool is_binary(const ConvIf& a, const Product& p) {
+  const std::int64_t bytes = a.batch * p.x.height * p.x.width * p.x.channels;
+  std::uint8_t all = 0;
+  for (std::int64_t i = 0; i < bytes; ++i) all = static_cast<std::uint8_t>(all | p.x.data[i]);
+  return all <= 1;
+}
+
+// A copy of a layer whose products may be changed.
+struct Layer {
+  explicit Layer(const ConvIf& from) : a(from), products(from.products, from.products + from.product_count) {
+    for (Product& p : products) {
+      if (a.steps == 1 && p.x.coding == Coding::count && is_binary(a, p)) p.x.coding = Coding::mask;
+    }
+    if (is_linear(a)) {
+      a.out_h = a.batch;
+      a.batch = 1;
+      for (Product& p : products) {
+        p.x.height = a.out_h;
+        p.g.stride_h = p.g.stride_w = p.g.dilation_h = p.g.dilation_w = 1;
+        linear = true;
+      }
+    }
+    a.products = products.data();
+  }
+
+  ConvIf a;
+  std::vector<Product> products;
+  bool linear = false;
+};
+
+// Many inputs of a linear layer become columns of fewer channels, between which its lists can be cut.
+void fold_columns(Layer& layer) {
+  for (Product& p : layer.products) {
+    if (!layer.linear || p.x.channels <= 1024) continue;
+    std::int64_t channels = 1024;
+    while (channels > 64 && p.x.channels % channels != 0) --channels;
+    if (p.x.channels % channels != 0) continue;
+    p.x.width = p.g.kernel_w = p.x.channels / channels;
+    p.x.channels = channels;
+  }
+}
+
+// ------------------------------------------------------------------------------------------ events
+
+std::int64_t list_entries(const ConvIf& a, const Product& p) {
+  return a.steps * p.x.width * p.x.channels + panel_channels;
+}
+
+std::int64_t list_bytes(const ConvIf& a, const Product& p, std::int64_t row0, std::int64_t row1) {
+  const std::int64_t per_entry = p.x.coding == Coding::count ? 8 : 4;
+  return input_rows(p, row0, row1).rows * (per_entry * list_entries(a, p) + 4 * a.steps * (p.x.width + 1));
+}
+
+void carve_lists(EventLayer& layer, Carver& space) {
+  const ConvIf& a = *layer.a;
+  const std::int64_t samples = layer.wave.sample1 - layer.wave.sample0;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    EventLists& l = layer.lists[i];
+    l.in = input_rows(p, layer.wave.row0, layer.wave.row1);
+    l.capacity = list_entries(a, p);
+    l.start = space.take<std::uint32_t>(samples * l.in.rows * a.steps * (p.x.width + 1));
+    l.position = space.take<std::uint32_t>(samples * l.in.rows * l.capacity);
+    l.value = p.x.coding == Coding::count ? space.take<std::uint32_t>(samples * l.in.rows * l.capacity) : nullptr;
+  }
+}
+
+// The taps in the order of the packed weights, and where one chunk ends and the next begins.
+void cut_taps(const ConvIf& a, bool each, std::vector<Taps>& taps, std::vector<int>& chunk) {
+  std::int64_t bytes = 0;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    const std::int64_t tap = p.x.channels * panel_channels * p.weight_bytes;
+    bytes += p.g.kernel_h * p.g.kernel_w * tap;
+    const std::int64_t most =
+        each || p.g.dilation_w != 1 ? 1 : std::max<std::int64_t>(1, chunk_bytes / std::max<std::int64_t>(1, tap));
+    for (std::int64_t kh = 0; kh < p.g.kernel_h; ++kh) {
+      for (std::int64_t kw = 0; kw < p.g.kernel_w; kw += most) {
+        taps.push_back({i, kh, kw, std::min(p.g.kernel_w, kw + most)});
+      }
+    }
+  }
+  chunk.push_back(0);
+  std::int64_t filled = 0;
+  for (std::size_t i = 0; !each && bytes > whole_panel_bytes && i < taps.size(); ++i) {
+    const Product& p = a.products[taps[i].product];
+    const std::int64_t size = (taps[i].kw1 - taps[i].kw0) * p.x.channels * panel_channels * p.weight_bytes;
+    if (filled > 0 && filled + size > chunk_bytes) {
+      chunk.push_back(static_cast<int>(i));
+      filled = 0;
+    }
+    filled += size;
+  }
+  chunk.push_back(static_cast<int>(taps.size()));
+}
+
+Status run_events(const KernelSet& k, Layer& owner, Engine engine, int threads) {
+  const bool grouped = engine == Engine::grouped;
+  if (!grouped) fold_columns(owner);
+  const ConvIf& a = owner.a;
+  std::vector<Taps> all_taps;
+  std::vector<int> chunk;
+  cut_taps(a, grouped, all_taps, chunk);
+  EventLayer layer{};
+  layer.a = &a;
+  layer.taps = all_taps.data();
+  layer.chunk = chunk.data();
+  layer.chunks = static_cast<int>(chunk.size()) - 1;
+  const auto bytes = [&](std::int64_t row0, std::int64_t row1) {
+    std::int64_t sum = 0;
+    for (int i = 0; i < a.product_count; ++i) sum += list_bytes(a, a.products[i], row0, row1);
+    return sum;
+  };
+  const std::int64_t panels = ceil_div(a.out_channels, panel_channels);
+  for (const Wave& wave : cut_waves(a, bytes)) {
+    layer.wave = wave;
+    Carver count(nullptr);
+    pad_neurons(a, count);
+    carve_lists(layer, count);
+    void* memory = shared.reserve(count.used() + slack);
+    if (memory == nullptr) return Status::out_of_memory;
+    Carver space(memory);
+    layer.neurons = pad_neurons(a, space);
+    carve_lists(layer, space);
+
+    const std::int64_t samples = wave.sample1 - wave.sample0;
+    std::int64_t list_rows = 0;
+    for (int i = 0; i < a.product_count; ++i) list_rows += samples * layer.lists[i].in.rows;
+    run(list_rows, threads, [&](std::int64_t i) {
+      int product = 0;
+      while (i >= samples * layer.lists[product].in.rows) i -= samples * layer.lists[product++].in.rows;
+      const std::int64_t rows = layer.lists[product].in.rows;
+      k.list_events(a, product, wave, layer.lists[product], wave.sample0 + i / rows, i % rows);
+      return Status::ok;
+    });
+
+    const std::int64_t rows = wave.row1 - wave.row0;
+    Cut cut = cut_rows(rows, samples * (grouped ? 1 : panels), threads);
+    // The sums of a tile that wait between chunks should stay in the cache as well.
+    const std::int64_t most = std::max<std::int64_t>(1, (256 << 10) / (a.out_w * a.steps * panel_channels * 4));
+    if (layer.chunks > 1 && cut.band > most) cut = {most, ceil_div(rows, most)};
+    const auto tile = [&](std::int64_t i) {
+      const std::int64_t row0 = wave.row0 + i % cut.bands * cut.band;
+      return Tile{wave.sample0 + i / cut.bands, row0, std::min(wave.row1, row0 + cut.band)};
+    };
+    const std::int64_t tiles = samples * cut.bands;
+    Status s;
+    if (grouped) {
+      s = run_tasks(tiles, threads, k.fire_grouped_workspace(a),
+                    [&](std::int64_t i, void* memory_of_task) { k.fire_grouped(layer, tile(i), memory_of_task); });
+    } else {
+      // Panels are the outer loop: neighbouring tasks share a panel.
+      s = run_tasks(tiles * panels, threads, k.fire_events_workspace(layer, cut.band),
+                    [&](std::int64_t i, void* memory_of_task) {
+                      const Tile t = tile(i % tiles);
+                      k.fire_events(layer, {t.sample, t.row0, t.row1, i / tiles}, memory_of_task);
+                    });
+    }
+    if (s != Status::ok) return s;
+  }
+  return Status::ok;
+}
+
+Status run_depthwise(const KernelSet& k, const ConvIf& a, int threads) {
+  Carver count(nullptr);
+  pad_neurons(a, count);
+  void* memory = shared.reserve(count.used());
+  if (memory == nullptr) return Status::out_of_memory;
+  Carver space(memory);
+  const Neurons neurons = pad_neurons(a, space);
+  const Cut cut = cut_rows(a.out_h, a.batch, threads);
+  return run(a.batch * cut.bands, threads, [&](std::int64_t i) {
+    const std::int64_t row0 = i % cut.bands * cut.band;
+    k.fire_depthwise(a, neurons, {i / cut.bands, row0, std::min(a.out_h, row0 + cut.band)});
+    return Status::ok;
+  });
+}
+
+// ------------------------------------------------------------------------------------------- dense
+
+std::int64_t block_channels(const KernelSet& k, const ConvIf& a) {
+  return k.dense.columns / a.products[0].weight_bytes;
+}
+
+std::int64_t dense_product_bytes(const KernelSet& k, const Product& p) {
+  return p.g.kernel_h * p.g.kernel_w * round_up(p.x.channels, k.dense.depth) * k.dense.columns;
+}
+
+std::int64_t dense_block_bytes(const KernelSet& k, const ConvIf& a) {
+  std::int64_t bytes = 0;
+  for (int i = 0; i < a.product_count; ++i) bytes += dense_product_bytes(k, a.products[i]);
+  return bytes;
+}
+
+// Phases of a strided dimension: as many as taps reach.
+std::int64_t phases_of(std::int64_t kernel, std::int64_t stride, std::int64_t dilation) {
+  std::int64_t most = 0;
+  for (std::int64_t i = 0; i < kernel; ++i) most = std::max(most, i * dilation % stride);
+  return most + 1;
+}
+
+struct Grid {
+  std::int64_t h, w;
+};
+
+Grid dense_grid(const ConvIf& a, std::int64_t rows) {
+  Grid g{rows, a.out_w};
+  for (int i = 0; i < a.product_count; ++i) {
+    const Geometry& geometry = a.products[i].g;
+    g.h = std::max(g.h, rows + (geometry.kernel_h - 1) * geometry.dilation_h / geometry.stride_h);
+    g.w = std::max(g.w, a.out_w + (geometry.kernel_w - 1) * geometry.dilation_w / geometry.stride_w);
+  }
+  return g;
+}
+
+void carve_planes(const KernelSet& k, DenseLayer& layer, Carver& space) {
+  const ConvIf& a = *layer.a;
+  const Grid grid = dense_grid(a, layer.wave.row1 - layer.wave.row0);
+  layer.grid_h = grid.h;
+  layer.grid_w = grid.w;
+  const std::int64_t samples = layer.wave.sample1 - layer.wave.sample0;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    DenseProduct& d = layer.product[i];
+    d.depth = round_up(p.x.channels, k.dense.depth);
+    d.phases_w = phases_of(p.g.kernel_w, p.g.stride_w, p.g.dilation_w);
+    d.phase_bytes = grid.h * grid.w * d.depth;
+    d.sample_bytes = phases_of(p.g.kernel_h, p.g.stride_h, p.g.dilation_h) * d.phases_w * d.phase_bytes;
+    d.step_bytes = samples * d.sample_bytes;
+    // The last block reads a whole block of positions and all taps behind them.
+    d.plane = space.take<std::uint8_t>(a.steps * d.step_bytes + (k.dense.rows + 1) * d.depth + slack);
+  }
+}
+
+std::int64_t plane_bytes(const KernelSet& k, const ConvIf& a, std::int64_t rows) {
+  DenseLayer layer{};
+  layer.a = &a;
+  layer.wave = {0, 1, 0, rows};
+  Carver count(nullptr);
+  carve_planes(k, layer, count);
+  return static_cast<std::int64_t>(count.used());
+}
+
+// Taps in the order of the packed weights, long ones in pieces, and where one chunk ends and the next begins.
+void cut_segments(const KernelSet& k, const DenseLayer& layer, std::vector<Segment>& segments,
+                  std::vector<int>& chunk) {
+  const ConvIf& a = *layer.a;
+  const std::int64_t unit = k.dense.depth * k.dense.columns;
+  const std::int64_t limit = dense_block_bytes(k, a) > whole_panel_bytes ? chunk_bytes : whole_panel_bytes;
+  chunk.assign(1, 0);
+  segments.clear();
+  std::int64_t filled = 0;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Geometry& g = a.products[i].g;
+    const DenseProduct& d = layer.product[i];
+    for (std::int64_t kh = 0; kh < g.kernel_h; ++kh) {
+      for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
+        const std::int64_t h = kh * g.dilation_h, w = kw * g.dilation_w;
+        const std::uint8_t* tap = d.plane + (h % g.stride_h * d.phases_w + w % g.stride_w) * d.phase_bytes +
+                                  (h / g.stride_h * layer.grid_w + w / g.stride_w) * d.depth;
+        for (std::int64_t first = 0; first < d.depth;) {
+          const std::int64_t blocks =
+              std::min((d.depth - first) / k.dense.depth, std::max<std::int64_t>(1, limit / unit));
+          if (filled > 0 && filled + blocks * unit > limit) {
+            chunk.push_back(static_cast<int>(segments.size()));
+            filled = 0;
+          }
+          segments.push_back({tap + first, d.depth, d.step_bytes, d.sample_bytes, blocks});
+          filled += blocks * unit;
+          first += blocks * k.dense.depth;
+        }
+      }
+    }
+  }
+  chunk.push_back(static_cast<int>(segments.size()));
+}
+
+Status run_dense(const KernelSet& k, const Layer& owner, int threads) {
+  const ConvIf& a = owner.a;
+  DenseLayer layer{};
+  layer.a = &a;
+  layer.packed = static_cast<const std::int8_t*>(a.products[0].packed);
+  layer.block_bytes = dense_block_bytes(k, a);
+  const std::int64_t column_blocks = ceil_div(a.out_channels, block_channels(k, a));
+  std::vector<Segment> segments;
+  std::vector<int> chunk;
+  for (const Wave& wave :
+       cut_waves(a, [&](std::int64_t row0, std::int64_t row1) { return plane_bytes(k, a, row1 - row0); })) {
+    layer.wave = wave;
+    Carver count(nullptr);
+    pad_neurons(a, count);
+    carve_planes(k, layer, count);
+    void* memory = shared.reserve(count.used());
+    if (memory == nullptr) return Status::out_of_memory;
+    Carver space(memory);
+    layer.neurons = pad_neurons(a, space);
+    carve_planes(k, layer, space);
+    cut_segments(k, layer, segments, chunk);
+    layer.segments = segments.data();
+    layer.chunk = chunk.data();
+    layer.chunks = static_cast<int>(chunk.size()) - 1;
+
+    const std::int64_t samples = wave.sample1 - wave.sample0;
+    run(a.product_count * samples * layer.grid_h, threads, [&](std::int64_t i) {
+      const std::int64_t image = i / layer.grid_h;
+      k.expand(layer, static_cast<int>(image / samples), wave.sample0 + image % samples, i % layer.grid_h);
+      return Status::ok;
+    });
+
+    const std::int64_t positions = (wave.row1 - wave.row0 - 1) * layer.grid_w + a.out_w;
+    const std::int64_t blocks = samples * ceil_div(positions, k.dense.rows);
+    const std::int64_t wanted = threads > 1 ? ceil_div(4 * threads, column_blocks) : 1;
+    std::int64_t per_task = ceil_div(blocks, std::min(wanted, blocks));
+    if (layer.chunks > 1) {
+      const std::int64_t sums = a.steps * k.dense.rows * k.dense.columns * 4;
+      per_task = std::min(per_task, std::max<std::int64_t>(1, (256 << 10) / sums));
+    }
+    const std::int64_t ranges = ceil_div(blocks, per_task);
+    const Status s =
+        run_tasks(column_blocks * ranges, threads, k.fire_dense_workspace(layer, per_task),
+                  [&](std::int64_t i, void* memory_of_task) {
+                    const std::int64_t first = i % ranges * per_task;
+                    k.fire_dense(layer, {first, std::min(blocks, first + per_task), i / ranges}, memory_of_task);
+                  });
+    if (s != Status::ok) return s;
+  }
+  return Status::ok;
+}
+
+// ----------------------------------------------------------------------------------------- choice
+
+bool dense_allowed(const KernelSet& k, const ConvIf& a) {
+  bool allowed = k.dense.rows > 0 && a.product_count > 0;
+  for (int i = 0; i < a.product_count; ++i) {
+    allowed &= k.dense.counts || a.products[i].x.coding == Coding::mask;
+  }
+  return allowed;
+}
+
+const EngineRates& rates_of(const KernelSet& k) {
+  for (const EngineRates& r : engine_rates) {
+    if (std::strcmp(r.set, k.name) == 0) return r;
+  }
+  return engine_rates[sizeof(engine_rates) / sizeof(engine_rates[0]) - 1];
+}
+
+bool dense_is_faster(const KernelSet& k, const ConvIf& a) {
+  const EngineRates& rates = rates_of(k);
+  const Layer layer(a);    // linear layers fill their blocks with samples
+  const bool narrow = a.products[0].weight_bytes == 1;
+  const Grid grid = dense_grid(layer.a, layer.a.out_h);
+  const double steps = static_cast<double>(a.steps);
+  const double positions =
+      static_cast<double>(layer.a.batch * round_up((layer.a.out_h - 1) * grid.w + layer.a.out_w, k.dense.rows));
+  const double pixels = static_cast<double>(a.batch * a.out_h * a.out_w);
+  const double O = static_cast<double>(a.out_channels);
+  const double columns =
+      static_cast<double>(round_up(a.out_channels, block_channels(k, a)) * a.products[0].weight_bytes);
+  double events = 0, dense = 0;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    const double inputs = static_cast<double>(a.batch * p.x.height * p.x.width * p.x.channels);
+    const double kernel = static_cast<double>(taps(p.g, p.x.channels));
+    const double depth = static_cast<double>(p.g.kernel_h * p.g.kernel_w * round_up(p.x.channels, k.dense.depth));
+    const double per_row = p.x.coding == Coding::count && narrow ? rates.events_16
+                           : narrow                              ? rates.events_8
+                                                                 : rates.events_16;
+    events += steps * (sampled_rate(a, p) * kernel * pixels * O / per_row + inputs / 20);
+    dense += steps * (depth * positions * columns / rates.products + inputs / 60);
+  }
+  return dense < events;
 }
 
 }    // namespace
@@ -142,50 +596,108 @@ const char* kernel_set_name(int index) { return kernel_sets[index]->name; }
 std::uint32_t kernel_set_isa(int index) { return kernel_sets[index]->isa; }
 const char* chosen_kernel_set(std::uint32_t isa) { return choose(isa).name; }
 
+const char* engine_name(Engine engine) {
+  switch (engine) {
+    case Engine::automatic:
+      return "auto";
+    case Engine::events:
+      return "events";
+    case Engine::dense:
+      return "dense";
+    case Engine::depthwise:
+      return "depthwise";
+    case Engine::grouped:
+      return "grouped";
+  }
+  return "?";
+}
+
+double measure_peak(std::uint32_t isa) {
+  using Clock = std::chrono::steady_clock;
+  const KernelSet& k = choose(isa);
+  double best = 0;
+  std::int64_t rounds = 1000;
+  for (int i = 0; i < 12; ++i) {
+    const auto begin = Clock::now();
+    const double done = k.matrix_loop(rounds);
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    if (seconds < 0.01) {
+      rounds *= 4;
+    } else {
+      best = std::max(best, done / seconds);
+    }
+  }
+  return best;
+}
+
+Engine choose_engine(const ConvIf& a, const Options& options) {
+  bool grouped = false, depthwise = a.product_count > 0;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    grouped |= p.g.groups != 1;
+    depthwise &= p.g.groups == a.out_channels && p.x.channels == a.out_channels;
+  }
+  if (depthwise && grouped) return Engine::depthwise;
+  if (grouped) return Engine::grouped;
+  const KernelSet& k = choose(options.isa);
+  if (options.engine == Engine::events || !dense_allowed(k, a)) return Engine::events;
+  if (options.engine == Engine::dense) return Engine::dense;
+  return dense_is_faster(k, a) ? Engine::dense : Engine::events;
+}
+
+std::size_t packed_bytes(const ConvIf& a, int product, Engine engine, std::uint32_t isa) {
+  const KernelSet& k = choose(isa);
+  const Product& p = a.products[product];
+  if (engine == Engine::events) {
+    const std::int64_t rows = ceil_div(a.out_channels, panel_channels) * taps(p.g, p.x.channels);
+    return static_cast<std::size_t>(rows * panel_channels * p.weight_bytes + slack);
+  }
+  if (engine == Engine::dense && product == 0) {
+    const std::int64_t blocks = ceil_div(a.out_channels, block_channels(k, a));
+    return static_cast<std::size_t>(blocks * dense_block_bytes(k, a) + slack);
+  }
+  return 0;
+}
+
+void pack(const ConvIf& a, int product, Engine engine, std::uint32_t isa, void* out) {
+  const KernelSet& k = choose(isa);
+  if (engine == Engine::events) k.pack_events(a.products[product], a.out_channels, out);
+  if (engine != Engine::dense || product != 0) return;
+  std::int8_t* to = static_cast<std::int8_t*>(out);
+  for (int i = 0; i < a.product_count; ++i) {
+    k.pack_dense(a.products[i], a.out_channels, dense_block_bytes(k, a), to);
+    to += dense_product_bytes(k, a.products[i]);
+  }
+}
+
+std::size_t packed_bytes(const AnalogConv& a, std::uint32_t isa) { return choose(isa).pack_analog_bytes(a); }
+void pack(const AnalogConv& a, std::uint32_t isa, void* out) { choose(isa).pack_analog(a, out); }
+
 Status conv_if(const ConvIf& a, const Options& options) {
   if (a.batch == 0) return Status::ok;
   const KernelSet& k = choose(options.isa);
-  std::int64_t work = 0;
-  for (int i = 0; i < a.product_count; ++i) work += taps(a.products[i].g, a.products[i].x.channels) / 8;
-  work = (work + 4) * a.batch * a.out_h * a.out_w * a.out_channels * a.steps;
-  const int threads = useful_threads(work, options.threads);
-  Cut cut = cut_layer(a.batch, a.out_h, a.out_channels, threads, 64);
-  if (a.out_h * a.out_w == 1 && a.batch > 1 && cut.range > panel_channels) {
-    cut.range = panel_channels;
-    cut.ranges = ceil_div(a.out_channels, cut.range);
+  const Engine engine = choose_engine(a, options);
+  for (int i = 0; i < a.product_count; ++i) {
+    if (a.products[i].packed == nullptr && packed_bytes(a, i, engine, options.isa) > 0) return Status::not_packed;
   }
-  // Event lists are sized for the worst case; bands of many steps get lower to stay near 4 MiB.
-  while (cut.band > 1 && k.conv_if_workspace(a, cut.band) > (4u << 20)) {
-    cut.band = ceil_div(cut.band, 2);
-    cut.bands = ceil_div(a.out_h, cut.band);
-  }
-  const std::size_t bytes = k.conv_if_workspace(a, cut.band);
-  return run(a.batch * cut.bands * cut.ranges, threads, [&](std::int64_t i) {
-    void* space = workspace.reserve(bytes);
-    if (space == nullptr) return Status::out_of_memory;
-    k.conv_if(a, tile_of(cut, i, a.out_h, a.out_channels), space);
-    return Status::ok;
-  });
+  const int threads = useful_threads(work_of(a), options.threads);
+  if (engine == Engine::depthwise) return run_depthwise(k, a, threads);
+  Layer layer(a);
+  if (engine == Engine::dense) return run_dense(k, layer, threads);
+  return run_events(k, layer, engine, threads);
 }
 
 Status analog(const AnalogConv& a, const Options& options) {
   if (a.batch == 0) return Status::ok;
   const KernelSet& k = choose(options.isa);
-  const std::int64_t weights = taps(a.g, a.in_channels) * a.out_channels;
-  double* weight = new (std::nothrow) double[static_cast<std::size_t>(weights)];
-  if (weight == nullptr) return Status::out_of_memory;
-  for (std::int64_t i = 0; i < weights; ++i) weight[i] = a.weight[i];
-  const int threads = useful_threads(weights * a.batch * a.out_h * a.out_w / 8, options.threads);
-  const Cut cut = cut_layer(a.batch, a.out_h, a.out_channels, threads, 0);
-  const std::size_t bytes = k.analog_workspace(a);
-  const Status s = run(a.batch * cut.bands, threads, [&](std::int64_t i) {
-    void* space = workspace.reserve(bytes);
-    if (space == nullptr) return Status::out_of_memory;
-    k.analog(a, tile_of(cut, i, a.out_h, a.out_channels), weight, space);
-    return Status::ok;
+  if (a.packed == nullptr) return Status::not_packed;
+  const std::int64_t work = taps(a.g, a.in_channels) * a.out_channels * a.batch * a.out_h * a.out_w;
+  const int threads = useful_threads(work / 8, options.threads);
+  const Cut cut = cut_rows(a.out_h, a.batch, threads);
+  return run_tasks(a.batch * cut.bands, threads, k.analog_workspace(a), [&](std::int64_t i, void* space) {
+    const std::int64_t row0 = i % cut.bands * cut.band;
+    k.analog(a, {i / cut.bands, row0, std::min(a.out_h, row0 + cut.band)}, a.packed, space);
   });
-  delete[] weight;
-  return s;
 }
 
 Status encode(const Encode& a, const Options& options) {
@@ -198,7 +710,7 @@ Status encode(const Encode& a, const Options& options) {
 
 Status pool(const Pool& a, const Options& options) {
   const KernelSet& k = choose(options.isa);
-  const std::int64_t planes = a.any ? (a.coding == Coding::mask ? ceil_div(a.steps, 8) : a.steps) : a.steps;
+  const std::int64_t planes = a.coding == Coding::mask ? ceil_div(a.steps, 8) : a.steps;
   const std::int64_t area = ceil_div(a.in_h, a.out_h) * ceil_div(a.in_w, a.out_w);
   return run_rows(planes * a.batch * a.out_h, a.out_w * a.channels * area / 4, options.threads,
                   [&](std::int64_t r0, std::int64_t r1) {
@@ -243,12 +755,34 @@ Status readout(const Readout& a, const Options& options) {
 
 Status quantize(const Quantize& a, const Options& options) {
   const KernelSet& k = choose(options.isa);
-  return run_rows(a.batch, 2 * a.channels * a.height * a.width, options.threads, [&](std::int64_t s0, std::int64_t s1) {
-    for (std::int64_t s = s0; s < s1; ++s) {
-      if (!k.quantize(a, s)) return Status::not_finite;
+  const std::int64_t row_work = 2 * a.channels * a.width;
+  constexpr std::int32_t infinity = 0x7f800000;
+  for (std::int64_t s = 0; s < a.batch; ++s) {
+    std::atomic<std::int32_t> most{0};
+    run_rows(a.height, row_work, options.threads, [&](std::int64_t r0, std::int64_t r1) {
+      const std::int32_t found = k.largest(a, s, r0, r1);
+      std::int32_t before = most.load(std::memory_order_relaxed);
+      while (found > before && !most.compare_exchange_weak(before, found, std::memory_order_relaxed)) {
+      }
+      return Status::ok;
+    });
+    const std::int32_t bits = most.load(std::memory_order_relaxed);
+    if (bits >= infinity) return Status::not_finite;
+    float largest = 0;
+    std::memcpy(&largest, &bits, sizeof(largest));
+    int e = 0;
+    if (largest > 0) {
+      // frexp gives [1/2, 1), so 2^e is above the quotient; an exact power of two needs one less.
+      std::frexp(largest / 32767.0, &e);
+      if (largest <= std::ldexp(32767.0, e - 1)) --e;
     }
-    return Status::ok;
-  });
+    a.exponent[s] = e;
+    run_rows(a.height, row_work, options.threads, [&](std::int64_t r0, std::int64_t r1) {
+      k.quantize(a, s, r0, r1);
+      return Status::ok;
+    });
+  }
+  return Status::ok;
 }
 
 }    // namespace qcfs::cpu

@@ -2,17 +2,33 @@
 //
 // `isa` is the set of instruction sets that may be used (a mask over cpu::Isa bits); the first kernel set
 // of kernels.inc whose needs lie inside it runs. Callers pass host_isa(), possibly capped.
+//
+// A spiking layer runs on one of several engines, chosen for each call by a cost model (engines.h) from its shape, T,
+// the kernel set and the firing rate of the input at hand, or forced by the caller:
+//
+//     events       lists of the inputs that fired, one weight row added for each (kernels/events.h)
+//     dense        a matrix product of bytes (kernels/dense.h)
+//     depthwise    one input channel to an output channel
+//     grouped      other groups
+//
+// The first two read weights in an order of their own: a caller packs them once and passes them with every call.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/contract.h"
 
 namespace qcfs::cpu {
 
+enum class Engine : int { automatic = 0, events, dense, depthwise, grouped };
+
+const char* engine_name(Engine engine);
+
 struct Options {
   std::uint32_t isa;
   int threads;
+  Engine engine = Engine::automatic;    // automatic, or events or dense where the layer allows it
 };
 
 int kernel_set_count();
@@ -20,6 +36,21 @@ const char* kernel_set_name(int index);
 std::uint32_t kernel_set_isa(int index);
 const char* chosen_kernel_set(std::uint32_t isa);
 
+// Multiply-accumulates of bytes that one thread does in a second where nothing but the inner instruction of the dense
+// engine runs.
+double measure_peak(std::uint32_t isa);
+
+// The engine for a layer; never automatic.
+Engine choose_engine(const ConvIf& a, const Options& options);
+
+// Weights in the order of an engine and kernel set, for Product::packed. Dense weights of all products of a layer are
+// one array, which the first product carries. 0 bytes: the engine reads plain weights.
+std::size_t packed_bytes(const ConvIf& a, int product, Engine engine, std::uint32_t isa);
+void pack(const ConvIf& a, int product, Engine engine, std::uint32_t isa, void* out);
+std::size_t packed_bytes(const AnalogConv& a, std::uint32_t isa);
+void pack(const AnalogConv& a, std::uint32_t isa, void* out);
+
+// options.engine must be the one that the weights were packed for.
 Status conv_if(const ConvIf& a, const Options& options);
 Status analog(const AnalogConv& a, const Options& options);
 Status encode(const Encode& a, const Options& options);

@@ -4,8 +4,8 @@
 // read or write one byte past its end faults. Built by tests/test_native.py with the address and
 // undefined-behaviour sanitizers and, for the thread pool, with the thread sanitizer.
 //
-// Usage: differential SEED CASES THREADS. Prints one line "cases C rate R ties N kernels K" and exits with 0, or says
-// what differed and exits with 1.
+// Usage: differential SEED CASES THREADS. Prints one line "cases C rate R ties N engines E kernels NAMES" and exits
+// with 0, or says what differed and exits with 1.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -89,7 +89,17 @@ std::int64_t value(std::uint8_t* x, Coding coding, std::int64_t neurons, std::in
 
 struct Totals {
   std::int64_t neurons = 0, spikes = 0, ties = 0;
+  unsigned engines = 0;    // bits of those that ran
 };
+
+// What the processor has, and tiles where they are emulated.
+std::uint32_t usable_isa() {
+  std::uint32_t isa = cpu::host_isa();
+#if defined(QCFS_EMULATE_TILES)
+  if ((isa & cpu::isa_avx512vnni) != 0) isa |= cpu::isa_amx;
+#endif
+  return isa;
+}
 
 // One random layer; returns false where a kernel set differs from the plain loops.
 bool run_case(int threads, Totals& totals) {
@@ -97,7 +107,7 @@ bool run_case(int threads, Totals& totals) {
   const std::int64_t T = pick(1, 20), N = pick(1, 3);
   std::int64_t O = channels[pick(0, 14)];
   const int weight_bytes = chance(50) ? 1 : 2;
-  const std::int64_t groups = chance(25) ? O : 1;    // depthwise, or not grouped
+  const std::int64_t groups = !chance(25) ? 1 : O % 3 == 0 && chance(50) ? 3 : O;    // or depthwise
   std::vector<Product> products;
   std::vector<Residual> residuals;
   std::vector<std::unique_ptr<Bytes>> kept;
@@ -123,7 +133,7 @@ bool run_case(int threads, Totals& totals) {
         std::memcpy(kept.back()->data() + 2 * i, &wide, 2);
       }
     }
-    products.push_back({x, kept.back()->data(), weight_bytes, geometry});
+    products.push_back({x, kept.back()->data(), weight_bytes, geometry, nullptr});
   };
   add_product(H, W, groups == 1 ? channels[pick(0, 14)] : groups, g);
   if (chance(30)) add_product(OH, OW, channels[pick(0, 14)], {1, 1, 1, 1, 0, 0, 1, 1, 1});
@@ -199,29 +209,41 @@ bool run_case(int threads, Totals& totals) {
 
   for (int k = 0; k < cpu::kernel_set_count(); ++k) {
     const std::uint32_t isa = cpu::kernel_set_isa(k);
-    if ((isa & ~cpu::host_isa()) != 0) continue;
-    Bytes out((T + 7) / 8 * outputs);
-    const ConvIf a{N,
-                   OH,
-                   OW,
-                   O,
-                   T,
-                   products.data(),
-                   static_cast<int>(products.size()),
-                   residuals.data(),
-                   static_cast<int>(residuals.size()),
-                   constant ? current.data() : nullptr,
-                   bias.data(),
-                   threshold.data(),
-                   out.data()};
-    if (cpu::conv_if(a, {isa, threads}) != Status::ok) {
-      std::printf("%s: no memory\n", cpu::kernel_set_name(k));
-      return false;
-    }
-    if (std::memcmp(out.data(), want.data(), want.size()) != 0) {
-      std::printf("%s differs: N %ld T %ld O %ld groups %ld bytes %d\n", cpu::kernel_set_name(k), static_cast<long>(N),
-                  static_cast<long>(T), static_cast<long>(O), static_cast<long>(groups), weight_bytes);
-      return false;
+    if ((isa & ~usable_isa()) != 0) continue;
+    for (const cpu::Engine wanted : {cpu::Engine::events, cpu::Engine::dense}) {
+      Bytes out((T + 7) / 8 * outputs);
+      ConvIf a{N,
+               OH,
+               OW,
+               O,
+               T,
+               products.data(),
+               static_cast<int>(products.size()),
+               residuals.data(),
+               static_cast<int>(residuals.size()),
+               constant ? current.data() : nullptr,
+               bias.data(),
+               threshold.data(),
+               out.data()};
+      const cpu::Engine engine = cpu::choose_engine(a, {isa, threads, wanted});
+      std::vector<std::unique_ptr<Bytes>> packed;
+      for (int i = 0; i < a.product_count; ++i) {
+        const std::size_t bytes = cpu::packed_bytes(a, i, engine, isa);
+        packed.push_back(std::make_unique<Bytes>(static_cast<std::int64_t>(bytes)));
+        if (bytes > 0) cpu::pack(a, i, engine, isa, packed.back()->data());
+        products[static_cast<std::size_t>(i)].packed = bytes > 0 ? packed.back()->data() : nullptr;
+      }
+      totals.engines |= 1u << static_cast<int>(engine);
+      if (cpu::conv_if(a, {isa, threads, engine}) != Status::ok) {
+        std::printf("%s: failed\n", cpu::kernel_set_name(k));
+        return false;
+      }
+      if (std::memcmp(out.data(), want.data(), want.size()) != 0) {
+        std::printf("%s %s differs: N %ld T %ld O %ld groups %ld bytes %d\n", cpu::kernel_set_name(k),
+                    cpu::engine_name(engine), static_cast<long>(N), static_cast<long>(T), static_cast<long>(O),
+                    static_cast<long>(groups), weight_bytes);
+        return false;
+      }
     }
   }
   return true;
@@ -240,12 +262,12 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i) {
     if (!run_case(threads, totals)) return 1;
   }
-  int kernels = 0;
-  for (int k = 0; k < qcfs::cpu::kernel_set_count(); ++k) {
-    kernels += (qcfs::cpu::kernel_set_isa(k) & ~qcfs::cpu::host_isa()) == 0;
-  }
-  std::printf("cases %d rate %.3f ties %ld kernels %d\n", cases,
+  std::printf("cases %d rate %.3f ties %ld engines %d kernels", cases,
               static_cast<double>(totals.spikes) / static_cast<double>(totals.neurons), static_cast<long>(totals.ties),
-              kernels);
+              __builtin_popcount(totals.engines));
+  for (int k = 0; k < qcfs::cpu::kernel_set_count(); ++k) {
+    if ((qcfs::cpu::kernel_set_isa(k) & ~usable_isa()) == 0) std::printf(" %s", qcfs::cpu::kernel_set_name(k));
+  }
+  std::printf("\n");
   return 0;
 }

@@ -1,7 +1,6 @@
-// A kernel set is one implementation of the contract for one instruction set: a name, the
-// instruction-set bits it needs and the functions that do one task each. Workspaces come from the
-// caller: files compiled with instruction-set flags contain no standard containers, whose inline
-// functions the linker might keep for everybody.
+// A kernel set is one implementation of the contract for one instruction set: a name, the instruction-set bits it
+// needs and the functions that do one task each. Workspaces come from the caller: files compiled with
+// instruction-set flags contain no standard containers, whose inline functions the linker might keep for everybody.
 #pragma once
 
 #include <cstddef>
@@ -12,27 +11,153 @@
 
 namespace qcfs::cpu {
 
-// One task: rows [row0, row1) and output channels [channel0, channel1) of one sample.
+constexpr int most_products = 64;
+constexpr int most_residuals = 64;
+
+// Event panels hold this many output channels, so that a weight row is one or two cache lines.
+constexpr int panel_channels = 64;
+
+// Bytes that kernels may read (never use) behind the last byte of packed weights, lists and planes.
+constexpr std::int64_t slack = 256;
+
+// What one call of conv_if works on: some samples and output rows at a time (a wave), so that event lists and
+// expanded planes stay small. With more than one sample a wave holds all rows of each.
+struct Wave {
+  std::int64_t sample0, sample1, row0, row1;
+};
+
+// The per-channel operands, padded to a multiple of panel_channels.
+struct Neurons {
+  const std::int32_t* threshold;
+  const std::int32_t* bias;
+  const std::int32_t* amplitude[most_residuals];
+};
+
+// Input rows of one product that a wave reads.
+struct InputRows {
+  std::int64_t row0, rows;
+};
+
+// ------------------------------------------------------------------------------------------ events
+
+// Positions of the spikes of every input row and step, in units of one packed weight row (events.h).
+struct EventLists {
+  InputRows in;
+  std::int64_t capacity;      // entries of one row's region
+  std::uint32_t* start;       // [samples, rows, T, W + 1], within the row's region
+  std::uint32_t* position;    // [samples, rows, capacity]
+  std::uint32_t* value;       // likewise; count planes only, else null
+};
+
+// Taps [kw0, kw1) of kernel row kh of one product; a run of them is small enough to stay in the cache.
+struct Taps {
+  int product;
+  std::int64_t kh, kw0, kw1;
+};
+
+struct EventLayer {
+  const ConvIf* a;
+  Neurons neurons;
+  Wave wave;
+  EventLists lists[most_products];
+  const Taps* taps;
+  const int* chunk;    // [chunks + 1] ranges of taps
+  int chunks;
+};
+
+// Output rows [row0, row1) of one sample and one panel of output channels.
+struct EventTile {
+  std::int64_t sample, row0, row1, panel;
+};
+
+// ------------------------------------------------------------------------------------------- dense
+
+// Shape of the register block of a dense kernel, and whether it takes count planes.
+struct DenseShape {
+  int rows;       // output positions a block computes
+  int columns;    // columns of packed weights; one or two (digits) to an output channel
+  int depth;      // input channels are padded to a multiple of this
+  bool counts;
+};
+
+// One product, its input expanded to bytes (dense.h): planes [T, samples, phases, grid_h, grid_w, depth].
+struct DenseProduct {
+  InputRows in;
+  std::int64_t depth;          // padded input channels
+  std::int64_t phases_w;       // column phases; phase = row phase * phases_w + column phase
+  std::int64_t phase_bytes;    // of one phase of one sample
+  std::int64_t sample_bytes;
+  std::int64_t step_bytes;
+  std::uint8_t* plane;
+};
+
+// One tap, or a piece of one: `blocks` * depth input channels from `a` at output position 0 of a sample and step.
+struct Segment {
+  const std::uint8_t* a;
+  std::int64_t row_bytes, step_bytes, sample_bytes;
+  std::int64_t blocks;
+};
+
+struct DenseLayer {
+  const ConvIf* a;
+  Neurons neurons;
+  Wave wave;
+  std::int64_t grid_h, grid_w;    // positions of one phase; output (r, c) is position r * grid_w + c
+  DenseProduct product[most_products];
+  const Segment* segments;
+  const int* chunk;    // [chunks + 1] ranges of segments
+  int chunks;
+  const std::int8_t* packed;    // all products: [column blocks, segments, ..]
+  std::int64_t block_bytes;     // of one column block
+};
+
+// Position blocks [block0, block1) of the wave (samples in turn) and one column block.
+struct DenseTile {
+  std::int64_t block0, block1, column_block;
+};
+
+// One task of the operators cut by rows.
 struct Tile {
-  std::int64_t sample, row0, row1, channel0, channel1;
+  std::int64_t sample, row0, row1;
 };
 
 struct KernelSet {
   const char* name;
   std::uint32_t isa;
-  std::size_t (*conv_if_workspace)(const ConvIf&, std::int64_t rows);
-  void (*conv_if)(const ConvIf&, const Tile&, void* workspace);
-  // `weight` is the layer's weight converted to double, [KH, KW, C/groups, O].
+
+  // Packed event weights of one product: [panels, KH * KW * C, panel_channels] of its own type.
+  void (*pack_events)(const Product&, std::int64_t out_channels, void* out);
+  void (*list_events)(const ConvIf&, int product, const Wave&, const EventLists&, std::int64_t sample,
+                      std::int64_t row);
+  std::size_t (*fire_events_workspace)(const EventLayer&, std::int64_t rows);
+  void (*fire_events)(const EventLayer&, const EventTile&, void* workspace);
+  // Layers with groups, from plain weights.
+  std::size_t (*fire_grouped_workspace)(const ConvIf&);
+  void (*fire_grouped)(const EventLayer&, const Tile&, void* workspace);
+  void (*fire_depthwise)(const ConvIf&, const Neurons&, const Tile&);
+
+  DenseShape dense;    // rows = 0: this set has no dense kernel
+  void (*pack_dense)(const Product&, std::int64_t out_channels, std::int64_t block_bytes, std::int8_t* out);
+  void (*expand)(const DenseLayer&, int product, std::int64_t sample, std::int64_t grid_row);
+  std::size_t (*fire_dense_workspace)(const DenseLayer&, std::int64_t blocks);
+  void (*fire_dense)(const DenseLayer&, const DenseTile&, void* workspace);
+  // Runs the dense inner instruction alone; returns the multiply-accumulates that it did.
+  double (*matrix_loop)(std::int64_t rounds);
+
+  std::size_t (*pack_analog_bytes)(const AnalogConv&);
+  void (*pack_analog)(const AnalogConv&, void* out);
   std::size_t (*analog_workspace)(const AnalogConv&);
-  void (*analog)(const AnalogConv&, const Tile&, const double* weight, void* workspace);
+  void (*analog)(const AnalogConv&, const Tile&, const void* packed, void* workspace);
+
   void (*encode)(const Encode&, std::int64_t pixel0, std::int64_t pixel1);
-  void (*pool)(const Pool&, std::int64_t plane_row0, std::int64_t plane_row1);
+  void (*pool)(const Pool&, std::int64_t row0, std::int64_t row1);
   void (*pool_counts)(const PoolCounts&, std::int64_t row0, std::int64_t row1);
   void (*count)(const Count&, std::int64_t element0, std::int64_t element1);
   // Output rows [row0, row1) of all images; the workspace holds 2 * O doubles.
   void (*readout)(const Readout&, std::int64_t row0, std::int64_t row1, double* workspace);
-  // Returns false when the sample holds a NaN or an infinity.
-  bool (*quantize)(const Quantize&, std::int64_t sample);
+  // Bits of the largest magnitude (a float32) of rows [row0, row1) of one sample.
+  std::int32_t (*largest)(const Quantize&, std::int64_t sample, std::int64_t row0, std::int64_t row1);
+  void (*quantize)(const Quantize&, std::int64_t sample, std::int64_t row0, std::int64_t row1);
 };
 
 }    // namespace qcfs::cpu

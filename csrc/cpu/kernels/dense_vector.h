@@ -1,0 +1,62 @@
+// The register block of dense.h on vector registers: dense_rows positions times dense_vectors vectors of columns. Four
+// input channels of a position are broadcast to all lanes and multiplied by dot4 with four packed bytes of each column.
+// The including file defines dense_vectors, dense_rows, dense_counts and dot4.
+
+constexpr int dense_columns = dense_vectors * lanes;
+constexpr int dense_depth = 4;
+
+constexpr int dense_place(int k, int column) { return 4 * column + k; }
+
+inline void begin_multiply() {}
+inline void end_multiply() {}
+
+inline void multiply(const Segment* segments, int count, std::int64_t sample, std::int64_t t, std::int64_t q0,
+                     std::int64_t, const std::int8_t* packed, std::int32_t* sums, bool first) {
+  Int acc[dense_rows][dense_vectors];
+  QCFS_UNROLL
+  for (int i = 0; i < dense_rows; ++i) {
+    QCFS_UNROLL
+    for (int j = 0; j < dense_vectors; ++j) {
+      acc[i][j] = first ? Int{} : load<Int>(sums + i * dense_columns + j * lanes);
+    }
+  }
+  for (int s = 0; s < count; ++s) {
+    const Segment& segment = segments[s];
+    const std::int64_t row_bytes = segment.row_bytes;
+    const std::uint8_t* x = segment.a + sample * segment.sample_bytes + t * segment.step_bytes + q0 * row_bytes;
+    for (std::int64_t k = 0; k < segment.blocks; ++k, x += 4, packed += 4 * dense_columns) {
+      Int w[dense_vectors];
+      QCFS_UNROLL
+      for (int j = 0; j < dense_vectors; ++j) w[j] = load<Int>(packed + 4 * j * lanes);
+      QCFS_UNROLL
+      for (int i = 0; i < dense_rows; ++i) {
+        std::int32_t four;
+        __builtin_memcpy(&four, x + i * row_bytes, 4);
+        const Int bytes = Int{} + four;
+        QCFS_UNROLL
+        for (int j = 0; j < dense_vectors; ++j) acc[i][j] = dot4(acc[i][j], bytes, w[j]);
+      }
+    }
+  }
+  QCFS_UNROLL
+  for (int i = 0; i < dense_rows; ++i) {
+    QCFS_UNROLL
+    for (int j = 0; j < dense_vectors; ++j) store(sums + i * dense_columns + j * lanes, acc[i][j]);
+  }
+}
+
+// A loop of independent dot4 alone.
+double matrix_loop(std::int64_t rounds) {
+  Int acc[12], x = Int{} + 0x01010101, w = Int{} + 0x02030405;
+  for (int i = 0; i < 12; ++i) acc[i] = Int{} + i;
+  for (std::int64_t r = 0; r < rounds; ++r) {
+    __asm__ volatile("" : "+m"(x));    // or the compiler would compute a product once
+    const Int four = x;
+    QCFS_UNROLL
+    for (int i = 0; i < 12; ++i) acc[i] = dot4(acc[i], four, w);
+  }
+  Int all{};
+  for (int i = 0; i < 12; ++i) all += acc[i];
+  __asm__ volatile("" : : "m"(all));
+  return 12.0 * 4 * lanes * static_cast<double>(rounds);
+}

@@ -1,0 +1,18 @@
+// NEON with the dot products of ARMv8.2.
+#define QCFS_NEON_DOT
+#include <arm_neon.h>
+
+#include "cpu/isa.h"
+#include "cpu/kernels/kernel_set.h"
+
+namespace qcfs::cpu {
+namespace {
+
+#include "cpu/kernels/four_lanes.h"
+
+}    // namespace
+
+extern const KernelSet neondot_kernels;
+const KernelSet neondot_kernels = make_kernel_set("neondot", isa_neondot);
+
+}    // namespace qcfs::cpu
