@@ -8,8 +8,7 @@
 //
 // Elsewhere rows are widened one by one, in order.
 
-// A stretch of one event list and the weights it selects: the row of position k begins at rows + k * sizeof(Weight).
-// An address and not a pointer: it may lie before the panel.
+// A list of events, not empty, and the weights it selects: the row of position k begins at rows + k * sizeof(Weight).
 struct Stretch {
   std::uintptr_t rows;
   const std::uint32_t* position;
@@ -47,16 +46,19 @@ inline void add_rows(const std::int16_t*, const Stretch& s, Int (&acc)[vectors])
       acc[j + 1] = dot2(acc[j + 1], high_words(a, b), values);
     }
   };
+  // The last pair, or single row, stands behind the loop: whether the count is odd is then data, not a branch.
+  const std::int64_t odd = s.count & 1, end = s.count - 2 + odd;
   std::int64_t k = 0;
   if (s.value == nullptr) {
     const Int ones = Int{} + 0x00010001;
-    for (; k + 2 <= s.count; k += 2) add(row(k), row(k + 1), ones);
-    if (k < s.count) add(row(k), row(k), Int{} + 1);
+    for (; k < end; k += 2) add(row(k), row(k + 1), ones);
+    add(row(k), row(k + 1 - odd), Int{} + (odd != 0 ? 1 : 0x00010001));
   } else {
-    for (; k + 2 <= s.count; k += 2) {
+    for (; k < end; k += 2) {
       add(row(k), row(k + 1), Int{} + static_cast<std::int32_t>(s.value[k] | s.value[k + 1] << 16));
     }
-    if (k < s.count) add(row(k), row(k), Int{} + static_cast<std::int32_t>(s.value[k]));
+    const std::uint32_t second = odd != 0 ? 0 : s.value[k + 1];
+    add(row(k), row(k + 1 - odd), Int{} + static_cast<std::int32_t>(s.value[k] | second << 16));
   }
 }
 
@@ -100,11 +102,10 @@ inline void add_rows(const std::int8_t*, const Stretch& s, Int (&acc)[vectors]) 
         words[2 * j + 1] = add_words(words[2 * j + 1], dot_bytes(values, high_bytes(a, b)));
       }
     };
-    for (; k + 2 <= end; k += 2) add(row(k), row(k + 1), ones);
-    if (k < end) {
-      add(row(k), row(k), Int{} + 0x00010001);
-      ++k;
-    }
+    const std::int64_t odd = (end - k) & 1;
+    for (; k < end - 2 + odd; k += 2) add(row(k), row(k + 1), ones);
+    add(row(k), row(k + 1 - odd), Int{} + (odd != 0 ? 0x00010001 : 0x01010101));
+    k = end;
     widen(words);
   }
 }

@@ -5,9 +5,10 @@
 //        whatever the number of taps, outputs and output channels that read them;
 //     2. fire_events: for each panel of 64 output channels (its weights stay in cache), each output pixel and each
 //     step:
-//        add one weight row per listed position under each kernel row to accumulators in registers, then integrate,
+//        add one weight row per listed position under the kernel to accumulators in registers, then integrate,
 //        fire, reset there. The taps of a kernel row are neighbours in the list and in the packed weights
-//        [panel, KH, KW * C, 64], so a kernel row is one loop over one stretch of the list:
+//        [panel, KH, KW * C, 64], so a kernel row is one stretch of the list; the stretches of all kernel rows are
+//        copied into one list, and adding its rows is one loop:
 //
 //        list of one row, one step    col 0 [3 17 40] col 1 [67 90] col 2 [130] col 3 [201 ..]
 //                                            `-------- under the kernel --------'
@@ -109,60 +110,107 @@ void list_events(const ConvIf& a, int product, const Wave& wave, const EventList
   }
 }
 
-// What taps `s` of an output pixel read at step t; false if nothing.
-template <typename Weight>
-inline bool stretch_of(const EventLayer& layer, const Taps& s, std::int64_t panel, std::int64_t sample,
-                       std::int64_t row, std::int64_t col, std::int64_t t, Stretch& out) {
-  const Product& p = layer.a->products[s.product];
-  const EventLists& lists = layer.lists[s.product];
-  const Geometry& g = p.g;
-  const std::int64_t width = p.x.width, channels = p.x.channels;
-  const std::int64_t r = row * g.stride_h - g.pad_h + s.kh * g.dilation_h;
-  if (r < 0 || r >= p.x.height) return false;
-  // Input column `first` is under tap kw; the taps that follow are neighbours, so dilated kernels come tap by tap.
-  const std::int64_t left = col * g.stride_w - g.pad_w;
-  std::int64_t kw = s.kw0, first = left + kw * g.dilation_w, last = first + (s.kw1 - s.kw0);
-  if (first < 0) {
-    kw -= first;
-    first = 0;
+// What one run of taps of an output pixel reads: positions [start[first], start[last]) of one list, step by step;
+// `shift` turns a position into a row of the panel (times 64, modulo 2^32).
+struct Reach {
+  int product;
+  std::uint32_t shift;
+  const std::uint32_t* start;    // of step 0
+  const std::uint32_t* position;
+  const std::uint32_t* value;
+  std::int64_t first, last;
+};
+
+// Fills `out` for taps [begin, end) of a pixel; returns how many of them touch the input.
+inline int reach_of(const EventLayer& layer, int begin, int end, std::int64_t sample, std::int64_t row,
+                    std::int64_t col, Reach* out) {
+  int count = 0;
+  for (int i = begin; i < end; ++i) {
+    const Taps& s = layer.taps[i];
+    const Product& p = layer.a->products[s.product];
+    const EventLists& lists = layer.lists[s.product];
+    const Geometry& g = p.g;
+    const std::int64_t r = row * g.stride_h - g.pad_h + s.kh * g.dilation_h;
+    if (r < 0 || r >= p.x.height) continue;
+    // Input column `first` is under tap kw; the taps that follow are neighbours, so dilated kernels come tap by tap.
+    std::int64_t kw = s.kw0, first = col * g.stride_w - g.pad_w + kw * g.dilation_w, last = first + (s.kw1 - s.kw0);
+    if (first < 0) {
+      kw -= first;
+      first = 0;
+    }
+    if (last > p.x.width) last = p.x.width;
+    if (first >= last) continue;
+    const std::int64_t region = (sample - layer.wave.sample0) * lists.in.rows + (r - lists.in.row0);
+    Reach& reach = out[count++];
+    reach.product = s.product;
+    reach.shift = static_cast<std::uint32_t>((s.kh * g.kernel_w + kw - first) * p.x.channels * 64);
+    reach.start = lists.start + region * layer.a->steps * (p.x.width + 1);
+    reach.position = lists.position + region * lists.capacity;
+    reach.value = lists.value == nullptr ? nullptr : lists.value + region * lists.capacity;
+    reach.first = first;
+    reach.last = last;
   }
-  if (last > width) last = width;
-  if (first >= last) return false;
-  const std::int64_t region = (sample - layer.wave.sample0) * lists.in.rows + (r - lists.in.row0);
-  const std::uint32_t* start = lists.start + (region * layer.a->steps + t) * (width + 1);
-  const std::int64_t begin = start[first];
-  const std::int64_t rows = panel * g.kernel_h * g.kernel_w * channels + (s.kh * g.kernel_w + kw - first) * channels;
-  out.rows = reinterpret_cast<std::uintptr_t>(p.packed) +
-             static_cast<std::uintptr_t>(rows * panel_channels * static_cast<std::int64_t>(sizeof(Weight)));
-  out.position = lists.position + region * lists.capacity + begin;
-  out.value = lists.value == nullptr ? nullptr : lists.value + region * lists.capacity + begin;
-  out.count = start[last] - begin;
-  return out.count > 0;
+  return count;
+}
+
+// Copies n entries, each plus `shift`; reads and writes up to a vector beyond them.
+inline void append(std::uint32_t* to, const std::uint32_t* from, std::int64_t n, std::uint32_t shift) {
+  const Int add = Int{} + static_cast<std::int32_t>(shift);
+  std::int64_t k = 0;
+  do {
+    store(to + k, load<Int>(from + k) + add);
+    store(to + k + lanes, load<Int>(from + k + lanes) + add);
+    k += 2 * lanes;
+  } while (k < n);
 }
 
 // --------------------------------------------------------------------------- spiking convolution
 
+// Scratch of one task: the runs of taps of a pixel and one merged list.
+struct EventScratch {
+  Reach* reach;
+  std::uint32_t* position;
+  std::uint32_t* value;
+  std::int32_t* sums;
+};
+
 // Channels [channel, channel + vectors * lanes) of one panel, at byte `place` of its rows.
 template <typename Weight, int vectors>
 void fire_block(const EventLayer& layer, const EventTile& tile, std::int64_t channel, std::int64_t place,
-                std::int32_t* sums) {
+                const EventScratch& scratch) {
   const ConvIf& a = *layer.a;
   const int shift = sizeof(Weight) == 1 ? 8 : 0;
   for (int c = 0; c < layer.chunks; ++c) {
     const bool first = c == 0, last = c + 1 == layer.chunks;
-    std::int32_t* sum = sums;
+    std::int32_t* sum = scratch.sums;
     for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
       for (std::int64_t col = 0; col < a.out_w; ++col) {
         Membranes<vectors> membranes(a, layer.neurons, channel, (tile.sample * a.out_h + row) * a.out_w + col);
+        const int reaches = reach_of(layer, layer.chunk[c], layer.chunk[c + 1], tile.sample, row, col, scratch.reach);
         for (std::int64_t t = 0; t < a.steps; ++t) {
           Int acc[vectors];
           QCFS_UNROLL
           for (int j = 0; j < vectors; ++j) acc[j] = first ? Int{} : load<Int>(sum + j * lanes);
-          for (int i = layer.chunk[c]; i < layer.chunk[c + 1]; ++i) {
+          for (int i = 0; i < reaches;) {
+            // The runs of one product become one list, so that the inner loop is long and its end rare.
+            const Product& p = a.products[scratch.reach[i].product];
+            const std::int64_t rows = p.g.kernel_h * p.g.kernel_w * p.x.channels * panel_channels;
             Stretch s;
-            if (!stretch_of<Weight>(layer, layer.taps[i], tile.panel, tile.sample, row, col, t, s)) continue;
-            s.rows += static_cast<std::uintptr_t>(place);
-            add_rows(static_cast<const Weight*>(nullptr), s, acc);
+            s.rows = reinterpret_cast<std::uintptr_t>(p.packed) +
+                     static_cast<std::uintptr_t>(tile.panel * rows * static_cast<std::int64_t>(sizeof(Weight)) + place);
+            s.position = scratch.position;
+            s.value = scratch.reach[i].value == nullptr ? nullptr : scratch.value;
+            s.count = 0;
+            const int product = scratch.reach[i].product;
+            for (; i < reaches && scratch.reach[i].product == product; ++i) {
+              const Reach& reach = scratch.reach[i];
+              const std::uint32_t* start = reach.start + t * (p.x.width + 1);
+              const std::int64_t begin = start[reach.first], n = start[reach.last] - begin;
+              append(scratch.position + s.count, reach.position + begin, n, reach.shift);
+              if (reach.value != nullptr) append(scratch.value + s.count, reach.value + begin, n, 0);
+              s.count += n;
+            }
+            if (s.count > 0) add_rows(static_cast<const Weight*>(nullptr), s, acc);
           }
           if (last) {
             QCFS_UNROLL
@@ -180,7 +228,7 @@ void fire_block(const EventLayer& layer, const EventTile& tile, std::int64_t cha
 }
 
 template <typename Weight>
-void fire_panel(const EventLayer& layer, const EventTile& tile, std::int32_t* sums) {
+void fire_panel(const EventLayer& layer, const EventTile& tile, const EventScratch& scratch) {
   constexpr int vectors = block_vectors<Weight>;
   const std::int64_t channel0 = tile.panel * panel_channels;
   const std::int64_t end = smaller(layer.a->out_channels, channel0 + panel_channels);
@@ -188,25 +236,46 @@ void fire_panel(const EventLayer& layer, const EventTile& tile, std::int32_t* su
     const std::int64_t place = (o - channel0) * static_cast<std::int64_t>(sizeof(Weight));
     if constexpr (half_block<Weight>) {
       if (end - o <= vectors / 2 * lanes) {
-        fire_block<Weight, vectors / 2>(layer, tile, o, place, sums);
+        fire_block<Weight, vectors / 2>(layer, tile, o, place, scratch);
         continue;
       }
     }
-    fire_block<Weight, vectors>(layer, tile, o, place, sums);
+    fire_block<Weight, vectors>(layer, tile, o, place, scratch);
   }
 }
 
+struct ScratchSizes {
+  std::int64_t reach_bytes, list_bytes, sum_bytes;
+};
+
+inline ScratchSizes scratch_sizes(const EventLayer& layer, std::int64_t rows) {
+  std::int64_t runs = 0, inputs = 0;
+  for (int c = 0; c < layer.chunks; ++c) runs = larger(runs, layer.chunk[c + 1] - layer.chunk[c]);
+  for (int i = 0; i < layer.a->product_count; ++i) {
+    const Product& p = layer.a->products[i];
+    inputs = larger(inputs, p.g.kernel_h * p.g.kernel_w * p.x.channels);
+  }
+  return {round_up(runs * static_cast<std::int64_t>(sizeof(Reach)), 64), round_up(4 * (inputs + 2 * lanes), 64),
+          layer.chunks == 1 ? 0 : 4 * rows * layer.a->out_w * layer.a->steps * panel_channels};
+}
+
 std::size_t fire_events_workspace(const EventLayer& layer, std::int64_t rows) {
-  if (layer.chunks == 1) return 64;
-  return static_cast<std::size_t>(rows * layer.a->out_w * layer.a->steps * panel_channels) * sizeof(std::int32_t);
+  const ScratchSizes s = scratch_sizes(layer, rows);
+  return static_cast<std::size_t>(s.reach_bytes + 2 * s.list_bytes + s.sum_bytes);
 }
 
 void fire_events(const EventLayer& layer, const EventTile& tile, void* workspace) {
-  std::int32_t* sums = static_cast<std::int32_t*>(workspace);
+  const ScratchSizes s = scratch_sizes(layer, tile.row1 - tile.row0);
+  char* space = static_cast<char*>(workspace);
+  EventScratch scratch;
+  scratch.reach = reinterpret_cast<Reach*>(space);
+  scratch.position = reinterpret_cast<std::uint32_t*>(space + s.reach_bytes);
+  scratch.value = reinterpret_cast<std::uint32_t*>(space + s.reach_bytes + s.list_bytes);
+  scratch.sums = reinterpret_cast<std::int32_t*>(space + s.reach_bytes + 2 * s.list_bytes);
   if (layer.a->product_count > 0 && layer.a->products[0].weight_bytes == 1) {
-    fire_panel<std::int8_t>(layer, tile, sums);
+    fire_panel<std::int8_t>(layer, tile, scratch);
   } else {
-    fire_panel<std::int16_t>(layer, tile, sums);
+    fire_panel<std::int16_t>(layer, tile, scratch);
   }
 }
 
