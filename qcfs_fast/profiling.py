@@ -558,15 +558,15 @@ def _totals(layers: Sequence[LayerProfile], images: int, T: int, max_T: int) -> 
 
 def _environment(run: _Run) -> dict[str, Any]:
     facts: Mapping[str, Any] = info()
-    chosen = {k: facts[k] for k in ("qcfs_fast", "torch", "python", "machine", "threads") if k in facts}
+    chosen = {k: facts[k] for k in ("qcfs_fast", "torch", "python", "processor", "threads")}
     if run.device.type == "cuda":
         chosen["device"] = torch.cuda.get_device_name(run.device)
     else:
         chosen["device"] = "cpu"
         chosen["kernels"] = backend.describe()
         chosen["instruction sets cap"] = facts["QCFS_FAST_MAX_ISA"]
-    sizes = sorted(set(run.batches))
-    chosen["batches"] = f"{len(run.batches)} of {' to '.join(map(str, {sizes[0]: 0, sizes[-1]: 0}))} images"
+    sizes = dict.fromkeys((min(run.batches), max(run.batches)))
+    chosen["batches"] = f"{len(run.batches)} of {' to '.join(map(str, sizes))} images"
     return chosen
 
 

@@ -277,12 +277,10 @@ class SNN(nn.Module):
         self.order = [name for name, _ in layers]
         for name, layer in layers:
             *path, leaf = name.split(".")
-            parent: nn.Module = self
-            for step in path:
-                if step not in parent._modules:
-                    parent.add_module(step, Group())
-                parent = parent.get_submodule(step)
-            parent.add_module(leaf, layer)
+            parent: Any = self
+            for step in path:  # not by add_module: a module may be called `predict` or `report`
+                parent = parent._modules.setdefault(step, Group())
+            parent._modules[leaf] = layer
         self._program = list(layers)
         last_use = {source: name for name, layer in layers for source in layer.inputs}
         self._drop: dict[str, list[str]] = {}

@@ -160,6 +160,27 @@ def test_bad_arguments(case, monkeypatch, options, error, message):
         snn.predict(**{"x": x, **options})
 
 
+def test_modules_may_have_the_names_of_methods(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.report, self.act = nn.Conv2d(1, 4, 1), QCFS(4)
+            self.predict = nn.Sequential(nn.Linear(4, 8), QCFS(4), nn.Linear(8, 3))
+            self.act.thresh.data.fill_(0.5)
+
+        def forward(self, x):
+            return self.predict(self.act(self.report(x)).mean((2, 3)))
+
+    x = torch.rand(3, 1, 4, 4)
+    snn = qcfs_fast.convert(Named().eval(), T=4, input_shape=(1, 4, 4))
+    assert list(snn.spiking_layers) == ["act", "predict.1"]
+    assert "predict.1" in dict(snn.named_modules())
+    snn.save(tmp_path / "named.safetensors")
+    loaded = qcfs_fast.load(tmp_path / "named.safetensors").to("cpu")
+    assert torch.equal(loaded.predict(x, 1.0).logits, snn(x))
+    assert "act" in loaded.report()
+
+
 def test_output_must_be_class_scores():
     model = nn.Sequential(nn.Conv2d(1, 4, 1), QCFS(4), nn.Conv2d(4, 3, 1)).eval()
     model[1].thresh.data.fill_(1.5)

@@ -405,6 +405,7 @@ def test_bounds_engines_and_times():
     assert p.totals["seconds"] == sum(row.seconds for row in p.layers)
     assert list(rows) == list(snn.layers)
     assert p.environment["batches"] == "2 of 2 to 3 images"
+    assert p.environment["processor"] == qcfs_fast.info()["processor"] != ""
 
 
 def test_dense_output_has_rates_but_no_accuracy():
