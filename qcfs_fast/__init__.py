@@ -12,6 +12,7 @@ from .cuda_backend import CudaGraph, cuda_graph
 from .errors import ConversionError, FormatError
 from .information import info
 from .preparation import prepare
+from .profiling import Profile, profile
 from .qcfs import QCFS
 from .recording import trace
 from .serialize import load
@@ -25,6 +26,7 @@ __all__ = [
     "ConversionError",
     "CudaGraph",
     "FormatError",
+    "Profile",
     "Simulation",
     "__version__",
     "calibrate",
@@ -33,6 +35,7 @@ __all__ = [
     "info",
     "load",
     "prepare",
+    "profile",
     "simulate",
     "trace",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,15 @@ def _version_of(package: str) -> str | None:
         return None
 
 
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def info() -> dict[str, Any]:
     """Facts about the installation: versions, instruction sets, threads, kernels in use; plain data."""
     built = [name for name, _ in backend.native.kernel_sets()] if backend.native else []
@@ -29,6 +40,7 @@ def info() -> dict[str, Any]:
         "torchvision": _version_of("torchvision"),
         "triton": _version_of("triton"),
         "machine": platform.machine(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "native module": "loaded"
         if backend.native

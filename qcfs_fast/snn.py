@@ -19,6 +19,9 @@ from .errors import FormatError
 from .lowering import INPUT
 from .windows import PoolSpec
 
+if TYPE_CHECKING:
+    from .anytime import Prediction
+
 Values = dict[str, Any]
 
 
@@ -285,12 +288,10 @@ class SNN(nn.Module):
         self.order = [name for name, _ in layers]
         for name, layer in layers:
             *path, leaf = name.split(".")
-            parent: nn.Module = self
-            for step in path:
-                if step not in parent._modules:
-                    parent.add_module(step, Group())
-                parent = parent.get_submodule(step)
-            parent.add_module(leaf, layer)
+            parent: Any = self
+            for step in path:  # not by add_module: a module may be called `predict` or `report`
+                parent = parent._modules.setdefault(step, Group())
+            parent._modules[leaf] = layer
         self._program = list(layers)
         last_use = {source: name for name, layer in layers for source in layer.inputs}
         self._drop: dict[str, list[str]] = {}
@@ -398,6 +399,38 @@ class SNN(nn.Module):
         """
         out = self.run(x, T, per_step)
         return out if per_step else out[0]
+
+    def predict(
+        self,
+        x: Tensor,
+        confidence: float = 0.9,
+        T: int | None = None,
+        schedule: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> Prediction:
+        """Classify, stopping each sample as soon as its answer is clear.
+
+        A sample stops after the first step at which the softmax margin of its running mean logits (largest minus
+        second largest probability) reaches ``confidence``, and after T steps at the latest; it then leaves the batch.
+
+        Args:
+            x: images as for ``snn(x)``.
+            confidence: margin at which a sample stops, from 0 (after one step) to 1.
+            T: most steps a sample may use, default ``self.T``.
+            schedule: rising step counts, the last one T, at which the samples not done yet are run again; default
+                1, 2, 4, ..., T. It changes the time taken, never the result (anytime.py says how).
+            batch_size: most samples to run at once; default all.
+
+        Returns:
+            A named tuple: labels int64 [N], steps int64 [N], logits float32 [N, classes]. Row n of logits equals
+            ``snn(x, T, per_step=True)[steps[n] - 1, n]``.
+
+        Raises:
+            ValueError: confidence, schedule or batch_size out of range; the output is not class scores.
+        """
+        from .anytime import predict
+
+        return predict(self, x, confidence, T, schedule, batch_size)
 
     def report(self) -> str:
         """What conversion settled, one line per spiking layer, and the overflow bound of the whole network."""

@@ -39,6 +39,24 @@ def test_accuracy_reaches_the_ann(trained):
     assert accuracy[16] > ann - 0.01
 
 
+def test_anytime_use_keeps_the_accuracy_in_fewer_steps(trained):
+    data, model = trained
+    snn = qcfs_fast.convert(model, T=16)
+    p = demo.report(snn, data, progress=False)
+    full = p.accuracy_by_step[-1]
+    points = {q["confidence"]: q for q in p.anytime}
+    assert points[0.99]["mean_steps"] < 4
+    assert points[0.99]["accuracy"] > full - 0.005
+    assert points[0.5]["mean_steps"] <= points[0.9]["mean_steps"] < points[0.99]["mean_steps"]
+    for confidence in (0.5, 0.9, 0.99):
+        found = snn.predict(data.test_x, confidence)
+        assert float(found.steps.double().mean()) == points[confidence]["mean_steps"]
+        assert float((found.labels == data.test_y).double().mean()) == points[confidence]["accuracy"]
+    text = demo._anytime(p)
+    assert f"{points[0.9]['mean_steps']:.2f} steps on average, accuracy {points[0.9]['accuracy']:.2%}" in text
+    assert text.endswith(f"accuracy {full:.2%}")
+
+
 def test_eight_bits_keep_the_labels(trained):
     data, model = trained
     labels = [qcfs_fast.convert(model, T=8, weight_bits=b)(data.test_x).argmax(1) for b in (8, 16)]
@@ -52,6 +70,7 @@ def test_command(tmp_path, capsys):
     assert [r.accuracy for r in rows] == [r["accuracy"] for r in printed]
     assert all(r["snn_time"] > 0 and 0 < r["firing_rate"] < 1 for r in printed)
     assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "accuracy after 16 steps" in (tmp_path / "out" / "report.html").read_text()
     snn = qcfs_fast.load(tmp_path / "out" / "digits.safetensors")
     assert snn(demo.digits().test_x[:5]).shape == (5, 10)
 
