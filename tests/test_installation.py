@@ -124,6 +124,6 @@ def test_a_missing_compiler_gives_one_clear_line(tmp_path):
 def test_command_line_errors():
     out = python("-m", "qcfs_fast", "demo", "--epochs", "0")
     assert out.returncode == 2
-    assert "--epochs must be at least 1" in out.stderr
+    assert "argument --epochs: must be at least 1" in out.stderr
     assert python("-m", "qcfs_fast").returncode == 2
     assert "example:" in python("-m", "qcfs_fast", "demo", "--help").stdout
