@@ -11,7 +11,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qc
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test check format bench readme-figures clean
+.PHONY: demo test check format bench readme-figures figures-write clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -24,10 +24,16 @@ test: $(VENV)/.installed $(VENV)/.tools
 bench: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
-# In parts of less than ten minutes each, all added to one file: make figures-resnet18_224-1 measures one part again.
+# In parts of less than ten minutes each, all added to one file: `make figures-resnet18_224-1 figures-write` measures one
+# part again.
 RESULTS := docs/benchmark-results.json
 FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 layers
-readme-figures: $(addprefix figures-,$(FIGURES))
+readme-figures:
+	rm -f $(RESULTS)
+	$(MAKE) $(addprefix figures-,$(FIGURES))
+	$(MAKE) figures-write
+
+figures-write: $(VENV)/.installed $(VENV)/.tools
 	$(VENV)/bin/qcfs-fast compare $(RESULTS) --plots docs/images --readme README.md
 
 figures-layers: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers

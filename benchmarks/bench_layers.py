@@ -6,6 +6,8 @@ from qcfs_fast import benchmark as bench
 
 
 @pytest.mark.parametrize("label", list(bench.LAYERS))
-def bench_layer(benchmark, collect, options, label):
+def bench_layer(benchmark, collect, options, device, label):
+    if device.type == "cuda":
+        pytest.skip("layers alone are measured on the CPU; on a GPU by benchmarks/gpu.py")
     layer = bench.Layer(label)
     collect(benchmark, [layer.case(options.effort)], lambda: layer.ours(16))

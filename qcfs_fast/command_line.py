@@ -193,6 +193,8 @@ def _bench(o: argparse.Namespace) -> int:
     from . import benchmark as bench
 
     device = torch.device("cuda" if torch.cuda.is_available() and o.device != "cpu" else "cpu")
+    if o.layers and device.type == "cuda":
+        raise ValueError("single layers are measured on the CPU: add --device cpu and another --output")
     results = bench.Results(o.output, device)
     effort = bench.Effort(o.rounds, o.seconds)
     networks = o.networks if o.networks is not None else [] if o.layers else list(bench.NETWORKS)

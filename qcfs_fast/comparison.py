@@ -173,7 +173,7 @@ def _panels(plt: Any, titles: Sequence[str], what: str, height: float = 3.9) -> 
     return figure, list(axes[0])
 
 
-def _curves(axis: Any, points: Mapping[str, Sequence[tuple[float, float]]], logarithmic_x: bool = True) -> None:
+def _curves(axis: Any, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     for name, _, colour, marker in SERIES:
         if points.get(name):
             x, y = zip(*points[name], strict=True)
@@ -181,12 +181,20 @@ def _curves(axis: Any, points: Mapping[str, Sequence[tuple[float, float]]], loga
             axis.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=wide, label=name,
                       zorder=3 if wide > 2 else 2)  # fmt: skip
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
     values = sorted({x for p in points.values() for x, _ in p})
-    if logarithmic_x:
-        axis.set_xscale("log", base=2)
+    axis.set_xscale("log", base=2)
     axis.set_xticks(values, [f"{v:g}" for v in values])
-    axis.minorticks_off()
+    axis.xaxis.minorticks_off()
+    _plain_ticks(axis.yaxis)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, ... on a logarithmic axis."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def _legend(figure: Any, axis: Any) -> None:
@@ -242,35 +250,30 @@ def _latency_by_batch(plt: Any, cases: Sequence[Case]) -> Any:
 
 
 def _latency_by_network(plt: Any, cases: Sequence[Case]) -> Any:
-    chosen = [c for c in cases if c["T"] == 4]
+    """One row per network and batch, one mark per contender; ours is the line at 1."""
+    chosen = [c for c in cases if c["T"] == 4 and fastest(c, r"qcfs_fast 16-bit.*")]
     if not chosen:
         return None
-    titles = [title(c).removesuffix(", T = 4") for c in chosen]
-    figure, axes = _panels(plt, ["Latency at T = 4, as a multiple of qcfs_fast 16-bit"], "", 1.2 + 1.35 * len(chosen))
-    axis, shown = axes[0], [s for s in SERIES if s[0] != "qcfs_fast 16-bit"]
-    axis.grid(axis="y", visible=False)
+    figure, (axis,) = _panels(plt, ["Latency at T = 4, as a multiple of qcfs_fast 16-bit"], "", 1.9 + 0.5 * len(chosen))
+    figure.set_figwidth(7.4)
+    axis.grid(axis="y", color="#bbbbbb", linewidth=0.8)
     axis.grid(axis="x")
-    step = 0.86 / len(shown)
-    for i, (name, pattern, colour, _) in enumerate(shown):
-        for row, case in enumerate(chosen):
-            value, ours = fastest(case, pattern), fastest(case, r"qcfs_fast 16-bit.*")
-            if value is None or ours is None:
-                continue
-            y = row - 0.43 + step * (i + 0.5)
-            axis.barh(y, value / ours, step * 0.9, color=colour, label=name if row == 0 else None)
-            axis.annotate(f"{value / ours:.2f}", (value / ours, y), (3, 0), textcoords="offset points",
-                          va="center", fontsize=7)  # fmt: skip
-    axis.axvline(1, color=SERIES[0][2], linewidth=1.5)
+    for name, pattern, colour, marker in SERIES:
+        found = [(fastest(c, pattern), fastest(c, SERIES[0][1]), row) for row, c in enumerate(chosen)]
+        points = [(value / ours, row) for value, ours, row in found if value is not None and ours is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            axis.scatter(
+                x, y, s=46, color=colour, marker=marker, label=name, zorder=3, edgecolor="white", linewidth=0.6
+            )
+    axis.axvline(1, color=SERIES[0][2], linewidth=1.2, zorder=1)
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter("{x:g}")
-    labels = [
-        f"{t}\n(1 = {_milliseconds(fastest(c, r'qcfs_fast 16-bit.*') or 0)} ms)"
-        for t, c in zip(titles, chosen, strict=True)
-    ]
-    axis.set_yticks(range(len(chosen)), [t.replace(" px, ", " px,\n") for t in labels])
-    axis.invert_yaxis()
-    axis.margins(x=0.12)
-    axis.set_xlabel("less than 1: faster than qcfs_fast 16-bit")
+    _plain_ticks(axis.xaxis)
+    times = [f"{_milliseconds(fastest(c, SERIES[0][1]) or 0)} ms" for c in chosen]
+    labels = [f"{title(c).removesuffix(', T = 4')} ({t})" for c, t in zip(chosen, times, strict=True)]
+    axis.set_yticks(range(len(chosen)), labels)
+    axis.set_ylim(len(chosen) - 0.5, -0.5)
+    axis.set_xlabel("left of 1: faster than qcfs_fast 16-bit (whose time is in brackets)")
     _legend(figure, axis)
     return figure
 
