@@ -285,7 +285,8 @@ class Network:
     def cases(self, batch: int, steps: tuple[int, ...], effort: Effort, only: str = "") -> Iterator[dict[str, Any]]:
         """One result per T. `only` keeps the contenders whose name contains it."""
         torch.manual_seed(batch)
-        torch._dynamo.reset()
+        if self.compiled:
+            torch._dynamo.reset()  # or the next batch is compiled for sizes in general
         images = torch.rand(batch, 3, self.size, self.size)
         peers = Contenders(self.model, self.snns, images.to(self.device), self.compiled)
         peers.calls = {n: c for n, c in peers.calls.items() if only in n}

@@ -246,9 +246,8 @@ def _compare(o: argparse.Namespace) -> int:
         from rich.console import Console
 
         console = Console(width=None if sys.stdout.isatty() else 200)
-        for kind in ("network", "layer"):
-            if any(c["kind"] == kind for c in data["cases"]):
-                console.print(comparison.table(data, kind))
+        for table in comparison.tables(data):
+            console.print(table)
         for line in comparison.unmeasured(data):
             console.print(line, markup=False, highlight=False)
     if o.plots is not None:

@@ -74,20 +74,30 @@ def unmeasured(data: Mapping[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ table
 
 
-def table(data: Mapping[str, Any], kind: str) -> Any:
-    """A rich table: milliseconds (median), and how many times as long as ours in 16 bits."""
+def tables(data: Mapping[str, Any]) -> list[Any]:
+    """A rich table per network, and one for all layers."""
+    cases = data["cases"]
+    names = dict.fromkeys(c["name"] for c in cases if c["kind"] == "network")
+    groups = [[c for c in cases if c["kind"] == "network" and c["name"] == n] for n in names]
+    layers = [c for c in cases if c["kind"] == "layer"]
+    return [_table(data, group) for group in [*groups, layers] if group]
+
+
+def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
+    """Milliseconds (median), and how many times as long as ours in 16 bits."""
     from rich.table import Table
 
-    cases = [c for c in data["cases"] if c["kind"] == kind]
+    kind, name = cases[0]["kind"], title(cases[0]).split(", batch")[0]
     result = Table(
-        title=f"{kind.capitalize()}s: milliseconds, and times our 16-bit network ({conditions(data)})",
+        title=f"{name if kind == 'network' else 'single layers, batch 1'}: milliseconds, and times our 16-bit weights",
         title_justify="left",
-        caption="median of calls in turns; [dim]-[/] not measured",
+        caption=f"medians of calls in turns; - not measured; {conditions(data)}",
         caption_justify="left",
     )
     result.add_column("contender", no_wrap=True)
     for case in cases:
-        result.add_column(title(case).replace(", ", "\n"), justify="right")
+        text = f"batch {case['batch']}\nT = {case['T']}" if kind == "network" else case["name"].replace(" ", "\n")
+        result.add_column(text, justify="right")
     names = list(dict.fromkeys(n for c in cases for n in c["contenders"]))
     best = [min((r["seconds"] for r in c["contenders"].values() if "seconds" in r), default=0) for c in cases]
     for name in names:
@@ -95,7 +105,7 @@ def table(data: Mapping[str, Any], kind: str) -> Any:
         for case, least in zip(cases, best, strict=True):
             row, ours = case["contenders"].get(name, {}), fastest(case, r"qcfs_fast 16-bit.*")
             if "seconds" not in row:
-                cells.append("[dim]-[/]")
+                cells.append("-")
                 continue
             text = _milliseconds(row["seconds"])
             if ours is not None and "16-bit" not in name:
