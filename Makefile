@@ -34,7 +34,7 @@ readme-figures:
 	$(MAKE) figures-write
 
 figures-write: $(VENV)/.installed $(VENV)/.tools
-	$(VENV)/bin/qcfs-fast compare $(RESULTS) --plots docs/images --readme README.md
+	$(VENV)/bin/qcfs-fast compare $(RESULTS) --plots docs/images --format png --readme README.md
 
 figures-layers: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/qcfs-fast bench --layers --output $(RESULTS)

@@ -251,7 +251,7 @@ def _compare(o: argparse.Namespace) -> int:
         for line in comparison.unmeasured(data):
             console.print(line, markup=False, highlight=False)
     if o.plots is not None:
-        for path in comparison.plots(data, o.plots):
+        for path in comparison.plots(data, o.plots, [f".{kind}" for kind in o.format]):
             print(f"wrote {path}", file=sys.stderr)
     if o.readme is not None:
         folder = os.path.relpath(o.plots or "docs/images", o.readme.parent)
@@ -384,7 +384,8 @@ def _parser() -> argparse.ArgumentParser:
         "qcfs-fast compare benchmark-results.json --plots plots",
     )
     c.add_argument("results", type=Path, help="file written by bench or by pytest benchmarks")
-    c.add_argument("--plots", type=Path, metavar="FOLDER", help="write plots there, as PNG and SVG")
+    c.add_argument("--plots", type=Path, metavar="FOLDER", help="write plots there")
+    c.add_argument("--format", choices=("png", "svg"), nargs="+", default=["png", "svg"], help="default: both")
     c.add_argument("--readme", type=Path, metavar="FILE", help="replace the benchmark section of this Markdown file")
     return parser
 

@@ -7,6 +7,7 @@ memory by T. Only what was measured is drawn; contenders that did not run are li
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -325,13 +326,13 @@ def markdown(data: Mapping[str, Any], images: str) -> str:
     rates = [f"{case['firing rate']:.1%}" for case in cases]
     lines.append(f"| firing rate | {' | '.join(rates)} |")
     notes = (
-        f"\nMeasured on {conditions(data)}. In brackets: times our 16-bit network. Medians of calls in turns; "
-        "weights random, thresholds calibrated; BatchNorm folded, channels_last. The fastest form of each contender "
-        "counts: the ANN with ReLU or QCFS, eager or under torch.compile; the T-loop eager or compiled; the peers in "
-        "float32 or bfloat16. [docs/benchmarks.md](docs/benchmarks.md) has the method and all figures.\n"
+        f"Measured on {conditions(data)}. In brackets: times our 16-bit network. Medians of calls in turns; weights "
+        "random, thresholds calibrated; BatchNorm folded, channels_last. The fastest form of each contender counts: "
+        "the ANN with ReLU or QCFS, eager or under torch.compile; the T-loop eager or compiled; the peers in float32 or "
+        "bfloat16. [docs/benchmarks.md](docs/benchmarks.md) has the method and more figures."
     )
-    pictures = f"\n![Latency by time steps T]({images}/latency-by-T.png)\n"
-    return "\n".join(lines) + "\n" + notes + pictures
+    wrapped = textwrap.fill(notes, 119, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, "", wrapped, "", f"![Latency by time steps T]({images}/latency-by-T.png)", ""])
 
 
 def write_readme(path: Path, text: str) -> None:
