@@ -328,8 +328,8 @@ def markdown(data: Mapping[str, Any], images: str) -> str:
     notes = (
         f"Measured on {conditions(data)}. In brackets: times our 16-bit network. Medians of calls in turns; weights "
         "random, thresholds calibrated; BatchNorm folded, channels_last. The fastest form of each contender counts: "
-        "the ANN with ReLU or QCFS, eager or under torch.compile; the T-loop eager or compiled; the peers in float32 or "
-        "bfloat16. [docs/benchmarks.md](docs/benchmarks.md) has the method and more figures."
+        "the ANN with ReLU or QCFS, eager or under torch.compile; the T-loop eager or compiled; the peers in float32 "
+        "or bfloat16. [docs/benchmarks.md](docs/benchmarks.md) has the method and more figures."
     )
     wrapped = textwrap.fill(notes, 119, break_long_words=False, break_on_hyphens=False)
     return "\n".join([*lines, "", wrapped, "", f"![Latency by time steps T]({images}/latency-by-T.png)", ""])
