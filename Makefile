@@ -1,5 +1,6 @@
 # make demo   train, convert and evaluate a network on real data     make test   run the tests
-# make check  format, lint and types                                 make bench  compare latencies
+# make check  format, lint and types                                 make bench  compare latencies (10 minutes)
+# make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qc
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench readme-figures figures-write clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -20,8 +21,27 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(VENV)/.tools
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed $(VENV)/.tools
+bench: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+# In parts of less than ten minutes each, all added to one file: `make figures-resnet18_224-1 figures-write` measures one
+# part again.
+RESULTS := docs/benchmark-results.json
+FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 layers
+readme-figures:
+	rm -f $(RESULTS)
+	$(MAKE) $(addprefix figures-,$(FIGURES))
+	$(MAKE) figures-write
+
+figures-write: $(VENV)/.installed $(VENV)/.tools
+	$(VENV)/bin/qcfs-fast compare $(RESULTS) --plots docs/images --format png --readme README.md
+
+figures-layers: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
+	$(VENV)/bin/qcfs-fast bench --layers --output $(RESULTS)
+
+figures-%: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
+	$(VENV)/bin/qcfs-fast bench --networks "$(subst _224, 224,$(subst _32, 32,$(firstword $(subst -, ,$*))))" \
+	    --batches $(lastword $(subst -, ,$*)) --steps $(if $(filter %-1,$*),1 2 4 8 16,4) --output $(RESULTS)
 
 check: $(VENV)/.tools
 	$(VENV)/bin/ruff format --check $(PYTHON_FILES)
@@ -47,6 +67,12 @@ $(VENV)/.torch: constraints.txt
 # An isolated build, as users run it: the environment it builds in has no torch.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -c constraints.txt '.[demo]'
+	touch $@
+
+# Their own requirements (torchaudio, tensorboard, ...) are not needed for the neurons measured here.
+$(VENV)/.peers: $(VENV)/.torch
+	$(PIP) install -c constraints.txt loguru matplotlib scipy
+	$(PIP) install -c constraints.txt --no-deps spikingjelly snntorch
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch

@@ -1,39 +1,70 @@
-"""Shared by the benchmarks: measuring contenders in turns, in one run.
+"""make bench: every case of qcfs_fast/benchmark.py as a pytest benchmark, with its check inside.
 
-Every benchmark is one group of contenders on the same layer or network. They are timed in turns, so that a change of
-the machine's speed hits all alike; pytest-benchmark then reports our call, with the others' medians, the
-ratios and the firing rate of the input as extra information and as a printed line. Each checks its answer first.
+    pytest benchmarks --benchmark-only                        a selection of about ten minutes
+    pytest benchmarks --benchmark-only --full                 all networks, batches and T (hours on two cores)
+    pytest benchmarks --benchmark-only -k "resnet18" --results results.json
+
+Results are added to the file of --results, whose table and plots `python -m qcfs_fast compare` makes.
 """
 
-import sys
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qcfs_fast.demo import interleaved_medians
+from qcfs_fast import benchmark as bench
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+def pytest_addoption(parser):
+    group = parser.getgroup("qcfs_fast")
+    group.addoption("--full", action="store_true", help="all networks, batches and T")
+    group.addoption("--steps", type=int, nargs="+", default=None, metavar="T", help="only these T, for all networks")
+    group.addoption("--seconds", type=float, default=1.0, help="per contender and case (default 1)")
+    group.addoption("--no-compile", action="store_true", help="leave out the contenders under torch.compile")
+    group.addoption("--results", type=Path, default=Path("benchmark-results.json"), help="result file to add to")
+
+
+@pytest.fixture(scope="session")
+def options(request):
+    get = request.config.getoption
+    return SimpleNamespace(
+        full=get("--full"),
+        steps=None if get("--steps") is None else tuple(get("--steps")),
+        effort=bench.Effort(seconds=get("--seconds")),
+        compiled=not get("--no-compile"),
+    )
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def results(request, device):
+    return bench.Results(request.config.getoption("--results").resolve(), device)
+
+
+@pytest.fixture(scope="session")
+def network(device, options):
+    """network(label) makes each network once; the last one is kept."""
+    return functools.lru_cache(maxsize=1)(lambda label: bench.Network(label, device, options.compiled))
 
 
 @pytest.fixture
-def compare(benchmark):
-    """compare(label, {name: call}, firing_rate): the first contender is ours and is the one pytest-benchmark times."""
+def collect(results, capsys):
+    """collect(benchmark, cases, ours): runs and prints the cases, adds them to the file, and times ours once more."""
 
-    def run(label, calls, firing_rate, rounds=25):
+    def run(benchmark, cases, ours):
         with torch.no_grad():
-            medians = interleaved_medians(calls, rounds)
-            ours, *others = calls
-            benchmark.extra_info.update(
-                {
-                    "firing_rate": firing_rate,
-                    "threads": torch.get_num_threads(),
-                    **{f"{n} (ms)": 1e3 * t for n, t in medians.items()},
-                }
-            )
-            benchmark.pedantic(calls[ours], rounds=5, warmup_rounds=1)
-        cells = [f"{ours} {1e3 * medians[ours]:.3f} ms"]
-        cells += [f"{n} {1e3 * medians[n]:.3f} ms (x{medians[ours] / medians[n]:.2f})" for n in others]
-        print(f"\n{label}, firing rate {firing_rate:.1%}, {torch.get_num_threads()} threads: " + ", ".join(cells))
+            for case in cases:
+                results.add(case)
+                with capsys.disabled():
+                    print("\n" + bench.summary(case), flush=True)
+                seconds = {n: r.get("seconds") for n, r in case["contenders"].items()}
+                benchmark.extra_info[f"T={case['T']}"] = {"firing rate": case["firing rate"], "seconds": seconds}
+            benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
 
     return run

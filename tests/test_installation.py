@@ -1,11 +1,13 @@
 """info, dispatch and environment variables, in processes of their own where they are read at import."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -121,9 +123,19 @@ def test_a_missing_compiler_gives_one_clear_line(tmp_path):
     assert out.stderr.strip().splitlines()[-1].startswith("qcfs_fast: no C++ compiler found. Install g++ or clang++")
 
 
+def test_entry_point():
+    """qcfs-fast, where the package is installed and not run from its sources."""
+    found = metadata.entry_points(group="console_scripts", name="qcfs-fast")
+    declared = re.search(r'^qcfs-fast = "([\w.:]+)"$', (SOURCE / "pyproject.toml").read_text(), re.M)
+    assert declared
+    assert all(point.value == declared[1] for point in found)
+    module, function = declared[1].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
 def test_command_line_errors():
     out = python("-m", "qcfs_fast", "demo", "--epochs", "0")
     assert out.returncode == 2
-    assert "--epochs must be at least 1" in out.stderr
+    assert "argument --epochs: must be at least 1" in out.stderr
     assert python("-m", "qcfs_fast").returncode == 2
     assert "example:" in python("-m", "qcfs_fast", "demo", "--help").stdout

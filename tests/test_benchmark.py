@@ -1,0 +1,185 @@
+"""The benchmark on a tiny network: contenders agree, results are kept, tables and plots say what they hold."""
+
+import json
+
+import networks
+import pytest
+import torch
+
+import qcfs_fast
+from qcfs_fast import benchmark as bench
+from qcfs_fast import comparison, contenders
+
+CPU = torch.device("cpu")
+EFFORT = bench.Effort(rounds=4, seconds=0.01)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The benchmark's Network around a network of a few thousand weights."""
+    torch.manual_seed(0)
+    made = object.__new__(bench.Network)
+    made.label, made.size, made.device, made.compiled = "tiny 12", 12, CPU, False
+    made.model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
+    qcfs_fast.calibrate(made.model, [torch.rand(8, 3, 12, 12)], progress=False)
+    for module in contenders.activations(made.model).values():
+        module.thresh.data.mul_(1.4)
+    made.snns = {b: qcfs_fast.convert(made.model, T=4, weight_bits=b) for b in (16, 8)}
+    with torch.no_grad():
+        yield made
+
+
+def test_contenders_compute_the_same_and_faults_are_found(tiny):
+    images = torch.rand(3, 3, 12, 12)
+    peers = contenders.Contenders(tiny.model, tiny.snns, images, compiled=False)
+    found = tiny.check(peers, images)
+    assert "T-loop fp32, apart" in found
+    assert "ANN QCFS fp32, apart" in found
+    assert 0 < found["T-loop bf16, apart"] < 0.05  # zero: nothing was compared
+    loop = peers.networks["T-loop fp32"]
+    neuron = next(m for m in loop.modules() if isinstance(m, contenders._StepNeuron))
+    neuron.theta *= 1.1
+    with pytest.raises(AssertionError, match="T-loop fp32, apart"):
+        tiny.check(peers, images)
+    neuron.theta /= 1.1
+    qcfs = next(m for m in peers.networks["ANN QCFS fp32"].modules() if isinstance(m, contenders._Qcfs))
+    qcfs.up *= 1.1
+    with pytest.raises(AssertionError, match="ANN QCFS fp32, apart"):
+        tiny.check(peers, images)
+
+
+@pytest.mark.parametrize("library", ["spikingjelly", "snntorch"])
+def test_peers_fire_as_ours(tiny, library):
+    """Thresholds hit exactly included: snnTorch compares with >, SpikingJelly with >=."""
+    pytest.importorskip(library)
+    theta, T = 0.75, 6
+    make = (
+        contenders._SpikingJelly(theta, True)
+        if library == "spikingjelly"
+        else contenders._SnnTorch(theta, torch.float32)
+    )
+    currents = torch.arange(-4, 21).float()[None] * (theta / 8)
+    make.restart(T)
+    got = (
+        make(currents).unflatten(0, (T, 1))
+        if library == "spikingjelly"
+        else torch.stack([make(currents) for _ in range(T)])
+    )
+    step = contenders._StepNeuron(theta)
+    step.v = torch.zeros_like(currents)
+    step.restart(T)
+    want = torch.stack([step(currents) for _ in range(T)])
+    assert ((theta / 2 + currents) == theta).any()
+    assert torch.equal(got.reshape(want.shape), want)
+    assert 0.05 < (want > 0).float().mean() < 0.95
+
+
+def test_a_missing_peer_is_listed(tiny, monkeypatch):
+    def absent(name):
+        raise ModuleNotFoundError(f"No module named '{name}'")
+
+    monkeypatch.setattr(contenders.importlib, "import_module", absent)
+    peers = contenders.Contenders(tiny.model, tiny.snns, torch.rand(1, 3, 12, 12), compiled=False)
+    assert peers.errors["snnTorch fp32"] == "ModuleNotFoundError: No module named 'snntorch'"
+    assert "SpikingJelly fp32" in peers.errors
+    assert "qcfs_fast 16-bit" in peers.calls
+
+
+@pytest.fixture(scope="module")
+def results(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "results.json"
+    file = bench.Results(path, CPU)
+    for batch in (1, 2):
+        for case in tiny.cases(batch, (2, 4), EFFORT):
+            file.add(case)
+    file.add(bench.Layer("3x3 7x7 512->512").case(EFFORT))
+    return path
+
+
+def test_cases(results):
+    data = bench.read(results)
+    assert len(data["cases"]) == 5
+    assert {"cpu", "threads", "kernels", "versions"} <= set(data["machine"])
+    for case in data["cases"]:
+        assert 0.08 <= case["firing rate"] <= 0.18
+        rows = case["contenders"]
+        assert {"qcfs_fast 16-bit", "qcfs_fast 8-bit", "T-loop fp32", "T-loop bf16"} <= set(rows)
+        for row in rows.values():
+            assert "error" in row or row["least"] <= row["seconds"]
+            assert "error" in row or 3 <= row["rounds"] <= 4
+    four = [c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4]
+    assert [c["live bytes"]["float32"] for c in four] == [c["batch"] * four[0]["live bytes"]["float32"] for c in four]
+
+
+def test_live_bytes_by_hand():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), qcfs_fast.QCFS(4, 1.0), torch.nn.Conv2d(4, 8, 1), qcfs_fast.QCFS(4, 1.0),
+        torch.nn.Conv2d(8, 2, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+    ).eval()  # fmt: skip
+    for m in (model[1], model[3]):
+        m.thresh.data.fill_(0.5)
+    snn = qcfs_fast.convert(model, T=4)
+    pixels = 2 * 5 * 5
+    found = bench.live_bytes(snn, torch.rand(2, 1, 5, 5), 4)
+    assert found == {"qcfs_fast": (4 + 8) * pixels, "float32": 4 * 4 * (4 + 8) * pixels}
+    assert bench.products(snn, torch.rand(2, 1, 5, 5), 4) == {"macs": 4 * pixels * 4 * 8}
+
+
+def test_results_are_replaced_and_kept_apart(results, tiny):
+    before = bench.read(results)
+    (case,) = tiny.cases(1, (4,), EFFORT, only="qcfs_fast")
+    bench.Results(results, CPU).add({**case, "firing rate": 0.123})
+    after = bench.read(results)
+    assert len(after["cases"]) == len(before["cases"])
+    assert sum(c["firing rate"] == 0.123 for c in after["cases"]) == 1
+    results.write_text(json.dumps(before))
+    other = results.with_name("other.json")
+    other.write_text(json.dumps({**before, "machine": {**before["machine"], "threads": 77}}))
+    with pytest.raises(ValueError, match=r"other conditions \(threads differ\)"):
+        bench.Results(other, CPU)
+    for text, message in (
+        ("{", "no JSON"),
+        ("{}", "not a result file"),
+        ('{"format": "qcfs_fast benchmark"}', "version"),
+    ):
+        other.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            bench.read(other)
+
+
+def test_slow_and_failing_contenders_are_listed():
+    def broken():
+        raise RuntimeError("no such device")
+
+    rows = bench.interleaved({"slow": lambda: None, "broken": broken, "good": lambda: None}, EFFORT, CPU, {"slow": 99})
+    assert "about 99 s" in rows["slow"]["error"]
+    assert rows["broken"]["error"] == "RuntimeError: no such device"
+    assert rows["good"]["rounds"] == 4
+
+
+def test_compare(results, tmp_path, capsys):
+    from qcfs_fast.command_line import main
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{comparison.MARK[0]}\nthe last table\n{comparison.MARK[1]}\nbelow\n")
+    for _ in range(2):  # the second time over its own output
+        assert main(["compare", str(results), "--plots", str(tmp_path / "plots"), "--readme", str(readme)]) == 0
+    out = capsys.readouterr().out
+    data = bench.read(results)
+    case = next(c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4)
+    shown = comparison._milliseconds(case["contenders"]["T-loop fp32"]["seconds"])
+    text = readme.read_text()
+    for place in (out, text):
+        assert shown in place
+        assert data["machine"]["device"] in place
+        assert f"{case['firing rate']:.1%}" in place
+    assert text.startswith("above\n")
+    assert text.endswith("\nbelow\n")
+    assert "the last table" not in text
+    assert text.count("| T-loop fp32 |") == 1
+    names = {p.stem for p in (tmp_path / "plots").iterdir()}
+    assert names == {"latency-by-T", "latency-by-batch", "latency-by-network", "memory-by-T"}
+    assert all(p.stat().st_size > 5000 for p in (tmp_path / "plots").iterdir())
+    readme.write_text("no marks")
+    assert main(["compare", str(results), "--readme", str(readme)]) == 1
+    assert "needs the lines" in capsys.readouterr().err

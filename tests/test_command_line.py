@@ -1,0 +1,338 @@
+"""qcfs-fast: each command's result, errors and exit codes; evaluation survives kills and counts alike in parallel."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+import torch
+import torchvision_models  # noqa: F401 - makes torchvision importable here
+
+import qcfs_fast
+from qcfs_fast import command_line, evaluation, zoo
+
+COMMANDS = ("demo", "info", "convert", "eval", "profile", "bench", "compare")
+STEPS = (1, 2, 4, 8)
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command in this process."""
+    try:
+        code = command_line.main([str(a) for a in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def spawn(*arguments, launcher=()):
+    command = [sys.executable, *launcher, "-m", "qcfs_fast", *map(str, arguments)]
+    source = str(Path(qcfs_fast.__file__).parent.parent)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A saved network, and 300 images whose labels are its answers at T = 1, with every third spoiled."""
+    folder = tmp_path_factory.mktemp("cli")
+    g = torch.Generator().manual_seed(0)
+    model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
+    images = torch.randn((300, 3, 10, 12), generator=g)
+    qcfs_fast.calibrate(model, [images[:32]], progress=False)
+    snn = qcfs_fast.convert(model, T=4)
+    snn.save(folder / "net.safetensors")
+    labels = snn(images, T=1).argmax(1)
+    labels[::3] = (labels[::3] + 1) % 5
+    np.savez(folder / "data.npz", images=images.numpy(), labels=labels.numpy())
+    answers = snn(images, T=8, per_step=True).argmax(2)
+    right = [int((answers[t - 1] == labels).sum()) for t in STEPS]
+    assert len(set(right)) > 1  # else counts of a wrong T would pass
+    return folder, right
+
+
+def counts(text):
+    found = json.loads(text)
+    assert [r["T"] for r in found["accuracy"]] == list(STEPS)
+    return [r["right"] for r in found["accuracy"]], found["images"], found["resumed"]
+
+
+# ------------------------------------------------------------------------------------------- general
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example_and_exit_codes(name, capsys):
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0
+    assert f"example: qcfs-fast {name}" in out
+    assert "exit codes: 0 done; 1" in out
+    assert "--json" in out
+
+
+def test_examples_in_help_parse(capsys):
+    parser = command_line._parser()
+    for name in COMMANDS:
+        _, out, _ = run(capsys, name, "--help")
+        examples = out.split("example:")[1].split("exit codes")[0].strip().splitlines()
+        for line in examples:
+            words = re.findall(r'"[^"]*"|\S+', line.split(f" {name} ", 1)[1] if f" {name} " in line else "")
+            assert parser.parse_args([name, *(w.strip('"') for w in words)]).command == name
+
+
+def test_usage_errors(capsys):
+    for arguments in ([], ["dance"], ["eval"], ["demo", "--epochs", "0"], ["bench", "--networks", "resnet19"]):
+        code, out, err = run(capsys, *arguments)
+        assert (code, out) == (2, "")
+        assert "error:" in err
+
+
+def test_info_is_the_same_both_ways(capsys):
+    _, text, _ = run(capsys, "info")
+    _, data, _ = run(capsys, "info", "--json")
+    for key, value in json.loads(data).items():
+        assert re.search(rf"^{re.escape(key)}\s+", text, re.M), (key, value)
+
+
+def test_traceback_on_request():
+    with pytest.raises(FileNotFoundError):
+        command_line.main(["eval", "nowhere", "nowhere", "--traceback"])
+
+
+# ------------------------------------------------------------------------------------------- convert
+
+
+def authors_state(model):
+    """A model of tests/networks.py under the names of the published code."""
+    return {re.sub(r"^stages\.(\d)", lambda m: f"conv{int(m[1]) + 2}_x", k): v for k, v in model.state_dict().items()}
+
+
+def trained(model):
+    networks.randomize(model)
+    for i, (name, parameter) in enumerate(model.named_parameters()):
+        if name.endswith("thresh"):
+            parameter.data.fill_(0.6 + 0.01 * i)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: networks.TheirVGG("vgg16"), lambda: networks.TheirResNet(18), lambda: networks.TheirResNet(20)],
+    ids=["vgg16", "resnet18", "resnet20"],
+)
+@pytest.mark.parametrize("parallel", [False, True], ids=["plain", "DataParallel"])
+def test_convert_authors_checkpoint(make, parallel, tmp_path, capsys):
+    model = trained(make())
+    state = authors_state(model)
+    torch.save({f"module.{k}": v for k, v in state.items()} if parallel else state, tmp_path / "net.pth")
+    code, _, err = run(capsys, "convert", tmp_path / "net.pth", "--output", tmp_path / "net.safetensors")
+    assert code == 0, err
+    x = torch.rand((2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    want = qcfs_fast.convert(model, input_shape=(3, 32, 32))(x, per_step=True)
+    assert torch.equal(qcfs_fast.load(tmp_path / "net.safetensors")(x, per_step=True), want)
+    assert want.std() > 0
+
+
+def test_convert_torchvision(tmp_path, capsys):
+    model = zoo.prepared_torchvision("resnet18", classes=10, levels=4)
+    images = torch.rand(2, 3, 32, 32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("thresh"):
+            parameter.data.fill_(1.5)
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "last.pt")
+    common = ["convert", "resnet18", "--output", tmp_path / "net.safetensors", "--json", "-T", 6, "--bits", 8]
+    code, out, err = run(capsys, *common, "--checkpoint", tmp_path / "last.pt")
+    assert code == 0, err
+    assert json.loads(out)["T"] == 6
+    assert json.loads(out)["weight_bits"] == 8
+    snn = qcfs_fast.load(tmp_path / "net.safetensors")
+    assert torch.equal(snn(images), qcfs_fast.convert(model, T=6, weight_bits=8)(images))
+    plain = dict(zoo.torchvision_network("resnet18", 10).state_dict())
+    torch.save(plain, tmp_path / "relu.pt")
+    np.savez(tmp_path / "images.npz", images=images.numpy())
+    code, _, err = run(
+        capsys, *common, "--quiet", "--checkpoint", tmp_path / "relu.pt", "--calibrate", tmp_path / "images.npz"
+    )
+    assert code == 0, err
+
+
+def test_convert_errors(tmp_path, capsys):
+    torch.save(networks.Small(), tmp_path / "object.pt")
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    state = authors_state(trained(networks.TheirVGG("vgg11")))
+    torch.save({**state, "classifier.7.bias": torch.zeros(3)}, tmp_path / "shape.pt")
+    torch.save({k: v for k, v in state.items() if k != "layer2.1.bias"}, tmp_path / "missing.pt")
+    torch.save(state, tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
+    cases = {
+        "object.pt": "reading one runs its code",
+        "other.pt": "not named as in the authors'",
+        "shape.pt": "classifier.7.bias",
+        "missing.pt": "layer2.1.bias",
+        "half.pt": "not a complete checkpoint",
+        "absent.pt": "no checkpoint",
+    }
+    for name, message in cases.items():
+        code, _, err = run(capsys, "convert", tmp_path / name, "--output", tmp_path / "o.safetensors")
+        assert code == 1, name
+        assert message in err
+    code, _, err = run(capsys, "convert", "resnet18", "--output", tmp_path / "o.safetensors")
+    assert (code, "Give --checkpoint" in err) == (1, True)
+    code, _, err = run(capsys, "convert", "vit_b_16", "--calibrate", "random", "--output", tmp_path / "o.safetensors")
+    assert (code, "no torchvision network that converts" in err) == (1, True)
+    code, _, err = run(capsys, "convert", tmp_path / "whole.pt", "--output", tmp_path / "no" / "o.safetensors")
+    assert (code, "does not exist" in err) == (1, True)
+    assert not (tmp_path / "o.safetensors").exists()
+
+
+# ---------------------------------------------------------------------------------------------- eval
+
+
+def test_eval(place, capsys):
+    folder, right = place
+    common = ["eval", folder / "net.safetensors", folder / "data.npz", "--steps", *STEPS, "--quiet"]
+    for batch in (7, 64, 300):
+        code, out, err = run(capsys, *common, "--json", "--batch", batch)
+        assert (code, err) == (0, "")
+        assert counts(out) == (right, 300, 0)
+    _, text, _ = run(capsys, *common)
+    assert f"   4  {right[2] / 300:.2%}" in text
+    assert not list(folder.glob("*.eval"))
+
+
+def test_eval_of_a_folder_of_images(tmp_path, place, capsys):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        path = tmp_path / ("cat", "dog")[i % 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    data = evaluation.open_data(tmp_path, size=14)
+    x, y = data.batch(range(10))
+    assert x.shape == (10, 3, 14, 14)
+    assert y.tolist() == [0] * 5 + [1] * 5
+    snn = qcfs_fast.load(place[0] / "net.safetensors")
+    code, out, err = run(
+        capsys, "eval", place[0] / "net.safetensors", tmp_path, "--size", 14, "--json", "--quiet", "--batch", 3,
+        "--steps", 4,
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["accuracy"][0]["right"] == int((snn(x, T=4).argmax(1) == y).sum())
+
+
+def interrupted(arguments, state, how):
+    """Start an evaluation, stop it by a signal when some batches are done; its exit code and the batches kept."""
+    process = spawn(*arguments)
+    file = state / "0.json"
+    deadline = time.monotonic() + 60
+    while not (file.exists() and len(json.loads(file.read_text())["batches"]) >= 5):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err, len(json.loads(file.read_text())["batches"])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["SIGKILL", "SIGINT"])
+def test_eval_goes_on_after(how, place, tmp_path, capsys):
+    folder, right = place
+    arguments = [
+        "eval", folder / "net.safetensors", folder / "data.npz", "--steps", *STEPS, "--batch", 1, "--json", "--state",
+        tmp_path / "state",
+    ]  # fmt: skip
+    code, err, kept = interrupted(arguments, tmp_path / "state", how)
+    assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert ("every finished batch is kept" in err) == (how == signal.SIGINT)
+    assert 5 <= kept < 300
+    code, _, err = run(capsys, *arguments, "--batch", 2)
+    assert code == 1
+    assert "another batch" in err
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert counts(out) == (right, 300, kept)
+    assert not (tmp_path / "state").exists()
+
+
+def test_eval_in_two_processes(place, tmp_path):
+    """One process is killed, two go on: the counts are those of one that ran through."""
+    folder, right = place
+    arguments = [
+        "eval", folder / "net.safetensors", folder / "data.npz", "--steps", *STEPS, "--batch", 4, "--json", "--quiet",
+        "--state", tmp_path / "state",
+    ]  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    _, _, kept = interrupted(arguments, tmp_path / "state", signal.SIGKILL)
+    process = spawn(*arguments, launcher=launcher)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert kept < 70  # of 75 batches: both had work
+    assert counts(out) == (right, 300, 4 * kept)
+
+
+def test_processes_share_the_batches(tmp_path):
+    """Two ranks do disjoint batches that cover all, also after a run with three."""
+    fingerprint = {"steps": [1]}
+    for rank, done in enumerate([[0, 3], [1, 4], [2]]):
+        state = evaluation.State(tmp_path, fingerprint, rank)
+        state.own.batches, state.own.seen = done, len(done)
+        state.write()
+    states = [evaluation.State(tmp_path, fingerprint, rank) for rank in range(2)]
+    assert all(s.done() == {0, 1, 2, 3, 4} for s in states)
+    left = [b for b in range(9) if b not in states[0].done()]
+    assert sorted(left[0::2] + left[1::2]) == [5, 6, 7, 8]
+    with pytest.raises(ValueError, match="another steps"):
+        evaluation.State(tmp_path, {"steps": [2]}, 0)
+
+
+def test_eval_errors(place, tmp_path, capsys):
+    folder, _ = place
+    net = folder / "net.safetensors"
+    (tmp_path / "half.safetensors").write_bytes(net.read_bytes()[:3000])
+    (tmp_path / "half.npz").write_bytes((folder / "data.npz").read_bytes()[:3000])
+    (tmp_path / "text.npz").write_text("nothing")
+    (tmp_path / "empty").mkdir()
+    x = np.zeros((4, 3, 10, 12), np.float32)
+    np.savez(tmp_path / "keys.npz", x=x, y=np.zeros(4, int))
+    np.savez(tmp_path / "labels.npz", images=x, labels=np.zeros(3, int))
+    np.savez(tmp_path / "objects.npz", images=np.array([{}], dtype=object), labels=np.zeros(1, int))
+    np.savez(tmp_path / "channels.npz", images=x[:, :2], labels=np.zeros(4, int))
+    cases = [
+        (tmp_path / "absent.safetensors", folder / "data.npz", "no file"),
+        (tmp_path / "half.safetensors", folder / "data.npz", "not a complete safetensors file"),
+        (net, tmp_path / "absent.npz", "no data at"),
+        (net, tmp_path / "half.npz", "not a complete .npz file"),
+        (net, tmp_path / "text.npz", "not a complete .npz file"),
+        (net, tmp_path / "empty", "no images in class subfolders"),
+        (net, tmp_path / "keys.npz", "has no array images or labels, only x, y"),
+        (net, tmp_path / "labels.npz", "labels must be 4 integers"),
+        (net, tmp_path / "objects.npz", "not a complete .npz file"),
+        (net, tmp_path / "channels.npz", "expected an input of shape [N, 3, H, W], got [4, 2, 10, 12]"),
+    ]
+    for network, data, message in cases:
+        code, out, err = run(capsys, "eval", network, data, "--quiet", "--state", tmp_path / "state")
+        assert (code, out) == (1, ""), data
+        assert message in err
+        assert "Traceback" not in err
+    code, _, err = run(capsys, "eval", net, folder / "data.npz", "--steps", 1000)
+    assert (code, "beyond this network's overflow bound" in err) == (1, True)
+
+
+# ------------------------------------------------------------------------------------------- profile
+
+
+@pytest.mark.skipif(not hasattr(qcfs_fast, "profile"), reason="this version has no profile")
+def test_profile(place, tmp_path, capsys):
+    folder, _ = place
+    files = [folder / "net.safetensors", folder / "data.npz", "--html", tmp_path / "report.html"]
+    code, out, err = run(capsys, "profile", *files, "--quiet", "--json", "--images", 20)
+    assert code == 0, err
+    assert isinstance(json.loads(out), dict)
+    assert "<html" in (tmp_path / "report.html").read_text().lower()
