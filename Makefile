@@ -1,5 +1,6 @@
 # make demo   train, convert and evaluate a network on real data     make test   run the tests
 # make check  format, lint and types                                 make bench  compare latencies
+# make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qc
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test test-triton check format bench clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -19,6 +20,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed $(VENV)/.tools
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests $(PYTEST_ARGS)
+
+# Laid over the environment for this one run: the packages in it stay as they are.
+test-triton: $(VENV)/.installed $(VENV)/.tools
+	$(if $(VERSION),,$(error say which: make test-triton VERSION=3.3.0))
+	test -d $(VENV)/triton-$(VERSION) || $(PIP) install --no-deps --target $(VENV)/triton-$(VERSION) triton==$(VERSION)
+	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" $(PY) -P -c "import triton; assert triton.__version__ == '$(VERSION)', triton.__version__"
+	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" $(VENV)/bin/pytest -n 2 tests/test_triton.py tests/test_triton_compile.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed $(VENV)/.tools
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
