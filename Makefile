@@ -21,10 +21,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(VENV)/.tools
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests $(PYTEST_ARGS)
 
-# Laid over the environment for this one run: the packages in it stay as they are.
+# Laid over the environment for this one run: the packages in it stay as they are. The interpreter of early releases
+# makes scalars of arrays in a way that NumPy 2.4 ended.
 test-triton: $(VENV)/.installed $(VENV)/.tools
 	$(if $(VERSION),,$(error say which: make test-triton VERSION=3.3.0))
-	test -d $(VENV)/triton-$(VERSION) || $(PIP) install --no-deps --target $(VENV)/triton-$(VERSION) triton==$(VERSION)
+	test -d $(VENV)/triton-$(VERSION) || $(PIP) install --no-deps --target $(VENV)/triton-$(VERSION) triton==$(VERSION) 'numpy<2.4'
 	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" $(PY) -P -c "import triton; assert triton.__version__ == '$(VERSION)', triton.__version__"
 	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" $(VENV)/bin/pytest -n 2 tests/test_triton.py tests/test_triton_compile.py $(PYTEST_ARGS)
 

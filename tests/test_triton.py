@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -661,6 +662,21 @@ def test_no_tile_is_timed_under_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert triton_tiles.choose(problem(), pytest.fail, None, False) == triton_tiles.candidates(problem())[0]
     assert triton_tiles._known == {}
+
+
+def test_unavailable_says_why(monkeypatch):
+    assert tb.unavailable() == ""  # interpreted
+    monkeypatch.setattr(tb, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees no GPU" in tb.unavailable()
+
+    class Driver:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tb.triton.runtime, "driver", SimpleNamespace(active=Driver()))
+    assert "Triton cannot use the GPU (RuntimeError: Failed to find C compiler" in tb.unavailable()
 
 
 def test_matrix_units_by_architecture():
