@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	cd $(VENV) && bin/python -m qcfs_fast demo --output ../demo-output
 
 test: $(VENV)/.installed $(VENV)/.tools
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # Laid over the environment for this one run: the packages in it stay as they are. The interpreter of early releases
 # makes scalars of arrays in a way that NumPy 2.4 ended.
@@ -27,7 +27,7 @@ test-triton: $(VENV)/.installed $(VENV)/.tools
 	$(if $(VERSION),,$(error say which: make test-triton VERSION=3.3.0))
 	test -d $(VENV)/triton-$(VERSION) || $(PIP) install --no-deps --target $(VENV)/triton-$(VERSION) triton==$(VERSION) 'numpy<2.4'
 	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" $(PY) -P -c "import triton; assert triton.__version__ == '$(VERSION)', triton.__version__"
-	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" $(VENV)/bin/pytest -n 2 tests/test_triton.py tests/test_triton_compile.py $(PYTEST_ARGS)
+	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" TEST_TRITON_THOROUGH=1 $(VENV)/bin/pytest -n 2 tests/test_triton.py tests/test_triton_compile.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed $(VENV)/.tools
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
