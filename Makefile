@@ -1,6 +1,7 @@
 # make demo   train, convert and evaluate a network on real data     make test   run the tests
 # make check  format, lint and types                                 make bench  compare latencies (10 minutes)
 # make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
+# make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qc
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test check format bench readme-figures figures-write clean
+.PHONY: demo test test-triton check format bench readme-figures figures-write clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -19,7 +20,15 @@ demo: $(VENV)/.installed
 	cd $(VENV) && bin/python -m qcfs_fast demo --output ../demo-output
 
 test: $(VENV)/.installed $(VENV)/.tools
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# Laid over the environment for this one run: the packages in it stay as they are. The interpreter of early releases
+# makes scalars of arrays in a way that NumPy 2.4 ended.
+test-triton: $(VENV)/.installed $(VENV)/.tools
+	$(if $(VERSION),,$(error say which: make test-triton VERSION=3.3.0))
+	test -d $(VENV)/triton-$(VERSION) || $(PIP) install --no-deps --target $(VENV)/triton-$(VERSION) triton==$(VERSION) 'numpy<2.4'
+	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" $(PY) -P -c "import triton; assert triton.__version__ == '$(VERSION)', triton.__version__"
+	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" TEST_TRITON_THOROUGH=1 $(VENV)/bin/pytest -n 2 tests/test_triton.py tests/test_triton_compile.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)

@@ -110,7 +110,7 @@ def _cuda_absence() -> str:
 
 
 @functools.cache
-def _triton_version() -> str | None:
+def triton_version() -> str | None:
     """Version of the installed Triton, found without importing it."""
     if importlib.util.find_spec("triton") is None:
         return None
@@ -132,10 +132,10 @@ def triton_absence(version: str | None) -> str:
 
 @functools.cache
 def _triton_absence() -> str:
-    reason = triton_absence(_triton_version())
+    reason = triton_absence(triton_version())
     if not reason:
         try:
-            importlib.import_module(".triton_backend", __package__)
+            reason = str(importlib.import_module(".triton_backend", __package__).unavailable())
         except Exception as error:  # a broken installation must not break the others
             reason = f"Triton cannot be loaded ({type(error).__name__}: {error})"
     return reason

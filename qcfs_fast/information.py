@@ -38,7 +38,7 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": _version_of("torchvision"),
-        "triton": _version_of("triton"),
+        "triton": backend.triton_version(),
         "machine": platform.machine(),
         "processor": processor(),
         "threads": torch.get_num_threads(),

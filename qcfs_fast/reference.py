@@ -194,13 +194,13 @@ def readout(
             acc = convolve(c.flatten(0, 1), w, geometry[9 * i : 9 * i + 9]).unflatten(0, (S, N))
         steps = torch.tensor([T] if S == 1 else list(range(1, T + 1)), dtype=torch.float64, device=c.device)
         part = acc * g / (steps * m).reshape(-1, 1, 1, 1, 1)
-        total = part if total is None else total + part
+        total = 0.0 + part if total is None else total + part  # from 0, so never -0
     assert total is not None
     return (total + offset).to(torch.float32)
 
 
 def quantize_input(x: Tensor, source: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    z = x.index_select(1, source) * scale[:, None, None]
+    z = x.to(torch.float32).index_select(1, source) * scale[:, None, None]
     z = (z + shift[:, None, None]).to(torch.float64)
     if not bool(torch.isfinite(z).all()):
         raise ValueError("quantize_input: the input holds NaN or infinity; clean the data before it enters the network")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,31 +28,47 @@ from . import triton_tiles as tiles
 
 GROUP = 8  # steps a launch holds in registers, the bits of a mask byte
 INTERPRETED = not isinstance(kernels.encode, triton.JITFunction)
+HIP = torch.version.hip is not None
 
-_MATRIX_HIP = ("gfx90a", "gfx942", "gfx950")
+MATRIX_HIP = ("gfx90a", "gfx942", "gfx950")
+MATRIX_SM120 = (3, 3, 1)  # the first Triton that can
+
+
+def unavailable() -> str:
+    """Why this module, though loaded, cannot run; empty if it can."""
+    if INTERPRETED:
+        return ""
+    if not torch.cuda.is_available():
+        return "Triton is installed, but torch sees no GPU"
+    try:  # the first use of Triton's driver compiles a few lines of C
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton cannot use the GPU ({type(error).__name__}: {error})"
+    return ""
+
+
+def triton_version() -> tuple[int, ...]:
+    return tuple(int(v) for v in re.findall(r"\d+", triton.__version__)[:3])
 
 
 def has_matrix_units(backend: str, arch: int | str, version: tuple[int, ...]) -> bool:
     """Whether this Triton turns an int8 tl.dot into matrix instructions there (elsewhere it may not even compile)."""
     if backend == "hip":
-        return arch in _MATRIX_HIP
+        return arch in MATRIX_HIP
     if int(arch) >= 120:
         return version >= MATRIX_SM120
     return int(arch) >= 80
-
-
-MATRIX_SM120 = (3, 3, 1)
 
 
 @functools.lru_cache(maxsize=64)
 def _matrix_units(device: torch.device) -> bool:
     if INTERPRETED:
         return True
-    version = tuple(int(v) for v in re.findall(r"\d+", triton.__version__)[:3])
-    if torch.version.hip:
-        return has_matrix_units("hip", torch.cuda.get_device_properties(device).gcnArchName.split(":")[0], version)
+    if HIP:
+        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return has_matrix_units("hip", arch, triton_version())
     major, minor = torch.cuda.get_device_capability(device)
-    return has_matrix_units("cuda", 10 * major + minor, version)
+    return has_matrix_units("cuda", 10 * major + minor, triton_version())
 
 
 # Matrix units pay from this many inputs per group and tap on; below, most of a tile would be padding.
@@ -61,6 +78,7 @@ MATRIX_INPUTS = 8
 HORNER_DEPTH = 65281
 COUNT_DEPTH = 131072
 MASK_DEPTH = 16777216
+MOST_ROWS = 2**31 - 1024
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -72,8 +90,22 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> N
         kernel[grid](*args, enable_fp_fusion=False, **options)
 
 
+def _capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
+
+
+def _rows(op: str, *sizes: int) -> int:
+    """Number of output pixels (or samples) of a launch; kernels count them in 32 bits, to the end of the last tile."""
+    rows = math.prod(sizes)
+    if rows > MOST_ROWS:
+        raise ValueError(
+            f"qcfs_fast::{op}: {rows} output pixels are more than the {MOST_ROWS} of one call; use smaller batches"
+        )
+    return rows
 
 
 def _power(size: int, least: int, most: int) -> int:
@@ -121,6 +153,10 @@ def packed_weight(w: Tensor) -> Packed:
     found = _packed.get(w)
     if found is None or found[0] != state:
         found = (state, pack_weight(_kernel(w)))
+        if _capturing(w):  # only recorded so far: the digits exist in replays, not yet for anyone else
+            return found[1]
+        if w.is_cuda:  # other streams may use it from now on
+            torch.cuda.current_stream(w.device).synchronize()
         _packed[w] = found
     packed: Packed = found[1]
     return packed
@@ -128,7 +164,7 @@ def packed_weight(w: Tensor) -> Packed:
 
 @functools.lru_cache(maxsize=512)
 def _window_table(windows: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(windows, dtype=torch.int64, device=device)
+    return torch.tensor(windows, dtype=torch.int32, device=device)
 
 
 # ----------------------------------------------------------------------------------- spiking layers
@@ -225,8 +261,8 @@ def _spiking_launch(
     bias: Tensor,
     threshold: Tensor,
 ) -> None:
-    _, N, OH, OW, O = (1, *group.out.shape)
-    M = N * OH * OW
+    N, OH, OW, O = group.out.shape
+    M = _rows("conv2d_if", N, OH, OW)
     none = threshold  # stands in for absent operands, which no kernel touches
     residuals: list[Tensor] = []
     for r in launch.residuals:
@@ -255,7 +291,7 @@ def _spiking_launch(
             product = [x, p.weight, p.x.stride(0), *size, p.inputs, *window]
             outputs, count, grouped = O // p.geometry[8], p.count, p.geometry[8] > 1
             scale = 256 if p.weight.dtype == torch.int8 else 1
-        tile = tiles.direct(O, INTERPRETED)
+        tile = tiles.plain(O, group.steps, INTERPRETED)
         _launch(
             kernels.spiking_direct,
             (_blocks(M, tile.m), _blocks(O, tile.n)),
@@ -287,7 +323,7 @@ def _spiking_launch(
         "HORNER": horner,
         "COUNT0": counts[0],
         "COUNT1": bool(counts[1:]) and counts[1],
-        "PTX": not INTERPRETED and torch.version.hip is None,
+        "PTX": not INTERPRETED and not HIP,
     }
 
     def run(tile: tiles.Tile) -> None:
@@ -393,10 +429,12 @@ def linear_if(
 def encode(current: Tensor, threshold: Tensor, T: int) -> Tensor:
     current, threshold = current.contiguous(), threshold.contiguous()
     out = current.new_empty(((T + 7) // 8, *current.shape), dtype=torch.uint8)
-    elements, block = current.numel(), 1024
+    C = threshold.shape[0]
+    M = _rows("encode", current.numel() // C)
+    tile = tiles.plain(C, 2, INTERPRETED)
     _launch(
-        kernels.encode, (_blocks(elements, block),), current, threshold, out, elements, current.shape[-1], T,
-        BLOCK=block,
+        kernels.encode, (_blocks(M, tile.m), _blocks(C, tile.n)), current, threshold, out, M, C, M * C, T,
+        BM=tile.m, BN=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -413,10 +451,10 @@ def _analog(
     kh, kw, sh, sw, ph, pw, dh, dw, groups = geometry
     OH, OW = (H + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (W + 2 * pw - dw * (kw - 1) - 1) // sw + 1
     O = weight.shape[3]
-    M = N * OH * OW
+    M = _rows("conv2d_current", N, OH, OW)
     shape = (N, OH, OW, O)
     out = x.new_empty(((T + 7) // 8, *shape), dtype=torch.uint8) if T else x.new_empty(shape, dtype=torch.int32)
-    tile = tiles.analog(O, INTERPRETED)
+    tile = tiles.plain(O, 8, INTERPRETED)  # in 64 bits, with an operand each
     _launch(
         kernels.analog, (_blocks(M, tile.m), _blocks(O, tile.n)),
         x.contiguous(), exponent.contiguous(), weight.contiguous(), *(t.contiguous() for t in vectors), out,
@@ -464,13 +502,12 @@ def quantize_input(x: Tensor, source: Tensor, scale: Tensor, shift: Tensor) -> t
     C = source.shape[0]
     q = x.new_empty((N, H, W, C), dtype=torch.int16)
     exponent, most = x.new_zeros((N,), dtype=torch.int32), x.new_zeros((N,), dtype=torch.int32)
-    size, block = H * W * C, 1024
+    size, block = _rows("quantize_input", H, W, C), 1024
     operands = (x, source, scale, shift, most)
-    grid = (N, _blocks(size, block))
+    grid = (N * _blocks(size, block),)
     _launch(kernels.largest_input, grid, *operands, size, C, W, *x.stride(), BLOCK=block)
     # The check needs the result on the host; a graph under capture cannot wait for it.
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not captured and most.numel() and int(most.max()) >= NOT_FINITE:
+    if not _capturing(x) and most.numel() and int(most.max()) >= NOT_FINITE:
         raise ValueError("quantize_input: the input holds NaN or infinity; clean the data before it enters the network")
     _launch(kernels.quantize, grid, *operands, q, exponent, size, C, W, *x.stride(), BLOCK=block)
     return q, exponent
@@ -491,7 +528,7 @@ def pool(x: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int, T: 
     out = x.new_empty((T, N, OH, OW, C))
     block = _power(C, 16, 128)
     _launch(
-        kernels.pool, (N * OH * OW, _blocks(C, block), _blocks(T, 8)),
+        kernels.pool, (_rows("pool", N, OH, OW), _blocks(C, block), _blocks(T, 8)),
         x, row_table, col_table, out, H, W, C, OH, OW, x.stride(0), out.stride(0), T, multiple,
         COUNT=x.shape[0] == T, BC=block, num_warps=1 if block < 64 else 2,
     )  # fmt: skip
@@ -505,7 +542,7 @@ def max_pool(x: Tensor, rows: Sequence[int], cols: Sequence[int]) -> Tensor:
     out = x.new_empty((planes, N, OH, OW, C))
     block = _power(C, 32, 256)
     _launch(
-        kernels.max_pool, (N * OH * OW, _blocks(C, block), planes),
+        kernels.max_pool, (_rows("max_pool", N, OH, OW), _blocks(C, block), planes),
         x, row_table, col_table, out, H, W, C, OH, OW, x.stride(0), out.stride(0), BC=block, num_warps=1,
     )  # fmt: skip
     return out
@@ -529,7 +566,7 @@ def pool_counts(counts: Tensor, rows: Sequence[int], cols: Sequence[int], multip
     out = counts.new_empty((S, N, OH, OW, C))
     block = _power(C, 32, 128)
     _launch(
-        kernels.pool_counts, (S * N * OH * OW, _blocks(C, block)),
+        kernels.pool_counts, (_rows("pool_counts", S, N, OH, OW), _blocks(C, block)),
         counts, row_table, col_table, out, H, W, C, OH, OW, multiple, BC=block, num_warps=1,
     )  # fmt: skip
     return out
@@ -563,9 +600,9 @@ def readout(
             out = offset.new_empty((S, N, OH, OW, O), dtype=torch.float32)
             total = offset.new_empty(out.shape if len(counts) > 1 else (0,))
         inputs = C // groups
-        bn, bk = (16, 8) if INTERPRETED else (64, 32 if inputs >= 32 else _power(inputs, 1, 32))
+        bn, bk = (16, 16) if INTERPRETED else (64, 32 if inputs >= 32 else _power(inputs, 1, 32))
         _launch(
-            kernels.readout, (S * N * OH * OW, _blocks(O, bn)),
+            kernels.readout, (_rows("readout", S, N, OH, OW), _blocks(O, bn)),
             c.contiguous(), offset if identity else w.contiguous(), g.contiguous(), offset, total, out,
             OH, OW, O, O // groups, H, W, C, inputs, kw, kh * kw, sh, sw, ph, pw, dh, dw, T,
             0 if S == 1 else N * OH * OW, m,

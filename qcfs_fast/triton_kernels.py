@@ -40,7 +40,11 @@ Where C/groups is small (depthwise), K very large, or Triton has no int8 matrix 
 `spiking_direct` multiplies int32 by int32 instead.
 
 Analog sums (first layer, readout) are formed in int64 (they stay below 2^53) and rounded in double in the order
-reference.py has; the launchers forbid contraction to fused multiply-add.
+reference.py has. Every operation must round: the launchers pass enable_fp_fusion=False, upon which Triton emits
+mul.rn and add.rn for NVIDIA (PTX never fuses those) and leaves LLVM no licence to contract for AMD; the division is
+div.rn, or AMD's exact sequence. test_triton_compile.py reads all that in the machine code.
+
+Rows and pixels are counted in 32 bits (64-bit division is a slow call); positions in memory are 64-bit.
 """
 
 from __future__ import annotations
@@ -53,8 +57,15 @@ ROUND = tl.constexpr(6755399441055744.0)
 
 
 @triton.jit
-def _offset(count):
-    return (count ^ 128).to(tl.int8, bitcast=True)
+def _offset(count, PTX: tl.constexpr):
+    """Each count c as c - 128. In PTX on four bytes at once."""
+    if PTX:
+        bits = tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, 0x80808080;", "=r,r", [count], dtype=tl.int8, is_pure=True, pack=4
+        )
+    else:
+        bits = (count ^ 128).to(tl.int8, bitcast=True)
+    return bits
 
 
 @triton.jit
@@ -92,29 +103,29 @@ def _add_product(
         b = tl.trans(tl.load(w + row[:, None] + k[None, :], mask=o_ok[:, None] & (k < KP)[None, :], other=0))
         m = tl.load(address, mask=valid, other=0)
         if COUNT:
-            acc0 = tl.dot(_offset(m), b, acc0, out_dtype=tl.int32)
+            acc0 = tl.dot(_offset(m, PTX), b, acc0, out_dtype=tl.int32)
             step = tl.cast(plane, tl.int64)
             if STEPS > 1:
                 m = tl.load(address + step, mask=valid, other=0)
-                acc1 = tl.dot(_offset(m), b, acc1, out_dtype=tl.int32)
+                acc1 = tl.dot(_offset(m, PTX), b, acc1, out_dtype=tl.int32)
             if STEPS > 2:
                 m = tl.load(address + 2 * step, mask=valid, other=0)
-                acc2 = tl.dot(_offset(m), b, acc2, out_dtype=tl.int32)
+                acc2 = tl.dot(_offset(m, PTX), b, acc2, out_dtype=tl.int32)
             if STEPS > 3:
                 m = tl.load(address + 3 * step, mask=valid, other=0)
-                acc3 = tl.dot(_offset(m), b, acc3, out_dtype=tl.int32)
+                acc3 = tl.dot(_offset(m, PTX), b, acc3, out_dtype=tl.int32)
             if STEPS > 4:
                 m = tl.load(address + 4 * step, mask=valid, other=0)
-                acc4 = tl.dot(_offset(m), b, acc4, out_dtype=tl.int32)
+                acc4 = tl.dot(_offset(m, PTX), b, acc4, out_dtype=tl.int32)
             if STEPS > 5:
                 m = tl.load(address + 5 * step, mask=valid, other=0)
-                acc5 = tl.dot(_offset(m), b, acc5, out_dtype=tl.int32)
+                acc5 = tl.dot(_offset(m, PTX), b, acc5, out_dtype=tl.int32)
             if STEPS > 6:
                 m = tl.load(address + 6 * step, mask=valid, other=0)
-                acc6 = tl.dot(_offset(m), b, acc6, out_dtype=tl.int32)
+                acc6 = tl.dot(_offset(m, PTX), b, acc6, out_dtype=tl.int32)
             if STEPS > 7:
                 m = tl.load(address + 7 * step, mask=valid, other=0)
-                acc7 = tl.dot(_offset(m), b, acc7, out_dtype=tl.int32)
+                acc7 = tl.dot(_offset(m, PTX), b, acc7, out_dtype=tl.int32)
         else:
             acc0 = tl.dot(_spikes(m, 0, PTX), b, acc0, out_dtype=tl.int32)
             if STEPS > 1:
@@ -279,14 +290,14 @@ def spiking_dot(
     tile_n = tl.program_id(0) - tile_m * tiles
     group = tl.program_id(1)
     rows = tl.arange(0, BM)
-    m = tile_m.to(tl.int64) * BM + rows
+    m = tile_m * BM + rows
     row_ok = m < M
     in_group = tile_n * BN + tl.arange(0, BN)
     o_ok = in_group < group_outputs
     o = group * group_outputs + in_group
-    ox = (m % OW).to(tl.int32)
-    oy = ((m // OW) % OH).to(tl.int32)
-    image = m // OW // OH
+    ox = m % OW
+    oy = (m // OW) % OH
+    image = (m // OW // OH).to(tl.int64)
     acc0 = tl.zeros([BM, BN], tl.int32)
     acc1 = acc0
     acc2 = acc0
@@ -388,7 +399,7 @@ def spiking_direct(
     """
     tile_m = tl.program_id(0)
     rows = tl.arange(0, BM)
-    m = tile_m.to(tl.int64) * BM + rows
+    m = tile_m * BM + rows
     row_ok = m < M
     o = tl.program_id(1) * BN + tl.arange(0, BN)
     o_ok = o < O
@@ -401,9 +412,9 @@ def spiking_direct(
     acc6 = acc0
     acc7 = acc0
     if PRODUCTS > 0:
-        ox = (m % OW).to(tl.int32)
-        oy = ((m // OW) % OH).to(tl.int32)
-        image = m // OW // OH
+        ox = m % OW
+        oy = (m // OW) % OH
+        image = (m // OW // OH).to(tl.int64)
         first = (o // group_outputs) * K
         for i in range(TAPS * K):
             tap = i // K
@@ -473,19 +484,22 @@ def _encode_planes(current, n, out, index, valid, plane, T):
         tl.store(out + p * plane + index, bits.to(tl.uint8), mask=valid)
 
 
-@triton.jit(do_not_specialize=["T", "elements"])
+@triton.jit(do_not_specialize=["M", "T"])
 def encode(
-    current,      # int32 [pixels, C]
+    current,      # int32 [M, C]
     threshold,    # int32 [C]
-    out,          # uint8 [ceil(T/8), pixels, C]
-    elements,     # pixels * C, the distance between planes
-    C, T,
-    BLOCK: tl.constexpr,
+    out,          # uint8 [ceil(T/8), M, C]
+    M, C, plane, T,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = i < elements
-    n = tl.load(threshold + i % C, mask=valid, other=2)
-    _encode_planes(tl.load(current + i, mask=valid, other=0), n, out, i, valid, elements, T)
+    """Grid: (tiles of M, tiles of C)."""
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    valid = (m < M)[:, None] & (c < C)[None, :]
+    index = m.to(tl.int64)[:, None] * C + c[None, :]
+    z = tl.load(current + index, mask=valid, other=0)
+    n = tl.zeros_like(z) + tl.load(threshold + c, mask=c < C, other=2)[None, :]
+    _encode_planes(z, n, out, index, valid, plane, T)
 
 
 @triton.jit
@@ -514,13 +528,13 @@ def analog(
 
     acc in int64, from int32 products (|x| * |w| < 2^31). Grid: (tiles of M, tiles of O).
     """
-    m = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok = m < M
     o = tl.program_id(1) * BN + tl.arange(0, BN)
     o_ok = o < O
-    ox = (m % OW).to(tl.int32)
-    oy = ((m // OW) % OH).to(tl.int32)
-    image = m // OW // OH
+    ox = m % OW
+    oy = (m // OW) % OH
+    image = (m // OW // OH).to(tl.int64)
     first = (o // group_outputs) * K
     acc = tl.zeros([BM, BN], tl.int64)
     for i in range(TAPS * K):
@@ -546,7 +560,7 @@ def analog(
     z = tl.minimum(z, tl.load(high + o, mask=o_ok, other=0).to(tl.float64)[None, :])
     z = tl.maximum(z, tl.load(low + o, mask=o_ok, other=0).to(tl.float64)[None, :])
     current = ((z + ROUND) - ROUND).to(tl.int32)
-    index = m[:, None] * O + o[None, :]
+    index = m.to(tl.int64)[:, None] * O + o[None, :]
     valid = row_ok[:, None] & o_ok[None, :]
     if FIRE:
         n = tl.zeros([BM, BN], tl.int32) + tl.load(threshold + o, mask=o_ok, other=2)[None, :]
@@ -558,7 +572,7 @@ def analog(
 @triton.jit(do_not_specialize=["H", "W", "OH", "OW", "T", "factor"])
 def pool(
     x,               # uint8 masks [planes, N, H, W, C] or counts [T, N, H, W, C]
-    rows, cols,      # int64 [OH, 3], [OW, 3]: first, end, divisor
+    rows, cols,      # int32 [OH, 3], [OW, 3]: first, end, divisor
     out,             # uint8 counts [T, N, OH, OW, C]
     H, W, C, OH, OW, plane_in, plane_out, T,
     factor,          # common multiple of the divisors, 0: bare sums
@@ -679,15 +693,19 @@ def readout(
 
     One row a program, [BK, BN] weights at a time, so that a single sample still keeps many threads busy.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0)
+    steps = row * 0 + T
+    if step_rows != 0:
+        steps = row // step_rows + 1
     o = tl.program_id(1) * BN + tl.arange(0, BN)
     o_ok = o < O
+    at_row = row.to(tl.int64) * O + o
     if IDENTITY:
-        acc = tl.load(counts + row * O + o, mask=o_ok, other=0).to(tl.int64)
+        acc = tl.load(counts + at_row, mask=o_ok, other=0).to(tl.int64)
     else:
-        ox = (row % OW).to(tl.int32)
-        oy = ((row // OW) % OH).to(tl.int32)
-        image = row // OW // OH
+        ox = row % OW
+        oy = (row // OW) % OH
+        image = (row // OW // OH).to(tl.int64)
         first = (o // group_outputs) * K
         lane = tl.arange(0, BK)
         blocks = tl.cdiv(K, BK)
@@ -708,25 +726,26 @@ def readout(
             b = tl.load(w + (tap * K + k).to(tl.int64)[:, None] * O + o[None, :], mask=valid, other=0).to(tl.int64)
             sums += a * b
         acc = tl.sum(sums, axis=0)
-    steps = row * 0 + T
-    if step_rows != 0:
-        steps = row // step_rows + 1
     divisor = steps.to(tl.float64) * tl.cast(multiple, tl.float64)
     part = acc.to(tl.float64) * tl.load(gain + o, mask=o_ok, other=0.0)
     part = part / divisor
+    before = tl.zeros([BN], tl.float64)  # added to the first term as well: the sum is never -0
     if not FIRST:
-        part = tl.load(total + row * O + o, mask=o_ok, other=0.0) + part
+        before = tl.load(total + at_row, mask=o_ok, other=0.0)
+    part = before + part
     if LAST:
         part = part + tl.load(offset + o, mask=o_ok, other=0.0)
-        tl.store(out + row * O + o, part.to(tl.float32), mask=o_ok)
+        tl.store(out + at_row, part.to(tl.float32), mask=o_ok)
     else:
-        tl.store(total + row * O + o, part, mask=o_ok)
+        tl.store(total + at_row, part, mask=o_ok)
 
 
 @triton.jit
-def _scaled_input(x, source, scale, shift, image, pixel, c, W, stride_n, stride_c, stride_h, stride_w, valid):
+def _scaled_input(x, source, scale, shift, image, i, valid, C, W, stride_n, stride_c, stride_h, stride_w):
+    c = i % C
+    pixel = i // C
     at = image * stride_n + tl.load(source + c, mask=valid, other=0) * stride_c
-    at += (pixel // W) * stride_h + (pixel % W) * stride_w
+    at += (pixel // W).to(tl.int64) * stride_h + (pixel % W).to(tl.int64) * stride_w
     z = tl.load(x + at, mask=valid, other=0.0) * tl.load(scale + c, mask=valid, other=0.0)
     return z + tl.load(shift + c, mask=valid, other=0.0)
 
@@ -740,11 +759,13 @@ def largest_input(
     C, W, stride_n, stride_c, stride_h, stride_w,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Bits of non-negative floats order as the floats do, infinity and NaN above all. Grid: (N, tiles of a sample)."""
-    image = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """Bits of non-negative floats order as the floats do, infinity and NaN above all. Grid: N * tiles of a sample."""
+    tiles = tl.cdiv(per_sample, BLOCK)
+    sample = tl.program_id(0) // tiles
+    i = (tl.program_id(0) - sample * tiles) * BLOCK + tl.arange(0, BLOCK)
     valid = i < per_sample
-    z = _scaled_input(x, source, scale, shift, image, i // C, i % C, W, stride_n, stride_c, stride_h, stride_w, valid)
+    image = sample.to(tl.int64)
+    z = _scaled_input(x, source, scale, shift, image, i, valid, C, W, stride_n, stride_c, stride_h, stride_w)
     bits = z.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     tl.atomic_max(most + image, tl.max(tl.where(valid, bits, 0), axis=0))
 
@@ -757,23 +778,24 @@ def quantize(
     per_sample, C, W, stride_n, stride_c, stride_h, stride_w,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """q = rint(z * 2^-e) with the smallest e for which most <= 32767 * 2^e. Grid: (N, tiles of a sample).
+    """q = rint(z * 2^-e) with the smallest e for which most <= 32767 * 2^e. Grid: N * tiles of a sample.
 
     With most = f * 2^q and f of 53 bits, 32767 * 2^38 has 53 bits too: e = q + 38 if f is not above it, else q + 39.
     """
-    image = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.cdiv(per_sample, BLOCK)
+    sample = tl.program_id(0) // tiles
+    tile = tl.program_id(0) - sample * tiles
+    i = tile * BLOCK + tl.arange(0, BLOCK)
     valid = i < per_sample
+    image = sample.to(tl.int64)
     largest = tl.load(most + image)
     bits = largest.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
     fraction = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000
     e = ((bits >> 52) - 1023 - 52 + 38).to(tl.int32)
     e = tl.where(fraction <= 9006924376834048, e, e + 1)
     e = tl.where(largest == 0, 0, e)
-    z = _scaled_input(
-        x, source, scale, shift, image, i // C, i % C, W, stride_n, stride_c, stride_h, stride_w, valid
-    ).to(tl.float64)
-    q = (z * _power_of_two(-e) + ROUND) - ROUND
+    z = _scaled_input(x, source, scale, shift, image, i, valid, C, W, stride_n, stride_c, stride_h, stride_w)
+    q = (z.to(tl.float64) * _power_of_two(-e) + ROUND) - ROUND
     tl.store(out + image * per_sample + i, q.to(tl.int16), mask=valid)
-    if tl.program_id(1) == 0:
+    if tile == 0:
         tl.store(exponent + image, e)

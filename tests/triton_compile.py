@@ -1,6 +1,10 @@
-"""Compiles the Triton kernels for one target without a GPU; prints one JSON line per variant. See its test.
+"""Compiles the Triton kernels for one target without a GPU; prints one JSON line per kernel. See its test.
 
-Usage: triton_compile.py cuda 80 | triton_compile.py hip gfx942
+Usage: triton_compile.py cuda 80 | triton_compile.py hip gfx942 | triton_compile.py cuda 80 thorough
+
+The launchers of the package run as they do for users, on tensors without data (device "meta"), up to the launch
+itself: a stand-in for Triton's driver names the target, and JITFunction.run compiles and returns. So signatures,
+specialisations (sizes of 1, multiples of 16, planes beyond 32 bits) and options are those of real launches.
 """
 
 import json
@@ -11,115 +15,136 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from qcfs_fast import triton_backend, triton_kernels, triton_tiles
+from qcfs_fast import triton_backend as tb
+from qcfs_fast import triton_tiles
 
-BYTES, WORDS = "*u8", "*i32"
-SPIKING = {
-    **dict.fromkeys(("r0", "r1", "out"), BYTES),
-    **dict.fromkeys(
-        ("amplitude0", "amplitude1", "current", "bias", "threshold", "v_in", "v_out", "partial_in", "partial_out"),
-        WORDS,
-    ),
-}
-PLAIN = {
-    "STEPS": 4, "R": 1, "RCOUNT0": False, "RCOUNT1": False, "CURRENT": False, "PARTIAL": False, "FIRE": True,
-    "CONTINUED": False, "CONTINUES": False,
-}  # fmt: skip
-CONTINUED = {"CONTINUED": True, "CONTINUES": True, "R": 2, "RCOUNT1": True, "CURRENT": True, "PARTIAL": True}
-ANALOG = {
-    "x": "*i16", "exponent": WORDS, "w": "*i16", "gain": "*fp64", "offset": "*fp64", "low": WORDS, "high": WORDS,
-    "threshold": WORDS,
-}  # fmt: skip
-POOL = {"rows": "*i64", "cols": "*i64"}
-QUANTIZE = {
-    "x": "*fp32", "source": "*i64", "scale": "*fp32", "shift": "*fp32", "most": WORDS, "out": "*i16", "exponent": WORDS,
-}  # fmt: skip
-READOUT = {
-    "counts": WORDS, "w": "*i16", "gain": "*fp64", "offset": "*fp64", "total": "*fp64", "out": "*fp32",
-}  # fmt: skip
+POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1)
+CUBE = (3, 3, 1, 1, 1, 1, 1, 1)
 
 
-def dot(ptx, inputs=128, tile=None, **changes):
-    """The matrix kernel with the tile that an untimed launch of a large layer takes."""
-    flags = {**PLAIN, "PRODUCTS": 1, "DIGITS": 2, "HORNER": True, "COUNT0": False, "COUNT1": False, **changes}
-    accumulators = flags["STEPS"] * (1 if flags["HORNER"] else 2)
-    problem = triton_tiles.Problem(100000, 128, 1, inputs, 9 * inputs, flags["STEPS"], accumulators, "")
-    tile = tile or triton_tiles.candidates(problem)[0]
-    pointers = {"x0": BYTES, "w0": "*i8", "sums0": WORDS, "x1": BYTES, "w1": "*i8", "sums1": WORDS, **SPIKING}
-    constants = {**flags, "PTX": ptx, "BM": tile.m, "BN": tile.n, "BK": tile.k}
-    return triton_kernels.spiking_dot, pointers, constants, tile.warps, tile.stages
+def empty(dtype, *shape):
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def direct(**changes):
-    flags = {**PLAIN, "PRODUCTS": 1, "SCALE": 1, "GROUPED": True, "COUNT": False, **changes}
-    tile = triton_tiles.direct(64, False)
-    pointers = {"x": BYTES, "w": "*i16", **SPIKING}
-    return triton_kernels.spiking_direct, pointers, {**flags, "BM": tile.m, "BN": tile.n}, tile.warps, 3
+def words(*shape):
+    return empty(torch.int32, *shape)
 
 
-def variants(matrix, ptx, every):
-    """(name, kernel and operands, whether it must hold matrix instructions)."""
+class Layer:
+    """Operands of a spiking layer on a map of `size` pixels, one source after another."""
+
+    def __init__(self, T, O=128, batch=64, size=14):
+        self.T, self.O, self.batch, self.size = T, O, batch, size
+        self.x, self.w, self.geometry, self.residual, self.amplitude, self.current = [], [], [], [], [], None
+
+    def planes(self, count):
+        return self.T if count else (self.T + 7) // 8
+
+    def product(self, C=128, groups=1, bits=16, count=False, geometry=CUBE):
+        self.x.append(empty(torch.uint8, self.planes(count), self.batch, self.size, self.size, C))
+        dtype = torch.int16 if bits == 16 else torch.int8
+        self.w.append(empty(dtype, geometry[0], geometry[1], C // groups, self.O))
+        self.geometry += [*geometry, groups]
+        return self
+
+    def add(self, count=False):
+        self.residual.append(empty(torch.uint8, self.planes(count), self.batch, self.size, self.size, self.O))
+        self.amplitude.append(words(self.O))
+        return self
+
+    def constant(self):
+        self.current = words(self.batch, self.size, self.size, self.O)
+        return self
+
+    def run(self):
+        sources = (self.x, self.w, self.geometry, self.residual, self.amplitude, self.current)
+        tb.conv2d_if(*sources, words(self.O), words(self.O), self.T)
+
+
+def matrix_layers(thorough):
+    for T in range(2, 9):
+        yield f"T={T}", Layer(T).product()
+    yield "8 steps before 1", Layer(9).product()  # and T = 1 of masks
+    for T in range(1, 9) if thorough else (1, 4):  # 8 below
+        yield f"counts T={T}", Layer(T).product(count=True)
+    yield "8 bit", Layer(4).product(bits=8)
+    everything = Layer(16).product(48, count=True).product(40, geometry=POINTWISE).constant().add().add(count=True)
+    yield "everything", everything
+    if thorough:
+        yield "groups", Layer(4).product(groups=8)
+        yield "projection", Layer(4).product().add().product(64, geometry=POINTWISE)
+        yield "beyond 32 bits", Layer(12, batch=2**14, size=64).product().add()
+        yield "one neuron", Layer(4, O=1, batch=1, size=1).product(64, geometry=POINTWISE)
+
+
+def direct_layers(thorough):
+    for T in range(2, 9) if thorough else (4,):
+        yield f"T={T}", Layer(T).product(groups=128)
+    yield "8 steps before 1", Layer(9).product(groups=128)
+    yield "counts, all else", Layer(16).product(3, count=True).constant().add().add(count=True).add()
+    if thorough:
+        yield "8 bit, counts", Layer(8).product(128, 128, 8, True)
+        yield "beyond 32 bits", Layer(9, batch=2**14, size=64).product(groups=128).add()
+        yield "one neuron", Layer(4, O=1, batch=1, size=1).product(1, geometry=POINTWISE)
+
+
+def other_operators(thorough):
+    sizes = ((64, 14, 128, 128), (1, 1, 1, 1), (2**14, 64, 128, 128))
+    for batch, size, C, O in sizes if thorough else sizes[:1]:
+        pixels = batch, size, size
+        for groups in {1, O}:
+            vectors = [empty(torch.float64, O), empty(torch.float64, O), words(O), words(O)]
+            image, exponent = empty(torch.int16, *pixels, C), words(batch)
+            analog = image, exponent, empty(torch.int16, 1, 1, C // groups, O), (*POINTWISE, groups), *vectors
+            tb.conv2d_current(*analog)
+            tb.conv2d_encode(*analog, words(O), 4)
+        tb.encode(words(*pixels, C), words(C), 4)
+        windows = [0, 1, 1] * size
+        for T, planes in ((4, 1), (4, 4)):
+            maps = empty(torch.uint8, planes, *pixels, C)
+            tb.pool(maps, windows, windows, 1, T)
+            tb.count(maps, T, False)
+            tb.count(maps, T, True)
+        tb.max_pool(maps, windows, windows)
+        counts = words(1, *pixels, C)
+        tb.pool_counts(counts, windows, windows, 0)
+        for terms in (1, 2):
+            w = [empty(torch.int16, 1, 1, C, O), empty(torch.int16, 0)][:terms]
+            gains = [empty(torch.float64, O)] * terms
+            inputs = [counts, words(1, *pixels, O)][:terms]
+            tb.readout(inputs, w, [*POINTWISE, 1] * terms, gains, [1] * terms, empty(torch.float64, O), 4)
+    # The check for NaN reads its result: tensors with data.
+    for C in (1, 16):
+        tb.quantize_input(torch.zeros(2, C, 16, 16), torch.arange(C), torch.ones(C), torch.zeros(C))
+
+
+MOST_TILES = 8
+
+
+def cases(matrix, thorough):
+    """Names, what to call, and which of the candidate tiles to take."""
     if matrix:
-        for steps in range(1, 9):
-            yield f"dot T={steps}", dot(ptx, STEPS=steps), True
-        for steps in (1, 4, 8):
-            counts = {"HORNER": False, "COUNT0": True}
-            yield f"dot counts T={steps}", dot(ptx, STEPS=steps, **counts), True
-        yield "dot 8 bit", dot(ptx, DIGITS=1), True
-        yield "dot two products", dot(ptx, PRODUCTS=2, inputs=32), True
-        yield "dot everything", dot(ptx, PRODUCTS=2, STEPS=8, HORNER=False, COUNT1=True, **CONTINUED), True
-        yield "dot partial", dot(ptx, FIRE=False, R=0), True
-        if every:
-            for steps in (1, 2, 4, 8):
-                problem = triton_tiles.Problem(100000, 128, 1, 128, 1152, steps, steps, "")
-                for tile in triton_tiles.candidates(problem)[1:]:
-                    yield f"dot T={steps} {tile}", dot(ptx, STEPS=steps, tile=tile), True
-    for steps in (1, 4, 8):
-        yield f"direct T={steps}", direct(STEPS=steps), False
-    yield "direct dense everything", direct(STEPS=8, GROUPED=False, COUNT=True, **CONTINUED), False
-    yield "direct no product", direct(PRODUCTS=0), False
-    tile = triton_tiles.analog(64, False)
-    for fire in (False, True):
-        out = BYTES if fire else WORDS
-        constants = {"GROUPED": False, "FIRE": fire, "BM": tile.m, "BN": tile.n}
-        yield f"analog fire={fire}", (triton_kernels.analog, {**ANALOG, "out": out}, constants, tile.warps, 3), False
-    for last in (False, True):
-        constants = {"IDENTITY": False, "GROUPED": False, "FIRST": not last, "LAST": last, "BN": 64, "BK": 32}
-        yield f"readout last={last}", (triton_kernels.readout, READOUT, constants, 4, 3), False
-    maps = {"x": BYTES, "out": BYTES, **POOL}
-    for count in (False, True):
-        yield f"pool count={count}", (triton_kernels.pool, maps, {"COUNT": count, "BC": 64}, 2, 3), False
-        constants = {"COUNT": count, "PREFIX": count, "BLOCK": 512}
-        yield f"count count={count}", (triton_kernels.count, {"x": BYTES, "out": WORDS}, constants, 4, 3), False
-    yield "max_pool", (triton_kernels.max_pool, maps, {"BC": 64}, 1, 3), False
-    counts = {"x": WORDS, "out": WORDS, **POOL}
-    yield "pool_counts", (triton_kernels.pool_counts, counts, {"BC": 64}, 1, 3), False
-    spikes = {"current": WORDS, "threshold": WORDS, "out": BYTES}
-    yield "encode", (triton_kernels.encode, spikes, {"BLOCK": 1024}, 4, 3), False
-    yield "largest_input", (triton_kernels.largest_input, QUANTIZE, {"BLOCK": 1024}, 4, 3), False
-    yield "quantize", (triton_kernels.quantize, QUANTIZE, {"BLOCK": 1024}, 4, 3), False
+        yield from ((name, layer.run, 0) for name, layer in matrix_layers(thorough))
+    yield from ((name, layer.run, 0) for name, layer in direct_layers(thorough))
+    yield "others", lambda: other_operators(thorough), 0
+    if matrix and thorough:
+        layers = [Layer(T).product(count=count) for T in (3, 5, 8) for count in (False, True)]
+        for tile in range(1, MOST_TILES):
+            yield from ((f"tile {tile}", layer.run, tile) for layer in layers)
 
 
-ALIGNED = ("C0", "K0", "KP0", "C1", "K1", "KP1", "O", "C")  # sizes that are multiples of 16 in large networks
-
-
-def compile_one(target, kernel, pointers, constants, warps, stages):
-    names = kernel.arg_names
-    signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    attrs = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n in ALIGNED
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    return triton.compile(source, target=target, options=options)
+# ---------------------------------------------------------------------------------- what came out
 
 
 def nvidia_facts(asm):
-    """Instructions from the machine code, stack (spills) from the cubin's resource table."""
+    """Instructions from PTX, stack (spills) from the machine code's resource table.
+
+    PTX may fuse mul and add only where they name no rounding, so each must say .rn; .ftz would lose small numbers.
+    """
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -127,31 +152,74 @@ def nvidia_facts(asm):
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     matrix = re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*?(?:s8\.s8|i8)\S*", asm["ptx"])
-    fused = len(re.findall(r"\bfma\.rn\.f(?:32|64)\b", asm["ptx"]))
-    return {"matrix": sorted(set(matrix)), "registers": registers, "stack": stack, "fused": fused}
+    floats = re.findall(r"\b((?:fma|mad|mul|add|sub|div|rcp)\.\S*f(?:32|64))\b", asm["ptx"])
+    inexact = [f for f in floats if not re.fullmatch(r"(?:mul|add|sub|div)\.rn\.f(?:32|64)", f)]
+    return {"matrix": sorted(set(matrix)), "registers": registers, "spilled": stack, "inexact": inexact}
 
 
 def amd_facts(asm):
+    """A division of doubles is a chain with five multiply-adds, exact by construction; no other may be there.
+
+    Scalar registers that do not fit move to lanes of vector registers, not to memory, and do not count as spilled.
+    """
     text = asm["amdgcn"]
-    stack = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text).group(1))
-    spills = sum(int(v) for v in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", text))
+    spilled = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text).group(1))
+    spilled += sum(int(v) for v in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text))
     registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1))
     matrix = sorted(set(re.findall(r"\bv_mfma_i32_\w*i8\b", text)))
-    fused = len(re.findall(r"\bv_fma(?:c)?_f64\b", text))
-    return {"matrix": matrix, "registers": registers, "stack": stack + spills, "fused": fused}
+    fused = re.findall(r"\bv_(?:pk_)?fma(?:c|mk|ak)?_f64", text)
+    inexact = fused[5 * len(re.findall(r"\bv_div_fixup_f64", text)) :]
+    # Integer division uses v_fmamk_f32 with constants; a contraction of variables would be one of these.
+    inexact += re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mac|mad)_f32", text)
+    flags = r"\bf(?:add|sub|mul|div)\b[^,]*\b(?:fast|contract|reassoc|arcp|afn)\b|@llvm\.fm(?:a|uladd)\."
+    inexact += re.findall(flags, asm["llir"])
+    return {"matrix": matrix, "registers": registers, "spilled": spilled, "inexact": inexact}
+
+
+class Target:
+    """As much of a Triton driver as compilation needs."""
+
+    def __init__(self, backend, arch):
+        self.target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
 
 
 def main():
-    backend, arch, every = sys.argv[1], sys.argv[2], "every" in sys.argv[3:]
-    cuda = backend == "cuda"
-    target = GPUTarget(backend, int(arch) if cuda else arch, 32 if cuda else 64)
-    version = tuple(int(v) for v in re.findall(r"\d+", triton.__version__)[:3])
-    matrix = triton_backend.has_matrix_units(backend, arch, version)
+    backend, arch, thorough = sys.argv[1], sys.argv[2], "thorough" in sys.argv[3:]
     assert os.environ.get("TRITON_INTERPRET", "0") == "0"
-    for name, (kernel, *rest), wanted in variants(matrix, cuda, every):
-        compiled = compile_one(target, kernel, *rest)
-        facts = nvidia_facts(compiled.asm) if cuda else amd_facts(compiled.asm)
-        print(json.dumps({"name": name, "kernel": kernel.__name__, "wanted": wanted, **facts}), flush=True)
+    triton.runtime.driver.set_active(Target(backend, arch))
+    matrix = tb.has_matrix_units(backend, arch, tb.triton_version())
+    tb.HIP = backend == "hip"
+    tb._matrix_units = lambda device: matrix
+    compile_or_launch = triton.JITFunction.run
+    case, tile, seen = "", 0, set()
+
+    def take(problem, run, device, interpreted):
+        found = triton_tiles.candidates(problem, tb.HIP)
+        return found[min(tile, len(found) - 1)]
+
+    tb.tiles.choose = take
+
+    def compile_only(kernel, *args, grid, warmup, **options):
+        compiled = compile_or_launch(kernel, *args, grid=grid, warmup=True, **options)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            facts = nvidia_facts(compiled.asm) if backend == "cuda" else amd_facts(compiled.asm)
+            facts |= {"shared": compiled.metadata.shared, "steps": options.get("STEPS"), "count": options.get("COUNT0")}
+            print(json.dumps({"kernel": kernel.__name__, "case": case, **facts}), flush=True)
+        return compiled
+
+    triton.JITFunction.run = compile_only
+    for case, call, tile in cases(matrix, thorough):  # noqa: B007 - read above
+        call()
 
 
 if __name__ == "__main__":
