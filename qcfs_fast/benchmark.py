@@ -17,7 +17,6 @@ into parts. All in a file must come from one machine and one version of the soft
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import json
@@ -41,6 +40,7 @@ from . import backend, reference
 from .calibration import calibrate
 from .contenders import DTYPES, Contenders, activations, apart, channels_last, describe_error, quantised
 from .conversion import convert
+from .information import processor
 from .preparation import prepare
 from .recording import trace
 from .simulation import simulate
@@ -123,14 +123,6 @@ def interleaved(
 # --------------------------------------------------------------------------------------- what is known
 
 
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def version_of(package: str) -> str:
     try:
         return metadata.version(package)
@@ -159,10 +151,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def matrix_peak() -> float | str:
     """Multiply-accumulates per second of the processor's best int8 instruction, by a loop of nothing else."""
-    measure = getattr(backend.native, "measure_peak", None)
-    if measure is None:
+    if backend.native is None:
         return NOT_MEASURED
-    return float(measure(backend.isa, torch.get_num_threads()))
+    return float(backend.native.measure_peak(backend.isa, torch.get_num_threads()))
 
 
 def live_bytes(snn: SNN, images: Tensor, T: int) -> dict[str, int]:

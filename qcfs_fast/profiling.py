@@ -62,8 +62,9 @@ CAVEATS = (
 
 def _engine(layer: Layer, device: torch.device) -> str:
     """What runs a layer: the layer's own statement, else the kernels that the backend chose for all."""
-    named = getattr(layer, "engine", None)
-    return str(named or (backend.describe() if device.type == "cpu" else backend.gpu_backend()))
+    kernels = backend.describe() if device.type == "cpu" else backend.gpu_backend()
+    named = getattr(layer, "engine", "")
+    return f"{named}, {kernels}" if named else kernels
 
 
 @dataclass

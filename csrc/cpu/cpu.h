@@ -36,9 +36,9 @@ const char* kernel_set_name(int index);
 std::uint32_t kernel_set_isa(int index);
 const char* chosen_kernel_set(std::uint32_t isa);
 
-// Multiply-accumulates of bytes that one thread does in a second where nothing but the inner instruction of the dense
+// Multiply-accumulates of bytes that all threads do in a second where nothing but the inner instruction of the dense
 // engine runs.
-double measure_peak(std::uint32_t isa);
+double measure_peak(std::uint32_t isa, int threads);
 
 // The engine for a layer; never automatic.
 Engine choose_engine(const ConvIf& a, const Options& options);
