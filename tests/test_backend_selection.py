@@ -1,12 +1,13 @@
 """The order of GPU backends and its overrides, with fakes in place of the backends."""
 
+import inspect
 import os
 import subprocess
 import sys
 
 import pytest
 
-from qcfs_fast import backend
+from qcfs_fast import backend, ops, reference
 
 ORDER = ("cuda", "triton", "reference")
 
@@ -40,6 +41,18 @@ def test_a_backend_asked_for_is_never_replaced(usable):
         assert "no triton here" in backend.describe_gpu()["in use"]
     with pytest.raises(ValueError, match="auto, cuda, triton, reference"), backend.force(gpu="opencl"):
         pass
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_every_operator_has_a_launcher(name):
+    """All take the arguments that the reference takes, so that ops.py need not know which one runs."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    operators = backend.operators(name)
+    assert set(operators) == set(ops.NAMES)
+    for operator, function in operators.items():
+        wanted = list(inspect.signature(getattr(reference, operator)).parameters)
+        assert list(inspect.signature(function).parameters)[: len(wanted)] == wanted
 
 
 def test_cpu_tensors_take_triton_only_when_interpreted(usable, monkeypatch):
@@ -83,4 +96,4 @@ def test_environment(name):
 def test_unknown_name_lists_the_known():
     done = run("import qcfs_fast", QCFS_FAST_BACKEND="tritn")
     assert done.returncode != 0
-    assert "auto, triton, reference" in done.stderr
+    assert "auto, cuda, triton, reference" in done.stderr

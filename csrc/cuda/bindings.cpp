@@ -278,9 +278,13 @@ void quantize(const Where& where, Address x, const std::vector<std::int64_t>& st
 #if !defined(QCFS_CUDA_MODULE)
 #define QCFS_CUDA_MODULE _cuda
 #endif
+#if !defined(QCFS_CUDA_ARCHITECTURES)
+#define QCFS_CUDA_ARCHITECTURES ""
+#endif
 
 PYBIND11_MODULE(QCFS_CUDA_MODULE, m) {
   m.doc() = "CUDA kernels of qcfs_fast; use torch.ops.qcfs_fast instead";
+  m.attr("ARCHITECTURES") = QCFS_CUDA_ARCHITECTURES;    // as in TORCH_CUDA_ARCH_LIST
   m.attr("MOST_PRODUCTS") = qcfs::cuda::most_products;
   m.attr("MOST_RESIDUALS") = qcfs::cuda::most_residuals;
   m.attr("MOST_TERMS") = qcfs::cuda::most_terms;

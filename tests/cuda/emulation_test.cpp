@@ -1,5 +1,5 @@
 // Runs the CUDA backend's kernels on the CPU (csrc/cuda/emulation) and compares every byte with plain loops over int64
-// and double. Usage: emulation_test SEED SPIKING_LAYERS; prints one line of totals. Every operand is a heap block of
+// and double. Usage: emulation_test SEED SPIKING_LAYERS [T]; prints one line of totals. Every operand is a heap block of
 // exactly its size, so that ASan sees an index that strays.
 #include "cuda/emulation/emulation.h"
 
@@ -110,8 +110,8 @@ void fill_spikes(const Block<std::uint8_t>& x, Coding c, double rate, i64 most) 
   }
 }
 
-void spiking_layer() {
-  const i64 T = any_of<i64>({1, 1, 2, 3, 4, 4, 5, 7, 8, 9, 10, 12, 16, 17, 20});
+void spiking_layer(i64 steps) {
+  const i64 T = steps > 0 ? steps : any_of<i64>({1, 1, 2, 3, 4, 4, 5, 7, 8, 9, 10, 12, 16, 17, 20, 33, 40});
   const bool narrow = chance(0.3);    // 8-bit weights
   const bool extreme = chance(0.15), grouped = chance(0.15);
   const i64 O = any_of<i64>({1, 3, 8, 9, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96});
@@ -642,13 +642,13 @@ void plans() {
 
 int main(int argc, char** argv) {
   const auto seed = static_cast<std::uint64_t>(argc > 1 ? std::atoll(argv[1]) : 1);
-  const i64 layers = argc > 2 ? std::atoll(argv[2]) : 50;
+  const i64 layers = argc > 2 ? std::atoll(argv[2]) : 50, steps = argc > 3 ? std::atoll(argv[3]) : 0;
   generator.seed(seed);
   cuda::emulation::schedule_seed = seed * 2 + 1;
   plans();
   for (i64 i = 0; i < layers; ++i) {
     cuda::emulation::capability = i % 5 == 4 ? 75 : 90;
-    spiking_layer();
+    spiking_layer(steps);
     switch (i % 6) {
       case 0:
         analog_layer();

@@ -3,12 +3,13 @@
 //
 //     CUDA thread     a fiber (ucontext) with its own stack
 //     __syncthreads   the fiber yields; a block goes on when all its fibers have arrived
-//     warp collective ldmatrix, mma and shuffle: every lane leaves its operands and yields; the last lane to arrive
-//                     executes for all 32, by the fragment tables of the PTX manual
+//     warp collective ldmatrix and mma: every lane leaves its operands and yields; when all 32 have arrived one of
+//                     them executes for all, by the fragment tables of the PTX manual
 //     shared memory   a heap block of exactly the launch's size (ASan sees its ends), filled with garbage
-//     cp.async        queued, executed by the wait that guarantees it and no earlier: a missing wait reads garbage
+//     cp.async        executed either at once or by the wait that guarantees it, drawn from a seed: a missing wait
+//                     reads garbage, a slot of the pipeline filled too early is overwritten while it is read
 //
-// Between barriers the warps of a block run one after the other in an order drawn from a seed, so that a missing
+// Between barriers the warps of a block run one after the other in an order drawn from the seed, so that a missing
 // barrier shows as wrong data in some order. Memory operands are plain host memory.
 #pragma once
 
