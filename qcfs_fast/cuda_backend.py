@@ -109,16 +109,19 @@ def _named(op: str, *operands: Tensor) -> Iterator[None]:
 # packs again into the same memory, which captured graphs may be reading. Inference tensors have no such counter
 # and are packed at every call. Writing through .data escapes the counter: do not.
 
-_packed: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+_packed: dict[tuple[int, bool], tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
 
-def _packed_weight(weight: Tensor) -> Tensor:
-    key, cacheable = id(weight), not weight.is_inference()
+def _packed_weight(weight: Tensor, image: bool = False) -> Tensor:
+    """`image`: for the first layer, all of K as if it were the channels of one tap."""
+    key, cacheable = (id(weight), image), not weight.is_inference()
     version = weight._version if cacheable else 0
     entry = _packed.get(key) if cacheable else None
     if entry is not None and entry[0]() is weight and entry[1] == version:
         return entry[2]
     kh, kw, channels, O = (1,) * (4 - weight.dim()) + tuple(weight.shape)
+    if image:
+        kh, kw, channels = 1, 1, kh * kw * channels
     geometry = (kh, kw, *POINTWISE[2:])
     width = weight.element_size()
     if entry is not None and entry[0]() is weight:
@@ -244,16 +247,20 @@ def _analog(
     T: int,
 ) -> Tensor:
     """conv2d_encode, or with T = 0 conv2d_current."""
-    x, exponent, weight, *vectors = _dense((x, exponent, weight, *vectors))
+    x, exponent, *vectors = _dense((x, exponent, *vectors))
     threshold = None if threshold is None else threshold.contiguous()
     shape = (x.shape[0], *_map_size(x, geometry), weight.shape[3])
     out = _empty(x, ((T + 7) // 8, *shape) if T else shape, torch.uint8 if T else torch.int32)
     with _named(op, x, weight):
+        tensor_cores = module.analog_on_tensor_cores(tuple(geometry), x.shape[3], weight.shape[3])
+        packed = _packed_weight(weight, image=True) if tensor_cores else None
+        plain = None if tensor_cores else weight.contiguous()
         module.analog(
             _where(x),
             x.data_ptr(),
             exponent.data_ptr(),
-            weight.data_ptr(),
+            0 if plain is None else plain.data_ptr(),
+            0 if packed is None else packed.data_ptr(),
             tuple(geometry),
             *(v.data_ptr() for v in vectors),
             0 if threshold is None else threshold.data_ptr(),

@@ -60,7 +60,7 @@ def test_kernels_against_plain_loops(checked):
     # Every path was taken, and thresholds were met exactly (>= and > differ).
     least = {
         "ties": 300, "tensor": 20, "direct": 20, "split": 5, "several": 5, "long": 15, "counted": 10, "extreme": 5,
-        "wide": 3, "small": 5, "counts": 5, "other": 80,
+        "wide": 3, "small": 5, "counts": 5, "images": 8, "other": 80,
     }  # fmt: skip
     assert {n: sums[n] for n in least if sums[n] < least[n]} == {}
 
@@ -72,16 +72,26 @@ def plain_objects(tmp_path_factory):
 
 
 # One line of the kernels changed, as a slip of the pen would.
-CONV = "cuda/kernels/conv_if.h"
+CONV, IMAGE = "cuda/kernels/conv_if.h", "cuda/kernels/image.h"
 MUTATIONS = {
     "none": (CONV, "copies_wait<0>();", "copies_wait<0>();"),
-    "swizzle of the copy only": (CONV, "stage + chunk_offset(row, column);", "stage + row * 64 + column * 16;"),
+    "swizzle of the copy only": (CONV, "shared + chunk_offset(thread / 4, thread % 4);", "shared + thread * 16;"),
     "row of the second fragment half": (CONV, "lane / 4 + r / 2 * 8", "lane / 4 + r / 2 * 4"),
+    "half of K twice": (CONV, "(a_lane ^ 32 * half)", "(a_lane ^ 16 * half)"),
     "no wait for the copies": (CONV, "copies_wait<stages - 2>();", "copies_wait<stages - 1>();"),
     "no barrier": (CONV, "    __syncthreads();    // everyone's", "    // everyone's"),
-    "slot refilled while it is read": (CONV, "(slot == 0 ? stages - 1 : slot - 1)", "slot"),
-    "pixel column past the edge": (CONV, "x >= 0 && x < q.width;", "x >= 0 && x <= q.width;"),
-    "slices of one split too few": (CONV, "blockIdx.z * p.steps + t", "blockIdx.z / 2 * p.steps + t"),
+    "slot refilled while it is read": (CONV, "load_next(slot == 0 ? stages - 1 : slot - 1)", "load_next(slot)"),
+    "no barrier within the warp": (CONV, "      sync_warp();\n      Tile::finish", "      Tile::finish"),
+    "pixel column past the edge": (CONV, "(k.x[i] + k.dx) < static", "(k.x[i] + k.dx) <= static"),
+    "weights of the next stage": (
+        CONV,
+        "weight += static_cast<std::int64_t>(p.padded_out)",
+        "weight += (p.padded_out + 1)",
+    ),
+    "second digit without its shift": (CONV, "if (done == once) for_each", "if (done == once + 1) for_each"),
+    "slices of a split": (CONV, "p.partial + (blockIdx.z * p.steps + t)", "p.partial + (blockIdx.z / 2 * p.steps + t)"),
+    "digits of the image": (IMAGE, "high[i] |= (q >> 8)", "high[i] |= (q >> 7)"),
+    "pixels of the image": (IMAGE, "first_pixel + first_row + 8 * i", "first_pixel + first_row + 7 * i"),
     "strict comparison": ("core/neuron.h", "v >= threshold;", "v > threshold;"),
 }
 
@@ -94,12 +104,15 @@ def test_mutations_are_noticed(mutation, plain_objects, tmp_path):
     text = (csrc / path).read_text()
     assert text.count(old) == 1, f"{mutation}: the line to mutate is gone; choose another"
     (csrc / path).write_text(text.replace(old, new))
-    # Layers of four steps: the other units need no mutation.
-    changed = emulated_cuda.compile_all([csrc / "cuda/conv_if_4.cu"], tmp_path, ["-O0"], csrc)
-    program = emulated_cuda.link({**plain_objects, **changed}, tmp_path / "mutated")
+    # Layers of four steps: the other units need no mutation. First in the link order, it gives the shared templates.
+    unit = "cuda/cuda.cu" if path == IMAGE else "cuda/conv_if_4.cu"
+    changed = emulated_cuda.compile_all([csrc / unit], tmp_path, ["-O0"], csrc)
+    program = emulated_cuda.link(
+        changed | {k: v for k, v in plain_objects.items() if k not in changed}, tmp_path / "mutated"
+    )
     result = run(program, 1, 40, 4)
     assert result.returncode == (0 if mutation == "none" else 1), result.stdout
-    assert ("FAILED: conv_if" in result.stdout) == (mutation != "none")
+    assert (("FAILED: analog" if path == IMAGE else "FAILED: conv_if") in result.stdout) == (mutation != "none")
 
 
 # --------------------------------------------------------------------------- through the Python launchers
@@ -244,20 +257,20 @@ def test_packed_weights_follow_the_weight(on_cuda):
 
     got, first = both(weight)
     assert torch.equal(got, first)
-    packed = cuda_backend._packed[id(weight)][2]
+    packed = cuda_backend._packed[id(weight), False][2]
     both(weight)
-    assert cuda_backend._packed[id(weight)][2] is packed
+    assert cuda_backend._packed[id(weight), False][2] is packed
     weight.neg_()
     got, second = both(weight)
     assert torch.equal(got, second)
     assert not torch.equal(first, second)
-    assert cuda_backend._packed[id(weight)][2] is packed  # the same memory: captured graphs read it
+    assert cuda_backend._packed[id(weight), False][2] is packed  # the same memory: captured graphs read it
     with torch.inference_mode():
         frozen = torch.randint(-300, 300, (3, 3, 32, 16), dtype=torch.int16)
         for _ in range(2):
             assert torch.equal(*both(frozen))
             frozen.neg_()
-    assert id(frozen) not in cuda_backend._packed
+    assert (id(frozen), False) not in cuda_backend._packed
     del weight
     assert cuda_backend._packed == {}
 

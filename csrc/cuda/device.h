@@ -81,26 +81,35 @@ QCFS_DEVICE void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) 
                : "r"(at));
 }
 
-// acc[16x8] += a[16x32, u8] * b[32x8, s8], modulo 2^32. Turing knows 8x8x16 only: the same registers in four parts.
-QCFS_DEVICE void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// acc[16x8] += a[16x32] * b[32x8, s8], modulo 2^32. Turing knows 8x8x16 only: the same registers in four parts.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define QCFS_MULTIPLY(type, acc, a, b0, b1)                                                \
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." type                               \
+               ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n" \
+               : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 #else
-#define QCFS_MMA_8816(c0, c1, a, b)                                                               \
-  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};\n" \
-               : "+r"(c0), "+r"(c1)                                                               \
+#define QCFS_MULTIPLY_8816(type, c0, c1, a, b)                                                          \
+  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." type ".s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};\n" \
+               : "+r"(c0), "+r"(c1)                                                                     \
                : "r"(a), "r"(b))
-  QCFS_MMA_8816(acc[0], acc[1], a[0], b0);
-  QCFS_MMA_8816(acc[2], acc[3], a[1], b0);
-  QCFS_MMA_8816(acc[0], acc[1], a[2], b1);
-  QCFS_MMA_8816(acc[2], acc[3], a[3], b1);
-#undef QCFS_MMA_8816
+#define QCFS_MULTIPLY(type, acc, a, b0, b1)           \
+  QCFS_MULTIPLY_8816(type, acc[0], acc[1], a[0], b0); \
+  QCFS_MULTIPLY_8816(type, acc[2], acc[3], a[1], b0); \
+  QCFS_MULTIPLY_8816(type, acc[0], acc[1], a[2], b1); \
+  QCFS_MULTIPLY_8816(type, acc[2], acc[3], a[3], b1)
 #endif
+QCFS_DEVICE void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  QCFS_MULTIPLY("u8", acc, a, b0, b1);
 }
+QCFS_DEVICE void multiply_signed(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                 std::uint32_t b1) {
+  QCFS_MULTIPLY("s8", acc, a, b0, b1);
+}
+#undef QCFS_MULTIPLY
+#undef QCFS_MULTIPLY_8816
+
+QCFS_DEVICE void sync_warp() { __syncwarp(); }
 
 // Round to nearest, never contracted into a fused multiply-add.
 QCFS_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }

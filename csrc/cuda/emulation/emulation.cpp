@@ -162,8 +162,11 @@ void run_block(int threads) {
   }
 }
 
-std::int32_t byte_of(std::uint32_t word, int i) { return static_cast<std::int32_t>(word >> (8 * i) & 0xff); }
-std::int32_t signed_byte_of(std::uint32_t word, int i) { return static_cast<std::int8_t>(word >> (8 * i) & 0xff); }
+template <bool is_signed>
+std::int32_t byte_of(std::uint32_t word, int i) {
+  const std::uint32_t byte = word >> (8 * i) & 0xff;
+  return is_signed ? static_cast<std::int8_t>(byte) : static_cast<std::int32_t>(byte);
+}
 
 void add_wrapping(std::int32_t& to, std::int64_t value) {
   to = static_cast<std::int32_t>(static_cast<std::uint32_t>(to) + static_cast<std::uint32_t>(value));
@@ -250,6 +253,7 @@ void load_matrices(void* const* lanes) {
 //     a (16x32): element i: row = groupID (+ 8 for 4 <= i < 8 and i >= 12), col = 4*in + i%4 (+ 16 for i >= 8)
 //     b (32x8):  element i: row = 4*in + i%4 (+ 16 for i >= 4), col = groupID
 //     c (16x8):  element i: row = groupID (+ 8 for i >= 2), col = 2*in + i%2
+template <bool is_signed>
 void multiply_16x8x32(void* const* lanes) {
   std::int32_t a[16][32], b[32][8];
   for (int lane = 0; lane < warp_size; ++lane) {
@@ -257,10 +261,10 @@ void multiply_16x8x32(void* const* lanes) {
     const int group = lane / 4, in = lane % 4;
     for (int i = 0; i < 16; ++i) {
       const int row = group + ((i >= 4 && i < 8) || i >= 12 ? 8 : 0);
-      a[row][4 * in + i % 4 + (i >= 8 ? 16 : 0)] = byte_of(f.a[i / 4], i % 4);
+      a[row][4 * in + i % 4 + (i >= 8 ? 16 : 0)] = byte_of<is_signed>(f.a[i / 4], i % 4);
     }
     for (int i = 0; i < 8; ++i) {
-      b[4 * in + i % 4 + (i >= 4 ? 16 : 0)][group] = signed_byte_of(i < 4 ? f.b0 : f.b1, i % 4);
+      b[4 * in + i % 4 + (i >= 4 ? 16 : 0)][group] = byte_of<true>(i < 4 ? f.b0 : f.b1, i % 4);
     }
   }
   for (int lane = 0; lane < warp_size; ++lane) {
@@ -275,13 +279,14 @@ void multiply_16x8x32(void* const* lanes) {
 }
 
 // mma .m8n8k16: a: row groupID, cols 4*in ..; b: rows 4*in .., col groupID; c: row groupID, cols 2*in, 2*in+1.
+template <bool is_signed>
 void multiply_8x8x16(void* const* lanes) {
   std::int32_t a[8][16], b[16][8];
   for (int lane = 0; lane < warp_size; ++lane) {
     const auto& f = *static_cast<const SmallFragments*>(lanes[lane]);
     for (int i = 0; i < 4; ++i) {
-      a[lane / 4][4 * (lane % 4) + i] = byte_of(f.a, i);
-      b[4 * (lane % 4) + i][lane / 4] = signed_byte_of(f.b, i);
+      a[lane / 4][4 * (lane % 4) + i] = byte_of<is_signed>(f.a, i);
+      b[4 * (lane % 4) + i][lane / 4] = byte_of<true>(f.b, i);
     }
   }
   for (int lane = 0; lane < warp_size; ++lane) {
@@ -293,5 +298,12 @@ void multiply_8x8x16(void* const* lanes) {
     }
   }
 }
+
+template void multiply_16x8x32<false>(void* const*);
+template void multiply_16x8x32<true>(void* const*);
+template void multiply_8x8x16<false>(void* const*);
+template void multiply_8x8x16<true>(void* const*);
+
+void meet(void* const*) {}
 
 }    // namespace qcfs::cuda::emulation

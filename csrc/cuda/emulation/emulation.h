@@ -56,8 +56,11 @@ void wait_copies(int pending);
 void run_grid(Grid grid, int threads, std::size_t shared, const std::function<void()>& kernel);
 
 void load_matrices(void* const* lanes);
+template <bool is_signed>    // the first operand
 void multiply_16x8x32(void* const* lanes);
+template <bool is_signed>
 void multiply_8x8x16(void* const* lanes);
+void meet(void* const* lanes);
 
 struct MatrixRows {
   std::uint32_t* r;
@@ -82,6 +85,12 @@ struct SmallFragments {
 struct alignas(16) uint4 {
   std::uint32_t x, y, z, w;
 };
+struct alignas(8) int2 {
+  std::int32_t x, y;
+};
+struct alignas(16) int4 {
+  std::int32_t x, y, z, w;
+};
 
 inline void copy16(unsigned char* shared, const void* global, bool valid) {
   emulation::queue_copy(shared, valid ? global : nullptr, 16);
@@ -100,18 +109,27 @@ inline void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) {
   emulation::collective(emulation::load_matrices, &operands);
 }
 
-inline void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+template <bool is_signed>
+inline void multiply_any(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   if (emulation::capability >= 80) {
     emulation::Fragments operands{acc, a, b0, b1};
-    emulation::collective(emulation::multiply_16x8x32, &operands);
+    emulation::collective(emulation::multiply_16x8x32<is_signed>, &operands);
     return;
   }
   emulation::SmallFragments parts[4] = {{&acc[0], &acc[1], a[0], b0},
                                         {&acc[2], &acc[3], a[1], b0},
                                         {&acc[0], &acc[1], a[2], b1},
                                         {&acc[2], &acc[3], a[3], b1}};
-  for (auto& part : parts) emulation::collective(emulation::multiply_8x8x16, &part);
+  for (auto& part : parts) emulation::collective(emulation::multiply_8x8x16<is_signed>, &part);
 }
+inline void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  multiply_any<false>(acc, a, b0, b1);
+}
+inline void multiply_signed(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  multiply_any<true>(acc, a, b0, b1);
+}
+
+inline void sync_warp() { emulation::collective(emulation::meet, nullptr); }
 
 // Compiled with -ffp-contract=off.
 inline double mul_rn(double a, double b) { return a * b; }
