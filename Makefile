@@ -1,5 +1,6 @@
 # make demo   train, convert and evaluate a network on real data     make test   run the tests
 # make check  format, lint and types                                 make bench  compare latencies
+# make cuda-report  registers, spills and instructions of the CUDA kernels (where nvcc was found)
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qc
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -22,6 +23,9 @@ test: $(VENV)/.installed $(VENV)/.tools
 
 bench: $(VENV)/.installed $(VENV)/.tools
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+cuda-report: $(VENV)/.installed $(VENV)/.tools
+	cd $(VENV) && bin/python ../tools/cuda_report.py --output cuda-report.json
 
 check: $(VENV)/.tools
 	$(VENV)/bin/ruff format --check $(PYTHON_FILES)
