@@ -31,14 +31,15 @@ def test_order(usable):
 
 
 def test_a_backend_asked_for_is_never_replaced(usable):
-    usable("cuda", "reference")
-    for name in ("cuda", "reference"):
-        with backend.force(gpu=name):
-            assert backend.gpu_backend() == name
-    with backend.force(gpu="triton"):
-        with pytest.raises(RuntimeError, match="no triton here"):
-            backend.gpu_backend()
-        assert "no triton here" in backend.describe_gpu()["in use"]
+    for name, other in (("cuda", "triton"), ("triton", "cuda")):
+        usable(name, "reference")
+        for chosen in (name, "reference"):
+            with backend.force(gpu=chosen):
+                assert backend.gpu_backend() == chosen
+        with backend.force(gpu=other):
+            with pytest.raises(RuntimeError, match=f"no {other} here"):
+                backend.gpu_backend()
+            assert f"no {other} here" in backend.describe_gpu()["in use"]
     with pytest.raises(ValueError, match="auto, cuda, triton, reference"), backend.force(gpu="opencl"):
         pass
 

@@ -89,17 +89,37 @@ def test_a_missing_instruction_is_a_problem():
     assert cuda_report.missing_instructions({key: good + Counter({"STL.64": 1})}) != []
 
 
-def test_wrong_build_settings_say_so(tmp_path):
+def configure(build, **environment):
+    """CMake's configuration step alone."""
     pybind11 = pytest.importorskip("pybind11")
     cmake = next((p for p in (Path(sys.executable).parent / "cmake", Path("/usr/bin/cmake")) if p.exists()), None)
     if cmake is None:
         pytest.skip("cmake is not installed")
-    command = [cmake, "-S", ROOT, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
-    for variable, value, message in (
-        ("QCFS_FAST_CUDA", "perhaps", "known values: auto, on, off"),
-        ("TORCH_CUDA_ARCH_LIST", "ninety", "is not like 8.0"),
-    ):
-        env = {**os.environ, "QCFS_FAST_CUDA": "auto", variable: value}
-        result = subprocess.run([*command, "-B", tmp_path / variable], capture_output=True, text=True, env=env)
-        assert result.returncode != 0
-        assert message in " ".join(result.stderr.split())
+    command = [cmake, "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
+    command.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    env = {**os.environ, "QCFS_FAST_CUDA": "auto", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.mark.parametrize(("variable", "value", "message"), [
+    ("QCFS_FAST_CUDA", "perhaps", "known values: auto, on, off"),
+    ("TORCH_CUDA_ARCH_LIST", "ninety", "is not like 8.0"),
+])  # fmt: skip
+def test_wrong_build_settings_say_so(variable, value, message, tmp_path):
+    result = configure(tmp_path, **{variable: value})
+    assert result.returncode != 0
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_broken_nvcc_is_none(tmp_path):
+    """`auto` builds without the CUDA module, `on` says what is missing."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'nvcc: unsupported host compiler' >&2\nexit 1\n")
+    nvcc.chmod(0o755)
+    result = configure(tmp_path / "auto", CUDA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "no working nvcc, building without the CUDA module" in result.stdout
+    result = configure(tmp_path / "on", CUDA_HOME=str(tmp_path), QCFS_FAST_CUDA="on")
+    assert result.returncode != 0
+    assert "no working nvcc was found; set CUDA_HOME" in " ".join(result.stderr.split())

@@ -38,15 +38,20 @@ bool suits_tensor_cores(const ConvIf& a) {
 // What the kernels count in 32 bits: pixels, depth (inputs x taps), channels. Addresses are 64 bits wide.
 constexpr std::int64_t most_pixels = std::int64_t{1} << 30;
 
+bool fits(const Geometry& g) {
+  for (const std::int64_t n :
+       {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dilation_h, g.dilation_w, g.groups}) {
+    if (n > 0xffff) return false;
+  }
+  return true;
+}
+
 bool fits(const ConvIf& a) {
   if (a.product_count > most_products || a.residual_count > most_residuals) return false;
   std::int64_t most = a.batch * a.out_h * a.out_w, depth = 0;
   for (int i = 0; i < a.product_count; ++i) {
     const Geometry& g = a.products[i].g;
-    for (const std::int64_t n :
-         {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dilation_h, g.dilation_w, g.groups}) {
-      if (n > 0xffff) return false;
-    }
+    if (!fits(g)) return false;
     const Spikes& x = a.products[i].x;
     most = most > x.height * x.width * 4 ? most : x.height * x.width * 4;
     depth += g.kernel_h * g.kernel_w * ceil_div(x.channels, piece_bytes) * piece_bytes + stage_bytes;
@@ -197,7 +202,7 @@ int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_chann
 
 bool analog_on_tensor_cores(const Geometry& g, std::int64_t channels, std::int64_t out_channels) {
   const std::int64_t k = g.kernel_h * g.kernel_w * channels;
-  return g.groups == 1 && out_channels >= 8 && k >= 8 && k <= image_most_k;
+  return fits(g) && g.groups == 1 && out_channels >= 8 && k >= 8 && k <= image_most_k;
 }
 
 int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch) {
