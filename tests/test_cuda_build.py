@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -69,7 +70,7 @@ def test_the_product_loops_multiply_every_step_once(report):
     """A stage is two 32-byte steps of K: T x parts x cols/8 products each, four times as many on Turing."""
     seen = 0
     for row in report["kernels"]:
-        if not row["kernel"].startswith("conv_if_kernel"):
+        if not row["kernel"].startswith("conv_if_kernel") or row["arch"] == "90a":  # wgmma, see below
             continue
         T, parts, cols, _, _, planes, _ = map(int, re.findall(r"\d+", row["kernel"]))
         products = 2 * T * parts * cols // 8 * (4 if row["arch"] == "75" else 1)
@@ -77,6 +78,22 @@ def test_the_product_loops_multiply_every_step_once(report):
         assert row["loop"]["products"] in (products, paths * products)
         seen += 1
     assert seen > 0
+
+
+@needs_cuobjdump
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+def test_hopper_products_of_four_warps_compile(tmp_path):
+    """The option QCFS_FAST_WGMMA: asynchronous products from registers, for all T of one load; no spills."""
+    unit = tmp_path / "conv_if_4.o"
+    command = ["nvcc", "-std=c++17", "-O3", "-Werror=all-warnings", "-DQCFS_FAST_WGMMA", f"-I{ROOT / 'csrc'}"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", "-c", str(ROOT / "csrc/cuda/conv_if_4.cu"), "-o", str(unit)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = cuda_report.make_report(unit, cuda_report.find_cuobjdump())
+    assert report["problems"] == []
+    loops = {r["kernel"]: r["loop"] for r in report["kernels"] if r["kernel"].startswith("conv_if_kernel")}
+    assert len(loops) == 4
+    assert all(loop["products"] == 2 * 4 for loop in loops.values())  # two 32-byte steps of K, four time steps
 
 
 def test_a_missing_instruction_is_a_problem():

@@ -77,7 +77,7 @@ MUTATIONS = {
     "none": (CONV, "copies_wait<0>();", "copies_wait<0>();"),
     "swizzle of the copy only": (CONV, "shared + chunk_offset(thread / 4, thread % 4);", "shared + thread * 16;"),
     "row of the second fragment half": (CONV, "lane / 4 + r / 2 * 8", "lane / 4 + r / 2 * 4"),
-    "half of K twice": (CONV, "(a_lane ^ 32 * half)", "(a_lane ^ 16 * half)"),
+    "half of K twice": (CONV, "(b_lane ^ 32 * half)", "(b_lane ^ 16 * half)"),
     "no wait for the copies": (CONV, "copies_wait<stages - 2>();", "copies_wait<stages - 1>();"),
     "no barrier": (CONV, "    __syncthreads();    // everyone's", "    // everyone's"),
     "slot refilled while it is read": (CONV, "load_next(slot == 0 ? stages - 1 : slot - 1)", "load_next(slot)"),
@@ -113,6 +113,22 @@ def test_mutations_are_noticed(mutation, plain_objects, tmp_path):
     result = run(program, 1, 40, 4)
     assert result.returncode == (0 if mutation == "none" else 1), result.stdout
     assert (("FAILED: analog" if path == IMAGE else "FAILED: conv_if") in result.stdout) == (mutation != "none")
+
+
+@pytest.mark.parametrize("mutated", [False, True])
+def test_hopper_products_of_four_warps(mutated, plain_objects, tmp_path):
+    """The option QCFS_FAST_WGMMA, with the weights behind a descriptor; a wrong distance in it must be noticed."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(emulated_cuda.CSRC, csrc)
+    text = (csrc / "cuda/device.h").read_text()
+    assert text.count("{512 >> 4}") == 1
+    (csrc / "cuda/device.h").write_text(text.replace("{512 >> 4}", "{256 >> 4}") if mutated else text)
+    flags = ["-O0", "-DQCFS_FAST_WGMMA"]
+    changed = emulated_cuda.compile_all([csrc / "cuda/conv_if_4.cu"], tmp_path, flags, csrc)
+    program = emulated_cuda.link(changed | {k: v for k, v in plain_objects.items() if k not in changed}, tmp_path / "t")
+    result = run(program, 2, 30, 4)
+    assert result.returncode == (1 if mutated else 0), result.stdout
+    assert ("FAILED: conv_if" in result.stdout) == mutated
 
 
 # --------------------------------------------------------------------------- through the Python launchers

@@ -27,17 +27,17 @@ from pathlib import Path
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 # What conv_if_kernel must contain: instruction (a regular expression) by least and largest architecture.
 EXPECTED = (
-    ("tensor-core product", r"IMMA\.16832\.U8\.S8", 80, 999),
+    ("tensor-core product", r"IMMA\.16832\.U8\.S8|IGMMA\.64x\d+x32\.U8\.S8", 80, 999),
     ("tensor-core product", r"IMMA\.8816\.U8\.S8", 75, 75),
     ("matrix load", r"LDSM\.16\.M88\.4", 75, 999),
     ("asynchronous 16-byte copy", r"LDGSTS\.E\.BYPASS\.128", 80, 999),
     ("16-byte load", r"LDG\.E\.128", 75, 75),
     ("16-byte store", r"STG\.E\.128", 75, 999),
 )
-LISTED = re.compile(r"(IMMA|LDSM|LDGSTS|LDG|STG|LDL|STL)\b")
-LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;]*);")
+LISTED = re.compile(r"(IMMA|IGMMA|LDSM|LDGSTS|LDG|STG|LDL|STL)\b")
+LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.x]*)([^;]*);")
 KINDS = (
-    ("products", r"IMMA"),
+    ("products", r"IMMA|IGMMA"),
     ("matrix loads", r"LDSM"),
     ("copies", r"LDGSTS|LDG|STS"),
     ("constants", r"LDC|LDCU|ULDC"),
@@ -111,7 +111,7 @@ def product_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
         if target is None or int(target.group(1), 16) >= at:
             continue
         body = [n for pc, n, _ in code if int(target.group(1), 16) <= pc <= at]
-        if any(n.startswith("IMMA") for n in body) and (not best or len(body) < len(best)):
+        if any(n.startswith(("IMMA", "IGMMA")) for n in body) and (not best or len(body) < len(best)):
             best = body
     counts = {kind: sum(bool(re.match(rf"(?:{names})\b", n)) for n in best) for kind, names in KINDS}
     return counts | {"arithmetic": len(best) - sum(counts.values())} if best else {}
@@ -126,7 +126,7 @@ def disassemble(module: Path, cuobjdump: str) -> dict[tuple[str, str], dict]:
     def finish(key: tuple[str, str] | None) -> None:
         if key is not None:
             listed = Counter(name for _, name, _ in code if LISTED.match(name))
-            found[key] = {"instructions": listed, "loop": product_loop(code) if "IMMA" in " ".join(listed) else {}}
+            found[key] = {"instructions": listed, "loop": product_loop(code) if any("MMA" in n for n in listed) else {}}
         code.clear()
 
     key: tuple[str, str] | None = None
@@ -149,7 +149,7 @@ def missing_instructions(counts: dict[tuple[str, str], Counter]) -> list[str]:
     for (kernel, arch), found in counts.items():
         if kernel.startswith("conv_if_kernel"):
             for what, pattern, least, largest in EXPECTED:
-                if least <= int(arch) <= largest and not any(re.match(pattern, name) for name in found):
+                if least <= int(arch.rstrip("af")) <= largest and not any(re.match(pattern, name) for name in found):
                     problems.append(f"{kernel} for sm_{arch} has no {what} ({pattern})")
         local = sorted(name for name in found if name.startswith(("LDL", "STL")))
         if local:
@@ -173,7 +173,7 @@ def make_report(module: Path, cuobjdump: str) -> dict:
 
 def table(report: dict) -> str:
     kernels = sorted({r["kernel"] for r in report["kernels"]})
-    architectures = sorted({r["arch"] for r in report["kernels"]}, key=int)
+    architectures = sorted({r["arch"] for r in report["kernels"]}, key=lambda a: int(a.rstrip("af")))
     rows = {(r["kernel"], r["arch"]): r for r in report["kernels"]}
     lines = ["registers per thread".ljust(44) + "".join(f"sm_{a}".rjust(8) for a in architectures)]
     for k in kernels:

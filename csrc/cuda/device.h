@@ -18,6 +18,13 @@ QCFS_HD static inline std::int32_t shift_left(std::int32_t a, int bits) {
   return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) << bits);
 }
 
+// Rows of 64 bytes with the swizzle of chunk_offset() (layer.h), which is the hardware's "64 byte" mode: bits 4 and 5
+// of an address are combined with bits 7 and 8. Fields: address / 16; a distance this mode ignores; 512 bytes / 16 from
+// eight rows to the next; mode 2. Shared memory is aligned to 512.
+QCFS_HD static inline std::uint64_t group_descriptor(std::uint32_t address) {
+  return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | std::uint64_t{512 >> 4} << 32 | std::uint64_t{2} << 62;
+}
+
 }    // namespace qcfs::cuda
 
 #if defined(__CUDACC__)
@@ -32,7 +39,7 @@ QCFS_HD static inline std::int32_t shift_left(std::int32_t a, int bits) {
 #define QCFS_UNROLL
 #define QCFS_ROLLED
 #endif
-#define QCFS_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define QCFS_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace qcfs::cuda {
 
@@ -108,6 +115,69 @@ QCFS_DEVICE void multiply_signed(std::int32_t (&acc)[4], const std::uint32_t (&a
 }
 #undef QCFS_MULTIPLY
 #undef QCFS_MULTIPLY_8816
+
+// Hopper's products of four warps: acc[64 x cols] += a[64x32, u8] * b[32 x cols, s8], a in the registers of mma.sync
+// (16 rows a warp), b in shared memory behind a descriptor, asynchronously. Only with QCFS_FAST_WGMMA, see
+// docs/cuda.md.
+#if defined(QCFS_FAST_WGMMA) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define QCFS_GROUPS 1
+#endif
+#if defined(QCFS_GROUPS)
+// Writes to shared memory before this are seen by asynchronous products after the next barrier.
+QCFS_DEVICE void publish_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+QCFS_DEVICE void group_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+template <typename Accumulators>
+QCFS_DEVICE void group_end(Accumulators&& for_each_accumulator) {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::: "memory");
+  for_each_accumulator([](std::int32_t& a) { asm volatile("" : "+r"(a)::"memory"); });    // not to be read before
+}
+template <int fragments>
+QCFS_DEVICE void multiply_group(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4],
+                                const unsigned char* shared) {
+  const std::uint64_t weights = group_descriptor(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)));
+  static_assert(fragments == 2 || fragments == 4 || fragments == 8, "16, 32 or 64 columns");
+  if constexpr (fragments == 8) {
+    asm volatile(
+        "{\n"
+        ".reg .pred accumulate;\n"
+        "setp.ne.b32 accumulate, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+        "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, "
+        "%35}, %36, accumulate;\n"
+        "}\n"
+        : "+r"(acc[0][0]), "+r"(acc[0][1]), "+r"(acc[0][2]), "+r"(acc[0][3]), "+r"(acc[1][0]), "+r"(acc[1][1]),
+          "+r"(acc[1][2]), "+r"(acc[1][3]), "+r"(acc[2][0]), "+r"(acc[2][1]), "+r"(acc[2][2]), "+r"(acc[2][3]),
+          "+r"(acc[3][0]), "+r"(acc[3][1]), "+r"(acc[3][2]), "+r"(acc[3][3]), "+r"(acc[4][0]), "+r"(acc[4][1]),
+          "+r"(acc[4][2]), "+r"(acc[4][3]), "+r"(acc[5][0]), "+r"(acc[5][1]), "+r"(acc[5][2]), "+r"(acc[5][3]),
+          "+r"(acc[6][0]), "+r"(acc[6][1]), "+r"(acc[6][2]), "+r"(acc[6][3]), "+r"(acc[7][0]), "+r"(acc[7][1]),
+          "+r"(acc[7][2]), "+r"(acc[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights));
+  } else if constexpr (fragments == 4) {
+    asm volatile(
+        "{\n"
+        ".reg .pred accumulate;\n"
+        "setp.ne.b32 accumulate, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+        "%14, %15}, {%16, %17, %18, %19}, %20, accumulate;\n"
+        "}\n"
+        : "+r"(acc[0][0]), "+r"(acc[0][1]), "+r"(acc[0][2]), "+r"(acc[0][3]), "+r"(acc[1][0]), "+r"(acc[1][1]),
+          "+r"(acc[1][2]), "+r"(acc[1][3]), "+r"(acc[2][0]), "+r"(acc[2][1]), "+r"(acc[2][2]), "+r"(acc[2][3]),
+          "+r"(acc[3][0]), "+r"(acc[3][1]), "+r"(acc[3][2]), "+r"(acc[3][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights));
+  } else {
+    asm volatile(
+        "{\n"
+        ".reg .pred accumulate;\n"
+        "setp.ne.b32 accumulate, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, "
+        "accumulate;\n"
+        "}\n"
+        : "+r"(acc[0][0]), "+r"(acc[0][1]), "+r"(acc[0][2]), "+r"(acc[0][3]), "+r"(acc[1][0]), "+r"(acc[1][1]),
+          "+r"(acc[1][2]), "+r"(acc[1][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights));
+  }
+}
+#endif
 
 QCFS_DEVICE void sync_warp() { __syncwarp(); }
 

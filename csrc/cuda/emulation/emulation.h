@@ -19,6 +19,8 @@
 #include <cstring>
 #include <functional>
 
+#include "cuda/device.h"    // which includes this file at its end
+
 #define QCFS_DEVICE inline
 #define QCFS_UNROLL
 #define QCFS_ROLLED
@@ -60,6 +62,7 @@ template <bool is_signed>    // the first operand
 void multiply_16x8x32(void* const* lanes);
 template <bool is_signed>
 void multiply_8x8x16(void* const* lanes);
+void multiply_group(void* const* lanes);    // one warp's part of it
 void meet(void* const* lanes);
 
 struct MatrixRows {
@@ -70,6 +73,12 @@ struct Fragments {
   std::int32_t* acc;
   const std::uint32_t* a;
   std::uint32_t b0, b1;
+};
+struct GroupFragments {
+  std::int32_t (*acc)[4];
+  int fragments;
+  const std::uint32_t* a;
+  std::uint64_t descriptor;
 };
 struct SmallFragments {
   std::int32_t *c0, *c1;
@@ -128,6 +137,20 @@ inline void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::u
 inline void multiply_signed(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   multiply_any<true>(acc, a, b0, b1);
 }
+
+#if defined(QCFS_FAST_WGMMA)
+#define QCFS_GROUPS 1
+inline void publish_shared() {}
+inline void group_begin() {}
+template <typename Accumulators>
+void group_end(Accumulators&&) {}
+template <int fragments>
+void multiply_group(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4], const unsigned char* shared) {
+  const auto address = static_cast<std::uint32_t>(shared - emulation::shared_memory());
+  emulation::GroupFragments operands{acc, fragments, a, group_descriptor(address)};
+  emulation::collective(emulation::multiply_group, &operands);
+}
+#endif
 
 inline void sync_warp() { emulation::collective(emulation::meet, nullptr); }
 

@@ -200,6 +200,57 @@ struct ConvTile {
     }
   }
 
+#if defined(QCFS_GROUPS)
+  // The same by asynchronous products of four warps: the weights stay in shared memory.
+  QCFS_DEVICE static void accumulate_group(const unsigned char* stage, std::int32_t a_lane, bool count,
+                                           std::int32_t steps, std::int32_t (&acc)[T][parts][2 * pairs][4]) {
+    std::uint32_t a[2][parts][T][4];
+    QCFS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      QCFS_UNROLL
+      for (int i = 0; i < parts; ++i) {
+        const unsigned char* at = stage + i * 16 * stage_bytes + (a_lane ^ 32 * half);
+        std::uint32_t m[4];
+        if (!count) load_matrices(m, at);
+        QCFS_UNROLL
+        for (int t = 0; t < T; ++t) {
+          if (!count) {
+            QCFS_UNROLL
+            for (int r = 0; r < 4; ++r) a[half][i][t][r] = (m[r] >> t) & 0x01010101u;
+          } else if (t < steps) {
+            load_matrices(a[half][i][t], at + (planes > 1 ? t : 0) * rows * stage_bytes);
+          } else {
+            QCFS_UNROLL
+            for (int r = 0; r < 4; ++r) a[half][i][t][r] = 0;
+          }
+        }
+      }
+    }
+    group_begin();
+    QCFS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      QCFS_UNROLL
+      for (int i = 0; i < parts; ++i) {
+        QCFS_UNROLL
+        for (int t = 0; t < T; ++t) multiply_group(acc[t][i], a[half][i][t], stage + a_bytes + 32 * half);
+      }
+    }
+    group_end([&](auto&& change) {
+      QCFS_UNROLL
+      for (int t = 0; t < T; ++t) {
+        QCFS_UNROLL
+        for (int i = 0; i < parts; ++i) {
+          QCFS_UNROLL
+          for (int j = 0; j < 2 * pairs; ++j) {
+            QCFS_UNROLL
+            for (int r = 0; r < 4; ++r) change(acc[t][i][j][r]);
+          }
+        }
+      }
+    });
+  }
+#endif
+
   // Word of [T, 16, turn] in shared memory; rows of 16 channels are swizzled so that 16 lanes' pairs meet all banks.
   QCFS_DEVICE static std::int32_t turned(std::int32_t t, std::int32_t row, std::int32_t col) {
     return (t * 16 + row) * turn + (turn == 16 ? col ^ (row & 2) * 4 : col);
@@ -318,6 +369,9 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
   QCFS_ROLLED
   for (std::int32_t done = 0; done < total; ++done) {
     copies_wait<stages - 2>();
+#if defined(QCFS_GROUPS)
+    if (warps % 4 == 0) publish_shared();
+#endif
     __syncthreads();    // everyone's copies have landed, and everyone has left the slot that is refilled next
     load_next(slot == 0 ? stages - 1 : slot - 1);
     if (done == once) for_each_accumulator([](std::int32_t& a) { a = shift_left(a, 8); });
@@ -329,8 +383,15 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
       }
       --product_left;
     }
-    Tile::accumulate(shared + slot * Tile::bytes, a_lane, b_lane, any_counts && p.products[product].count, p.steps,
-                     acc);
+    const bool count = any_counts && p.products[product].count;
+#if defined(QCFS_GROUPS)
+    if constexpr (warps % 4 == 0) {
+      Tile::accumulate_group(shared + slot * Tile::bytes, a_lane, count, p.steps, acc);
+    } else
+#endif
+    {
+      Tile::accumulate(shared + slot * Tile::bytes, a_lane, b_lane, count, p.steps, acc);
+    }
     slot = slot + 1 == stages ? 0 : slot + 1;
   }
   if (p.digits == 1) for_each_accumulator([](std::int32_t& a) { a = shift_left(a, 8); });
