@@ -2,6 +2,7 @@
 # make check  format, lint and types                                 make bench  compare latencies (10 minutes)
 # make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
+# make cuda-report  registers, spills and instructions of the CUDA kernels (where nvcc was found)
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qc
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-triton check format bench readme-figures figures-write clean
+.PHONY: demo test test-triton check format bench readme-figures figures-write cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -51,6 +52,9 @@ figures-layers: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 figures-%: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/qcfs-fast bench --networks "$(subst _224, 224,$(subst _32, 32,$(firstword $(subst -, ,$*))))" \
 	    --batches $(lastword $(subst -, ,$*)) --steps $(if $(filter %-1,$*),1 2 4 8 16,4) --output $(RESULTS)
+
+cuda-report: $(VENV)/.installed $(VENV)/.tools
+	cd $(VENV) && bin/python ../tools/cuda_report.py --output cuda-report.json
 
 check: $(VENV)/.tools
 	$(VENV)/bin/ruff format --check $(PYTHON_FILES)

@@ -51,7 +51,10 @@ class CMakeBuild(build_ext):
             try:
                 subprocess.run(command, check=True)
             except (OSError, subprocess.CalledProcessError) as e:
-                sys.exit(f"qcfs_fast: '{' '.join(command[:3])} ...' failed ({e}); the lines above say why.")
+                sys.exit(
+                    f"qcfs_fast: '{' '.join(command[:3])} ...' failed ({e}); the lines above say why. "
+                    "QCFS_FAST_CUDA=off leaves the CUDA module out."
+                )
 
 
 setup(ext_modules=[Extension("qcfs_fast._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -18,6 +18,8 @@ counts as not measured.
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import platform
 import statistics
@@ -165,15 +167,17 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay(keep: Any = run) -> None:  # `keep`: the graph reads the weights and inputs that `run` holds
+        graph.replay()
+
+    return replay
 
 
 def ann_contenders(table: Table, net: nn.Module, images: Tensor) -> None:
     for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
 
         def inputs(dtype: torch.dtype = dtype) -> tuple[nn.Module, Tensor]:
-            import copy
-
             model = copy.deepcopy(net).to(images.device, dtype, memory_format=torch.channels_last).eval()
             return model, images.to(dtype, memory_format=torch.channels_last)
 
@@ -193,27 +197,40 @@ def ann_contenders(table: Table, net: nn.Module, images: Tensor) -> None:
             table.attempt(f"ANN {name} compiled, CUDA graph", lambda compiled=compiled: graphed(compiled()))
 
 
-def loop_contenders(table: Table, model: nn.Module, images: Tensor, T: int) -> None:
-    for dtype, name in ((torch.float16, "fp16"), (torch.float32, "fp32")):
+def loop_steps(model: nn.Module, images: Tensor) -> dict[str, Callable[[], Callable[[int], Any]]]:
+    """Makers of the usual loop over time steps, as functions of T; what is compiled is one step, whatever T."""
 
-        def make(compile_it: bool, dtype: torch.dtype = dtype) -> Callable[[], Any]:
-            network, neurons = step_network(model, dtype)
-            network = network.to(images.device, memory_format=torch.channels_last)
-            x = images.to(dtype, memory_format=torch.channels_last)
-            step: Any = torch.compile(network) if compile_it else network
+    def make(dtype: torch.dtype, compile_it: bool) -> Callable[[int], Any]:
+        network, neurons = step_network(model, dtype)
+        network = network.to(images.device, memory_format=torch.channels_last)
+        x = images.to(dtype, memory_format=torch.channels_last)
+        step: Any = torch.compile(network) if compile_it else network
 
-            def run() -> Tensor:
-                for neuron in neurons.values():
-                    neuron.reset()
-                total = step(x)
-                for _ in range(T - 1):
-                    total = total + step(x)
-                return total / T
+        def run(T: int) -> Tensor:
+            for neuron in neurons.values():
+                neuron.reset()
+            total = step(x)
+            for _ in range(T - 1):
+                total = total + step(x)
+            return total / T
 
-            return run
+        return run
 
-        table.attempt(f"T-loop {name} eager", lambda make=make: make(False))
-        table.attempt(f"T-loop {name} compiled", lambda make=make: make(True))
+    return {
+        f"T-loop {name} {how}": functools.cache(functools.partial(make, dtype, how == "compiled"))
+        for dtype, name in ((torch.float16, "fp16"), (torch.float32, "fp32"))
+        for how in ("eager", "compiled")
+    }
+
+
+def loop_contenders(table: Table, steps: dict[str, Callable[[], Callable[[int], Any]]], T: int) -> None:
+    for name, make in steps.items():
+
+        def contender(make: Any = make) -> Callable[[], Any]:
+            run = make()
+            return lambda: run(T)
+
+        table.attempt(name, contender)
 
 
 def snn_contenders(table: Table, snns: dict[int, Any], images: Tensor, T: int) -> None:
@@ -223,7 +240,7 @@ def snn_contenders(table: Table, snns: dict[int, Any], images: Tensor, T: int) -
 
             def graph(snn: Any = snn) -> Callable[[], Any]:
                 captured = qcfs_fast.cuda_graph(snn, images, T)
-                return captured.graph.replay
+                return lambda: captured.graph.replay()
 
             table.attempt(f"qcfs_fast {bits}-bit CUDA graph", graph)
 
@@ -290,8 +307,6 @@ def firing_rate(snn: Any, images: Tensor, T: int) -> float:
 
 def check_equal(snn: Any, images: Tensor, T: int) -> bool:
     """GPU against the CPU kernels on two images."""
-    import copy
-
     some = images[:2].cpu()
     return torch.equal(snn(some.to(images.device), T).cpu(), copy.deepcopy(snn).cpu()(some, T))
 
@@ -303,13 +318,38 @@ def print_rows(title: str, rows: dict[str, Any]) -> None:
         print(f"  {name:36} {text}", flush=True)
 
 
-def print_layers(rows: list[dict[str, Any]]) -> None:
+def print_layers(bits: int, rows: list[dict[str, Any]]) -> None:
     def share(x: Any) -> str:
         return f"{x:>12}" if isinstance(x, str) else f"{100 * x:10.1f} %"
 
-    print(f"  {'layer alone':36} {'ms':>9} {'int8 rate':>12} {'bandwidth':>12}")
+    print(f"  {f'layer alone, {bits}-bit':36} {'ms':>9} {'int8 rate':>12} {'bandwidth':>12}")
     for r in rows:
         print(f"  {r['layer']:36} {1e3 * r['seconds']:9.4f} {share(r['int8_share'])} {share(r['byte_share'])}")
+
+
+def aims(entry: dict[str, Any]) -> dict[str, Any]:
+    """The project's aims at T = 4 as ratios of what was measured, "not measured" where a part is missing."""
+    found = entry.get("T=4")
+    if found is None:
+        return {}
+    seconds = {n: r["seconds"] for n, r in found["contenders"].items() if "error" not in r}
+
+    def ratio(over: str, under: str) -> Any:
+        """Best time whose name starts with `over`, divided by the best that starts with `under`."""
+        a, b = ([s for n, s in seconds.items() if n.startswith(start)] for start in (over, under))
+        return min(a) / min(b) if a and b else NOT_MEASURED
+
+    def shares(bits: int) -> list[float]:
+        rows = found[f"layers ({bits}-bit)"]
+        return [r["int8_share"] for r in rows if not isinstance(r["int8_share"], str)]
+
+    if entry["batch"] == 1:
+        return {"16-bit CUDA graph / ANN fp16 CUDA graph (aim <= 1.0)": ratio("qcfs_fast 16-bit CUDA", "ANN fp16 CUDA")}
+    return {
+        "best T-loop / 16-bit (aim >= 4)": ratio("T-loop", "qcfs_fast 16-bit"),
+        "16-bit / 8-bit (aim >= 1.6 where compute-bound)": ratio("qcfs_fast 16-bit", "qcfs_fast 8-bit"),
+        "largest share of the int8 rate, one layer (aim >= 0.5)": max(shares(16), default=NOT_MEASURED),
+    }
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -325,6 +365,9 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "rounds": args.rounds,
         "results": [],
     }
+    if not clock.cuda:
+        result["note"] = "a run on a CPU tries the script out; no figure in it is a measurement of the CUDA kernels"
+        print(result["note"])
     print(f"{gpu}, torch {torch.__version__}, kernels: {kernels}\nmeasured rates: {peak}")
     for name in args.nets:
         make, size = NETS[name]
@@ -345,19 +388,25 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 entry["equal to CPU"] = {b: check_equal(s, images, max(args.steps)) for b, s in snns.items()}
                 anns = Table(clock, args.rounds)
                 ann_contenders(anns, net, images)
+                loops = loop_steps(model, images)
                 for T in args.steps:
                     table = Table(clock, args.rounds)
                     table.contenders |= anns.contenders
                     table.errors |= anns.errors
-                    loop_contenders(table, model, images, T)
+                    loop_contenders(table, loops, T)
                     snn_contenders(table, snns, images, T)
                     rows = table.measure()
                     rate = firing_rate(snns[16], images[:8], T)
-                    layers = layer_rows(snns[16], images, T, clock, args.rounds, peak)
-                    entry[f"T={T}"] = {"firing rate": rate, "contenders": rows, "layers (16-bit)": layers}
+                    layers = {b: layer_rows(snn, images, T, clock, args.rounds, peak) for b, snn in snns.items()}
+                    entry[f"T={T}"] = {"firing rate": rate, "contenders": rows}
+                    entry[f"T={T}"] |= {f"layers ({b}-bit)": found for b, found in layers.items()}
                     equal = ", equal to the CPU" if all(entry["equal to CPU"].values()) else ", NOT EQUAL TO THE CPU"
                     print_rows(f"{name} {size}x{size}, batch {batch}, T={T}, firing {100 * rate:.1f} %{equal}", rows)
-                    print_layers(layers)
+                    for bits, found in layers.items():
+                        print_layers(bits, found)
+                entry["aims"] = aims(entry)
+                for what, value in entry["aims"].items():
+                    print(f"  {what}: {value if isinstance(value, str) else f'{value:.2f}'}")
             except Exception as error:
                 entry["error"] = f"{type(error).__name__}: {error}"[:500]
                 print(f"\n{name}, batch {batch}: {NOT_MEASURED}: {entry['error']}")

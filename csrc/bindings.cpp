@@ -63,8 +63,7 @@ Engine engine(int value) { return static_cast<Engine>(value); }
 std::vector<qcfs::Product> unpack(const std::vector<ProductTuple>& products) {
   std::vector<qcfs::Product> p;
   for (const auto& [x, is_count, h, w, c, weight, bytes, g] : products) {
-    p.push_back(
-        {{at<const std::uint8_t>(x), coding(is_count), h, w, c}, at<const void>(weight), bytes, geometry(g), nullptr});
+    p.push_back({{at<const std::uint8_t>(x), coding(is_count), h, w, c}, at<const void>(weight), bytes, geometry(g)});
   }
   return p;
 }

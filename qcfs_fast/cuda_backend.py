@@ -1,7 +1,7 @@
 """Launches the native CUDA kernels (csrc/cuda, module _cuda) on torch tensors, and captures whole networks.
 
-One function per operator of ops.py, named alike, called as f(out, *operands) with operands already checked there
-and `out` allocated. Kernels are queued on torch's current stream of the operands' device; outputs and workspaces
+Each operator has the arguments of its namesake in reference.py and returns the same bytes; operands have been
+checked in ops.py. Kernels are queued on torch's current stream of the operands' device; outputs and workspaces
 are torch tensors, so a CUDA graph can capture all of it. Nothing here waits for the GPU, with two exceptions
 that capture skips: packing a weight the first time it is seen, and asking whether an image held NaN or infinity.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,10 +20,8 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .ops import GEOMETRY, POINTWISE, out_size
 
-GEOMETRY = 9
-POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1, 1)
-OLDEST = (7, 5)  # compute capability the binary holds code for
 NOT_FINITE = "quantize_input: the input holds NaN or infinity; clean the data before it enters the network"
 
 module: Any = None
@@ -42,8 +41,30 @@ def unavailable() -> str:
         return f"CUDA module built, but {error}"
     if devices == 0 or not torch.cuda.is_available():
         return "CUDA module built, but torch sees no GPU"
-    old = [i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < OLDEST]
-    return f"GPU {old[0]} is older than compute capability 7.5" if old else ""
+    for i in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(i)
+        if not covers(module.ARCHITECTURES, capability):
+            wanted = ".".join(map(str, capability))
+            return (
+                f"the CUDA module holds code for {module.ARCHITECTURES}, not for GPU {i} of compute capability "
+                f"{wanted}; build again with TORCH_CUDA_ARCH_LIST={wanted}"
+            )
+    return ""
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for `architectures`, as in TORCH_CUDA_ARCH_LIST, runs on a GPU of this compute capability.
+
+    Machine code serves later minor versions of its major one (with the suffix a only its own), PTX all later GPUs.
+    """
+    for entry in architectures.split():
+        major, minor, specific, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry).groups()  # type: ignore[union-attr]
+        built = (int(major), int(minor))
+        if capability == built or (
+            not specific and capability > built and (ptx is not None or capability[0] == built[0])
+        ):
+            return True
+    return False
 
 
 def _where(x: Tensor) -> tuple[int, int]:
@@ -58,6 +79,17 @@ def _capturing() -> bool:
 
 def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
+
+
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for a result or a workspace: every element read later is written by a kernel first."""
+    return torch.empty(tuple(shape), dtype=dtype, device=like.device)
+
+
+def _map_size(x: Tensor, g: Sequence[int]) -> tuple[int, int]:
+    """Height and width of a convolution's output; x is [.., H, W, C]."""
+    height, width = x.shape[-3:-1]
+    return out_size(height, g[0], g[2], g[4], g[6]), out_size(width, g[1], g[3], g[5], g[7])
 
 
 @contextlib.contextmanager
@@ -77,22 +109,25 @@ def _named(op: str, *operands: Tensor) -> Iterator[None]:
 # packs again into the same memory, which captured graphs may be reading. Inference tensors have no such counter
 # and are packed at every call. Writing through .data escapes the counter: do not.
 
-_packed: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
+_packed: dict[tuple[int, bool], tuple[weakref.ref[Tensor], int, Tensor]] = {}
 
 
-def _packed_weight(weight: Tensor) -> Tensor:
-    key, cacheable = id(weight), not weight.is_inference()
+def _packed_weight(weight: Tensor, image: bool = False) -> Tensor:
+    """`image`: for the first layer, all of K as if it were the channels of one tap."""
+    key, cacheable = (id(weight), image), not weight.is_inference()
     version = weight._version if cacheable else 0
     entry = _packed.get(key) if cacheable else None
     if entry is not None and entry[0]() is weight and entry[1] == version:
         return entry[2]
     kh, kw, channels, O = (1,) * (4 - weight.dim()) + tuple(weight.shape)
+    if image:
+        kh, kw, channels = 1, 1, kh * kw * channels
     geometry = (kh, kw, *POINTWISE[2:])
     width = weight.element_size()
     if entry is not None and entry[0]() is weight:
         packed = entry[2]
     else:
-        packed = torch.empty(module.packed_bytes(geometry, channels, O, width), dtype=torch.int8, device=weight.device)
+        packed = _empty(weight, (module.packed_bytes(geometry, channels, O, width),), torch.int8)
     dense = weight.contiguous()
     module.pack_weight(_where(weight), geometry, channels, O, width, dense.data_ptr(), packed.data_ptr())
     # A capture only records the packing: its result exists in replays, not yet for anyone else.
@@ -108,7 +143,6 @@ def _packed_weight(weight: Tensor) -> Tensor:
 
 def _fire(
     op: str,
-    out: Tensor,
     x: Sequence[Tensor],
     weight: Sequence[Tensor],
     geometry: Sequence[int],
@@ -118,13 +152,18 @@ def _fire(
     bias: Tensor,
     threshold: Tensor,
     T: int,
-) -> None:
-    """Inputs and output as maps [.., N, H, W, C]; weights as given, [KH, KW, C, O] or [K, O]."""
+) -> Tensor:
+    """conv2d_if; weights as the caller holds them, [KH, KW, C, O] or [K, O]: they are the keys of the packed ones."""
     x, residual, amplitude = _dense(x), _dense(residual), _dense(amplitude)
     bias, threshold = _dense((bias, threshold))
     current = None if current is None else current.contiguous()
-    where, shape = _where(threshold), (*out.shape[1:], T)
     split = [tuple(geometry[GEOMETRY * i : GEOMETRY * (i + 1)]) for i in range(len(x))]
+    if x:
+        size = (x[0].shape[1], *_map_size(x[0], split[0]))
+    else:
+        size = tuple(residual[0].shape[1:4] if residual else current.shape[:3])  # type: ignore[union-attr]
+    where, shape = _where(threshold), (*size, threshold.shape[0], T)
+    out = _empty(threshold, ((T + 7) // 8, *shape[:4]), torch.uint8)
 
     def products(weights: Sequence[Tensor] | None) -> list[tuple[Any, ...]]:
         return [
@@ -144,7 +183,7 @@ def _fire(
         tensor_cores = plan[0] == module.TENSOR_CORES
         packed = [_packed_weight(w) for w in weight] if tensor_cores else []
         plain = None if tensor_cores else _dense(weight)
-        workspace = torch.empty(plan[4] + plan[5], dtype=torch.uint8, device=out.device)
+        workspace = _empty(out, (plan[4] + plan[5],), torch.uint8)
         module.conv_if(
             where,
             op,
@@ -159,10 +198,10 @@ def _fire(
             out.data_ptr(),
             shape,
         )
+    return out
 
 
 def conv2d_if(
-    out: Tensor,
     x: Sequence[Tensor],
     weight: Sequence[Tensor],
     geometry: Sequence[int],
@@ -172,15 +211,13 @@ def conv2d_if(
     bias: Tensor,
     threshold: Tensor,
     T: int,
-) -> None:
+) -> Tensor:
     if len(x) > module.MOST_PRODUCTS or len(residual) > module.MOST_RESIDUALS:
-        out.copy_(reference.conv2d_if(x, weight, geometry, residual, amplitude, current, bias, threshold, T))
-        return
-    _fire("conv2d_if", out, x, weight, geometry, residual, amplitude, current, bias, threshold, T)
+        return reference.conv2d_if(x, weight, geometry, residual, amplitude, current, bias, threshold, T)
+    return _fire("conv2d_if", x, weight, geometry, residual, amplitude, current, bias, threshold, T)
 
 
 def linear_if(
-    out: Tensor,
     x: Sequence[Tensor],
     weight: Sequence[Tensor],
     residual: Sequence[Tensor],
@@ -189,20 +226,18 @@ def linear_if(
     bias: Tensor,
     threshold: Tensor,
     T: int,
-) -> None:
+) -> Tensor:
     if len(x) > module.MOST_PRODUCTS or len(residual) > module.MOST_RESIDUALS:
-        out.copy_(reference.linear_if(x, weight, residual, amplitude, current, bias, threshold, T))
-        return
-    maps = [t.unsqueeze(2).unsqueeze(2) for t in x]
-    residual = [t.unsqueeze(2).unsqueeze(2) for t in residual]
+        return reference.linear_if(x, weight, residual, amplitude, current, bias, threshold, T)
+    maps = [t[:, :, None, None] for t in x]
+    residual = [r[:, :, None, None] for r in residual]
+    current = None if current is None else current[:, None, None]
     geometry = POINTWISE * len(x)
-    result = out.unsqueeze(2).unsqueeze(2)
-    _fire("linear_if", result, maps, weight, geometry, residual, amplitude, current, bias, threshold, T)
+    return _fire("linear_if", maps, weight, geometry, residual, amplitude, current, bias, threshold, T).flatten(2)
 
 
 def _analog(
     op: str,
-    out: Tensor,
     x: Tensor,
     exponent: Tensor,
     weight: Tensor,
@@ -210,28 +245,34 @@ def _analog(
     vectors: Sequence[Tensor],
     threshold: Tensor | None,
     T: int,
-) -> None:
-    x, exponent, weight, *vectors = _dense((x, exponent, weight, *vectors))
+) -> Tensor:
+    """conv2d_encode, or with T = 0 conv2d_current."""
+    x, exponent, *vectors = _dense((x, exponent, *vectors))
     threshold = None if threshold is None else threshold.contiguous()
-    outputs = (out.data_ptr(), 0) if T else (0, out.data_ptr())
+    shape = (x.shape[0], *_map_size(x, geometry), weight.shape[3])
+    out = _empty(x, ((T + 7) // 8, *shape) if T else shape, torch.uint8 if T else torch.int32)
     with _named(op, x, weight):
+        tensor_cores = module.analog_on_tensor_cores(tuple(geometry), x.shape[3], weight.shape[3])
+        packed = _packed_weight(weight, image=True) if tensor_cores else None
+        plain = None if tensor_cores else weight.contiguous()
         module.analog(
             _where(x),
             x.data_ptr(),
             exponent.data_ptr(),
-            weight.data_ptr(),
+            0 if plain is None else plain.data_ptr(),
+            0 if packed is None else packed.data_ptr(),
             tuple(geometry),
             *(v.data_ptr() for v in vectors),
             0 if threshold is None else threshold.data_ptr(),
-            *outputs,
+            *((out.data_ptr(), 0) if T else (0, out.data_ptr())),
             *x.shape,
-            *out.shape[-3:],
+            *shape[1:],
             T,
         )
+    return out
 
 
 def conv2d_current(
-    out: Tensor,
     x: Tensor,
     exponent: Tensor,
     weight: Tensor,
@@ -240,12 +281,11 @@ def conv2d_current(
     offset: Tensor,
     low: Tensor,
     high: Tensor,
-) -> None:
-    _analog("conv2d_current", out, x, exponent, weight, geometry, (gain, offset, low, high), None, 0)
+) -> Tensor:
+    return _analog("conv2d_current", x, exponent, weight, geometry, (gain, offset, low, high), None, 0)
 
 
 def conv2d_encode(
-    out: Tensor,
     x: Tensor,
     exponent: Tensor,
     weight: Tensor,
@@ -256,13 +296,14 @@ def conv2d_encode(
     high: Tensor,
     threshold: Tensor,
     T: int,
-) -> None:
-    _analog("conv2d_encode", out, x, exponent, weight, geometry, (gain, offset, low, high), threshold, T)
+) -> Tensor:
+    return _analog("conv2d_encode", x, exponent, weight, geometry, (gain, offset, low, high), threshold, T)
 
 
-def encode(out: Tensor, current: Tensor, threshold: Tensor, T: int) -> None:
+def encode(current: Tensor, threshold: Tensor, T: int) -> Tensor:
     current, threshold = _dense((current, threshold))
     channels = threshold.shape[0]
+    out = _empty(current, ((T + 7) // 8, *current.shape), torch.uint8)
     with _named("encode", current):
         module.encode(
             _where(current),
@@ -273,6 +314,7 @@ def encode(out: Tensor, current: Tensor, threshold: Tensor, T: int) -> None:
             channels,
             T,
         )
+    return out
 
 
 @functools.cache
@@ -287,41 +329,45 @@ def _tables(x: Tensor, rows: Sequence[int], cols: Sequence[int]) -> tuple[int, i
     return r.data_ptr(), c.data_ptr(), len(rows) // 3, len(cols) // 3
 
 
-def _pool(
-    op: str, out: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int, T: int, largest: bool
-) -> None:
+def _pool(op: str, out: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int, T: int) -> Tensor:
     x = x.contiguous()
     with _named(op, x):
         module.pool(
             _where(x),
             x.data_ptr(),
             x.shape[0] == T,
-            largest,
+            op == "max_pool",
             *_tables(x, rows, cols),
             multiple,
             out.data_ptr(),
             *x.shape[1:],
             T,
         )
+    return out
 
 
-def pool(out: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int, T: int) -> None:
-    _pool("pool", out, x, rows, cols, multiple, T, False)
+def pool(x: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int, T: int) -> Tensor:
+    out = _empty(x, (T, x.shape[1], len(rows) // 3, len(cols) // 3, x.shape[4]), torch.uint8)
+    return _pool("pool", out, x, rows, cols, multiple, T)
 
 
-def max_pool(out: Tensor, x: Tensor, rows: Sequence[int], cols: Sequence[int]) -> None:
-    _pool("max_pool", out, x, rows, cols, 0, x.shape[0], True)
+def max_pool(x: Tensor, rows: Sequence[int], cols: Sequence[int]) -> Tensor:
+    out = _empty(x, (*x.shape[:2], len(rows) // 3, len(cols) // 3, x.shape[4]), torch.uint8)
+    return _pool("max_pool", out, x, rows, cols, 0, x.shape[0])
 
 
-def count(out: Tensor, x: Tensor, T: int, prefix: bool) -> None:
+def count(x: Tensor, T: int, prefix: bool) -> Tensor:
     x = x.contiguous()
+    out = _empty(x, (T if prefix else 1, *x.shape[1:]), torch.int32)
     with _named("count", x):
         module.count(_where(x), x.data_ptr(), x.shape[0] == T, prefix, out.data_ptr(), x[0].numel(), T)
+    return out
 
 
-def pool_counts(out: Tensor, counts: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int) -> None:
+def pool_counts(counts: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int) -> Tensor:
     counts = counts.contiguous()
     s, n, h, w, c = counts.shape
+    out = _empty(counts, (s, n, len(rows) // 3, len(cols) // 3, c), torch.int32)
     with _named("pool_counts", counts):
         module.pool_counts(
             _where(counts),
@@ -334,10 +380,10 @@ def pool_counts(out: Tensor, counts: Tensor, rows: Sequence[int], cols: Sequence
             w,
             c,
         )
+    return out
 
 
 def readout(
-    out: Tensor,
     counts: Sequence[Tensor],
     weight: Sequence[Tensor],
     geometry: Sequence[int],
@@ -345,21 +391,17 @@ def readout(
     multiple: Sequence[int],
     offset: Tensor,
     T: int,
-) -> None:
+) -> Tensor:
     if len(counts) > module.MOST_TERMS:
-        out.copy_(reference.readout(counts, weight, geometry, gain, multiple, offset, T))
-        return
+        return reference.readout(counts, weight, geometry, gain, multiple, offset, T)
     counts, weight, gain, offset = _dense(counts), _dense(weight), _dense(gain), offset.contiguous()
+    split = [tuple(geometry[GEOMETRY * i : GEOMETRY * (i + 1)]) for i in range(len(counts))]
+    first = counts[0]
+    size = _map_size(first, split[0]) if weight[0].numel() else tuple(first.shape[2:4])
+    out = _empty(offset, (*first.shape[:2], *size, offset.shape[0]), torch.float32)
     terms = [
-        (
-            c.data_ptr(),
-            *c.shape[2:],
-            w.data_ptr() if w.numel() else 0,
-            tuple(geometry[GEOMETRY * i : GEOMETRY * (i + 1)]),
-            g.data_ptr(),
-            m,
-        )
-        for i, (c, w, g, m) in enumerate(zip(counts, weight, gain, multiple, strict=True))
+        (c.data_ptr(), *c.shape[2:], w.data_ptr() if w.numel() else 0, g, a.data_ptr(), m)
+        for c, w, g, a, m in zip(counts, weight, split, gain, multiple, strict=True)
     ]
     with _named("readout", *counts, *weight):
         module.readout(
@@ -371,17 +413,19 @@ def readout(
             *out.shape[1:],
             T,
         )
+    return out
 
 
 # Where a capture leaves the flags of its quantize_input calls, for CudaGraph.check().
 _captured_flags: list[Tensor] | None = None
 
 
-def quantize_input(out: tuple[Tensor, Tensor], x: Tensor, source: Tensor, scale: Tensor, shift: Tensor) -> None:
-    q, exponent = out
+def quantize_input(x: Tensor, source: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(torch.float32)
     source, scale, shift = _dense((source, scale, shift))
-    workspace = torch.empty(x.shape[0] + 1, dtype=torch.int32, device=x.device)
+    n, _, h, w = x.shape
+    q, exponent = _empty(x, (n, h, w, source.shape[0]), torch.int16), _empty(x, (n,), torch.int32)
+    workspace = _empty(x, (n + 1,), torch.int32)
     with _named("quantize_input", x):
         module.quantize(
             _where(x),
@@ -400,9 +444,10 @@ def quantize_input(out: tuple[Tensor, Tensor], x: Tensor, source: Tensor, scale:
             _captured_flags.append(workspace)
     elif int(workspace[-1]):
         raise ValueError(NOT_FINITE)
+    return q, exponent
 
 
-OPERATORS: dict[str, Callable[..., None]] = {
+OPERATORS: dict[str, Callable[..., Any]] = {
     f.__name__: f
     for f in (
         quantize_input, conv2d_current, conv2d_encode, encode, conv2d_if, linear_if, pool, max_pool, count,

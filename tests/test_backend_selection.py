@@ -1,12 +1,13 @@
 """The order of GPU backends and its overrides, with fakes in place of the backends."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
 import qcfs_fast
-from qcfs_fast import backend
+from qcfs_fast import backend, ops, reference
 
 ORDER = ("cuda", "triton", "reference")
 
@@ -30,16 +31,29 @@ def test_order(usable):
 
 
 def test_a_backend_asked_for_is_never_replaced(usable):
-    usable("cuda", "reference")
-    for name in ("cuda", "reference"):
-        with backend.force(gpu=name):
-            assert backend.gpu_backend() == name
-    with backend.force(gpu="triton"):
-        with pytest.raises(RuntimeError, match="no triton here"):
-            backend.gpu_backend()
-        assert "no triton here" in backend.describe_gpu()["in use"]
+    for name, other in (("cuda", "triton"), ("triton", "cuda")):
+        usable(name, "reference")
+        for chosen in (name, "reference"):
+            with backend.force(gpu=chosen):
+                assert backend.gpu_backend() == chosen
+        with backend.force(gpu=other):
+            with pytest.raises(RuntimeError, match=f"no {other} here"):
+                backend.gpu_backend()
+            assert f"no {other} here" in backend.describe_gpu()["in use"]
     with pytest.raises(ValueError, match="auto, cuda, triton, reference"), backend.force(gpu="opencl"):
         pass
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_every_operator_has_a_launcher(name):
+    """All take the arguments that the reference takes, so that ops.py need not know which one runs."""
+    if name == "triton":
+        pytest.importorskip("triton")
+    operators = backend.operators(name)
+    assert set(operators) == set(ops.NAMES)
+    for operator, function in operators.items():
+        wanted = list(inspect.signature(getattr(reference, operator)).parameters)
+        assert list(inspect.signature(function).parameters)[: len(wanted)] == wanted
 
 
 def test_cpu_tensors_take_triton_only_when_interpreted(usable, monkeypatch):
@@ -116,7 +130,7 @@ def test_unknown_name_lists_the_known(monkeypatch):
 def test_every_name_and_variable_is_documented():
     text = (Path(__file__).resolve().parent.parent / "docs" / "backends.md").read_text()
     for name in (
-        *backend.BACKENDS, "QCFS_FAST_BACKEND", "QCFS_FAST_MAX_ISA", "QCFS_FAST_TRITON_TUNE", "QCFS_FAST_CACHE_DIR",
-        "TRITON_INTERPRET",
+        *backend.BACKENDS, "QCFS_FAST_BACKEND", "QCFS_FAST_MAX_ISA", "QCFS_FAST_ENGINE", "QCFS_FAST_TRITON_TUNE",
+        "QCFS_FAST_CACHE_DIR", "TRITON_INTERPRET",
     ):  # fmt: skip
         assert f"`{name}" in text, name

@@ -4,26 +4,30 @@ First against plain loops in C++ under ASan and UBSan, then, through the same Py
 use, against the CPU kernels. Each mutation of the kernels' source must be noticed.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
+from collections import Counter
 from types import SimpleNamespace
 
 import emulated_cuda
+import numpy as np
 import pytest
 import torch
+from layers import Evidence, random_case
 from torch import nn
 
 import qcfs_fast
-from qcfs_fast import cuda_backend, ops
+from qcfs_fast import backend, cuda_backend
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler is None, reason="g++ is not installed")
 SANITIZER = {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
-def run(program, seed, layers):
+def run(program, *arguments):
     return subprocess.run(
-        [str(program), str(seed), str(layers)],
+        [str(program), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=900,
@@ -34,12 +38,17 @@ def run(program, seed, layers):
 @pytest.fixture(scope="session")
 def checked(tmp_path_factory):
     """The C++ test with ASan and UBSan."""
-    return emulated_cuda.build_test(tmp_path_factory.mktemp("checked"))
+    folder = tmp_path_factory.mktemp("checked")
+    return emulated_cuda.link(
+        emulated_cuda.test_objects(folder, ["-O1", *emulated_cuda.SANITIZE]),
+        folder / "emulation_test",
+        *emulated_cuda.SANITIZE,
+    )
 
 
 def test_kernels_against_plain_loops(checked):
     totals = {}
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         result = run(checked, seed, 40)
         assert result.returncode == 0, result.stdout + result.stderr
         words = result.stdout.split()
@@ -47,44 +56,79 @@ def test_kernels_against_plain_loops(checked):
             totals.setdefault(name, []).append(float(value))
     assert all(0.05 < rate < 0.95 for rate in totals.pop("rate")), "the test is void: silent or saturated neurons"
     sums = {name: sum(values) for name, values in totals.items()}
-    assert sums["layers"] == 120
+    assert sums["layers"] == 80
     # Every path was taken, and thresholds were met exactly (>= and > differ).
     least = {
-        "ties": 500, "tensor": 30, "direct": 30, "split": 8, "several": 8, "long": 20, "counted": 15, "extreme": 8,
-        "wide": 5, "small": 8, "counts": 8, "other": 120,
+        "ties": 300, "tensor": 20, "direct": 20, "split": 5, "several": 5, "long": 15, "counted": 10, "extreme": 5,
+        "wide": 3, "small": 5, "counts": 5, "images": 8, "other": 80,
     }  # fmt: skip
     assert {n: sums[n] for n in least if sums[n] < least[n]} == {}
 
 
+@pytest.fixture(scope="session")
+def plain_objects(tmp_path_factory):
+    """Without sanitizers: the comparison itself must notice a mutation."""
+    return emulated_cuda.test_objects(tmp_path_factory.mktemp("plain"), ["-O0"])
+
+
 # One line of the kernels changed, as a slip of the pen would.
+CONV, IMAGE = "cuda/kernels/conv_if.h", "cuda/kernels/image.h"
 MUTATIONS = {
-    "swizzle of the copy only": (
-        "kernels/conv_if.h",
-        "stage + chunk_offset(row, column);",
-        "stage + row * 64 + column * 16;",
+    "none": (CONV, "copies_wait<0>();", "copies_wait<0>();"),
+    "swizzle of the copy only": (CONV, "shared + chunk_offset(thread / 4, thread % 4);", "shared + thread * 16;"),
+    "row of the second fragment half": (CONV, "lane / 4 + r / 2 * 8", "lane / 4 + r / 2 * 4"),
+    "half of K twice": (CONV, "(b_lane ^ 32 * half)", "(b_lane ^ 16 * half)"),
+    "no wait for the copies": (CONV, "copies_wait<stages - 2>();", "copies_wait<stages - 1>();"),
+    "no barrier": (CONV, "    __syncthreads();    // everyone's", "    // everyone's"),
+    "slot refilled while it is read": (CONV, "load_next(slot == 0 ? stages - 1 : slot - 1)", "load_next(slot)"),
+    "no barrier within the warp": (CONV, "      sync_warp();\n      Tile::finish", "      Tile::finish"),
+    "pixel column past the edge": (CONV, "(k.x[i] + k.dx) < static", "(k.x[i] + k.dx) <= static"),
+    "weights of the next stage": (
+        CONV,
+        "weight += static_cast<std::int64_t>(p.padded_out)",
+        "weight += (p.padded_out + 1)",
     ),
-    "row of the second fragment half": ("kernels/conv_if.h", "lane / 4 + r / 2 * 8", "lane / 4 + r / 2 * 4"),
-    "no wait for the copies": ("kernels/conv_if.h", "copies_wait<stages - 2>();", "copies_wait<stages - 1>();"),
-    "no barrier": ("kernels/conv_if.h", "    __syncthreads();    // everyone's", "    // everyone's"),
-    "strict comparison": ("../core/neuron.h", "v >= threshold;", "v > threshold;"),
-    "pixel column past the edge": ("kernels/conv_if.h", "x >= 0 && x < q.width;", "x >= 0 && x <= q.width;"),
+    "second digit without its shift": (CONV, "if (done == once) for_each", "if (done == once + 1) for_each"),
+    "slices of a split": (CONV, "p.partial + (blockIdx.z * p.steps + t)", "p.partial + (blockIdx.z / 2 * p.steps + t)"),
+    "digits of the image": (IMAGE, "high[i] |= (q >> 8)", "high[i] |= (q >> 7)"),
+    "pixels of the image": (IMAGE, "first_pixel + first_row + 8 * i", "first_pixel + first_row + 7 * i"),
+    "strict comparison": ("core/neuron.h", "v >= threshold;", "v > threshold;"),
 }
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_mutations_are_noticed(mutation, tmp_path):
+def test_mutations_are_noticed(mutation, plain_objects, tmp_path):
     path, old, new = MUTATIONS[mutation]
     csrc = tmp_path / "csrc"
-    shutil.copytree(emulated_cuda.ROOT / "csrc", csrc)
-    file = csrc / "cuda" / path
-    text = file.read_text()
+    shutil.copytree(emulated_cuda.CSRC, csrc)
+    text = (csrc / path).read_text()
     assert text.count(old) == 1, f"{mutation}: the line to mutate is gone; choose another"
-    file.write_text(text.replace(old, new))
-    # No sanitizer: the comparison itself must notice.
-    program = emulated_cuda.build_test(tmp_path / "build", csrc, ["-O0"])
-    result = run(program, 1, 60)
-    assert result.returncode == 1
-    assert "FAILED: conv_if" in result.stdout
+    (csrc / path).write_text(text.replace(old, new))
+    # Layers of four steps: the other units need no mutation. First in the link order, it gives the shared templates.
+    unit = "cuda/cuda.cu" if path == IMAGE else "cuda/conv_if_4.cu"
+    changed = emulated_cuda.compile_all([csrc / unit], tmp_path, ["-O0"], csrc)
+    program = emulated_cuda.link(
+        changed | {k: v for k, v in plain_objects.items() if k not in changed}, tmp_path / "mutated"
+    )
+    result = run(program, 1, 40, 4)
+    assert result.returncode == (0 if mutation == "none" else 1), result.stdout
+    assert (("FAILED: analog" if path == IMAGE else "FAILED: conv_if") in result.stdout) == (mutation != "none")
+
+
+@pytest.mark.parametrize("mutated", [False, True])
+def test_hopper_products_of_four_warps(mutated, plain_objects, tmp_path):
+    """The option QCFS_FAST_WGMMA, with the weights behind a descriptor; a wrong distance in it must be noticed."""
+    csrc = tmp_path / "csrc"
+    shutil.copytree(emulated_cuda.CSRC, csrc)
+    text = (csrc / "cuda/device.h").read_text()
+    assert text.count("{512 >> 4}") == 1
+    (csrc / "cuda/device.h").write_text(text.replace("{512 >> 4}", "{256 >> 4}") if mutated else text)
+    flags = ["-O0", "-DQCFS_FAST_WGMMA"]
+    changed = emulated_cuda.compile_all([csrc / "cuda/conv_if_4.cu"], tmp_path, flags, csrc)
+    program = emulated_cuda.link(changed | {k: v for k, v in plain_objects.items() if k not in changed}, tmp_path / "t")
+    result = run(program, 2, 30, 4)
+    assert result.returncode == (1 if mutated else 0), result.stdout
+    assert ("FAILED: conv_if" in result.stdout) == mutated
 
 
 # --------------------------------------------------------------------------- through the Python launchers
@@ -96,29 +140,51 @@ def emulated_module(tmp_path_factory):
 
 
 @pytest.fixture
-def launchers(emulated_module, monkeypatch):
-    """torch.ops.qcfs_fast, with every operator going through the CUDA launchers; counts the calls."""
+def on_cuda(emulated_module, monkeypatch):
+    """A context in which torch.ops.qcfs_fast takes the path of GPU tensors, over the emulated kernels.
+
+    Yields a Counter of the operators called.
+    """
     monkeypatch.setattr(cuda_backend, "module", emulated_module)
     monkeypatch.setattr(cuda_backend, "_where", lambda x: (0, 0))
     monkeypatch.setattr(cuda_backend, "_capturing", lambda: False)
     monkeypatch.setattr(cuda_backend, "_packed", {})
+    empty = cuda_backend._empty
+    monkeypatch.setattr(cuda_backend, "_empty", lambda *a: empty(*a).fill_(77))  # what stays unwritten must show
+    monkeypatch.setitem(backend.absence, "cuda", lambda: "")
     cuda_backend._window_table.cache_clear()
-    calls = {}
+    calls = Counter()
 
-    def through(name):
+    def counted(name, operator):
         def call(*args):
-            out = getattr(ops, f"_fake_{name}")(*args)
-            for t in out if isinstance(out, tuple) else (out,):
-                t.fill_(77)  # what a kernel leaves unwritten must show
-            getattr(cuda_backend, name)(out, *args)
-            calls[name] = calls.get(name, 0) + 1
-            return out
+            calls[name] += 1
+            return operator(*args)
 
         return call
 
-    namespace = SimpleNamespace(**{name: through(name) for name in ops.NAMES})
-    yield SimpleNamespace(ops=namespace, calls=calls)
+    operators = {name: counted(name, f) for name, f in cuda_backend.OPERATORS.items()}
+
+    @contextlib.contextmanager
+    def context():
+        with monkeypatch.context() as patch, backend.force(gpu="cuda"):
+            patch.setattr(cuda_backend, "OPERATORS", operators)
+            patch.setattr(backend, "triton_on_cpu", lambda: True)  # CPU tensors go where GPU tensors do
+            yield calls
+
+    yield context
     cuda_backend._window_table.cache_clear()
+
+
+def test_random_layers_against_the_oracle(on_cuda):
+    evidence = Evidence()
+    with on_cuda() as calls:
+        for seed in range(40):
+            case = random_case(seed, most_pixels=6)
+            got = torch.ops.qcfs_fast.conv2d_if(*case.args)
+            assert np.array_equal(got.numpy(), case.want.masks), f"seed {seed}"
+            evidence.add(case.want)
+    assert calls == {"conv2d_if": 40}
+    evidence.check()
 
 
 def net():
@@ -145,35 +211,53 @@ def net():
     return Net()
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("T", [1, 4, 10])
-def test_a_network_through_the_launchers(launchers, monkeypatch, bits, T):
+@pytest.mark.parametrize(("T", "bits"), [(1, 16), (4, 16), (4, 8), (10, 8)])
+def test_a_network_through_the_launchers(on_cuda, T, bits):
     model = qcfs_fast.prepare(net(), levels=4)
     images = torch.randn(2, 3, 16, 16)
     qcfs_fast.calibrate(model, [images], progress=False)
     snn = qcfs_fast.convert(model, T=T, weight_bits=bits, input_shape=(3, 16, 16))
-    want_traces = {}
-    want = snn.run(images, T, per_step=True, watch=lambda n, layer, v: want_traces.update({n: v}))
-    monkeypatch.setattr(torch.ops, "qcfs_fast", launchers.ops)
-    traces = {}
-    got = snn.run(images, T, per_step=True, watch=lambda n, layer, v: traces.update({n: v}))
-    assert torch.equal(want, got)
-    rates = []
-    for name, layer in snn.spiking_layers.items():
-        assert torch.equal(want_traces[name], traces[name]), name
-        bits_set = sum(float(((traces[name][t // 8] >> (t % 8)) & 1).float().mean()) for t in range(T)) / T
-        rates.append(bits_set)
-        assert layer is not None
-    assert 0.05 < sum(rates) / len(rates) < 0.95
-    assert launchers.calls["conv2d_if"] >= 4
-    assert {"quantize_input", "conv2d_encode", "pool", "count", "readout"} <= set(launchers.calls)
-    # Half inputs and other memory formats are the same image.
-    half = images.half()
-    cpu_half = snn(half)
-    assert torch.equal(cpu_half, snn(half.to(memory_format=torch.channels_last)))
+    want, want_traces = snn(images, per_step=True), qcfs_fast.trace(snn, images)
+    rate = sum(float(s.float().mean()) for s in want_traces.values()) / len(want_traces)
+    assert 0.05 < rate < 0.95
+    with on_cuda() as calls:
+        assert torch.equal(want, snn(images, per_step=True))
+        for name, spikes in qcfs_fast.trace(snn, images).items():
+            assert torch.equal(want_traces[name], spikes), name
+    assert calls["conv2d_if"] >= 4
+    assert {"quantize_input", "conv2d_encode", "pool", "count", "readout"} <= set(calls)
 
 
-def test_packed_weights_follow_the_weight(launchers):
+def test_image_layouts_and_types(on_cuda):
+    """Channels last, halves and slices are images like any other."""
+    torch.manual_seed(5)
+    images = torch.randn(3, 4, 6, 8)
+    operands = (torch.tensor([2, 0, 3]), torch.rand(3) + 0.5, torch.randn(3))
+    for x in (
+        images,
+        images.to(memory_format=torch.channels_last),
+        images.half(),
+        images.bfloat16().to(memory_format=torch.channels_last),
+        images.double(),
+        images[1:, :, ::2, 3:],
+        torch.zeros(0, 4, 6, 8),
+    ):
+        want = torch.ops.qcfs_fast.quantize_input(x, *operands)
+        with on_cuda():
+            got = torch.ops.qcfs_fast.quantize_input(x, *operands)
+        assert torch.equal(want[0], got[0])
+        assert torch.equal(want[1], got[1])
+
+
+def test_an_empty_batch(on_cuda):
+    model = qcfs_fast.prepare(net(), levels=4)
+    qcfs_fast.calibrate(model, [torch.randn(2, 3, 16, 16)], progress=False)
+    snn = qcfs_fast.convert(model, T=4, input_shape=(3, 16, 16))
+    with on_cuda():
+        assert snn(torch.randn(0, 3, 16, 16), per_step=True).shape == (4, 0, 10)
+
+
+def test_packed_weights_follow_the_weight(on_cuda):
     """Packed once while the tensor lives, again after an in-place change, forgotten with it."""
     torch.manual_seed(0)
     weight = torch.randint(-300, 300, (3, 3, 32, 16), dtype=torch.int16)
@@ -183,54 +267,81 @@ def test_packed_weights_follow_the_weight(launchers):
 
     def both(weight):
         args = ([x], [weight], geometry, [], [], None, bias, threshold, 4)
-        return launchers.ops.conv2d_if(*args), torch.ops.qcfs_fast.conv2d_if(*args)
+        with on_cuda():
+            got = torch.ops.qcfs_fast.conv2d_if(*args)
+        return got, torch.ops.qcfs_fast.conv2d_if(*args)
 
     got, first = both(weight)
     assert torch.equal(got, first)
-    packed = cuda_backend._packed[id(weight)][2]
+    packed = cuda_backend._packed[id(weight), False][2]
     both(weight)
-    assert cuda_backend._packed[id(weight)][2] is packed
+    assert cuda_backend._packed[id(weight), False][2] is packed
     weight.neg_()
     got, second = both(weight)
     assert torch.equal(got, second)
     assert not torch.equal(first, second)
-    assert cuda_backend._packed[id(weight)][2] is packed  # the same memory: captured graphs read it
+    assert cuda_backend._packed[id(weight), False][2] is packed  # the same memory: captured graphs read it
     with torch.inference_mode():
         frozen = torch.randint(-300, 300, (3, 3, 32, 16), dtype=torch.int16)
         for _ in range(2):
-            args = ([x], [frozen], geometry, [], [], None, bias, threshold, 4)
-            assert torch.equal(launchers.ops.conv2d_if(*args), torch.ops.qcfs_fast.conv2d_if(*args))
+            assert torch.equal(*both(frozen))
             frozen.neg_()
-    assert id(frozen) not in cuda_backend._packed
+    assert (id(frozen), False) not in cuda_backend._packed
     del weight
     assert cuda_backend._packed == {}
 
 
-def test_nan_raises_as_on_the_cpu(launchers):
+def test_nan_raises_as_on_the_cpu(on_cuda):
     x = torch.zeros(2, 3, 4, 4)
     x[1, 2, 3, 1] = float("nan")
     args = (x, torch.arange(3), torch.ones(3), torch.zeros(3))
-    with pytest.raises(ValueError, match="NaN or infinity") as gpu:
-        launchers.ops.quantize_input(*args)
+    with pytest.raises(ValueError, match="NaN or infinity") as gpu, on_cuda():
+        torch.ops.qcfs_fast.quantize_input(*args)
     with pytest.raises(ValueError, match="NaN or infinity") as cpu:
         torch.ops.qcfs_fast.quantize_input(*args)
     assert str(gpu.value) == str(cpu.value)
 
 
-def test_too_many_sources_use_the_reference(launchers):
+def test_too_many_sources_use_the_reference(on_cuda):
     torch.manual_seed(1)
     residual = [torch.randint(0, 16, (1, 2, 3, 3, 8), dtype=torch.uint8) for _ in range(20)]
     amplitude = [torch.randint(0, 90, (8,), dtype=torch.int32) for _ in residual]
     threshold = torch.full((8,), 1000, dtype=torch.int32)
     args = ([], [], [], residual, amplitude, None, torch.zeros(8, dtype=torch.int32), threshold, 4)
-    assert torch.equal(launchers.ops.conv2d_if(*args), torch.ops.qcfs_fast.conv2d_if(*args))
+    want = torch.ops.qcfs_fast.conv2d_if(*args)
+    with on_cuda():
+        assert torch.equal(torch.ops.qcfs_fast.conv2d_if(*args), want)
 
 
-def test_a_cuda_error_names_the_operator_and_shapes(launchers, monkeypatch):
+def test_a_cuda_error_names_the_operator_and_shapes(on_cuda, monkeypatch):
     def broken(*args):
         raise RuntimeError("pool: an illegal memory access was encountered")
 
     monkeypatch.setattr(cuda_backend, "module", SimpleNamespace(pool=broken))
     x = torch.zeros((1, 2, 4, 4, 3), dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match=r"qcfs_fast::max_pool: .*illegal.*uint8 \[1, 2, 4, 4, 3\] on cpu"):
-        launchers.ops.max_pool(x, [0, 2, 1], [0, 2, 1])
+    message = r"qcfs_fast::max_pool: .*illegal.*uint8 \[1, 2, 4, 4, 3\] on cpu"
+    with on_cuda(), pytest.raises(RuntimeError, match=message):
+        torch.ops.qcfs_fast.max_pool(x, [0, 2, 1], [0, 2, 1])
+
+
+def test_which_gpus_the_code_covers():
+    default = "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+    for capability in ((7, 5), (8, 0), (8, 7), (9, 0), (10, 3), (12, 1), (13, 0)):
+        assert cuda_backend.covers(default, capability), capability
+    for capability in ((7, 0), (7, 2), (6, 1), (11, 0)):
+        assert not cuda_backend.covers(default, capability), capability
+    assert not cuda_backend.covers("9.0a", (9, 1))
+    assert cuda_backend.covers("9.0a", (9, 0))
+    assert not cuda_backend.covers("8.6", (8, 0))
+    assert cuda_backend.covers("8.0+PTX", (9, 0))
+
+
+def test_a_gpu_the_code_does_not_cover_is_a_reason(monkeypatch):
+    """Then `auto` goes on to the next backend, and info() says what to do."""
+    monkeypatch.setattr(cuda_backend, "module", SimpleNamespace(device_count=lambda: 1, ARCHITECTURES="9.0 12.0+PTX"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 6))
+    assert cuda_backend.unavailable().endswith("build again with TORCH_CUDA_ARCH_LIST=8.6")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    assert cuda_backend.unavailable() == ""

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -11,7 +10,6 @@ import pytest
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed; make test installs it from constraints.txt", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 from math import lcm
 

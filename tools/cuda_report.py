@@ -1,11 +1,13 @@
-"""Compiles the CUDA kernels for every architecture and reports what came out; needs nvcc, no GPU.
+"""Reports what nvcc made of the CUDA kernels, from the built module; needs cuobjdump, no nvcc and no GPU.
 
-    python tools/cuda_report.py [--output FOLDER] [--arch 80 90] [--jobs 2]
+    python tools/cuda_report.py [--module qcfs_fast/_cuda....so] [--output report.json]
 
-Warnings are errors. Registers, spills and static shared memory of each kernel are read from ptxas, dynamic shared
-memory is in docs/cuda.md; a spill fails. Where cuobjdump is found (CUDA toolkit, or the Triton wheel) the machine
-code is searched for the instructions that should be there: tensor-core products, matrix loads, asynchronous
-copies, 16-byte accesses.
+For each kernel and architecture: registers, stack and local memory (a spill shows there), shared memory, and the
+machine instructions that matter. For the spiking layers' kernels also the instructions of the loop around the
+tensor-core products, counted by kind. A spill, or the lack of an instruction that should be there (tensor-core
+products, matrix loads, asynchronous copies, 16-byte accesses), is a problem and makes the exit status 1.
+
+cuobjdump comes with the CUDA toolkit and with the Triton wheel.
 """
 
 from __future__ import annotations
@@ -18,97 +20,127 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-UNITS = ("conv_if_2", "conv_if_4", "conv_if_8", "conv_if_1", "cuda")
 # What conv_if_kernel must contain: instruction (a regular expression) by least and largest architecture.
 EXPECTED = (
-    ("tensor-core product", r"IMMA\.16832\.U8\.S8", 80, 999),
+    ("tensor-core product", r"IMMA\.16832\.U8\.S8|IGMMA\.64x\d+x32\.U8\.S8", 80, 999),
     ("tensor-core product", r"IMMA\.8816\.U8\.S8", 75, 75),
     ("matrix load", r"LDSM\.16\.M88\.4", 75, 999),
     ("asynchronous 16-byte copy", r"LDGSTS\.E\.BYPASS\.128", 80, 999),
     ("16-byte load", r"LDG\.E\.128", 75, 75),
     ("16-byte store", r"STG\.E\.128", 75, 999),
 )
-INSTRUCTION = re.compile(r"\b(IMMA|LDSM|LDGSTS|LDG|STG|LDL|STL)((?:\.[A-Z0-9]+)*)\b")
-
-
-def find_nvcc() -> str | None:
-    homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    folders = [f"{h}/bin" for h in homes] + os.environ.get("PATH", "").split(os.pathsep) + ["/usr/local/cuda/bin"]
-    return shutil.which("nvcc", path=os.pathsep.join(folders))
+LISTED = re.compile(r"(IMMA|IGMMA|LDSM|LDGSTS|LDG|STG|LDL|STL)\b")
+LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.x]*)([^;]*);")
+KINDS = (
+    ("products", r"IMMA|IGMMA"),
+    ("matrix loads", r"LDSM"),
+    ("copies", r"LDGSTS|LDG|STS"),
+    ("constants", r"LDC|LDCU|ULDC"),
+    ("branches and barriers", r"BRA|BSSY|BSYNC|BAR|LDGDEPBAR|DEPBAR|EXIT|CALL|WARPSYNC"),
+)
 
 
 def find_cuobjdump() -> str | None:
-    nvcc = find_nvcc()
-    beside = str(Path(nvcc).resolve().parent / "cuobjdump") if nvcc else ""
-    if beside and Path(beside).exists():
-        return beside
-    if found := shutil.which("cuobjdump"):
+    homes = [os.environ[v] for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    folders = [f"{h}/bin" for h in homes] + os.environ.get("PATH", "").split(os.pathsep) + ["/usr/local/cuda/bin"]
+    if found := shutil.which("cuobjdump", path=os.pathsep.join(folders)):
         return found
     triton = importlib.util.find_spec("triton")
-    roots = [Path(triton.origin).parent] if triton and triton.origin else []
-    for root in roots:
-        for path in (root / "cuobjdump", root / "backends/nvidia/bin/cuobjdump"):
-            if path.exists():
-                return str(path)
+    if triton and triton.origin:
+        path = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if path.exists():
+            return str(path)
     return None
+
+
+def find_module() -> Path | None:
+    """The built CUDA module of the installed package, without loading it."""
+    package = importlib.util.find_spec("qcfs_fast")
+    folders = package.submodule_search_locations if package else None
+    return next((p for folder in folders or () for p in Path(folder).glob("_cuda*.so")), None)
 
 
 def plain_name(mangled: str) -> str:
     """_ZN4qcfs4cuda14conv_if_kernelILi4ELi1E... -> conv_if_kernel<4, 1, ...>."""
     name = re.search(r"\d+([a-z_]+_kernel)", mangled)
-    numbers = re.findall(r"Li(\d+)E", mangled)
+    numbers = re.findall(r"L[ib](\d+)E", mangled)
     return (name.group(1) if name else mangled) + (f"<{', '.join(numbers)}>" if numbers else "")
 
 
-def compile_unit(unit: str, architectures: list[str], folder: Path) -> list[dict]:
-    """One object with code for all architectures; returns one row per kernel and architecture."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    targets[-1] = f"-gencode=arch=compute_{architectures[-1]},code=[sm_{architectures[-1]},compute_{architectures[-1]}]"
-    nvcc = find_nvcc()
-    assert nvcc is not None
-    command = [
-        nvcc, "-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-fPIC", "-Xptxas=-v",
-        f"-I{ROOT / 'csrc'}", *targets, "-c", str(ROOT / f"csrc/cuda/{unit}.cu"), "-o", str(folder / f"{unit}.o"),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"{unit}.cu does not compile:\n{result.stdout}{result.stderr}")
+def _output(command: list[str]) -> Iterable[str]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield from process.stdout
+    if process.wait() != 0:
+        raise RuntimeError(f"{' '.join(command)} failed")
+
+
+def resources(module: Path, cuobjdump: str) -> list[dict]:
+    """Registers, stack, local and static shared memory of each kernel, as ptxas settled them."""
     rows: list[dict] = []
-    for line in result.stderr.splitlines():
-        if entry := re.search(r"Compiling entry function '(\w+)' for 'sm_(\d+)\w?'", line):
-            rows.append({"unit": unit, "kernel": plain_name(entry.group(1)), "arch": entry.group(2)})
-        elif spill := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            stack, stores, loads = map(int, spill.groups())
-            rows[-1] |= {"stack": stack, "spill_stores": stores, "spill_loads": loads}
-        elif used := re.search(r"Used (\d+) registers", line):
-            shared = re.search(r"(\d+) bytes smem", line)
-            rows[-1] |= {"registers": int(used.group(1)), "static_shared": int(shared.group(1)) if shared else 0}
+    arch = kernel = ""
+    for line in _output([cuobjdump, "-res-usage", str(module)]):
+        if line.startswith("arch = sm_"):
+            arch = line.strip().removeprefix("arch = sm_")
+        elif found := re.search(r"Function (\w+):", line):
+            kernel = plain_name(found.group(1))
+        elif "REG:" in line:
+            values = {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+            row = {"kernel": kernel, "arch": arch, "registers": values["REG"], "stack": values["STACK"]}
+            rows.append(row | {"local": values["LOCAL"], "static_shared": values["SHARED"]})
     return rows
 
 
-def disassemble(unit: str, folder: Path, cuobjdump: str) -> dict[tuple[str, str], Counter]:
-    """Instruction counts by (kernel, architecture)."""
-    process = subprocess.Popen([cuobjdump, "-sass", str(folder / f"{unit}.o")], stdout=subprocess.PIPE, text=True)
-    counts: dict[tuple[str, str], Counter] = {}
-    arch, current = "", Counter()
-    assert process.stdout is not None
-    for line in process.stdout:
+def has_ptx(module: Path, cuobjdump: str) -> list[str]:
+    """Architectures for which the module holds PTX."""
+    return sorted(
+        {m for line in _output([cuobjdump, "-lptx", str(module)]) for m in re.findall(r"sm_(\d+)\.ptx", line)}
+    )
+
+
+def product_loop(code: list[tuple[int, str, str]]) -> dict[str, int]:
+    """Instructions by kind of the smallest loop (a branch back) that holds tensor-core products."""
+    best: list[str] = []
+    for at, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        if target is None or int(target.group(1), 16) >= at:
+            continue
+        body = [n for pc, n, _ in code if int(target.group(1), 16) <= pc <= at]
+        if any(n.startswith(("IMMA", "IGMMA")) for n in body) and (not best or len(body) < len(best)):
+            best = body
+    counts = {kind: sum(bool(re.match(rf"(?:{names})\b", n)) for n in best) for kind, names in KINDS}
+    return counts | {"arithmetic": len(best) - sum(counts.values())} if best else {}
+
+
+def disassemble(module: Path, cuobjdump: str) -> dict[tuple[str, str], dict]:
+    """By (kernel, architecture): counts of the listed instructions and, where there are products, their loop."""
+    found: dict[tuple[str, str], dict] = {}
+    arch = ""
+    code: list[tuple[int, str, str]] = []
+
+    def finish(key: tuple[str, str] | None) -> None:
+        if key is not None:
+            listed = Counter(name for _, name, _ in code if LISTED.match(name))
+            found[key] = {"instructions": listed, "loop": product_loop(code) if any("MMA" in n for n in listed) else {}}
+        code.clear()
+
+    key: tuple[str, str] | None = None
+    for line in _output([cuobjdump, "-sass", str(module)]):
         if line.startswith("arch = sm_"):
-            arch = line.strip().removeprefix("arch = sm_")
+            finish(key)
+            key, arch = None, line.strip().removeprefix("arch = sm_")
         elif "Function :" in line:
-            current = counts.setdefault((plain_name(line.split(":")[1].strip()), arch), Counter())
-        elif found := INSTRUCTION.search(line):
-            current[found.group(1) + found.group(2)] += 1
-    if process.wait() != 0:
-        raise RuntimeError(f"cuobjdump failed on {unit}.o")
-    return counts
+            finish(key)
+            key = (plain_name(line.split(":")[1].strip()), arch)
+        elif m := LINE.search(line):
+            code.append((int(m.group(1), 16), m.group(2), m.group(3)))
+    finish(key)
+    return found
 
 
 def missing_instructions(counts: dict[tuple[str, str], Counter]) -> list[str]:
@@ -117,7 +149,7 @@ def missing_instructions(counts: dict[tuple[str, str], Counter]) -> list[str]:
     for (kernel, arch), found in counts.items():
         if kernel.startswith("conv_if_kernel"):
             for what, pattern, least, largest in EXPECTED:
-                if least <= int(arch) <= largest and not any(re.match(pattern, name) for name in found):
+                if least <= int(arch.rstrip("af")) <= largest and not any(re.match(pattern, name) for name in found):
                     problems.append(f"{kernel} for sm_{arch} has no {what} ({pattern})")
         local = sorted(name for name in found if name.startswith(("LDL", "STL")))
         if local:
@@ -125,55 +157,56 @@ def missing_instructions(counts: dict[tuple[str, str], Counter]) -> list[str]:
     return problems
 
 
-def make_report(folder: Path, architectures: list[str], jobs: int, sass: bool = True) -> dict:
-    folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        rows = [r for rows in pool.map(lambda u: compile_unit(u, architectures, folder), UNITS) for r in rows]
-        cuobjdump = find_cuobjdump() if sass else None
-        instructions: list[dict] = []
-        problems = [
-            f"{r['kernel']} for sm_{r['arch']} spills {r['spill_stores']} + {r['spill_loads']} bytes"
-            for r in rows
-            if r["spill_stores"] or r["spill_loads"] or r["stack"]
-        ]
-        if cuobjdump:
-            for counts in pool.map(lambda u: disassemble(u, folder, cuobjdump), UNITS):
-                problems += missing_instructions(counts)
-                instructions += [{"kernel": k, "arch": a, "instructions": dict(c)} for (k, a), c in counts.items()]
-    return {
-        "kernels": rows,
-        "instructions": instructions if cuobjdump else "not searched: no cuobjdump",
-        "problems": problems,
-    }
+def make_report(module: Path, cuobjdump: str) -> dict:
+    rows = resources(module, cuobjdump)
+    code = disassemble(module, cuobjdump)
+    for row in rows:
+        row |= code[row["kernel"], row["arch"]]
+    problems = [
+        f"{r['kernel']} for sm_{r['arch']} spills: {r['stack']} bytes of stack, {r['local']} of local memory"
+        for r in rows
+        if r["stack"] or r["local"]
+    ]
+    problems += missing_instructions({key: found["instructions"] for key, found in code.items()})
+    return {"module": module.name, "ptx": has_ptx(module, cuobjdump), "kernels": rows, "problems": problems}
 
 
 def table(report: dict) -> str:
     kernels = sorted({r["kernel"] for r in report["kernels"]})
-    architectures = sorted({r["arch"] for r in report["kernels"]}, key=int)
-    registers = {(r["kernel"], r["arch"]): r["registers"] for r in report["kernels"]}
+    architectures = sorted({r["arch"] for r in report["kernels"]}, key=lambda a: int(a.rstrip("af")))
+    rows = {(r["kernel"], r["arch"]): r for r in report["kernels"]}
     lines = ["registers per thread".ljust(44) + "".join(f"sm_{a}".rjust(8) for a in architectures)]
-    lines += [k.ljust(44) + "".join(str(registers.get((k, a), "-")).rjust(8) for a in architectures) for k in kernels]
+    for k in kernels:
+        values = (str(rows[k, a]["registers"]) if (k, a) in rows else "-" for a in architectures)
+        lines.append(k.ljust(44) + "".join(v.rjust(8) for v in values))
+    for a in architectures:
+        loops = {k: rows[k, a]["loop"] for k in kernels if (k, a) in rows and rows[k, a]["loop"]}
+        if loops:
+            kinds = list(next(iter(loops.values())))
+            lines += ["", f"loop around the products, sm_{a}".ljust(44) + "  ".join(kinds)]
+            lines += [
+                k.ljust(44) + "  ".join(str(v[kind]).rjust(len(kind)) for kind in kinds) for k, v in loops.items()
+            ]
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output", type=Path, default=None, help="folder for objects and report.json (default: none kept)"
-    )
-    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES))
-    parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS", "2")))
+    parser.add_argument("--module", type=Path, help="default: that of the installed package")
+    parser.add_argument("--output", type=Path, help="also write everything as JSON")
     args = parser.parse_args()
-    if find_nvcc() is None:
-        print("nvcc was not found; set CUDA_HOME or put it on the PATH")
+    module, cuobjdump = args.module or find_module(), find_cuobjdump()
+    if module is None:
+        print("the package was built without its CUDA module; build it where nvcc is found (docs/cuda.md)")
         return 2
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = args.output or Path(temporary)
-        report = make_report(folder, args.arch, args.jobs)
-        (folder / "report.json").write_text(json.dumps(report, indent=1))
+    if cuobjdump is None:
+        print("cuobjdump was not found; it comes with the CUDA toolkit and with the Triton wheel")
+        return 2
+    report = make_report(module, cuobjdump)
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1))
     print(table(report))
-    if isinstance(report["instructions"], str):
-        print(f"instructions {report['instructions']}")
+    print(f"PTX for {', '.join('sm_' + a for a in report['ptx']) or 'no architecture'}")
     for problem in report["problems"]:
         print(f"PROBLEM: {problem}")
     return 1 if report["problems"] else 0

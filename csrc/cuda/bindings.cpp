@@ -144,10 +144,10 @@ void pack_weight(const Where& where, const GeometryTuple& g, std::int64_t channe
         "weight packing");
 }
 
-void analog(const Where& where, Address x, Address exponent, Address weight, const GeometryTuple& g, Address gain,
-            Address offset, Address low, Address high, Address threshold, Address out_mask, Address out_current,
-            std::int64_t batch, std::int64_t in_h, std::int64_t in_w, std::int64_t in_channels, std::int64_t out_h,
-            std::int64_t out_w, std::int64_t out_channels, std::int64_t steps) {
+void analog(const Where& where, Address x, Address exponent, Address weight, Address packed, const GeometryTuple& g,
+            Address gain, Address offset, Address low, Address high, Address threshold, Address out_mask,
+            Address out_current, std::int64_t batch, std::int64_t in_h, std::int64_t in_w, std::int64_t in_channels,
+            std::int64_t out_h, std::int64_t out_w, std::int64_t out_channels, std::int64_t steps) {
   const std::string op = "analog convolution";
   const Guard guard(where, op);
   const qcfs::AnalogConv a{batch,
@@ -169,7 +169,7 @@ void analog(const Where& where, Address x, Address exponent, Address weight, con
                            at<const std::int32_t>(threshold),
                            at<std::uint8_t>(out_mask),
                            at<std::int32_t>(out_current)};
-  check(qcfs::cuda::analog(a, guard.launch()), op);
+  check(qcfs::cuda::analog(a, at<const std::int8_t>(packed), guard.launch()), op);
 }
 
 void encode(const Where& where, Address current, Address threshold, Address out, std::int64_t pixels,
@@ -278,9 +278,13 @@ void quantize(const Where& where, Address x, const std::vector<std::int64_t>& st
 #if !defined(QCFS_CUDA_MODULE)
 #define QCFS_CUDA_MODULE _cuda
 #endif
+#if !defined(QCFS_CUDA_ARCHITECTURES)
+#define QCFS_CUDA_ARCHITECTURES ""
+#endif
 
 PYBIND11_MODULE(QCFS_CUDA_MODULE, m) {
   m.doc() = "CUDA kernels of qcfs_fast; use torch.ops.qcfs_fast instead";
+  m.attr("ARCHITECTURES") = QCFS_CUDA_ARCHITECTURES;    // as in TORCH_CUDA_ARCH_LIST
   m.attr("MOST_PRODUCTS") = qcfs::cuda::most_products;
   m.attr("MOST_RESIDUALS") = qcfs::cuda::most_residuals;
   m.attr("MOST_TERMS") = qcfs::cuda::most_terms;
@@ -294,6 +298,9 @@ PYBIND11_MODULE(QCFS_CUDA_MODULE, m) {
   m.def("conv_if", &conv_if);
   m.def("packed_bytes", &packed_bytes);
   m.def("pack_weight", &pack_weight);
+  m.def("analog_on_tensor_cores", [](const GeometryTuple& g, std::int64_t channels, std::int64_t out_channels) {
+    return qcfs::cuda::analog_on_tensor_cores(geometry(g), channels, out_channels);
+  });
   m.def("analog", &analog);
   m.def("encode", &encode);
   m.def("pool", &pool);

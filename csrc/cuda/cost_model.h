@@ -63,14 +63,16 @@ constexpr TileShape tile_shape(int group, Tile tile) {
     if (group == 4) return {64, 64, 4, 1, 3, 4};
     return {128, 64, 4, 2, 3, 2};
   }
-  if (group == 8) return {128, 32, 8, 1, 4, 1};
-  if (group == 4) return {128, 64, 8, 1, 4, 1};
+  if (group == 8) return {64, 32, 4, 1, 4, 1};
+  if (group == 4) return {64, 64, 4, 1, 4, 1};
   return {128, 64, 4, 2, 4, 1};
 }
 
 constexpr std::size_t tile_shared_bytes(const TileShape& s) {
   return static_cast<std::size_t>(s.stages) * static_cast<std::size_t>(s.rows * s.a_planes + s.cols) * stage_bytes;
 }
+
+constexpr int resident = 2;    // blocks on an SM: what registers allow the widest tiles
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -100,7 +102,6 @@ inline double estimate_cycles(const Work& w, const Device& d, Tile tile, int spl
   const double tile_macs = static_cast<double>(s.rows) * s.cols * stage_bytes * group;
   const double product = tile_macs / macs_per_cycle(d.capability);
   const double traffic = static_cast<double>(s.rows * s.a_planes + s.cols) * stage_bytes / 32;
-  const int resident = s.warps >= 8 ? 1 : 2;
   // A block alone on an SM cannot use all four tensor units unless it has at least four warps.
   const double sharing = s.warps >= 4 ? 1.0 : 4.0 / s.warps / resident;
   const double block =

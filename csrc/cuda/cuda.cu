@@ -5,6 +5,7 @@
 #include "cuda/kernels/analog.h"
 #include "cuda/kernels/elementwise.h"
 #include "cuda/kernels/groups.h"
+#include "cuda/kernels/image.h"
 
 namespace qcfs::cuda {
 
@@ -34,24 +35,42 @@ bool suits_tensor_cores(const ConvIf& a) {
   return inputs >= 32 && a.out_channels >= 8;
 }
 
+// What the kernels count in 32 bits: pixels, depth (inputs x taps), channels. Addresses are 64 bits wide.
+constexpr std::int64_t most_pixels = std::int64_t{1} << 30;
+
+bool fits(const Geometry& g) {
+  for (const std::int64_t n :
+       {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dilation_h, g.dilation_w, g.groups}) {
+    if (n > 0xffff) return false;
+  }
+  return true;
+}
+
 bool fits(const ConvIf& a) {
   if (a.product_count > most_products || a.residual_count > most_residuals) return false;
-  std::int64_t most = a.batch * a.out_h * a.out_w;
+  std::int64_t most = a.batch * a.out_h * a.out_w, depth = 0;
   for (int i = 0; i < a.product_count; ++i) {
     const Geometry& g = a.products[i].g;
-    for (const std::int64_t n :
-         {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dilation_h, g.dilation_w, g.groups}) {
-      if (n > 0xffff) return false;
-    }
+    if (!fits(g)) return false;
     const Spikes& x = a.products[i].x;
     most = most > x.height * x.width * 4 ? most : x.height * x.width * 4;
+    depth += g.kernel_h * g.kernel_w * ceil_div(x.channels, piece_bytes) * piece_bytes + stage_bytes;
   }
-  return most < (std::int64_t{1} << 30) && a.out_channels < (1 << 19);
+  return most < most_pixels && depth < most_pixels && a.out_channels < (1 << 19);
 }
 
 std::uint8_t widest_copy(const void* data, std::int64_t channels) {
   const auto address = reinterpret_cast<std::uintptr_t>(data) | static_cast<std::uintptr_t>(channels);
   return address % 16 == 0 ? 16 : address % 4 == 0 ? 4 : 1;
+}
+
+// Whether four neighbouring channels lie together in all of these [.., C]: int32 on 16 bytes, uint8 on 4.
+bool fit_quads(std::int64_t channels, std::initializer_list<const std::int32_t*> words,
+               std::initializer_list<const std::uint8_t*> bytes) {
+  std::uintptr_t low = 0;
+  for (const void* p : words) low |= reinterpret_cast<std::uintptr_t>(p) % 16;
+  for (const void* p : bytes) low |= reinterpret_cast<std::uintptr_t>(p) % 4;
+  return low == 0 && channels % 4 == 0;
 }
 
 }    // namespace
@@ -137,10 +156,12 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
       // Every plane of a launch must be as aligned as the first; in_plane is a multiple of C.
       p.products[i].copy_bytes = widest_copy(p.products[i].x, x.channels);
     }
+    p.quads = fit_quads(a.out_channels, {p.current, p.bias, p.threshold, membrane, partial}, {p.out});
     for (int i = 0; i < a.residual_count; ++i) {
       const Residual& r = a.residuals[i];
       const bool count = r.coding == Coding::count;
       p.residuals[i] = {r.data + (count ? t : t / 8) * plane, r.amplitude, count};
+      p.quads = p.quads && fit_quads(a.out_channels, {r.amplitude}, {p.residuals[i].data});
     }
     const int group = group_of(p.steps);
     const GroupKernels& k = kernels_of(group);
@@ -179,11 +200,30 @@ int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_chann
   return launch_elements(pack_kernel, plane, launch.stream, p);
 }
 
-int analog(const AnalogConv& a, const Launch& launch) {
-  const AnalogParams p{a, ceil_div(a.out_w, analog_pixels),
-                       ceil_div(a.out_channels / a.g.groups, analog_channels) * a.g.groups};
-  const std::int64_t threads = a.batch * a.out_h * p.col_blocks * p.channel_blocks;
-  return launch_kernel(analog_kernel, Grid{ceil_div(threads, analog_threads)}, analog_threads, 0, launch.stream, p);
+bool analog_on_tensor_cores(const Geometry& g, std::int64_t channels, std::int64_t out_channels) {
+  const std::int64_t k = g.kernel_h * g.kernel_w * channels;
+  return fits(g) && g.groups == 1 && out_channels >= 8 && k >= 8 && k <= image_most_k;
+}
+
+int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch) {
+  if (packed == nullptr) {
+    const AnalogParams p{a, ceil_div(a.out_w, analog_pixels),
+                         ceil_div(a.out_channels / a.g.groups, analog_channels) * a.g.groups};
+    const std::int64_t threads = a.batch * a.out_h * p.col_blocks * p.channel_blocks;
+    return launch_kernel(analog_kernel, Grid{ceil_div(threads, analog_threads)}, analog_threads, 0, launch.stream, p);
+  }
+  const std::int64_t k = a.g.kernel_h * a.g.kernel_w * a.in_channels, pixels = a.batch * a.out_h * a.out_w;
+  if (pixels >= most_pixels || a.in_h * a.in_w >= most_pixels || a.out_channels >= most_pixels) return unsupported;
+  if (a.batch == 0) return ok;
+  const std::int32_t* words = a.steps > 0 ? a.threshold : a.out_current;
+  const ImageParams p{a,
+                      packed,
+                      stages_of(1, k),
+                      static_cast<std::int32_t>(k),
+                      static_cast<std::int32_t>(padded_channels(a.out_channels)),
+                      fit_quads(a.out_channels, {words}, {a.out_mask})};
+  const Grid grid{ceil_div(pixels, image_rows), static_cast<int>(ceil_div(a.out_channels, image_cols))};
+  return launch_kernel(image_kernel, grid, image_threads, 8 * image_plane, launch.stream, p);
 }
 
 int encode(const Encode& a, const Launch& launch) {
@@ -191,7 +231,7 @@ int encode(const Encode& a, const Launch& launch) {
 }
 
 int pool(const Pool& a, const Launch& launch) {
-  const std::int64_t planes = a.any && a.coding == Coding::mask ? ceil_div(a.steps, 8) : a.steps;
+  const std::int64_t planes = a.coding == Coding::mask ? ceil_div(a.steps, 8) : a.steps;
   const PoolParams p{a, quads(a.channels, a.x, a.out), planes};
   return launch_elements(pool_kernel, planes * a.batch * a.out_h * a.out_w * p.quad.count, launch.stream, p);
 }
@@ -225,10 +265,10 @@ int readout(const Readout& a, const Launch& launch) {
 
 int quantize(const Quantize& a, std::uint32_t* workspace, const Launch& launch) {
   const QuantizeParams p{a, workspace};
-  const std::int64_t elements = a.batch * a.height * a.width * a.channels;
+  const Grid grid{a.batch * ceil_div(a.height * a.width, elementwise_threads)};
   int code = clear_words(workspace, static_cast<std::size_t>(a.batch + 1), launch.stream);
-  if (code == ok) code = launch_elements(largest_kernel, elements, launch.stream, p);
-  if (code == ok) code = launch_elements(quantize_kernel, elements, launch.stream, p);
+  if (code == ok) code = launch_kernel(largest_kernel, grid, elementwise_threads, 0, launch.stream, p);
+  if (code == ok) code = launch_kernel(quantize_kernel, grid, elementwise_threads, 0, launch.stream, p);
   return code;
 }
 

@@ -40,7 +40,11 @@ std::size_t packed_bytes(const Geometry& g, std::int64_t channels, std::int64_t 
 int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes,
                 const void* weight, std::int8_t* packed, const Launch& launch);
 
-int analog(const AnalogConv& a, const Launch& launch);
+// With weights packed as those of a pointwise layer of kernel_h * kernel_w * channels inputs, tensor cores do it; with
+// packed = null a plain kernel. The first is possible where analog_on_tensor_cores says so.
+bool analog_on_tensor_cores(const Geometry& g, std::int64_t channels, std::int64_t out_channels);
+int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch);
+
 int encode(const Encode& a, const Launch& launch);
 int pool(const Pool& a, const Launch& launch);
 int pool_counts(const PoolCounts& a, const Launch& launch);

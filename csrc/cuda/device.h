@@ -18,6 +18,13 @@ QCFS_HD static inline std::int32_t shift_left(std::int32_t a, int bits) {
   return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) << bits);
 }
 
+// Rows of 64 bytes with the swizzle of chunk_offset() (layer.h), which is the hardware's "64 byte" mode: bits 4 and 5
+// of an address are combined with bits 7 and 8. Fields: address / 16; a distance this mode ignores; 512 bytes / 16 from
+// eight rows to the next; mode 2. Shared memory is aligned to 512.
+QCFS_HD static inline std::uint64_t group_descriptor(std::uint32_t address) {
+  return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | std::uint64_t{512 >> 4} << 32 | std::uint64_t{2} << 62;
+}
+
 }    // namespace qcfs::cuda
 
 #if defined(__CUDACC__)
@@ -32,7 +39,7 @@ QCFS_HD static inline std::int32_t shift_left(std::int32_t a, int bits) {
 #define QCFS_UNROLL
 #define QCFS_ROLLED
 #endif
-#define QCFS_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define QCFS_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace qcfs::cuda {
 
@@ -81,26 +88,98 @@ QCFS_DEVICE void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) 
                : "r"(at));
 }
 
-// acc[16x8] += a[16x32, u8] * b[32x8, s8], modulo 2^32. Turing knows 8x8x16 only: the same registers in four parts.
-QCFS_DEVICE void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// acc[16x8] += a[16x32] * b[32x8, s8], modulo 2^32. Turing knows 8x8x16 only: the same registers in four parts.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define QCFS_MULTIPLY(type, acc, a, b0, b1)                                                \
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32." type                               \
+               ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n" \
+               : "+r"(acc[0]), "+r"(acc[1]), "+r"(acc[2]), "+r"(acc[3])                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 #else
-#define QCFS_MMA_8816(c0, c1, a, b)                                                               \
-  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};\n" \
-               : "+r"(c0), "+r"(c1)                                                               \
+#define QCFS_MULTIPLY_8816(type, c0, c1, a, b)                                                          \
+  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32." type ".s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};\n" \
+               : "+r"(c0), "+r"(c1)                                                                     \
                : "r"(a), "r"(b))
-  QCFS_MMA_8816(acc[0], acc[1], a[0], b0);
-  QCFS_MMA_8816(acc[2], acc[3], a[1], b0);
-  QCFS_MMA_8816(acc[0], acc[1], a[2], b1);
-  QCFS_MMA_8816(acc[2], acc[3], a[3], b1);
-#undef QCFS_MMA_8816
+#define QCFS_MULTIPLY(type, acc, a, b0, b1)           \
+  QCFS_MULTIPLY_8816(type, acc[0], acc[1], a[0], b0); \
+  QCFS_MULTIPLY_8816(type, acc[2], acc[3], a[1], b0); \
+  QCFS_MULTIPLY_8816(type, acc[0], acc[1], a[2], b1); \
+  QCFS_MULTIPLY_8816(type, acc[2], acc[3], a[3], b1)
 #endif
+QCFS_DEVICE void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  QCFS_MULTIPLY("u8", acc, a, b0, b1);
 }
+QCFS_DEVICE void multiply_signed(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                 std::uint32_t b1) {
+  QCFS_MULTIPLY("s8", acc, a, b0, b1);
+}
+#undef QCFS_MULTIPLY
+#undef QCFS_MULTIPLY_8816
+
+// Hopper's products of four warps: acc[64 x cols] += a[64x32, u8] * b[32 x cols, s8], a in the registers of mma.sync
+// (16 rows a warp), b in shared memory behind a descriptor, asynchronously. Only with QCFS_FAST_WGMMA, see
+// docs/cuda.md.
+#if defined(QCFS_FAST_WGMMA) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define QCFS_GROUPS 1
+#endif
+#if defined(QCFS_GROUPS)
+// Writes to shared memory before this are seen by asynchronous products after the next barrier.
+QCFS_DEVICE void publish_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+QCFS_DEVICE void group_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+template <typename Accumulators>
+QCFS_DEVICE void group_end(Accumulators&& for_each_accumulator) {
+  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::: "memory");
+  for_each_accumulator([](std::int32_t& a) { asm volatile("" : "+r"(a)::"memory"); });    // not to be read before
+}
+template <int fragments>
+QCFS_DEVICE void multiply_group(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4],
+                                const unsigned char* shared) {
+  const std::uint64_t weights = group_descriptor(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)));
+  static_assert(fragments == 2 || fragments == 4 || fragments == 8, "16, 32 or 64 columns");
+  if constexpr (fragments == 8) {
+    asm volatile(
+        "{\n"
+        ".reg .pred accumulate;\n"
+        "setp.ne.b32 accumulate, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+        "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, "
+        "%35}, %36, accumulate;\n"
+        "}\n"
+        : "+r"(acc[0][0]), "+r"(acc[0][1]), "+r"(acc[0][2]), "+r"(acc[0][3]), "+r"(acc[1][0]), "+r"(acc[1][1]),
+          "+r"(acc[1][2]), "+r"(acc[1][3]), "+r"(acc[2][0]), "+r"(acc[2][1]), "+r"(acc[2][2]), "+r"(acc[2][3]),
+          "+r"(acc[3][0]), "+r"(acc[3][1]), "+r"(acc[3][2]), "+r"(acc[3][3]), "+r"(acc[4][0]), "+r"(acc[4][1]),
+          "+r"(acc[4][2]), "+r"(acc[4][3]), "+r"(acc[5][0]), "+r"(acc[5][1]), "+r"(acc[5][2]), "+r"(acc[5][3]),
+          "+r"(acc[6][0]), "+r"(acc[6][1]), "+r"(acc[6][2]), "+r"(acc[6][3]), "+r"(acc[7][0]), "+r"(acc[7][1]),
+          "+r"(acc[7][2]), "+r"(acc[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights));
+  } else if constexpr (fragments == 4) {
+    asm volatile(
+        "{\n"
+        ".reg .pred accumulate;\n"
+        "setp.ne.b32 accumulate, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+        "%14, %15}, {%16, %17, %18, %19}, %20, accumulate;\n"
+        "}\n"
+        : "+r"(acc[0][0]), "+r"(acc[0][1]), "+r"(acc[0][2]), "+r"(acc[0][3]), "+r"(acc[1][0]), "+r"(acc[1][1]),
+          "+r"(acc[1][2]), "+r"(acc[1][3]), "+r"(acc[2][0]), "+r"(acc[2][1]), "+r"(acc[2][2]), "+r"(acc[2][3]),
+          "+r"(acc[3][0]), "+r"(acc[3][1]), "+r"(acc[3][2]), "+r"(acc[3][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights));
+  } else {
+    asm volatile(
+        "{\n"
+        ".reg .pred accumulate;\n"
+        "setp.ne.b32 accumulate, 1, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, "
+        "accumulate;\n"
+        "}\n"
+        : "+r"(acc[0][0]), "+r"(acc[0][1]), "+r"(acc[0][2]), "+r"(acc[0][3]), "+r"(acc[1][0]), "+r"(acc[1][1]),
+          "+r"(acc[1][2]), "+r"(acc[1][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights));
+  }
+}
+#endif
+
+QCFS_DEVICE void sync_warp() { __syncwarp(); }
 
 // Round to nearest, never contracted into a fused multiply-add.
 QCFS_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }

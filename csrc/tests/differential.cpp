@@ -133,7 +133,7 @@ bool run_case(int threads, Totals& totals) {
         std::memcpy(kept.back()->data() + 2 * i, &wide, 2);
       }
     }
-    products.push_back({x, kept.back()->data(), weight_bytes, geometry, nullptr});
+    products.push_back({x, kept.back()->data(), weight_bytes, geometry});
   };
   add_product(H, W, groups == 1 ? channels[pick(0, 14)] : groups, g);
   if (chance(30)) add_product(OH, OW, channels[pick(0, 14)], {1, 1, 1, 1, 0, 0, 1, 1, 1});

@@ -1,7 +1,9 @@
 // Runs the CUDA backend's kernels on the CPU (csrc/cuda/emulation) and compares every byte with plain loops over int64
-// and double. Usage: emulation_test SEED SPIKING_LAYERS; prints one line of totals. Every operand is a heap block of
-// exactly its size, so that ASan sees an index that strays.
+// and double. Usage: emulation_test SEED SPIKING_LAYERS [T]; prints one line of totals. Every operand is a heap block
+// of exactly its size, so that ASan sees an index that strays.
 #include "cuda/emulation/emulation.h"
+
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cmath>
@@ -85,7 +87,7 @@ i64 value_of(const std::uint8_t* x, Coding c, i64 plane, i64 index, i64 t) {
 
 struct Totals {
   i64 layers = 0, neurons = 0, spikes = 0, opportunities = 0, ties = 0;
-  i64 tensor = 0, direct = 0, split = 0, several = 0, long_runs = 0, counted = 0, extreme = 0, other = 0;
+  i64 tensor = 0, direct = 0, split = 0, several = 0, long_runs = 0, counted = 0, extreme = 0, images = 0, other = 0;
   i64 tiles[3] = {0, 0, 0};
 } totals;
 
@@ -110,8 +112,8 @@ void fill_spikes(const Block<std::uint8_t>& x, Coding c, double rate, i64 most) 
   }
 }
 
-void spiking_layer() {
-  const i64 T = any_of<i64>({1, 1, 2, 3, 4, 4, 5, 7, 8, 9, 10, 12, 16, 17, 20});
+void spiking_layer(i64 steps) {
+  const i64 T = steps > 0 ? steps : any_of<i64>({1, 1, 2, 3, 4, 4, 5, 7, 8, 9, 10, 12, 16, 17, 20, 33, 40});
   const bool narrow = chance(0.3);    // 8-bit weights
   const bool extreme = chance(0.15), grouped = chance(0.15);
   const i64 O = any_of<i64>({1, 3, 8, 9, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96});
@@ -331,7 +333,8 @@ void expect_equal(const Block<T>& want, const Block<T>& got, const char* what) {
 }
 
 void analog_layer() {
-  const i64 groups = any_of<i64>({1, 1, 1, 3}), C = groups * uniform(1, 4), O = groups * any_of<i64>({1, 5, 8, 13});
+  const i64 groups = any_of<i64>({1, 1, 1, 1, 1, 3}), C = groups * uniform(1, 4);
+  const i64 O = groups * any_of<i64>({1, 5, 8, 13, 16, 64, 70});
   const Geometry g{uniform(1, 3), uniform(1, 5), uniform(1, 2), uniform(1, 3),
                    uniform(0, 2), uniform(0, 1), uniform(1, 2), 1,
                    groups};
@@ -398,7 +401,15 @@ void analog_layer() {
                      T > 0 ? threshold.data() : nullptr,
                      T > 0 ? got_mask.data() : nullptr,
                      T > 0 ? nullptr : got.data()};
-  if (cuda::analog(a, launch_settings()) != 0) fail("analog");
+  Block<std::int8_t> packed(0);
+  if (cuda::analog_on_tensor_cores(g, C, O) && chance(0.8)) {
+    const Geometry dense{1, 1, 1, 1, 0, 0, 1, 1, 1};
+    const i64 K = g.kernel_h * g.kernel_w * C;
+    packed = Block<std::int8_t>(static_cast<i64>(cuda::packed_bytes(dense, K, O, 2)));
+    if (cuda::pack_weight(dense, K, O, 2, weight.data(), packed.data(), launch_settings()) != 0) fail("packing");
+    ++totals.images;
+  }
+  if (cuda::analog(a, packed.count() > 0 ? packed.data() : nullptr, launch_settings()) != 0) fail("analog");
   if (T == 0) {
     expect_equal(want, got, "analog current");
   } else {
@@ -616,6 +627,60 @@ void quantizing() {
   expect_equal(want_e, got_e, "quantize, exponent");
 }
 
+// An input of more than 2^32 bytes, of which a few pixels are read: the rest of the mapping is never touched.
+void large_input(Path path) {
+  const i64 W = 40000, C = path == Path::direct ? 65536 : 32768, N = path == Path::direct ? 2 : 4, O = 16;
+  const i64 bytes = N * W * C, groups = path == Path::direct ? O : 1;
+  void* map = mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (map == MAP_FAILED) fail("no address space");
+  auto* x = static_cast<std::uint8_t*>(map);
+  const Geometry g{1, 1, 1, W - 1, 0, 0, 1, 1, groups};
+  const Block<std::int8_t> weight(C / groups * O);
+  for (i64 i = 0; i < weight.count(); ++i) weight[i] = static_cast<std::int8_t>(uniform(-9, 9));
+  const Block<std::int32_t> bias(O), threshold(O);
+  const Block<std::uint8_t> want(N * 2 * O), got(N * 2 * O);
+  for (i64 o = 0; o < O; ++o) threshold[o] = 512 * 80;
+  for (i64 pixel = 0; pixel < 2 * N; ++pixel) {
+    std::uint8_t* at = x + (pixel / 2 * W + pixel % 2 * (W - 1)) * C;
+    for (i64 c = 0; c < C; ++c) at[c] = chance(0.1);
+    for (i64 o = 0; o < O; ++o) {
+      const i64 first = o / (O / groups) * (C / groups);
+      i64 sum = threshold[o] / 2;
+      for (i64 c = 0; c < C / groups; ++c) sum += 256 * at[first + c] * weight[c * O + o];
+      want[pixel * O + o] = sum >= threshold[o];
+    }
+  }
+  const Product product{{x, Coding::mask, 1, W, C}, weight.data(), 1, g};
+  const ConvIf a{N, 1, 2, O, 1, &product, 1, nullptr, 0, nullptr, bias.data(), threshold.data(), got.data()};
+  const cuda::Launch launch = launch_settings();
+  const cuda::Plan plan = cuda::plan_conv_if(a, launch.device);
+  if (plan.path != path) fail("the large input took another path");
+  Block<std::int8_t> packed(static_cast<i64>(cuda::packed_bytes(g, C, O, 1)));
+  if (path == Path::tensor_cores && cuda::pack_weight(g, C, O, 1, weight.data(), packed.data(), launch) != 0)
+    fail("packing");
+  const std::int8_t* packed_data = packed.data();
+  const Block<std::int32_t> workspace(plan.workspace_bytes() / 4);
+  if (cuda::conv_if(a, &packed_data, plan, workspace.data(), launch) != 0) fail("large input");
+  munmap(map, static_cast<std::size_t>(bytes));
+  i64 spikes = 0;
+  for (i64 i = 0; i < want.count(); ++i) spikes += want[i];
+  if (spikes == 0 || spikes == want.count()) fail("large input: the test is void");
+  expect_equal(want, got, "large input");
+}
+
+// What 32-bit counters cannot hold is refused before any launch.
+void refusals() {
+  const Product product{{nullptr, Coding::mask, 1, 1, 64}, nullptr, 2, {1, 1, 1, 1, 0, 0, 1, 1, 1}};
+  ConvIf a{1 << 28, 2, 2, 64, 4, &product, 1, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
+  if (cuda::conv_if(a, nullptr, {}, nullptr, {}) != cuda::unsupported) fail("2^30 pixels were not refused");
+  Product deep = product;
+  deep.x.channels = i64{1} << 30;
+  a.batch = 1;
+  a.products = &deep;
+  if (cuda::conv_if(a, nullptr, {}, nullptr, {}) != cuda::unsupported) fail("2^30 inputs were not refused");
+}
+
 // The cost model must keep every plan inside the device: shared memory, no empty split.
 void plans() {
   for (const int capability : {75, 80, 86, 89, 90, 100, 120}) {
@@ -642,27 +707,30 @@ void plans() {
 
 int main(int argc, char** argv) {
   const auto seed = static_cast<std::uint64_t>(argc > 1 ? std::atoll(argv[1]) : 1);
-  const i64 layers = argc > 2 ? std::atoll(argv[2]) : 50;
+  const i64 layers = argc > 2 ? std::atoll(argv[2]) : 50, steps = argc > 3 ? std::atoll(argv[3]) : 0;
   generator.seed(seed);
   cuda::emulation::schedule_seed = seed * 2 + 1;
   plans();
+  refusals();
+  if (steps == 0) {
+    large_input(Path::tensor_cores);
+    large_input(Path::direct);
+  }
   for (i64 i = 0; i < layers; ++i) {
     cuda::emulation::capability = i % 5 == 4 ? 75 : 90;
-    spiking_layer();
-    switch (i % 6) {
+    spiking_layer(steps);
+    if (i % 2 == 0) analog_layer();
+    switch (i % 5) {
       case 0:
-        analog_layer();
-        break;
-      case 1:
         pooling();
         break;
-      case 2:
+      case 1:
         counting();
         break;
-      case 3:
+      case 2:
         pooling_counts();
         break;
-      case 4:
+      case 3:
         reading_out();
         break;
       default:
@@ -672,7 +740,7 @@ int main(int argc, char** argv) {
   std::printf(
       "layers %lld neurons %lld rate %.4f ties %lld tensor %lld direct %lld split %lld several %lld long %lld counted "
       "%lld "
-      "extreme %lld wide %lld small %lld counts %lld other %lld\n",
+      "extreme %lld wide %lld small %lld counts %lld images %lld other %lld\n",
       static_cast<long long>(totals.layers), static_cast<long long>(totals.neurons),
       static_cast<double>(totals.spikes) / static_cast<double>(totals.opportunities),
       static_cast<long long>(totals.ties), static_cast<long long>(totals.tensor), static_cast<long long>(totals.direct),
@@ -680,6 +748,6 @@ int main(int argc, char** argv) {
       static_cast<long long>(totals.long_runs), static_cast<long long>(totals.counted),
       static_cast<long long>(totals.extreme), static_cast<long long>(totals.tiles[0]),
       static_cast<long long>(totals.tiles[1]), static_cast<long long>(totals.tiles[2]),
-      static_cast<long long>(totals.other));
+      static_cast<long long>(totals.images), static_cast<long long>(totals.other));
   return 0;
 }

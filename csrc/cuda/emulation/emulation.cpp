@@ -162,8 +162,11 @@ void run_block(int threads) {
   }
 }
 
-std::int32_t byte_of(std::uint32_t word, int i) { return static_cast<std::int32_t>(word >> (8 * i) & 0xff); }
-std::int32_t signed_byte_of(std::uint32_t word, int i) { return static_cast<std::int8_t>(word >> (8 * i) & 0xff); }
+template <bool is_signed>
+std::int32_t byte_of(std::uint32_t word, int i) {
+  const std::uint32_t byte = word >> (8 * i) & 0xff;
+  return is_signed ? static_cast<std::int8_t>(byte) : static_cast<std::int32_t>(byte);
+}
 
 void add_wrapping(std::int32_t& to, std::int64_t value) {
   to = static_cast<std::int32_t>(static_cast<std::uint32_t>(to) + static_cast<std::uint32_t>(value));
@@ -199,7 +202,7 @@ void execute(const Copy& c) {
 
 void queue_copy(unsigned char* to, const void* from, int bytes) {
   const Copy c{to, from, bytes};
-  if (capability < 80) {
+  if (capability < 80 || random() % 2 == 0) {
     execute(c);
   } else {
     current->groups.back().push_back(c);
@@ -222,7 +225,7 @@ void run_grid(Grid grid, int threads, std::size_t bytes, const std::function<voi
   for (int z = 0; z < grid.z; ++z) {
     for (int y = 0; y < grid.y; ++y) {
       for (std::int64_t x = 0; x < grid.x; ++x) {
-        shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (bytes + 127) / 128 * 128)));
+        shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024)));
         std::memset(shared.get(), 0xa5, bytes);
         block_index = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
         run_block(threads);
@@ -250,6 +253,7 @@ void load_matrices(void* const* lanes) {
 //     a (16x32): element i: row = groupID (+ 8 for 4 <= i < 8 and i >= 12), col = 4*in + i%4 (+ 16 for i >= 8)
 //     b (32x8):  element i: row = 4*in + i%4 (+ 16 for i >= 4), col = groupID
 //     c (16x8):  element i: row = groupID (+ 8 for i >= 2), col = 2*in + i%2
+template <bool is_signed>
 void multiply_16x8x32(void* const* lanes) {
   std::int32_t a[16][32], b[32][8];
   for (int lane = 0; lane < warp_size; ++lane) {
@@ -257,10 +261,10 @@ void multiply_16x8x32(void* const* lanes) {
     const int group = lane / 4, in = lane % 4;
     for (int i = 0; i < 16; ++i) {
       const int row = group + ((i >= 4 && i < 8) || i >= 12 ? 8 : 0);
-      a[row][4 * in + i % 4 + (i >= 8 ? 16 : 0)] = byte_of(f.a[i / 4], i % 4);
+      a[row][4 * in + i % 4 + (i >= 8 ? 16 : 0)] = byte_of<is_signed>(f.a[i / 4], i % 4);
     }
     for (int i = 0; i < 8; ++i) {
-      b[4 * in + i % 4 + (i >= 4 ? 16 : 0)][group] = signed_byte_of(i < 4 ? f.b0 : f.b1, i % 4);
+      b[4 * in + i % 4 + (i >= 4 ? 16 : 0)][group] = byte_of<true>(i < 4 ? f.b0 : f.b1, i % 4);
     }
   }
   for (int lane = 0; lane < warp_size; ++lane) {
@@ -275,13 +279,14 @@ void multiply_16x8x32(void* const* lanes) {
 }
 
 // mma .m8n8k16: a: row groupID, cols 4*in ..; b: rows 4*in .., col groupID; c: row groupID, cols 2*in, 2*in+1.
+template <bool is_signed>
 void multiply_8x8x16(void* const* lanes) {
   std::int32_t a[8][16], b[16][8];
   for (int lane = 0; lane < warp_size; ++lane) {
     const auto& f = *static_cast<const SmallFragments*>(lanes[lane]);
     for (int i = 0; i < 4; ++i) {
-      a[lane / 4][4 * (lane % 4) + i] = byte_of(f.a, i);
-      b[4 * (lane % 4) + i][lane / 4] = signed_byte_of(f.b, i);
+      a[lane / 4][4 * (lane % 4) + i] = byte_of<is_signed>(f.a, i);
+      b[4 * (lane % 4) + i][lane / 4] = byte_of<true>(f.b, i);
     }
   }
   for (int lane = 0; lane < warp_size; ++lane) {
@@ -293,5 +298,51 @@ void multiply_8x8x16(void* const* lanes) {
     }
   }
 }
+
+template void multiply_16x8x32<false>(void* const*);
+template void multiply_16x8x32<true>(void* const*);
+template void multiply_8x8x16<false>(void* const*);
+template void multiply_8x8x16<true>(void* const*);
+
+// wgmma .m64nNk32: a and acc as in mma .m16n8k32, for each warp its 16 rows; b by its descriptor.
+void multiply_group(void* const* lanes) {
+  const auto& first = *static_cast<const GroupFragments*>(lanes[0]);
+  const auto field = [&](int low, int bits) {
+    return static_cast<std::size_t>(first.descriptor >> low & ((std::uint64_t{1} << bits) - 1));
+  };
+  if (field(62, 2) != 2) fail("a descriptor with another swizzle than 64 bytes");
+  const auto b = [&](std::size_t n, std::size_t k) {
+    const std::size_t at = field(0, 14) * 16 + n / 8 * field(32, 14) * 16 + n % 8 * 64 + k;
+    const std::size_t swizzled = at ^ (at >> 3 & 0x30);
+    if (swizzled >= shared_bytes) fail("an asynchronous product reads beyond shared memory");
+    return static_cast<std::int32_t>(static_cast<std::int8_t>(shared.get()[swizzled]));
+  };
+  std::int32_t a[16][32];
+  for (int lane = 0; lane < warp_size; ++lane) {
+    const auto& f = *static_cast<const GroupFragments*>(lanes[lane]);
+    if (f.descriptor != first.descriptor) fail("the lanes of a warp have different descriptors");
+    for (int i = 0; i < 16; ++i) {
+      const int row = lane / 4 + ((i >= 4 && i < 8) || i >= 12 ? 8 : 0);
+      a[row][4 * (lane % 4) + i % 4 + (i >= 8 ? 16 : 0)] = byte_of<false>(f.a[i / 4], i % 4);
+    }
+  }
+  for (int fragment = 0; fragment < first.fragments; ++fragment) {
+    std::int32_t weights[32][8];
+    for (int k = 0; k < 32; ++k) {
+      for (int n = 0; n < 8; ++n)
+        weights[k][n] = b(static_cast<std::size_t>(8 * fragment + n), static_cast<std::size_t>(k));
+    }
+    for (int lane = 0; lane < warp_size; ++lane) {
+      std::int32_t* acc = static_cast<const GroupFragments*>(lanes[lane])->acc[fragment];
+      for (int i = 0; i < 4; ++i) {
+        std::int64_t sum = 0;
+        for (int k = 0; k < 32; ++k) sum += a[lane / 4 + (i >= 2 ? 8 : 0)][k] * weights[k][2 * (lane % 4) + i % 2];
+        add_wrapping(acc[i], sum);
+      }
+    }
+  }
+}
+
+void meet(void* const*) {}
 
 }    // namespace qcfs::cuda::emulation

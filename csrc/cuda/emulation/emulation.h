@@ -3,12 +3,13 @@
 //
 //     CUDA thread     a fiber (ucontext) with its own stack
 //     __syncthreads   the fiber yields; a block goes on when all its fibers have arrived
-//     warp collective ldmatrix, mma and shuffle: every lane leaves its operands and yields; the last lane to arrive
-//                     executes for all 32, by the fragment tables of the PTX manual
+//     warp collective ldmatrix and mma: every lane leaves its operands and yields; when all 32 have arrived one of
+//                     them executes for all, by the fragment tables of the PTX manual
 //     shared memory   a heap block of exactly the launch's size (ASan sees its ends), filled with garbage
-//     cp.async        queued, executed by the wait that guarantees it and no earlier: a missing wait reads garbage
+//     cp.async        executed either at once or by the wait that guarantees it, drawn from a seed: a missing wait
+//                     reads garbage, a slot of the pipeline filled too early is overwritten while it is read
 //
-// Between barriers the warps of a block run one after the other in an order drawn from a seed, so that a missing
+// Between barriers the warps of a block run one after the other in an order drawn from the seed, so that a missing
 // barrier shows as wrong data in some order. Memory operands are plain host memory.
 #pragma once
 
@@ -17,6 +18,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+
+#include "cuda/device.h"    // which includes this file at its end
 
 #define QCFS_DEVICE inline
 #define QCFS_UNROLL
@@ -55,8 +58,12 @@ void wait_copies(int pending);
 void run_grid(Grid grid, int threads, std::size_t shared, const std::function<void()>& kernel);
 
 void load_matrices(void* const* lanes);
+template <bool is_signed>    // the first operand
 void multiply_16x8x32(void* const* lanes);
+template <bool is_signed>
 void multiply_8x8x16(void* const* lanes);
+void multiply_group(void* const* lanes);    // one warp's part of it
+void meet(void* const* lanes);
 
 struct MatrixRows {
   std::uint32_t* r;
@@ -66,6 +73,12 @@ struct Fragments {
   std::int32_t* acc;
   const std::uint32_t* a;
   std::uint32_t b0, b1;
+};
+struct GroupFragments {
+  std::int32_t (*acc)[4];
+  int fragments;
+  const std::uint32_t* a;
+  std::uint64_t descriptor;
 };
 struct SmallFragments {
   std::int32_t *c0, *c1;
@@ -80,6 +93,12 @@ struct SmallFragments {
 
 struct alignas(16) uint4 {
   std::uint32_t x, y, z, w;
+};
+struct alignas(8) int2 {
+  std::int32_t x, y;
+};
+struct alignas(16) int4 {
+  std::int32_t x, y, z, w;
 };
 
 inline void copy16(unsigned char* shared, const void* global, bool valid) {
@@ -99,18 +118,41 @@ inline void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) {
   emulation::collective(emulation::load_matrices, &operands);
 }
 
-inline void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+template <bool is_signed>
+inline void multiply_any(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   if (emulation::capability >= 80) {
     emulation::Fragments operands{acc, a, b0, b1};
-    emulation::collective(emulation::multiply_16x8x32, &operands);
+    emulation::collective(emulation::multiply_16x8x32<is_signed>, &operands);
     return;
   }
   emulation::SmallFragments parts[4] = {{&acc[0], &acc[1], a[0], b0},
                                         {&acc[2], &acc[3], a[1], b0},
                                         {&acc[0], &acc[1], a[2], b1},
                                         {&acc[2], &acc[3], a[3], b1}};
-  for (auto& part : parts) emulation::collective(emulation::multiply_8x8x16, &part);
+  for (auto& part : parts) emulation::collective(emulation::multiply_8x8x16<is_signed>, &part);
 }
+inline void multiply(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  multiply_any<false>(acc, a, b0, b1);
+}
+inline void multiply_signed(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  multiply_any<true>(acc, a, b0, b1);
+}
+
+#if defined(QCFS_FAST_WGMMA)
+#define QCFS_GROUPS 1
+inline void publish_shared() {}
+inline void group_begin() {}
+template <typename Accumulators>
+void group_end(Accumulators&&) {}
+template <int fragments>
+void multiply_group(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4], const unsigned char* shared) {
+  const auto address = static_cast<std::uint32_t>(shared - emulation::shared_memory());
+  emulation::GroupFragments operands{acc, fragments, a, group_descriptor(address)};
+  emulation::collective(emulation::multiply_group, &operands);
+}
+#endif
+
+inline void sync_warp() { emulation::collective(emulation::meet, nullptr); }
 
 // Compiled with -ffp-contract=off.
 inline double mul_rn(double a, double b) { return a * b; }

@@ -14,6 +14,7 @@
 //     4 px   | 4x4| 4x4| .. |   one 64-bit accumulator
 //     a row  +----+----+----+   a product, one step of K        analog: 32 accumulator registers, no shared memory
 //
+// The kernel of the image here serves grouped layers and those of few outputs; image.h has the one for tensor cores.
 // Sums stay below 2^53 (contract), so their conversion to double is exact too.
 #pragma once
 
@@ -29,19 +30,28 @@ struct AnalogParams {
   std::int64_t col_blocks, channel_blocks;
 };
 
-QCFS_DEVICE void encode_point(const AnalogConv& a, std::int64_t pixel, std::int64_t o, std::int32_t current) {
+// Ends `width` neighbouring channels (1, or 4 where they may be written together) of one pixel from `o` on.
+template <int width>
+QCFS_DEVICE void encode_point(const AnalogConv& a, std::int64_t pixel, std::int64_t o,
+                              const std::int32_t (&current)[width]) {
   const std::int64_t index = pixel * a.out_channels + o;
   if (a.steps == 0) {
-    a.out_current[index] = current;
+    store_values<width>(a.out_current + index, current);
     return;
   }
   const std::int64_t plane = a.batch * a.out_h * a.out_w * a.out_channels;
-  const std::int32_t n = a.threshold[o];
-  std::int32_t v = n / 2, bits = 0;
-  for (std::int64_t t = 0; t < a.steps; ++t) {
-    bits |= fire(v, current, n) << (t % 8);
+  std::int32_t n[width], v[width];
+  load_values<width>(n, a.threshold + o);
+  QCFS_UNROLL
+  for (int j = 0; j < width; ++j) v[j] = n[j] / 2;
+  std::uint32_t bits = 0;
+  for (std::int32_t t = 0; t < a.steps; ++t) {
+    QCFS_UNROLL
+    for (int j = 0; j < width; ++j) {
+      bits |= static_cast<std::uint32_t>(fire(v[j], current[j], n[j])) << (8 * j + t % 8);
+    }
     if (t % 8 == 7 || t + 1 == a.steps) {
-      a.out_mask[t / 8 * plane + index] = static_cast<std::uint8_t>(bits);
+      store_bytes<width>(a.out_mask + t / 8 * plane + index, bits);
       bits = 0;
     }
   }
@@ -97,7 +107,8 @@ static __global__ void __launch_bounds__(analog_threads) analog_kernel(const __g
     for (int i = 0; i < analog_pixels; ++i) {
       if (col + i >= a.out_w) continue;
       const double z = add_rn(mul_rn(static_cast<double>(acc[i][j]), scale), a.offset[o + j]);
-      encode_point(a, line * a.out_w + col + i, o + j, to_grid(z, a.low[o + j], a.high[o + j]));
+      const std::int32_t current[1] = {to_grid(z, a.low[o + j], a.high[o + j])};
+      encode_point<1>(a, line * a.out_w + col + i, o + j, current);
     }
   }
 }

@@ -22,9 +22,9 @@ __global__ void __launch_bounds__(128, 4) direct_kernel(const __grid_constant__ 
   const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
   const std::int32_t pixel = static_cast<std::int32_t>(index / p.out_channels);
   const std::int32_t col = pixel % p.out_w, row = pixel / p.out_w % p.out_h, sample = pixel / (p.out_w * p.out_h);
-  std::int32_t acc[T];
+  std::int32_t acc[T][1];
   QCFS_UNROLL
-  for (int t = 0; t < T; ++t) acc[t] = 0;
+  for (int t = 0; t < T; ++t) acc[t][0] = 0;
   for (std::int32_t i = 0; i < p.product_count; ++i) {
     const ProductParams& q = p.products[i];
     const std::int32_t inputs = q.channels / q.groups;
@@ -45,18 +45,18 @@ __global__ void __launch_bounds__(128, 4) direct_kernel(const __grid_constant__ 
           if (q.count) {
             QCFS_UNROLL
             for (int t = 0; t < T; ++t) {
-              if (t < p.steps) acc[t] += w * from[t * plane + c];
+              if (t < p.steps) acc[t][0] += w * from[t * plane + c];
             }
           } else {
             const std::int32_t mask = from[c];
             QCFS_UNROLL
-            for (int t = 0; t < T; ++t) acc[t] += (mask >> t) & 1 ? w : 0;
+            for (int t = 0; t < T; ++t) acc[t][0] += (mask >> t) & 1 ? w : 0;
           }
         }
       }
     }
   }
-  p.out[index] = integrate<T>(p, index, o, acc);
+  p.out[index] = static_cast<std::uint8_t>(integrate<T, 1>(p, index, o, acc));
 }
 
 // Adds the slices of a split K (none for a layer without products) and ends the layer.
@@ -65,16 +65,17 @@ __global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ 
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (index >= plane) return;
-  std::int32_t acc[T];
+  std::int32_t acc[T][1];
   QCFS_UNROLL
   for (int t = 0; t < T; ++t) {
-    acc[t] = 0;
+    acc[t][0] = 0;
     if (t < p.steps) {
       for (std::int32_t i = 0; i < p.slices; ++i)
-        acc[t] = wrapping_add(acc[t], p.partial[(i * p.steps + t) * plane + index]);
+        acc[t][0] = wrapping_add(acc[t][0], p.partial[(i * p.steps + t) * plane + index]);
     }
   }
-  p.out[index] = integrate<T>(p, index, static_cast<std::int32_t>(index % p.out_channels), acc);
+  const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
+  p.out[index] = static_cast<std::uint8_t>(integrate<T, 1>(p, index, o, acc));
 }
 
 template <int T>

@@ -127,43 +127,43 @@ static __global__ void count_kernel(const __grid_constant__ CountParams p) {
 struct PoolParams {
   Pool a;
   Quad quad;
-  std::int64_t planes;    // outputs are numbered over planes, samples, rows, columns, quads of channels
+  std::int64_t planes;    // outputs are numbered over input planes, samples, rows, columns, quads of channels
 };
 
+// One thread has four channels of one output position and all the steps of an input plane. Sums stay below 256
+// (contract), so four of them are added in one word.
 static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
   const Pool& a = p.a;
   std::int64_t index = global_thread();
   if (index >= p.planes * a.batch * a.out_h * a.out_w * p.quad.count) return;
   const std::int64_t first = index % p.quad.count * 4;
   index /= p.quad.count;
-  const std::int64_t output = index * a.channels + first;    // within all planes
-  const std::int64_t col = index % a.out_w;
-  index /= a.out_w;
-  const std::int64_t row = index % a.out_h;
-  index /= a.out_h;
-  const std::int64_t sample = index % a.batch, t = index / a.batch;
+  const std::int64_t col = index % a.out_w, line = index / a.out_w, row = line % a.out_h;
+  const std::int64_t sample = line / a.out_h % a.batch, plane = line / a.out_h / a.batch;
   const bool bits = a.coding == Coding::mask && !a.any;
+  const std::int32_t steps = bits ? static_cast<std::int32_t>(a.steps - 8 * plane < 8 ? a.steps - 8 * plane : 8) : 1;
   const std::int64_t *h = a.rows + 3 * row, *w = a.cols + 3 * col;
-  const std::uint8_t* x = a.x + ((bits ? t / 8 : t) * a.batch + sample) * a.in_h * a.in_w * a.channels + first;
-  std::uint32_t sum[4] = {0, 0, 0, 0}, any = 0;
+  const std::uint8_t* x = a.x + (plane * a.batch + sample) * a.in_h * a.in_w * a.channels + first;
+  std::uint32_t sum[8] = {};
   for (std::int64_t r = h[0]; r < h[1]; ++r) {
     for (std::int64_t c = w[0]; c < w[1]; ++c) {
-      std::uint32_t word = load_quad(x + (r * a.in_w + c) * a.channels, p.quad, first);
-      if (a.any) {
-        any |= word;
-        continue;
+      const std::uint32_t word = load_quad(x + (r * a.in_w + c) * a.channels, p.quad, first);
+      if (bits) {
+        QCFS_UNROLL
+        for (int t = 0; t < 8; ++t) sum[t] += word >> t & 0x01010101u;
+      } else {
+        sum[0] = a.any ? sum[0] | word : sum[0] + word;
       }
-      if (bits) word = word >> (t % 8) & 0x01010101u;
-      QCFS_UNROLL
-      for (int j = 0; j < 4; ++j) sum[j] += word >> (8 * j) & 0xff;
     }
   }
-  if (!a.any) {
-    const auto factor = static_cast<std::uint32_t>(a.multiple == 0 ? 1 : a.multiple / (h[2] * w[2]));
-    QCFS_UNROLL
-    for (int j = 0; j < 4; ++j) any |= (sum[j] * factor & 0xff) << (8 * j);
+  const auto factor = static_cast<std::uint32_t>(a.multiple == 0 ? 1 : a.multiple / (h[2] * w[2]));
+  const std::int64_t out_plane = a.batch * a.out_h * a.out_w * a.channels;
+  std::uint8_t* out =
+      a.out + (bits ? 8 * plane : plane) * out_plane + ((sample * a.out_h + row) * a.out_w + col) * a.channels + first;
+  QCFS_UNROLL
+  for (int t = 0; t < 8; ++t) {
+    if (t < steps) store_quad(out + t * out_plane, p.quad, first, sum[t] * factor);
   }
-  store_quad(a.out + output, p.quad, first, any);
 }
 
 static __global__ void pool_counts_kernel(const __grid_constant__ PoolCounts p) {
@@ -191,49 +191,58 @@ struct QuantizeParams {
 
 constexpr std::uint32_t infinity_bits = 0x7f800000;    // NaNs lie above it
 
-struct ImagePoint {
-  std::int64_t sample, row, col, channel;
+// One thread has all channels of one pixel; blocks do not cross samples.
+struct ImagePixel {
+  std::int64_t sample, pixel;
+  const float* x;    // channel 0
+  bool exists;
 };
 
-QCFS_DEVICE ImagePoint image_point(const Quantize& a, std::int64_t index) {
-  return {index / a.channels / a.width / a.height, index / a.channels / a.width % a.height,
-          index / a.channels % a.width, index % a.channels};
+QCFS_DEVICE ImagePixel image_pixel(const Quantize& a) {
+  const std::int64_t pixels = a.height * a.width;
+  const std::int64_t blocks = (pixels + elementwise_threads - 1) / elementwise_threads;    // of a sample
+  const std::int64_t sample = blockIdx.x / blocks;
+  const std::int64_t pixel = blockIdx.x % blocks * elementwise_threads + threadIdx.x;
+  const float* x = a.x + sample * a.stride_n + pixel / a.width * a.stride_h + pixel % a.width * a.stride_w;
+  return {sample, pixel, x, pixel < pixels};
 }
 
-QCFS_DEVICE float transformed(const Quantize& a, const ImagePoint& i) {
-  const float x =
-      a.x[i.sample * a.stride_n + a.source[i.channel] * a.stride_c + i.row * a.stride_h + i.col * a.stride_w];
-  return add_rn(mul_rn(x, a.scale[i.channel]), a.shift[i.channel]);
+QCFS_DEVICE float transformed(const Quantize& a, const ImagePixel& i, std::int64_t channel) {
+  return add_rn(mul_rn(i.x[a.source[channel] * a.stride_c], a.scale[channel]), a.shift[channel]);
 }
 
 static __global__ void largest_kernel(const __grid_constant__ QuantizeParams p) {
-  const std::int64_t index = global_thread();
-  if (index >= p.a.batch * p.a.height * p.a.width * p.a.channels) return;
-  const ImagePoint i = image_point(p.a, index);
-  const std::uint32_t size = bits_of(transformed(p.a, i)) & 0x7fffffffu;
+  const ImagePixel i = image_pixel(p.a);
+  if (!i.exists) return;
+  std::uint32_t most = 0;
+  for (std::int64_t c = 0; c < p.a.channels; ++c) {
+    const std::uint32_t size = bits_of(transformed(p.a, i, c)) & 0x7fffffffu;
+    most = size > most ? size : most;
+  }
   // Most values lie below the largest so far: read before the atomic, which would serialise them all.
-  if (size > *const_cast<const volatile std::uint32_t*>(p.most + i.sample)) atomicMax(p.most + i.sample, size);
+  if (most > *const_cast<const volatile std::uint32_t*>(p.most + i.sample)) atomicMax(p.most + i.sample, most);
 }
 
 static __global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {
-  const std::int64_t index = global_thread();
-  const std::int64_t image = p.a.height * p.a.width * p.a.channels;
-  if (index >= p.a.batch * image) return;
-  const ImagePoint i = image_point(p.a, index);
+  const ImagePixel i = image_pixel(p.a);
+  if (!i.exists) return;
+  std::int16_t* out = p.a.out + (i.sample * p.a.height * p.a.width + i.pixel) * p.a.channels;
   const std::uint32_t bits = p.most[i.sample];
+  const bool finite = bits < infinity_bits;
   int e = 0;
-  if (bits >= infinity_bits) {
-    p.a.out[index] = 0;
-    if (index % image == 0) p.most[p.a.batch] = 1;
-  } else {
-    const double most = float_of(bits);
-    if (most > 0) {
-      frexp(div_rn(most, 32767.0), &e);    // in (2^(e-1), 2^e]: frexp gives [1/2, 1), so a power of two needs one less
-      if (most <= ldexp(32767.0, e - 1)) --e;
-    }
-    p.a.out[index] = static_cast<std::int16_t>(rint(mul_rn(static_cast<double>(transformed(p.a, i)), ldexp(1.0, -e))));
+  if (finite && bits != 0) {
+    // most = f * 2^e with f in [1/2, 1), and 32767 = (1 - 2^-15) * 2^15.
+    const double f = frexp(static_cast<double>(float_of(bits)), &e);
+    e -= f <= 32767.0 / 32768.0 ? 15 : 14;
   }
-  if (index % image == 0) p.a.exponent[i.sample] = e;
+  const double unit = ldexp(1.0, -e);
+  for (std::int64_t c = 0; c < p.a.channels; ++c) {
+    out[c] = finite ? static_cast<std::int16_t>(rint(mul_rn(static_cast<double>(transformed(p.a, i, c)), unit)))
+                    : std::int16_t{0};
+  }
+  if (i.pixel != 0) return;
+  p.a.exponent[i.sample] = e;
+  if (!finite) p.most[p.a.batch] = 1;
 }
 
 }    // namespace qcfs::cuda

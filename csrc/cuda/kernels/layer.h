@@ -41,6 +41,7 @@ struct LayerParams {
   std::int32_t slices;        // finish kernel: partial sums to add
   std::int32_t padded_out;    // O rounded up as in packed weights
   std::int32_t wide_out;      // the output may be stored 16 bytes at a time
+  std::int32_t quads;    // four neighbouring channels may be read and written together, in every operand of [.., O]
   const std::int32_t* current;
   const std::int32_t* bias;
   const std::int32_t* threshold;
@@ -83,37 +84,103 @@ QCFS_HD static inline std::int8_t high_digit(std::int32_t w) {
   return static_cast<std::int8_t>((w - low_digit(w)) >> 8);
 }
 
-// Adds what does not come from products to the currents of output neuron `index` = pixel * O + o, then integrates,
-// fires and resets; returns the mask byte. Currents past the group's steps are ignored.
-template <int T>
-QCFS_DEVICE std::uint8_t integrate(const LayerParams& p, std::int64_t index, std::int32_t o,
-                                   std::int32_t (&currents)[T]) {
+// Byte offset of a 16-byte chunk of a 64-byte row. Two rows fill the 128 bytes of all banks; the swizzle spreads the
+// same chunk of 8 consecutive rows over all of them, as ldmatrix reads it.
+QCFS_HD static inline std::int32_t chunk_offset(std::int32_t row, std::int32_t chunk) {
+  return row * stage_bytes + ((chunk ^ ((row >> 1) & 3)) << 4);
+}
+
+// Four neighbouring values: one 16-byte access (int32) or one of 4 bytes (uint8, little endian).
+QCFS_DEVICE void load_quad(std::int32_t (&to)[4], const std::int32_t* from) {
+  const int4 v = *reinterpret_cast<const int4*>(from);
+  to[0] = v.x;
+  to[1] = v.y;
+  to[2] = v.z;
+  to[3] = v.w;
+}
+QCFS_DEVICE void store_quad(std::int32_t* to, const std::int32_t (&from)[4]) {
+  *reinterpret_cast<int4*>(to) = int4{from[0], from[1], from[2], from[3]};
+}
+
+template <int width>
+QCFS_DEVICE void load_values(std::int32_t (&to)[width], const std::int32_t* from) {
+  if constexpr (width == 4) {
+    load_quad(to, from);
+  } else {
+    to[0] = *from;
+  }
+}
+template <int width>
+QCFS_DEVICE void store_values(std::int32_t* to, const std::int32_t (&from)[width]) {
+  if constexpr (width == 4) {
+    store_quad(to, from);
+  } else {
+    *to = from[0];
+  }
+}
+template <int width>
+QCFS_DEVICE void store_bytes(std::uint8_t* to, std::uint32_t bytes) {
+  if constexpr (width == 4) {
+    *reinterpret_cast<std::uint32_t*>(to) = bytes;
+  } else {
+    *to = static_cast<std::uint8_t>(bytes);
+  }
+}
+template <int width>
+QCFS_DEVICE std::uint32_t load_bytes(const std::uint8_t* from) {
+  if constexpr (width == 4) return *reinterpret_cast<const std::uint32_t*>(from);
+  return *from;
+}
+
+// Adds what does not come from products to the currents of `width` neighbouring output neurons (1, or 4 where
+// LayerParams::quads allows), the first of which is `index` = pixel * O + o; then integrates, fires and resets. Returns
+// their mask bytes, the first one lowest. Currents past the group's steps are ignored.
+template <int T, int width>
+QCFS_DEVICE std::uint32_t integrate(const LayerParams& p, std::int64_t index, std::int32_t o,
+                                    std::int32_t (&currents)[T][width]) {
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
-  std::int32_t constant = p.bias[o];
-  if (p.current != nullptr) constant += p.current[index];
+  std::int32_t constant[width], n[width], v[width];
+  load_values<width>(constant, p.bias + o);
+  load_values<width>(n, p.threshold + o);
+  if (p.current != nullptr) {
+    std::int32_t current[width];
+    load_values<width>(current, p.current + index);
+    QCFS_UNROLL
+    for (int j = 0; j < width; ++j) constant[j] += current[j];
+  }
+  QCFS_ROLLED
   for (std::int32_t i = 0; i < p.residual_count; ++i) {
     const ResidualParams& r = p.residuals[i];
-    const std::int32_t amplitude = r.amplitude[o];
-    if (r.count) {
+    std::int32_t amplitude[width];
+    load_values<width>(amplitude, r.amplitude + o);
+    std::uint32_t bytes = load_bytes<width>(r.data + index);
+    QCFS_UNROLL
+    for (int t = 0; t < T; ++t) {
+      if (r.count && t > 0 && t < p.steps) bytes = load_bytes<width>(r.data + t * plane + index);
       QCFS_UNROLL
-      for (int t = 0; t < T; ++t) {
-        if (t < p.steps) currents[t] += amplitude * r.data[t * plane + index];
+      for (int j = 0; j < width; ++j) {
+        const std::uint32_t byte = bytes >> (8 * j) & 0xff;
+        currents[t][j] += amplitude[j] * static_cast<std::int32_t>(r.count ? byte : byte >> t & 1);
       }
-    } else {
-      const std::int32_t mask = r.data[index];
-      QCFS_UNROLL
-      for (int t = 0; t < T; ++t) currents[t] += (mask >> t) & 1 ? amplitude : 0;
     }
   }
-  const std::int32_t n = p.threshold[o];
-  std::int32_t v = p.membrane_in != nullptr ? p.membrane_in[index] : n / 2;
-  std::int32_t bits = 0;
+  if (p.membrane_in != nullptr) {
+    load_values<width>(v, p.membrane_in + index);
+  } else {
+    QCFS_UNROLL
+    for (int j = 0; j < width; ++j) v[j] = n[j] / 2;
+  }
+  std::uint32_t bits = 0;
   QCFS_UNROLL
   for (int t = 0; t < T; ++t) {
-    if (t < p.steps) bits |= fire(v, currents[t] + constant, n) << t;
+    if (t >= p.steps) break;
+    QCFS_UNROLL
+    for (int j = 0; j < width; ++j) {
+      bits |= static_cast<std::uint32_t>(fire(v[j], currents[t][j] + constant[j], n[j])) << (8 * j + t);
+    }
   }
-  if (p.membrane_out != nullptr) p.membrane_out[index] = v;
-  return static_cast<std::uint8_t>(bits);
+  if (p.membrane_out != nullptr) store_values<width>(p.membrane_out + index, v);
+  return bits;
 }
 
 }    // namespace qcfs::cuda

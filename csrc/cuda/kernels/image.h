@@ -1,0 +1,185 @@
+// Convolution of the image on tensor cores, then the neuron's steps: the first layer of most networks.
+//
+//     acc = sum_k w[k] * q[k]        k over taps and channels; w and q are 16-bit integers; exact
+//     z   = acc * (gain[c] * 2^e[n]) + offset[c]      double, each operation rounded to nearest, never fused
+//     I   = clamp(rint(z), low[c], high[c]);   then I itself, or v[-1] = n/2; v += I; s[t] = v >= n; v -= n * s[t]
+//
+// Both factors are two base-256 digits: w = 256 * w1 + w0 with w0, w1 in -128 .. 127, q = 256 * q1 + q0 with q0 in
+// 0 .. 255 and q1 in -128 .. 127. Four int8 products give acc, in three 32-bit accumulators an output:
+//
+//     acc = 65536 * sum w1 q1  +  256 * (sum w1 q0 + sum w0 q1)  +  sum w0 q0
+//
+// none of which can reach 2^31 while K <= 43000. This path does not depend on T and runs once.
+//
+// Operands: q int16 [N, H, W, C]; weights packed as in layer.h as if K were the channels of one tap: int8
+// [2, stages, O rounded up to 64, 64]; result as in the contract, T in the bits of the mask bytes.
+//
+// A block computes 64 pixels x 64 channels, a warp 16 pixels. An image has few channels, so its rows of K are no
+// 16-byte pieces: a thread gathers four neighbouring k of eight pixels, splits them into digits and stores words.
+//
+//           64 of K                       64 channels                two of each in shared memory (32 KiB), filled
+//         +----------+                  +-------------+              and multiplied in turn, one barrier a stage
+//     64  | q1: s8   |                  | w1: s8      |
+//     px  +----------+                  +-------------+              registers: 96 accumulators, 32 values on
+//         | q0: u8   |                  | w0: s8      |              their way, 32 addresses
+//         +----------+                  +-------------+
+#pragma once
+
+#include "cuda/device.h"
+#include "cuda/kernels/analog.h"
+#include "cuda/kernels/layer.h"
+
+namespace qcfs::cuda {
+
+constexpr int image_rows = 64, image_cols = 64, image_threads = 128;
+constexpr int image_plane = 64 * stage_bytes;    // one digit of one tile
+constexpr std::int64_t image_most_k = 43000;
+
+struct ImageParams {
+  AnalogConv a;
+  const std::int8_t* packed;
+  std::int32_t stages, k, padded_out, quads;
+};
+
+static __global__ void __launch_bounds__(image_threads) image_kernel(const __grid_constant__ ImageParams p) {
+  QCFS_SHARED(shared);
+  const AnalogConv& a = p.a;
+  const std::int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const std::int32_t H = static_cast<std::int32_t>(a.in_h), W = static_cast<std::int32_t>(a.in_w);
+  const std::int32_t C = static_cast<std::int32_t>(a.in_channels), O = static_cast<std::int32_t>(a.out_channels);
+  const std::int32_t out_w = static_cast<std::int32_t>(a.out_w), area = static_cast<std::int32_t>(a.out_h) * out_w;
+  const std::int32_t pixels = static_cast<std::int32_t>(a.batch) * area;
+  const std::int32_t first_pixel = static_cast<std::int32_t>(blockIdx.x) * image_rows;
+  const std::int32_t first_channel = static_cast<std::int32_t>(blockIdx.y) * image_cols;
+
+  // Thread i gathers k = 4 * (i % 16) .. + 3 of a stage for rows i / 16, i / 16 + 8, ..
+  constexpr int gathered = image_rows / 8;
+  const std::int32_t quad = thread % 16, first_row = thread / 16;
+  std::int32_t y[gathered], x[gathered];    // under tap (0, 0)
+  std::int64_t from[gathered];              // offset of that pixel
+  QCFS_UNROLL
+  for (int i = 0; i < gathered; ++i) {
+    const std::int32_t at = first_pixel + first_row + 8 * i;
+    const bool exists = at < pixels;
+    y[i] = exists ? at % area / out_w * static_cast<std::int32_t>(a.g.stride_h) - static_cast<std::int32_t>(a.g.pad_h)
+                  : -(1 << 30);
+    x[i] = at % out_w * static_cast<std::int32_t>(a.g.stride_w) - static_cast<std::int32_t>(a.g.pad_w);
+    from[i] = exists ? ((static_cast<std::int64_t>(at / area) * H + y[i]) * W + x[i]) * C : 0;
+  }
+
+  std::int32_t acc[3][8][4] = {};
+  const std::int32_t a_lane = chunk_offset(16 * warp + lane % 16, lane / 16);
+  const std::int32_t b_lane = chunk_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  QCFS_ROLLED
+  for (std::int32_t stage = 0; stage < p.stages; ++stage) {
+    unsigned char* const tiles = shared + stage % 2 * (4 * image_plane);
+    QCFS_UNROLL
+    for (int i = 0; i < 2 * image_plane / 16; i += image_threads) {
+      const std::int32_t piece = i + thread, digit = piece / (image_plane / 16), row = piece % (image_plane / 16) / 4;
+      const std::int64_t at =
+          (static_cast<std::int64_t>(digit) * p.stages + stage) * p.padded_out + first_channel + row;
+      copy16(tiles + (2 + digit) * image_plane + chunk_offset(row, piece % 4),
+             p.packed + at * stage_bytes + piece % 4 * 16, true);
+    }
+    copies_commit();
+    std::uint32_t low[gathered], high[gathered];
+    QCFS_UNROLL
+    for (int i = 0; i < gathered; ++i) low[i] = high[i] = 0;
+    QCFS_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const std::int32_t k = stage * stage_bytes + 4 * quad + j, tap = k / C;
+      const std::int32_t kernel_w = static_cast<std::int32_t>(a.g.kernel_w);
+      const std::int32_t dy = tap / kernel_w * static_cast<std::int32_t>(a.g.dilation_h);
+      const std::int32_t dx = tap % kernel_w * static_cast<std::int32_t>(a.g.dilation_w);
+      const std::int64_t offset = (static_cast<std::int64_t>(dy) * W + dx) * C + k % C;
+      QCFS_UNROLL
+      for (int i = 0; i < gathered; ++i) {
+        const bool valid = k < p.k && static_cast<std::uint32_t>(y[i] + dy) < static_cast<std::uint32_t>(H) &&
+                           static_cast<std::uint32_t>(x[i] + dx) < static_cast<std::uint32_t>(W);
+        const std::uint32_t q = valid ? static_cast<std::uint16_t>(a.x[from[i] + offset]) : 0u;
+        low[i] |= (q & 0xff) << (8 * j);
+        high[i] |= (q >> 8) << (8 * j);
+      }
+    }
+    QCFS_UNROLL
+    for (int i = 0; i < gathered; ++i) {
+      unsigned char* to = tiles + chunk_offset(first_row + 8 * i, quad / 4) + quad % 4 * 4;
+      *reinterpret_cast<std::uint32_t*>(to) = high[i];
+      *reinterpret_cast<std::uint32_t*>(to + image_plane) = low[i];
+    }
+    copies_wait<0>();
+    __syncthreads();    // this stage is there; and everyone has left the other half, which is filled next
+    QCFS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      std::uint32_t q1[4], q0[4];
+      load_matrices(q1, tiles + (a_lane ^ 32 * half));
+      load_matrices(q0, tiles + image_plane + (a_lane ^ 32 * half));
+      QCFS_UNROLL
+      for (int j = 0; j < image_cols / 16; ++j) {
+        std::uint32_t w1[4], w0[4];
+        const unsigned char* at = tiles + 2 * image_plane + j * 16 * stage_bytes + (b_lane ^ 32 * half);
+        load_matrices(w1, at);
+        load_matrices(w0, at + image_plane);
+        QCFS_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          multiply_signed(acc[2][2 * j + h], q1, w1[2 * h], w1[2 * h + 1]);
+          multiply(acc[1][2 * j + h], q0, w1[2 * h], w1[2 * h + 1]);
+          multiply_signed(acc[1][2 * j + h], q1, w0[2 * h], w0[2 * h + 1]);
+          multiply(acc[0][2 * j + h], q0, w0[2 * h], w0[2 * h + 1]);
+        }
+      }
+    }
+  }
+  __syncthreads();
+
+  // Lane l holds rows l/4 and l/4 + 8 and channels 2 * (l % 4) and one more of each fragment; its currents are turned
+  // through the warp's own 1 KiB, so that a lane ends four neighbouring channels.
+  std::int32_t* own = reinterpret_cast<std::int32_t*>(shared) + warp * 256;
+  double power[2];
+  QCFS_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const std::int32_t at = first_pixel + 16 * warp + lane / 4 + 8 * r;
+    power[r] = ldexp(1.0, a.exponent[at < pixels ? at / area : 0]);
+  }
+  QCFS_UNROLL
+  for (int first = 0; first < image_cols; first += 16) {
+    QCFS_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      QCFS_UNROLL
+      for (int c = 0; c < 2; ++c) {
+        const std::int32_t col = 8 * j + lane % 4 * 2 + c, o = first_channel + first + col;
+        if (o >= O) continue;
+        const double gain = a.gain[o], offset = a.offset[o];
+        QCFS_UNROLL
+        for (int r = 0; r < 2; ++r) {
+          const std::int64_t sum = static_cast<std::int64_t>(acc[2][first / 8 + j][2 * r + c]) * 65536 +
+                                   static_cast<std::int64_t>(acc[1][first / 8 + j][2 * r + c]) * 256 +
+                                   acc[0][first / 8 + j][2 * r + c];
+          const double z = add_rn(mul_rn(static_cast<double>(sum), mul_rn(gain, power[r])), offset);
+          own[(lane / 4 + 8 * r) * 16 + col] = to_grid(z, a.low[o], a.high[o]);
+        }
+      }
+    }
+    sync_warp();
+    QCFS_ROLLED
+    for (std::int32_t i = lane; i < 64; i += 32) {
+      const std::int32_t row = i / 4, col = i % 4 * 4;
+      const std::int32_t at = first_pixel + 16 * warp + row, o = first_channel + first + col;
+      if (at >= pixels || o >= O) continue;
+      if (p.quads) {
+        std::int32_t currents[4];
+        load_quad(currents, own + row * 16 + col);
+        encode_point<4>(a, at, o, currents);
+      } else {
+        QCFS_ROLLED
+        for (int j = 0; j < 4 && o + j < O; ++j) {
+          const std::int32_t current[1] = {own[row * 16 + col + j]};
+          encode_point<1>(a, at, o + j, current);
+        }
+      }
+    }
+    sync_warp();
+  }
+}
+
+}    // namespace qcfs::cuda
