@@ -11,6 +11,7 @@
 
 #include "cpu/cpu.h"
 #include "cpu/isa.h"
+#include "cpu/thread_pool.h"
 
 namespace py = pybind11;
 
@@ -328,6 +329,9 @@ PYBIND11_MODULE(_cpu, m) {
     return names;
   });
   m.def("measure_peak", &qcfs::cpu::measure_peak, py::call_guard<py::gil_scoped_release>());
+  m.def("use_threads_of", [](Address parallel_for) {
+    qcfs::cpu::use_threads_of(reinterpret_cast<qcfs::cpu::ParallelFor>(parallel_for));
+  });
   m.def("packed_bytes", &packed_bytes);
   m.def("pack", &pack);
   m.def("packed_analog_bytes", &packed_analog_bytes);

@@ -7,6 +7,7 @@ both variables are read at import, `force` changes the choice at run time.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -15,7 +16,10 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
+
+import torch
 
 native: Any = None
 native_error = ""
@@ -23,6 +27,24 @@ try:
     native = importlib.import_module("._cpu", __package__)
 except ImportError as error:  # a source tree that was not built: the reference still works
     native_error = str(error)
+
+
+def _torch_threads() -> int:
+    """Address of libtorch_cpu's torch_parallel_for, a plain C function from torch 2.10 on; 0 where there is none."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).exists():
+            with contextlib.suppress(OSError, AttributeError):
+                function = ctypes.CDLL(str(folder / name)).torch_parallel_for
+                return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+# The kernels run on torch's own threads: two pools would compete for the cores.
+threads = "own pool"
+if native is not None and (_address := _torch_threads()):
+    native.use_threads_of(_address)
+    threads = "torch's"
 
 # Caps of the instruction set, and the CPU features that each allows.
 LEVELS = {

@@ -41,7 +41,7 @@ def info() -> dict[str, Any]:
         "triton": backend.triton_version(),
         "machine": platform.machine(),
         "processor": processor(),
-        "threads": torch.get_num_threads(),
+        "threads": f"{torch.get_num_threads()} ({backend.threads})",
         "native module": "loaded"
         if backend.native
         else f"absent ({backend.native_error}); operators run through plain torch",

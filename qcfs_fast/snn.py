@@ -33,7 +33,8 @@ class Layer(nn.Module):
         self.inputs = list(inputs)
         self.config = dict(config)
         for name in sorted(tensors):
-            self.register_buffer(name, tensors[name])
+            # Kernels want dense tensors: a copy now, or one at every call.
+            self.register_buffer(name, tensors[name].contiguous())
 
     if TYPE_CHECKING:  # buffers by name
 

@@ -16,7 +16,7 @@
 namespace qcfs::cpu {
 namespace {
 
-constexpr auto spin_time = std::chrono::microseconds(50);
+constexpr auto spin_time = std::chrono::microseconds(100);
 
 long process_id() {
 #if defined(__unix__) || defined(__APPLE__)
@@ -58,20 +58,28 @@ class Pool {
       for (std::int64_t i = 0; i < tasks; ++i) body(context, i, 0);
       return;
     }
-    const int helpers = std::min(threads - 1, static_cast<int>(threads_.size()));
     {
       std::lock_guard<std::mutex> lock(mutex_);
       body_ = body;
       context_ = context;
       tasks_ = tasks;
       next_.store(0, std::memory_order_relaxed);
-      helpers_ = helpers;
-      pending_.store(static_cast<int>(threads_.size()), std::memory_order_relaxed);
+      helpers_ = std::min(threads - 1, static_cast<int>(threads_.size()));
+      open_.store(true);
       generation_.fetch_add(1, std::memory_order_release);
+      if (sleeping_ > 0) wake_.notify_all();
     }
-    wake_.notify_all();
     work(0);
-    while (pending_.load(std::memory_order_acquire) != 0) relax();
+    // Who has not begun by now never will, so a worker that the system is slow to wake holds nobody up. One that has
+    // begun may have lost its core to this very loop: let it have it.
+    open_.store(false);
+    for (int spins = 0; running_.load() != 0; ++spins) {
+      if (spins < 4000) {
+        relax();
+      } else {
+        std::this_thread::yield();
+      }
+    }
   }
 
  private:
@@ -103,12 +111,16 @@ class Pool {
       }
       if (generation_.load(std::memory_order_acquire) == seen) {
         std::unique_lock<std::mutex> lock(mutex_);
+        ++sleeping_;
         wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+        --sleeping_;
       }
       seen = generation_.load(std::memory_order_acquire);
       if (stopping_) return;
-      if (worker <= helpers_) work(worker);
-      pending_.fetch_sub(1, std::memory_order_release);
+      // In this order, and the reverse in run(): either the job counts this worker or the worker sees it closed.
+      running_.fetch_add(1);
+      if (open_.load() && worker <= helpers_) work(worker);
+      running_.fetch_sub(1);
     }
   }
 
@@ -119,12 +131,14 @@ class Pool {
   std::vector<std::thread> threads_;
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<std::int64_t> next_{0};
-  std::atomic<int> pending_{0};
+  std::atomic<bool> open_{false};    // the job may be joined
+  std::atomic<int> running_{0};      // workers inside it, or looking whether it is open
   std::atomic<bool> stopping_{false};
   Body body_ = nullptr;
   const void* context_ = nullptr;
   std::int64_t tasks_ = 0;
   int helpers_ = 0;
+  int sleeping_ = 0;    // guarded by mutex_
 };
 
 // The pool is never destroyed: joining threads while the process exits, or in a forked child that
@@ -143,10 +157,42 @@ Pool* pool() {
   return p;
 }
 
+std::atomic<ParallelFor> lent{nullptr};
+std::atomic<long> lent_to{0};    // process
+
+bool run_on_lent(std::int64_t tasks, int threads, Body body, const void* context) {
+  const ParallelFor run = lent.load(std::memory_order_acquire);
+  if (run == nullptr || lent_to.load(std::memory_order_relaxed) != process_id()) return false;
+  struct Job {
+    std::int64_t tasks;
+    Body body;
+    const void* context;
+    std::atomic<std::int64_t> next;
+  };
+  Job job{tasks, body, context, {0}};
+  const PartBody part = [](std::int64_t begin, std::int64_t, void* shared) {
+    Job& j = *static_cast<Job*>(shared);
+    for (;;) {
+      const std::int64_t task = j.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= j.tasks) return;
+      j.body(j.context, task, static_cast<int>(begin));
+    }
+  };
+  if (run(0, threads, 1, part, &job) == 0) return true;
+  part(0, 1, &job);    // whatever it did not do
+  return true;
+}
+
 }    // namespace
+
+void use_threads_of(ParallelFor parallel_for) {
+  lent_to.store(process_id(), std::memory_order_relaxed);
+  lent.store(parallel_for, std::memory_order_release);
+}
 
 void parallel_for(std::int64_t tasks, int threads, Body body, const void* context) {
   if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads > 1 && run_on_lent(tasks, threads, body, context)) return;
   Pool* p = threads > 1 ? pool() : nullptr;
   if (p == nullptr) {
     for (std::int64_t i = 0; i < tasks; ++i) body(context, i, 0);

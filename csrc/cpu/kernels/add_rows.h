@@ -21,6 +21,14 @@ constexpr int block_vectors = sizeof(Weight) == 1 ? block_vectors_8 : block_vect
 
 #if defined(QCFS_PAIRS)
 
+// One load into a register: left alone, compilers load once more for the second use, and loads are what limits this
+// loop.
+inline Int load_once(const void* p) {
+  Int v = load<Int>(p);
+  __asm__("" : "+v"(v));
+  return v;
+}
+
 template <typename Weight>
 constexpr int panel_place(int channel) {
   constexpr int run = 8 / static_cast<int>(sizeof(Weight));    // channels of half an interleaved 16 bytes
@@ -41,7 +49,7 @@ inline void add_rows(const std::int16_t*, const Stretch& s, Int (&acc)[vectors])
   const auto add = [&](const std::int16_t* w0, const std::int16_t* w1, Int values) {
     QCFS_UNROLL
     for (int j = 0; j < vectors; j += 2) {
-      const Int a = load<Int>(w0 + j * lanes), b = load<Int>(w1 + j * lanes);
+      const Int a = load_once(w0 + j * lanes), b = load_once(w1 + j * lanes);
       acc[j] = dot2(acc[j], low_words(a, b), values);
       acc[j + 1] = dot2(acc[j + 1], high_words(a, b), values);
     }
@@ -97,7 +105,7 @@ inline void add_rows(const std::int8_t*, const Stretch& s, Int (&acc)[vectors]) 
     const auto add = [&](const std::int8_t* w0, const std::int8_t* w1, Int values) {
       QCFS_UNROLL
       for (int j = 0; j < groups; ++j) {
-        const Int a = load<Int>(w0 + 4 * j * lanes), b = load<Int>(w1 + 4 * j * lanes);
+        const Int a = load_once(w0 + 4 * j * lanes), b = load_once(w1 + 4 * j * lanes);
         words[2 * j] = add_words(words[2 * j], dot_bytes(values, low_bytes(a, b)));
         words[2 * j + 1] = add_words(words[2 * j + 1], dot_bytes(values, high_bytes(a, b)));
       }

@@ -45,18 +45,33 @@ inline void multiply(const Segment* segments, int count, std::int64_t sample, st
   }
 }
 
-// A loop of independent dot4 alone.
+// A loop of independent dot4 alone, of different operands: equal ones would be multiplied once.
 double matrix_loop(std::int64_t rounds) {
-  Int acc[12], x = Int{} + 0x01010101, w = Int{} + 0x02030405;
-  for (int i = 0; i < 12; ++i) acc[i] = Int{} + i;
-  for (std::int64_t r = 0; r < rounds; ++r) {
-    __asm__ volatile("" : "+m"(x));    // or the compiler would compute a product once
-    const Int four = x;
+  constexpr int inputs = lanes == 16 ? 3 : 2, weights = 4;
+  Int acc[inputs][weights], x[inputs], w[weights];
+  QCFS_UNROLL
+  for (int j = 0; j < weights; ++j) w[j] = Int{} + 0x01020304 * (j + 1);
+  QCFS_UNROLL
+  for (int i = 0; i < inputs; ++i) {
+    x[i] = Int{} + 0x01010101;
     QCFS_UNROLL
-    for (int i = 0; i < 12; ++i) acc[i] = dot4(acc[i], four, w);
+    for (int j = 0; j < weights; ++j) acc[i][j] = Int{} + j;
+  }
+  for (std::int64_t r = 0; r < rounds; ++r) {
+    QCFS_UNROLL
+    for (int i = 0; i < inputs; ++i) {
+      __asm__ volatile("" : "+m"(x[i]));    // may have changed: or a product would be computed once for all rounds
+      const Int bytes = x[i];
+      QCFS_UNROLL
+      for (int j = 0; j < weights; ++j) acc[i][j] = dot4(acc[i][j], bytes, w[j]);
+    }
   }
   Int all{};
-  for (int i = 0; i < 12; ++i) all += acc[i];
+  QCFS_UNROLL
+  for (int i = 0; i < inputs; ++i) {
+    QCFS_UNROLL
+    for (int j = 0; j < weights; ++j) all += acc[i][j];
+  }
   __asm__ volatile("" : : "m"(all));
-  return 12.0 * 4 * lanes * static_cast<double>(rounds);
+  return static_cast<double>(inputs * weights) * 4 * lanes * static_cast<double>(rounds);
 }
