@@ -2,6 +2,7 @@
 # make check  format, lint and types                                 make bench  compare latencies (10 minutes)
 # make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
+# make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
 # make cuda-report  registers, spills and instructions of the CUDA kernels (where nvcc was found)
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
@@ -13,7 +14,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qc
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-triton check format bench readme-figures figures-write cuda-report clean
+.PHONY: demo test test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -30,6 +31,10 @@ test-triton: $(VENV)/.installed $(VENV)/.tools
 	test -d $(VENV)/triton-$(VERSION) || $(PIP) install --no-deps --target $(VENV)/triton-$(VERSION) triton==$(VERSION) 'numpy<2.4'
 	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" $(PY) -P -c "import triton; assert triton.__version__ == '$(VERSION)', triton.__version__"
 	PYTHONPATH="$(CURDIR)/$(VENV)/triton-$(VERSION)" TEST_TRITON_THOROUGH=1 $(VENV)/bin/pytest -n 2 tests/test_triton.py tests/test_triton_compile.py $(PYTEST_ARGS)
+
+test-arm64: $(VENV)/.installed $(VENV)/.tools
+	command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests/test_native.py -k arm64
 
 bench: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/pytest benchmarks --benchmark-only $(PYTEST_ARGS)

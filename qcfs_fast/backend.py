@@ -41,10 +41,10 @@ def _torch_threads() -> int:
 
 
 # The kernels run on torch's own threads: two pools would compete for the cores.
-threads = "own pool"
+thread_pool = "own"
 if native is not None and (_address := _torch_threads()):
     native.use_threads_of(_address)
-    threads = "torch's"
+    thread_pool = "torch"
 
 # Caps of the instruction set, and the CPU features that each allows.
 LEVELS = {

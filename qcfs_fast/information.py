@@ -41,7 +41,8 @@ def info() -> dict[str, Any]:
         "triton": backend.triton_version(),
         "machine": platform.machine(),
         "processor": processor(),
-        "threads": f"{torch.get_num_threads()} ({backend.threads})",
+        "threads": torch.get_num_threads(),
+        "thread pool": backend.thread_pool,
         "native module": "loaded"
         if backend.native
         else f"absent ({backend.native_error}); operators run through plain torch",

@@ -27,6 +27,7 @@ from .windows import largest_value
 
 GEOMETRY = 9
 POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1, 1)
+MOST_ROW = 2**26  # event lists count in 64ths of 2^32
 
 library = torch.library.Library("qcfs_fast", "FRAGMENT")
 library.define("quantize_input(Tensor x, Tensor source, Tensor scale, Tensor shift) -> (Tensor, Tensor)")
@@ -146,8 +147,8 @@ def _if_shape(
         _fail(op, f"{len(residual)} residuals but {len(amplitude)} amplitudes")
     if not x and not residual and current is None:
         _fail(op, "a layer needs at least one source")
-    if len(x) > 64:
-        _fail(op, f"at most 64 inputs can be summed in one layer, got {len(x)}")
+    if max(len(x), len(residual)) > 64:
+        _fail(op, f"at most 64 inputs and 64 residuals can be summed in one layer, got {len(x)} and {len(residual)}")
     _check(op, "threshold", threshold, torch.int32, [-1])
     O = threshold.shape[0]
     _check(op, "bias", bias, torch.int32, [O])
@@ -412,6 +413,12 @@ def _native_conv2d_if(
 ) -> None:
     """`keys` are the tensors that packed weights belong to, where `weight` holds views of them."""
     keys = weight if keys is None else keys
+    for xi, wi in zip(x, weight, strict=True):
+        row, kernel = xi.shape[3] * xi.shape[4], wi.shape[0] * wi.shape[1] * wi.shape[2]
+        if max(row, kernel) >= MOST_ROW:
+            _fail(
+                "conv2d_if", f"{row} inputs in a row and {kernel} under a kernel; the CPU kernels take {MOST_ROW - 1}"
+            )
     x, weight, residual, amplitude = _dense(x), _dense(weight), _dense(residual), _dense(amplitude)
     current = None if current is None else current.contiguous()
     bias, threshold = _dense((bias, threshold))

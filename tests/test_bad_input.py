@@ -263,6 +263,13 @@ def operands(**changes):
         ({"geometry": [3, 3, 0, 1, 1, 1, 1, 1, 1]}, "kernel, stride, dilation and groups must be positive"),
         ({"residual": []}, "0 residuals but 1 amplitudes"),
         ({"amplitude": [torch.zeros(3, dtype=torch.int32)]}, "amplitude 0 must have shape"),
+        (
+            {
+                "residual": [torch.zeros(1, 2, 5, 5, 4, dtype=torch.uint8)] * 65,
+                "amplitude": [torch.zeros(4, dtype=torch.int32)] * 65,
+            },
+            "at most 64 inputs and 64 residuals",
+        ),
         ({"bias": torch.zeros(3, dtype=torch.int32)}, "bias must have shape"),
         ({"threshold": torch.zeros(4)}, "threshold must be torch.int32"),
         ({"current": torch.zeros(2, 4, 5, 4, dtype=torch.int32)}, "current gives an output of shape"),

@@ -45,7 +45,7 @@ def test_instruction_set_cap():
     assert runs["portable"].stdout.strip() == "portable", runs["portable"].stderr
     bad = python("-c", CODE, QCFS_FAST_MAX_ISA="avx9000")
     assert bad.returncode != 0
-    assert "known levels: portable, avx2, avx512" in bad.stderr
+    assert "known levels: portable, avx2, avxvnni, avx512, avx512vnni, amx, neon, neondot" in bad.stderr
 
 
 def test_backend_variable():
@@ -112,7 +112,9 @@ def test_no_shared_code_carries_instruction_set_flags():
     for path in (SOURCE / "csrc/cpu/kernels").glob("*.cpp"):
         text = path.read_text()
         assert re.findall(r"#include <(\w+)>", text) in ([], ["immintrin"]) or "#include <vector>" not in text
-        assert text.index("namespace {") < text.index('#include "cpu/kernels/generic.h"')
+        algorithms = re.search(r'#include "cpu/kernels/(x86_256|x86_512|four_lanes)\.h"', text)
+        assert algorithms
+        assert text.index("namespace {") < algorithms.start() < text.index("}    // namespace")
 
 
 def test_a_missing_compiler_gives_one_clear_line(tmp_path):

@@ -239,6 +239,14 @@ def test_threshold_is_inclusive_and_reset_is_soft(engine):
     assert out.flatten().tolist() == [0b11001]
 
 
+def test_rows_that_lists_cannot_count_are_refused():
+    x = torch.zeros(1, 1, dtype=torch.uint8).expand(1, 1, 2**26)
+    w = torch.zeros(1, 1, dtype=torch.int8).expand(2**26, 1)
+    zero = torch.zeros(1, dtype=torch.int32)
+    with backend.force(reference=False), pytest.raises(ValueError, match="67108864 inputs in a row"):
+        torch.ops.qcfs_fast.linear_if([x], [w], [], [], None, zero, zero + 2, 4)
+
+
 def test_empty_batch(engine):
     x = torch.zeros(1, 0, 4, 4, 3, dtype=torch.uint8)
     out = torch.ops.qcfs_fast.conv2d_if(

@@ -133,8 +133,10 @@ void fire_positions(const DenseLayer& layer, std::int64_t column_block, std::int
       Int current[vectors];
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        current[j] = load<Int>(sum + j * lanes) << 8;
-        if (digits == 2) current[j] += load<Int>(sum + (vectors + j) * lanes);
+        // Modulo 2^32: the total fits, its high digits alone may not.
+        Unsigned total = load<Unsigned>(sum + j * lanes) << 8;
+        if (digits == 2) total += load<Unsigned>(sum + (vectors + j) * lanes);
+        current[j] = reinterpret_cast<const Int&>(total);
       }
       membranes.step(t, current);
     }

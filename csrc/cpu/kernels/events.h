@@ -155,11 +155,10 @@ inline int reach_of(const EventLayer& layer, int begin, int end, std::int64_t sa
 
 // Copies n entries, each plus `shift`; reads and writes up to a vector beyond them.
 inline void append(std::uint32_t* to, const std::uint32_t* from, std::int64_t n, std::uint32_t shift) {
-  const Int add = Int{} + static_cast<std::int32_t>(shift);
   std::int64_t k = 0;
   do {
-    store(to + k, load<Int>(from + k) + add);
-    store(to + k + lanes, load<Int>(from + k + lanes) + add);
+    store(to + k, load<Unsigned>(from + k) + shift);
+    store(to + k + lanes, load<Unsigned>(from + k + lanes) + shift);
     k += 2 * lanes;
   } while (k < n);
 }

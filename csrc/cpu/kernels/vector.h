@@ -1,6 +1,7 @@
 // Vectors of `lanes` int32 and the last step of every layer. Included, like its neighbours, once for each instruction
 // set inside that file's unnamed namespace; hence no include guard and no includes.
 
+using Unsigned = std::uint32_t __attribute__((vector_size(4 * lanes)));
 using Byte = std::uint8_t __attribute__((vector_size(lanes)));
 using Narrow8 = std::int8_t __attribute__((vector_size(lanes)));
 using Narrow16 = std::int16_t __attribute__((vector_size(2 * lanes)));
