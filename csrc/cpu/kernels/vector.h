@@ -85,6 +85,7 @@ struct Membranes {
   }
 
   inline void step(std::int64_t t, const Int (&current)[vectors]) {
+    const std::int32_t bit = 1 << (t % 8);
     for (int i = 0; i < a.residual_count; ++i) {
       const Residual& r = a.residuals[i];
       const bool mask = r.coding == Coding::mask;
@@ -94,7 +95,7 @@ struct Membranes {
         Int s = __builtin_convertvector((row<Byte>(x, j)), Int);
         const Int amplitude = load<Int>(neurons.amplitude[i] + channel + j * lanes);
         if (mask) {
-          v[j] += (((s >> static_cast<int>(t % 8)) & 1) != 0) & amplitude;
+          v[j] += ((s & bit) != 0) & amplitude;
         } else {
           v[j] += s * amplitude;
         }
@@ -104,7 +105,6 @@ struct Membranes {
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) v[j] += row<Int>(a.current + index, j);
     }
-    const std::int32_t bit = 1 << (t % 8);
     QCFS_UNROLL
     for (int j = 0; j < vectors; ++j) {
       const Int n = load<Int>(neurons.threshold + channel + j * lanes);
