@@ -387,13 +387,14 @@ class Layer:
         self.bias = torch.zeros(self.outputs, dtype=torch.int32)
         self.threshold = torch.full_like(self.bias, self.unit)
         self.linear = self.kernel == self.size == 1
+        # Kept: packed weights belong to a tensor, and a view made for each call would be packed for each call.
+        self.matrices = {bits: w.flatten(0, 2) for bits, w in self.weights.items()}
 
     def ours(self, bits: int) -> Tensor:
-        w = self.weights[bits]
         tail: Any = ([], [], None, self.bias, self.threshold, self.T)
         if self.linear:
-            return torch.ops.qcfs_fast.linear_if([self.x.flatten(2)], [w.flatten(0, 2)], *tail)
-        return torch.ops.qcfs_fast.conv2d_if([self.x], [w], self.geometry, *tail)
+            return torch.ops.qcfs_fast.linear_if([self.x.flatten(2)], [self.matrices[bits]], *tail)
+        return torch.ops.qcfs_fast.conv2d_if([self.x], [self.weights[bits]], self.geometry, *tail)
 
     def fired(self) -> Tensor:
         """Spikes [T, 1, O, ...] by the plain-torch reference, with which ours must agree."""

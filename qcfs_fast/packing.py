@@ -2,7 +2,7 @@
 
 Entries are keyed by the identity of the weight tensors and checked against their version counters, so a change in place
 packs again. Writes that escape the counter (through .data, .numpy() or another library) are not seen: do not. Tensors
-made under torch.inference_mode() have no counter and are packed at every call.
+made under torch.inference_mode() have no counter and are packed at every call; so are views made for a single call.
 """
 
 from __future__ import annotations
