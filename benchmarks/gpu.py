@@ -233,6 +233,16 @@ def loop_contenders(table: Table, steps: dict[str, Callable[[], Callable[[int], 
         table.attempt(name, contender)
 
 
+def on_triton(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same call through the Triton kernels; raises, with the reason, where they cannot run."""
+
+    def call() -> Any:
+        with backend.force(gpu="triton"):
+            return run()
+
+    return call
+
+
 def snn_contenders(table: Table, snns: dict[int, Any], images: Tensor, T: int) -> None:
     for bits, snn in snns.items():
         table.attempt(f"qcfs_fast {bits}-bit eager", lambda snn=snn: lambda: snn(images, T))
@@ -243,6 +253,7 @@ def snn_contenders(table: Table, snns: dict[int, Any], images: Tensor, T: int) -
                 return lambda: captured.graph.replay()
 
             table.attempt(f"qcfs_fast {bits}-bit CUDA graph", graph)
+            table.attempt(f"Triton {bits}-bit eager", lambda snn=snn: on_triton(lambda: snn(images, T)))
 
 
 def rates(device: torch.device, clock: Clock) -> dict[str, Any]:
@@ -347,6 +358,7 @@ def aims(entry: dict[str, Any]) -> dict[str, Any]:
         return {"16-bit CUDA graph / ANN fp16 CUDA graph (aim <= 1.0)": ratio("qcfs_fast 16-bit CUDA", "ANN fp16 CUDA")}
     return {
         "best T-loop / 16-bit (aim >= 4)": ratio("T-loop", "qcfs_fast 16-bit"),
+        "Triton 16-bit / 16-bit eager (aim <= 1.6)": ratio("Triton 16-bit", "qcfs_fast 16-bit eager"),
         "16-bit / 8-bit (aim >= 1.6 where compute-bound)": ratio("qcfs_fast 16-bit", "qcfs_fast 8-bit"),
         "largest share of the int8 rate, one layer (aim >= 0.5)": max(shares(16), default=NOT_MEASURED),
     }
@@ -386,6 +398,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 snns = {b: qcfs_fast.convert(model, max(args.steps), b, input_shape=shape).to(device) for b in (16, 8)}
                 images = images.to(device)
                 entry["equal to CPU"] = {b: check_equal(s, images, max(args.steps)) for b, s in snns.items()}
+                if clock.cuda and not backend.absence["triton"]():
+                    for b, s in snns.items():
+                        same = on_triton(lambda s=s, images=images: check_equal(s, images, max(args.steps)))()
+                        entry["equal to CPU"][f"{b}, Triton"] = same
                 anns = Table(clock, args.rounds)
                 ann_contenders(anns, net, images)
                 loops = loop_steps(model, images)

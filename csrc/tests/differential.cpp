@@ -104,7 +104,7 @@ std::uint32_t usable_isa() {
 // One random layer; returns false where a kernel set differs from the plain loops.
 bool run_case(int threads, Totals& totals) {
   const std::int64_t channels[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129};
-  const std::int64_t T = pick(1, 20), N = pick(1, 3);
+  const std::int64_t T = pick(1, chance(15) ? 40 : 20), N = pick(1, 3);
   std::int64_t O = channels[pick(0, 14)];
   const int weight_bytes = chance(50) ? 1 : 2;
   const std::int64_t groups = !chance(25) ? 1 : O % 3 == 0 && chance(50) ? 3 : O;    // or depthwise
