@@ -94,5 +94,5 @@ $(VENV)/.peers: $(VENV)/.torch
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.torch
-	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis pillow triton ruff mypy clang-format cmake setuptools
+	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis pillow triton ruff mypy clang-format cmake ninja pybind11 setuptools
 	touch $@
