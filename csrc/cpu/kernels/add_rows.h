@@ -7,6 +7,10 @@
 // come out in theirs (panel_place): of each group, the first half of the channels where `low` halves go.
 //
 // Elsewhere rows are widened one by one, in order.
+//
+// The including file defines block_vectors_16 and block_vectors_8, how many vectors of channels one pass takes; with
+// QCFS_PAIRS also the interleaving (low_words, high_words, low_bytes, high_bytes), the products (dot2, dot_bytes) and,
+// for words, add_words, first_words and last_words (widened halves).
 
 // A list of events, not empty, and the weights it selects: the row of position k begins at rows + k * sizeof(Weight).
 struct Stretch {

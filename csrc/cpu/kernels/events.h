@@ -19,9 +19,9 @@
 // Where a panel's weights do not fit the second-level cache (7x7 images, linear layers) the taps are cut into chunks:
 // all pixels of the tile take one chunk before the next, and their sums wait in memory.
 //
-// The including file defines lanes, Int, panel_place (where a channel sits in a packed row), block_vectors and
-// half_block (how many vectors of channels one pass takes, and whether half of that is allowed) per weight type, and
-// add_rows (the inner loop). It may define QCFS_OWN_LISTING and list_bytes.
+// panel_place (where a channel sits in a packed row), block_vectors and half_block (how many vectors of channels one
+// pass takes, and whether half of that is allowed) and the inner loop come from add_rows.h. An instruction set may
+// bring a list_bytes of its own and define QCFS_OWN_LISTING.
 
 // ---------------------------------------------------------------------------------- event lists
 
