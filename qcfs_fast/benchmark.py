@@ -29,7 +29,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from . import backend, reference
 from .calibration import calibrate
 from .contenders import DTYPES, Contenders, activations, apart, channels_last, describe_error, quantised
 from .conversion import convert
-from .information import processor
+from .information import processor, version_of
 from .preparation import prepare
 from .recording import trace
 from .simulation import simulate
@@ -123,13 +122,6 @@ def interleaved(
 # --------------------------------------------------------------------------------------- what is known
 
 
-def version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what; results are comparable only where this is equal."""
     cuda = device.type == "cuda"
@@ -144,7 +136,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "qcfs_fast": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **{p: version_of(p) for p in ("torchvision", "spikingjelly", "snntorch", "triton")},
+            **{p: version_of(p) or "not installed" for p in ("torchvision", "spikingjelly", "snntorch", "triton")},
         },
     }
 

@@ -14,7 +14,8 @@ from . import backend
 from .version import __version__
 
 
-def _version_of(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Version of an installed package, else None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -37,7 +38,7 @@ def info() -> dict[str, Any]:
         "qcfs_fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": _version_of("torchvision"),
+        "torchvision": version_of("torchvision"),
         "triton": backend.triton_version(),
         "machine": platform.machine(),
         "processor": processor(),

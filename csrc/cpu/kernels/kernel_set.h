@@ -82,7 +82,6 @@ struct DenseShape {
 
 // One product, its input expanded to bytes (dense.h): planes [T, samples, phases, grid_h, grid_w, depth].
 struct DenseProduct {
-  InputRows in;
   std::int64_t depth;          // padded input channels
   std::int64_t phases_w;       // column phases; phase = row phase * phases_w + column phase
   std::int64_t phase_bytes;    // of one phase of one sample
