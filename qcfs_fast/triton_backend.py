@@ -79,6 +79,7 @@ HORNER_DEPTH = 65281
 COUNT_DEPTH = 131072
 MASK_DEPTH = 16777216
 MOST_ROWS = 2**31 - 1024
+MOST_REGISTERS = 255  # a CUDA thread can have; left to choose, ptxas spills a few to fit one more block on a processor
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -86,8 +87,9 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> N
     if min(grid) == 0:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
+    limit = {} if HIP else {"maxnreg": MOST_REGISTERS}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, enable_fp_fusion=False, **options)
+        kernel[grid](*args, enable_fp_fusion=False, **limit, **options)
 
 
 def _capturing(x: Tensor) -> bool:

@@ -66,10 +66,7 @@ def test_compiles(target, tmp_path):
     assert direct_steps <= {f["steps"] for f in found if f["kernel"] == "spiking_direct"}
     assert not [f for f in found if f["inexact"]]
     assert not [f for f in found if SHARED[target.split(":")[0]] < f["shared"]]
-    # None for want of registers. ptxas, where it would fit one more block of threads onto a processor, may move a pair
-    # to the stack on its own; which kernel that hits changes with every release and architecture.
-    assert not [f for f in found if f["spilled"] > 8 or (f["spilled"] and f["registers"] > 128)]
-    assert not [f for f in found if f["spilled"] and PINNED and f["kernel"] != "spiking_direct"]
+    assert not [f for f in found if f["spilled"]]
     matrix = [f for f in found if f["kernel"] == "spiking_dot"]
     instruction = MATRIX[target]
     if instruction is None or (target == "cuda:120" and VERSION < (3, 3, 1)):

@@ -160,11 +160,11 @@ def nvidia_facts(asm):
 def amd_facts(asm):
     """A division of doubles is a chain with five multiply-adds, exact by construction; no other may be there.
 
-    Scalar registers that do not fit move to lanes of vector registers, not to memory, and do not count as spilled.
+    Spilled is what goes to memory (the private segment): scalar registers that do not fit move to lanes of vector
+    registers, vector registers to accumulation registers, and LLVM's counts of spills have those in them.
     """
     text = asm["amdgcn"]
     spilled = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text).group(1))
-    spilled += sum(int(v) for v in re.findall(r"\.vgpr_spill_count:\s*(\d+)", text))
     registers = int(re.search(r"\.vgpr_count:\s*(\d+)", text).group(1))
     matrix = sorted(set(re.findall(r"\bv_mfma_i32_\w*i8\b", text)))
     fused = re.findall(r"\bv_(?:pk_)?fma(?:c|mk|ak)?_f64", text)
