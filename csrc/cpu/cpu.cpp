@@ -2,6 +2,8 @@
 // workspace that only grows, so that a network of many layers does not go back to the system for each.
 #include "cpu/cpu.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -137,8 +139,11 @@ class Carver {
 // A wave's lists or planes should stay in the second or third-level cache.
 constexpr std::int64_t wave_bytes = 16 << 20;
 
-// Weights of one panel (or column block) that go through the second-level cache at a time.
-constexpr std::int64_t whole_panel_bytes = 640 << 10, chunk_bytes = 320 << 10;
+// Dense weights of one column block that go through the second-level cache at a time.
+constexpr std::int64_t whole_block_bytes = 640 << 10, chunk_bytes = 320 << 10;
+
+// Sums of a tile that wait there between chunks of weights.
+constexpr std::int64_t waiting_bytes = 256 << 10;
 
 InputRows input_rows(const Product& p, std::int64_t row0, std::int64_t row1) {
   const std::int64_t first = std::max<std::int64_t>(0, row0 * p.g.stride_h - p.g.pad_h);
@@ -168,7 +173,7 @@ std::vector<Wave> cut_waves(const ConvIf& a, const Bytes& bytes) {
 }
 
 Neurons pad_neurons(const ConvIf& a, Carver& space) {
-  const std::int64_t O = a.out_channels, padded = round_up(O, panel_channels);
+  const std::int64_t O = a.out_channels, padded = round_up(O, padded_channels);
   const auto copy = [&](const std::int32_t* from) {
     std::int32_t* to = space.take<std::int32_t>(padded);
     if (to != nullptr) {
@@ -215,19 +220,20 @@ bool is_linear(const ConvIf& a) {
   return linear;
 }
 
-// At T = 1 masks and counts look alike and come as counts; spikes go the faster way of masks.
-bool is_binary(const ConvIf& a, const Product& p) {
-  const std::int64_t bytes = a.batch * p.x.height * p.x.width * p.x.channels;
-  std::uint8_t all = 0;
-  for (std::int64_t i = 0; i < bytes; ++i) all = static_cast<std::uint8_t>(all | p.x.data[i]);
-  return all <= 1;
+int largest_input(const ConvIf& a, const Product& p) {
+  if (p.x.coding == Coding::mask) return 1;
+  const std::int64_t bytes = a.steps * a.batch * p.x.height * p.x.width * p.x.channels;
+  std::uint8_t most = 0;
+  for (std::int64_t i = 0; i < bytes; ++i) most = std::max(most, p.x.data[i]);
+  return most;
 }
 
 // A copy of a layer whose products may be changed.
 struct Layer {
   explicit Layer(const ConvIf& from) : a(from), products(from.products, from.products + from.product_count) {
     for (Product& p : products) {
-      if (a.steps == 1 && p.x.coding == Coding::count && is_binary(a, p)) p.x.coding = Coding::mask;
+      // At T = 1 masks and counts look alike and come as counts; spikes go the faster way of masks.
+      if (a.steps == 1 && largest_input(a, p) <= 1) p.x.coding = Coding::mask;
     }
     if (is_linear(a)) {
       a.out_h = a.batch;
@@ -246,134 +252,128 @@ struct Layer {
   bool linear = false;
 };
 
-// Many inputs of a linear layer become columns of fewer channels, between which its lists can be cut.
-void fold_columns(Layer& layer) {
-  for (Product& p : layer.products) {
-    if (!layer.linear || p.x.channels <= 1024) continue;
-    std::int64_t channels = 1024;
-    while (channels > 64 && p.x.channels % channels != 0) --channels;
-    if (p.x.channels % channels != 0) continue;
-    p.x.width = p.g.kernel_w = p.x.channels / channels;
-    p.x.channels = channels;
-  }
-}
-
 // ------------------------------------------------------------------------------------------ events
 
-std::int64_t list_entries(const ConvIf& a, const Product& p) {
-  return a.steps * p.x.width * p.x.channels + panel_channels;
+// Rows of a chunk: three quarters of the first-level cache, the rest is for lists and sums.
+std::int64_t most_event_rows() {
+  static const std::int64_t rows = [] {
+    long bytes = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    if (bytes <= 0) bytes = 32 << 10;
+    return std::clamp<std::int64_t>(bytes * 3 / 4 / row_bytes / 64 * 64, 256, 960);    // offsets have 16 bits
+  }();
+  return rows;
 }
 
-std::int64_t list_bytes(const ConvIf& a, const Product& p, std::int64_t row0, std::int64_t row1) {
-  const std::int64_t per_entry = p.x.coding == Coding::count ? 8 : 4;
-  return input_rows(p, row0, row1).rows * (per_entry * list_entries(a, p) + 4 * a.steps * (p.x.width + 1));
+EventCut cut_events(const Product& p) {
+  const std::int64_t most = most_event_rows();
+  EventCut cut{};
+  cut.blocks = ceil_div(p.x.channels, most);
+  cut.block_channels = cut.blocks == 1 ? p.x.channels : round_up(ceil_div(p.x.channels, cut.blocks), 64);
+  cut.blocks = ceil_div(p.x.channels, cut.block_channels);
+  const std::int64_t cells = p.g.kernel_h * p.g.kernel_w * cut.blocks;
+  cut.chunks = ceil_div(cells, most / cut.block_channels);
+  cut.cells = ceil_div(cells, cut.chunks);
+  cut.chunks = ceil_div(cells, cut.cells);
+  cut.rows = cut.cells * cut.block_channels + 1;
+  return cut;
 }
 
-void carve_lists(EventLayer& layer, Carver& space) {
+void carve_events(EventLayer& layer, bool grouped, Carver& space) {
   const ConvIf& a = *layer.a;
   const std::int64_t samples = layer.wave.sample1 - layer.wave.sample0;
+  const std::int64_t out_rows = samples * (layer.wave.row1 - layer.wave.row0);
+  bool values = false;
+  layer.chunks = 0;
+  layer.merged_capacity = list_slack;
   for (int i = 0; i < a.product_count; ++i) {
     const Product& p = a.products[i];
     EventLists& l = layer.lists[i];
     l.in = input_rows(p, layer.wave.row0, layer.wave.row1);
-    l.capacity = list_entries(a, p);
-    l.start = space.take<std::uint32_t>(samples * l.in.rows * a.steps * (p.x.width + 1));
-    l.position = space.take<std::uint32_t>(samples * l.in.rows * l.capacity);
-    l.value = p.x.coding == Coding::count ? space.take<std::uint32_t>(samples * l.in.rows * l.capacity) : nullptr;
+    l.cut = cut_events(p);
+    l.alone = !grouped && l.cut.cells == 1;
+    l.columns = !grouped && l.cut.cells > 1 && l.cut.blocks == 1 && p.g.kernel_w > 1 && p.g.dilation_w == 1;
+    l.capacity = a.steps * p.x.width * (p.x.channels + 4 * l.cut.blocks) + list_slack;
+    l.start = space.take<std::uint32_t>(samples * l.in.rows * a.steps * (p.x.width * l.cut.blocks + 1));
+    l.position = space.take<std::uint16_t>(samples * l.in.rows * l.capacity);
+    const bool counts = p.x.coding == Coding::count;
+    l.value = counts ? space.take<std::uint16_t>(samples * l.in.rows * l.capacity) : nullptr;
+    values |= counts;
+    layer.chunks += l.cut.chunks;
+    if (!l.alone) layer.merged_capacity += a.out_w * a.steps * l.cut.chunks * (l.cut.rows + 4);
   }
+  if (grouped) return;
+  layer.runs = space.take<EventRun>(out_rows * layer.chunks * a.out_w * a.steps);
+  layer.merged_position = space.take<std::uint16_t>(out_rows * layer.merged_capacity);
+  layer.merged_value = values ? space.take<std::uint16_t>(out_rows * layer.merged_capacity) : nullptr;
 }
 
-// The taps in the order of the packed weights, and where one chunk ends and the next begins.
-void cut_taps(const ConvIf& a, bool each, std::vector<Taps>& taps, std::vector<int>& chunk) {
-  std::int64_t bytes = 0;
-  for (int i = 0; i < a.product_count; ++i) {
-    const Product& p = a.products[i];
-    const std::int64_t tap = p.x.channels * panel_channels * p.weight_bytes;
-    bytes += p.g.kernel_h * p.g.kernel_w * tap;
-    const std::int64_t most =
-        each || p.g.dilation_w != 1 ? 1 : std::max<std::int64_t>(1, chunk_bytes / std::max<std::int64_t>(1, tap));
-    for (std::int64_t kh = 0; kh < p.g.kernel_h; ++kh) {
-      for (std::int64_t kw = 0; kw < p.g.kernel_w; kw += most) {
-        taps.push_back({i, kh, kw, std::min(p.g.kernel_w, kw + most)});
-      }
-    }
-  }
-  chunk.push_back(0);
-  std::int64_t filled = 0;
-  for (std::size_t i = 0; !each && bytes > whole_panel_bytes && i < taps.size(); ++i) {
-    const Product& p = a.products[taps[i].product];
-    const std::int64_t size = (taps[i].kw1 - taps[i].kw0) * p.x.channels * panel_channels * p.weight_bytes;
-    if (filled > 0 && filled + size > chunk_bytes) {
-      chunk.push_back(static_cast<int>(i));
-      filled = 0;
-    }
-    filled += size;
-  }
-  chunk.push_back(static_cast<int>(taps.size()));
-}
-
-Status run_events(const KernelSet& k, Layer& owner, Engine engine, int threads) {
+Status run_events(const KernelSet& k, const Layer& owner, Engine engine, int threads) {
   const bool grouped = engine == Engine::grouped;
-  if (!grouped) fold_columns(owner);
   const ConvIf& a = owner.a;
-  std::vector<Taps> all_taps;
-  std::vector<int> chunk;
-  cut_taps(a, grouped, all_taps, chunk);
   EventLayer layer{};
   layer.a = &a;
-  layer.taps = all_taps.data();
-  layer.chunk = chunk.data();
-  layer.chunks = static_cast<int>(chunk.size()) - 1;
+  for (int i = 0; i < a.product_count; ++i) layer.lists[i].most = largest_input(a, a.products[i]);
   const auto bytes = [&](std::int64_t row0, std::int64_t row1) {
-    std::int64_t sum = 0;
-    for (int i = 0; i < a.product_count; ++i) sum += list_bytes(a, a.products[i], row0, row1);
-    return sum;
+    layer.wave = {0, 1, row0, row1};
+    Carver count(nullptr);
+    carve_events(layer, grouped, count);
+    return static_cast<std::int64_t>(count.used());
   };
-  const std::int64_t panels = ceil_div(a.out_channels, panel_channels);
   for (const Wave& wave : cut_waves(a, bytes)) {
     layer.wave = wave;
     Carver count(nullptr);
     pad_neurons(a, count);
-    carve_lists(layer, count);
+    carve_events(layer, grouped, count);
     void* memory = shared.reserve(count.used() + slack);
     if (memory == nullptr) return Status::out_of_memory;
     Carver space(memory);
     layer.neurons = pad_neurons(a, space);
-    carve_lists(layer, space);
+    carve_events(layer, grouped, space);
 
-    const std::int64_t samples = wave.sample1 - wave.sample0;
+    const std::int64_t samples = wave.sample1 - wave.sample0, rows = wave.row1 - wave.row0;
     std::int64_t list_rows = 0;
     for (int i = 0; i < a.product_count; ++i) list_rows += samples * layer.lists[i].in.rows;
     run(list_rows, threads, [&](std::int64_t i) {
       int product = 0;
       while (i >= samples * layer.lists[product].in.rows) i -= samples * layer.lists[product++].in.rows;
-      const std::int64_t rows = layer.lists[product].in.rows;
-      k.list_events(a, product, wave, layer.lists[product], wave.sample0 + i / rows, i % rows);
+      const std::int64_t in_rows = layer.lists[product].in.rows;
+      k.list_events(a, product, wave, layer.lists[product], wave.sample0 + i / in_rows, i % in_rows);
       return Status::ok;
     });
-
-    const std::int64_t rows = wave.row1 - wave.row0;
-    Cut cut = cut_rows(rows, samples * (grouped ? 1 : panels), threads);
-    // The sums of a tile that wait between chunks should stay in the cache as well.
-    const std::int64_t most = std::max<std::int64_t>(1, (256 << 10) / (a.out_w * a.steps * panel_channels * 4));
-    if (layer.chunks > 1 && cut.band > most) cut = {most, ceil_div(rows, most)};
-    const auto tile = [&](std::int64_t i) {
-      const std::int64_t row0 = wave.row0 + i % cut.bands * cut.band;
-      return Tile{wave.sample0 + i / cut.bands, row0, std::min(wave.row1, row0 + cut.band)};
-    };
-    const std::int64_t tiles = samples * cut.bands;
-    Status s;
     if (grouped) {
-      s = run_tasks(tiles, threads, k.fire_grouped_workspace(a),
-                    [&](std::int64_t i, void* memory_of_task) { k.fire_grouped(layer, tile(i), memory_of_task); });
-    } else {
-      // Panels are the outer loop: neighbouring tasks share a panel.
-      s = run_tasks(tiles * panels, threads, k.fire_events_workspace(layer, cut.band),
-                    [&](std::int64_t i, void* memory_of_task) {
-                      const Tile t = tile(i % tiles);
-                      k.fire_events(layer, {t.sample, t.row0, t.row1, i / tiles}, memory_of_task);
-                    });
+      const Cut cut = cut_rows(rows, samples, threads);
+      const Status s = run_tasks(samples * cut.bands, threads, k.fire_grouped_workspace(a),
+                                 [&](std::int64_t i, void* memory_of_task) {
+                                   const std::int64_t row0 = wave.row0 + i % cut.bands * cut.band;
+                                   const std::int64_t row1 = std::min(wave.row1, row0 + cut.band);
+                                   k.fire_grouped(layer, {wave.sample0 + i / cut.bands, row0, row1}, memory_of_task);
+                                 });
+      if (s != Status::ok) return s;
+      continue;
     }
+    Status s =
+        run_tasks(samples * rows, threads, k.merge_events_workspace(layer), [&](std::int64_t i, void* memory_of_task) {
+          k.merge_events(layer, wave.sample0 + i / rows, wave.row0 + i % rows, memory_of_task);
+        });
+    if (s != Status::ok) return s;
+
+    const std::int64_t channels = panel_channels(a.product_count > 0 ? a.products[0].weight_bytes : 2);
+    const std::int64_t panels = ceil_div(a.out_channels, channels);
+    Cut cut = cut_rows(rows, samples * panels, threads);
+    const std::int64_t most = std::max<std::int64_t>(1, waiting_bytes / (a.out_w * a.steps * channels * 4));
+    if (layer.chunks > 1 && cut.band > most) cut = {most, ceil_div(rows, most)};
+    const std::int64_t tiles = samples * cut.bands;
+    // Panels are the outer loop: neighbouring tasks share a panel.
+    s = run_tasks(tiles * panels, threads, k.fire_events_workspace(layer, cut.band),
+                  [&](std::int64_t i, void* memory_of_task) {
+                    const std::int64_t tile = i % tiles;
+                    const std::int64_t row0 = wave.row0 + tile % cut.bands * cut.band;
+                    const std::int64_t row1 = std::min(wave.row1, row0 + cut.band);
+                    k.fire_events(layer, {wave.sample0 + tile / cut.bands, row0, row1, i / tiles}, memory_of_task);
+                  });
     if (s != Status::ok) return s;
   }
   return Status::ok;
@@ -464,7 +464,7 @@ void cut_segments(const KernelSet& k, const DenseLayer& layer, std::vector<Segme
                   std::vector<int>& chunk) {
   const ConvIf& a = *layer.a;
   const std::int64_t unit = k.dense.depth * k.dense.columns;
-  const std::int64_t limit = dense_block_bytes(k, a) > whole_panel_bytes ? chunk_bytes : whole_panel_bytes;
+  const std::int64_t limit = dense_block_bytes(k, a) > whole_block_bytes ? chunk_bytes : whole_block_bytes;
   chunk.assign(1, 0);
   segments.clear();
   std::int64_t filled = 0;
@@ -531,7 +531,7 @@ Status run_dense(const KernelSet& k, const Layer& owner, int threads) {
     std::int64_t per_task = ceil_div(blocks, std::min(wanted, blocks));
     if (layer.chunks > 1) {
       const std::int64_t sums = a.steps * k.dense.rows * k.dense.columns * 4;
-      per_task = std::min(per_task, std::max<std::int64_t>(1, (256 << 10) / sums));
+      per_task = std::min(per_task, std::max<std::int64_t>(1, waiting_bytes / sums));
     }
     const std::int64_t ranges = ceil_div(blocks, per_task);
     const Status s =
@@ -550,7 +550,7 @@ Status run_dense(const KernelSet& k, const Layer& owner, int threads) {
 bool dense_allowed(const KernelSet& k, const ConvIf& a) {
   bool allowed = k.dense.rows > 0 && a.product_count > 0;
   for (int i = 0; i < a.product_count; ++i) {
-    allowed &= k.dense.counts || a.products[i].x.coding == Coding::mask;
+    allowed &= k.dense.most == 255 || largest_input(a, a.products[i]) <= k.dense.most;
   }
   return allowed;
 }
@@ -583,7 +583,8 @@ bool dense_is_faster(const KernelSet& k, const ConvIf& a) {
     const double per_row = p.x.coding == Coding::count && narrow ? rates.events_16
                            : narrow                              ? rates.events_8
                                                                  : rates.events_16;
-    events += steps * (sampled_rate(a, p) * kernel * pixels * O / per_row + inputs / 20);
+    const double lists = inputs / 12 + 4 * pixels * static_cast<double>(p.g.kernel_h);
+    events += steps * (sampled_rate(a, p) * kernel * pixels * O / per_row + lists);
     dense += steps * (depth * positions * columns / rates.products + inputs / 60);
   }
   return dense < events;
@@ -653,8 +654,9 @@ std::size_t packed_bytes(const ConvIf& a, int product, Engine engine, std::uint3
   const KernelSet& k = choose(isa);
   const Product& p = a.products[product];
   if (engine == Engine::events) {
-    const std::int64_t rows = ceil_div(a.out_channels, panel_channels) * taps(p.g, p.x.channels);
-    return static_cast<std::size_t>(rows * panel_channels * p.weight_bytes + slack);
+    const EventCut cut = cut_events(p);
+    const std::int64_t panels = ceil_div(a.out_channels, panel_channels(p.weight_bytes));
+    return static_cast<std::size_t>(panels * cut.chunks * cut.rows * row_bytes);
   }
   if (engine == Engine::dense && product == 0) {
     const std::int64_t blocks = ceil_div(a.out_channels, block_channels(k, a));
@@ -665,7 +667,9 @@ std::size_t packed_bytes(const ConvIf& a, int product, Engine engine, std::uint3
 
 void pack(const ConvIf& a, int product, Engine engine, std::uint32_t isa, void* out) {
   const KernelSet& k = choose(isa);
-  if (engine == Engine::events) k.pack_events(a.products[product], a.out_channels, out);
+  if (engine == Engine::events) {
+    k.pack_events(a.products[product], a.out_channels, cut_events(a.products[product]), out);
+  }
   if (engine != Engine::dense || product != 0) return;
   std::int8_t* to = static_cast<std::int8_t*>(out);
   for (int i = 0; i < a.product_count; ++i) {

@@ -1,33 +1,44 @@
 // Convolution of the analog image: exact integer sums of 16-bit pixels times 16-bit weights, then the constant-current
 // neuron. Products are 31 bits wide, so a pixel is split into two signed base-256 digits, x = 256 * high + low; a
-// multiply-add of pairs (s16 x s16 -> s32) sums each digit over up to 512 inputs below 2^31:
+// multiply-add of pairs (s16 x s16 -> s32) sums each digit over up to 512 inputs below 2^31. Per row of output pixels:
 //
-//     gather      rows of inputs under the kernel, per output pixel   [pixels][high, low][K]   int16, K even
-//     multiply    pixels x digits, times packed weights [blocks][K / 2][columns][2]           int32 sums
+//     split       the kernel's input rows, with their padding      [kernel rows][high, low][columns * C]   int16
+//     multiply    pixels x digits, times packed weights            [blocks][kernel rows][pairs][columns][2]
+//                 of every kernel row; its kernel_w * C inputs are neighbours in the split row, read in place
+//                 (an odd one out is multiplied by zero)            int32 sums
 //     finish      (256 * high + low) * gain + offset in double -> grid -> spikes of all steps
 //
-// Longer K goes in stretches of 512 whose sums are added up in double, exact below 2^53. Grouped layers take a plain
-// loop.
+// Kernels dilated in width get rows in which the inputs of each output pixel were made neighbours. More than 512 inputs
+// go in stretches of 512, whose sums are added up in double, exact below 2^53. Grouped layers take a plain loop.
 //
 // The including file defines analog_vectors and dot2 (sums of products of int16 pairs).
 
 constexpr int analog_columns = analog_vectors * lanes;
 constexpr int analog_pixels = 3;             // of one register block, two digits each
 constexpr int analog_stretch = 256;          // pairs of inputs
-constexpr std::int64_t analog_batch = 12;    // pixels gathered at a time
+constexpr std::int64_t analog_batch = 12;    // pixels whose sums wait for the last step
 
 struct AnalogSizes {
-  std::int64_t inputs, pairs, padded_out;    // per output: inputs, pairs of inputs; output channels padded to blocks
+  std::int64_t inputs, pairs;    // of one kernel row
+  std::int64_t padded_out;       // output channels, to whole blocks
+  std::int64_t step;             // from one output pixel to the next in a split row
+  std::int64_t length;           // of a split row
 };
 
 inline AnalogSizes analog_sizes(const AnalogConv& a) {
-  const std::int64_t inputs = a.g.kernel_h * a.g.kernel_w * (a.in_channels / a.g.groups);
-  return {inputs, (inputs + 1) / 2, round_up(a.out_channels, analog_columns)};
+  const Geometry& g = a.g;
+  AnalogSizes s;
+  s.inputs = g.kernel_w * (a.in_channels / g.groups);
+  s.pairs = (s.inputs + 1) / 2;
+  s.padded_out = round_up(a.out_channels, analog_columns);
+  s.step = g.dilation_w == 1 ? g.stride_w * a.in_channels : 2 * s.pairs;
+  s.length = round_up((round_up(a.out_w, analog_pixels) - 1) * s.step + 2 * s.pairs, 32);
+  return s;
 }
 
 std::size_t pack_analog_bytes(const AnalogConv& a) {
   const AnalogSizes s = analog_sizes(a);
-  return a.g.groups > 1 ? 64 : static_cast<std::size_t>(s.padded_out * s.pairs * 4 + slack);
+  return a.g.groups > 1 ? 64 : static_cast<std::size_t>(s.padded_out * a.g.kernel_h * s.pairs * 4 + slack);
 }
 
 void pack_analog(const AnalogConv& a, void* out) {
@@ -36,77 +47,99 @@ void pack_analog(const AnalogConv& a, void* out) {
   std::int16_t* to = static_cast<std::int16_t*>(out);
   __builtin_memset(to, 0, pack_analog_bytes(a));
   for (std::int64_t block = 0; block < s.padded_out; block += analog_columns) {
-    for (std::int64_t k = 0; k < s.inputs; ++k) {
-      std::int16_t* row = to + (block * s.pairs + k / 2 * analog_columns) * 2 + k % 2;
-      for (std::int64_t c = 0; c < smaller(analog_columns, a.out_channels - block); ++c) {
-        row[2 * c] = a.weight[k * a.out_channels + block + c];
+    for (std::int64_t kh = 0; kh < a.g.kernel_h; ++kh) {
+      for (std::int64_t k = 0; k < s.inputs; ++k) {
+        const std::int64_t pair = (block * a.g.kernel_h + kh * analog_columns) * s.pairs + k / 2 * analog_columns;
+        std::int16_t* row = to + pair * 2 + k % 2;
+        for (std::int64_t c = 0; c < smaller(analog_columns, a.out_channels - block); ++c) {
+          row[2 * c] = a.weight[(kh * s.inputs + k) * a.out_channels + block + c];
+        }
       }
     }
   }
 }
 
-// Gathers the inputs of one output pixel as two rows of digits, each 2 * pairs long.
-inline void gather(const AnalogConv& a, const AnalogSizes& s, std::int64_t sample, std::int64_t row, std::int64_t col,
-                   std::int16_t* out) {
+// Splits what output row `row` reads under kernel row kh: digits at `out` (high) and out + length (low).
+inline void split_row(const AnalogConv& a, const AnalogSizes& s, std::int64_t sample, std::int64_t row, std::int64_t kh,
+                      std::int16_t* out) {
   const Geometry& g = a.g;
-  const std::int64_t length = 2 * s.pairs, C = a.in_channels;
-  std::int16_t* x = out;
-  if (s.inputs % 2 != 0) x[s.inputs] = 0;
-  for (std::int64_t kh = 0; kh < g.kernel_h; ++kh, x += g.kernel_w * C) {
-    const std::int64_t r = row * g.stride_h - g.pad_h + kh * g.dilation_h;
-    const std::int64_t left = col * g.stride_w - g.pad_w;
-    const std::int16_t* from = a.x + ((sample * a.in_h + r) * a.in_w + left) * C;
-    const bool inside = r >= 0 && r < a.in_h;
-    if (inside && g.dilation_w == 1 && left >= 0 && left + g.kernel_w <= a.in_w) {
-      __builtin_memcpy(x, from, static_cast<std::size_t>(g.kernel_w * C) * sizeof(*x));
-      continue;
-    }
-    for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
-      const std::int64_t c = left + kw * g.dilation_w;
-      if (inside && c >= 0 && c < a.in_w) {
-        const std::int16_t* pixel = a.x + ((sample * a.in_h + r) * a.in_w + c) * C;
-        __builtin_memcpy(x + kw * C, pixel, static_cast<std::size_t>(C) * sizeof(*x));
-      } else {
-        __builtin_memset(x + kw * C, 0, static_cast<std::size_t>(C) * sizeof(*x));
-      }
-    }
-  }
+  const std::int64_t C = a.in_channels, r = row * g.stride_h - g.pad_h + kh * g.dilation_h;
   std::int16_t* high = out;
-  std::int16_t* low = out + length;
-  for (std::int64_t k = 0; k < length; ++k) {
-    const std::int16_t v = high[k];
-    low[k] = static_cast<std::int8_t>(v & 0xff);
-    high[k] = static_cast<std::int16_t>((v >> 8) + ((v >> 7) & 1));
+  std::int16_t* low = out + s.length;
+  __builtin_memset(out, 0, static_cast<std::size_t>(2 * s.length) * sizeof(*out));
+  if (r < 0 || r >= a.in_h) return;
+  const std::int16_t* from = a.x + (sample * a.in_h + r) * a.in_w * C;
+  const auto split = [&](std::int64_t to, const std::int16_t* x, std::int64_t count) {
+    for (std::int64_t k = 0; k < count; ++k) {
+      const std::int16_t v = x[k];
+      low[to + k] = static_cast<std::int8_t>(v & 0xff);
+      high[to + k] = static_cast<std::int16_t>((v >> 8) + ((v >> 7) & 1));
+    }
+  };
+  if (g.dilation_w == 1) {
+    const std::int64_t first = g.pad_w * C;
+    split(first, from, larger(0, smaller(a.in_w * C, s.length - first)));
+    return;
+  }
+  for (std::int64_t col = 0; col < a.out_w; ++col) {
+    for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
+      const std::int64_t c = col * g.stride_w - g.pad_w + kw * g.dilation_w;
+      if (c >= 0 && c < a.in_w) split(col * s.step + kw * C, from + c * C, C);
+    }
   }
 }
 
-// Sums of `analog_pixels` pixels (rows of digits `length` apart) and one block of columns: [pixel][high, low][columns].
-inline void multiply_digits(const std::int16_t* x, std::int64_t length, const std::int16_t* w, std::int64_t pairs,
-                            std::int32_t* out) {
-  constexpr int rows = 2 * analog_pixels;
-  Int acc[rows][analog_vectors];
+// Sums of `analog_pixels` pixels and one block of columns over kernel rows [kh, ..) of `pairs` pairs each, two digits:
+// [pixel][high, low][columns]. Split rows are 2 * length apart, packed ones row_pairs * columns.
+inline void multiply_digits(const std::int16_t* x, const AnalogSizes& s, const std::int16_t* w, std::int64_t rows,
+                            std::int64_t pairs, std::int32_t* out) {
+  Int acc[2 * analog_pixels][analog_vectors];
   QCFS_UNROLL
-  for (int i = 0; i < rows; ++i) {
+  for (int i = 0; i < 2 * analog_pixels; ++i) {
     QCFS_UNROLL
     for (int j = 0; j < analog_vectors; ++j) acc[i][j] = Int{};
   }
-  for (std::int64_t k = 0; k < pairs; ++k, w += 2 * analog_columns) {
-    Int weight[analog_vectors];
-    QCFS_UNROLL
-    for (int j = 0; j < analog_vectors; ++j) weight[j] = load<Int>(w + 2 * j * lanes);
-    QCFS_UNROLL
-    for (int i = 0; i < rows; ++i) {
-      std::int32_t two;
-      __builtin_memcpy(&two, x + i * length + 2 * k, 4);
-      const Int pair = Int{} + two;
+  for (std::int64_t kh = 0; kh < rows; ++kh, x += 2 * s.length) {
+    const std::int16_t* weights = w + kh * s.pairs * 2 * analog_columns;
+    for (std::int64_t k = 0; k < pairs; ++k, weights += 2 * analog_columns) {
+      Int weight[analog_vectors];
       QCFS_UNROLL
-      for (int j = 0; j < analog_vectors; ++j) acc[i][j] = dot2(acc[i][j], pair, weight[j]);
+      for (int j = 0; j < analog_vectors; ++j) weight[j] = load<Int>(weights + 2 * j * lanes);
+      QCFS_UNROLL
+      for (int i = 0; i < 2 * analog_pixels; ++i) {
+        const Int pair = Int{} + load<std::int32_t>(x + i / 2 * s.step + i % 2 * s.length + 2 * k);
+        QCFS_UNROLL
+        for (int j = 0; j < analog_vectors; ++j) acc[i][j] = dot2(acc[i][j], pair, weight[j]);
+      }
     }
   }
   QCFS_UNROLL
-  for (int i = 0; i < rows; ++i) {
+  for (int i = 0; i < 2 * analog_pixels; ++i) {
     QCFS_UNROLL
     for (int j = 0; j < analog_vectors; ++j) store(out + i * analog_columns + j * lanes, acc[i][j]);
+  }
+}
+
+// Sums of one pixel block in double, over stretches that int32 holds: whole kernel rows, or pieces of a long one.
+inline void sum_pixels(const AnalogConv& a, const AnalogSizes& s, const std::int16_t* x, const std::int16_t* w,
+                       std::int64_t count, std::int64_t stride, double* sum) {
+  const std::int64_t rows = larger(1, analog_stretch / s.pairs);
+  for (std::int64_t kh = 0; kh < a.g.kernel_h; kh += rows) {
+    for (std::int64_t k = 0; k < s.pairs; k += analog_stretch) {
+      std::int32_t part[2 * analog_pixels * analog_columns];
+      multiply_digits(x + 2 * kh * s.length + 2 * k, s, w + 2 * (kh * s.pairs + k) * analog_columns,
+                      smaller(rows, a.g.kernel_h - kh), smaller(analog_stretch, s.pairs - k), part);
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::int32_t* high = part + 2 * i * analog_columns;
+        const std::int32_t* low = high + analog_columns;
+        double* to = sum + i * stride;
+        if (kh + k == 0) {
+          for (int c = 0; c < analog_columns; ++c) to[c] = 256.0 * high[c] + low[c];
+        } else {
+          for (int c = 0; c < analog_columns; ++c) to[c] += 256.0 * high[c] + low[c];
+        }
+      }
+    }
   }
 }
 
@@ -164,12 +197,13 @@ inline std::int64_t sum_of(const AnalogConv& a, std::int64_t sample, std::int64_
 std::size_t analog_workspace(const AnalogConv& a) {
   const AnalogSizes s = analog_sizes(a);
   return static_cast<std::size_t>(round_up(8 * a.out_channels, 64) + analog_batch * round_up(8 * s.padded_out, 64) +
-                                  round_up(4 * analog_batch * a.out_channels, 64) + 8 * analog_batch * s.pairs + slack);
+                                  round_up(4 * analog_batch * a.out_channels, 64) + 4 * a.g.kernel_h * s.length +
+                                  slack);
 }
 
 void analog(const AnalogConv& a, const Tile& tile, const void* packed, void* workspace) {
   const AnalogSizes s = analog_sizes(a);
-  const std::int64_t O = a.out_channels, length = 2 * s.pairs;
+  const std::int64_t O = a.out_channels;
   char* space = static_cast<char*>(workspace);
   double* gain = reinterpret_cast<double*>(space);
   double* sum = reinterpret_cast<double*>(space + round_up(8 * O, 64));
@@ -180,6 +214,9 @@ void analog(const AnalogConv& a, const Tile& tile, const void* packed, void* wor
   const std::int64_t pixels = a.batch * a.out_h * a.out_w;
   for (std::int64_t c = 0; c < O; ++c) gain[c] = __builtin_ldexp(a.gain[c], a.exponent[tile.sample]);
   for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
+    for (std::int64_t kh = 0; a.g.groups == 1 && kh < a.g.kernel_h; ++kh) {
+      split_row(a, s, tile.sample, row, kh, digits + 2 * kh * s.length);
+    }
     for (std::int64_t col0 = 0; col0 < a.out_w; col0 += analog_batch) {
       const std::int64_t count = smaller(analog_batch, a.out_w - col0);
       if (a.g.groups > 1) {
@@ -189,26 +226,11 @@ void analog(const AnalogConv& a, const Tile& tile, const void* packed, void* wor
           }
         }
       } else {
-        for (std::int64_t i = 0; i < count; ++i) gather(a, s, tile.sample, row, col0 + i, digits + 2 * i * length);
         for (std::int64_t block = 0; block < s.padded_out; block += analog_columns) {
-          const std::int16_t* w = static_cast<const std::int16_t*>(packed) + 2 * block * s.pairs;
+          const std::int16_t* w = static_cast<const std::int16_t*>(packed) + 2 * block * a.g.kernel_h * s.pairs;
           for (std::int64_t i = 0; i < count; i += analog_pixels) {
-            for (std::int64_t k = 0; k < s.pairs; k += analog_stretch) {
-              // The last block may take pixels beyond `count`: their digits are old and their sums are not kept.
-              std::int32_t part[2 * analog_pixels * analog_columns];
-              multiply_digits(digits + 2 * i * length + 2 * k, length, w + 2 * k * analog_columns,
-                              smaller(analog_stretch, s.pairs - k), part);
-              for (std::int64_t j = i; j < smaller(i + analog_pixels, count); ++j) {
-                const std::int32_t* high = part + 2 * (j - i) * analog_columns;
-                const std::int32_t* low = high + analog_columns;
-                double* to = sum + j * s.padded_out + block;
-                if (k == 0) {
-                  for (int c = 0; c < analog_columns; ++c) to[c] = 256.0 * high[c] + low[c];
-                } else {
-                  for (int c = 0; c < analog_columns; ++c) to[c] += 256.0 * high[c] + low[c];
-                }
-              }
-            }
+            sum_pixels(a, s, digits + (col0 + i) * s.step, w, smaller(analog_pixels, count - i), s.padded_out,
+                       sum + i * s.padded_out + block);
           }
         }
       }

@@ -118,7 +118,7 @@ void pack_dense(const Product& p, std::int64_t out_channels, std::int64_t block_
 
 constexpr std::int64_t dense_block = dense_rows * dense_columns;    // sums of one block and step
 
-template <int digits>
+template <int digits, bool full>
 void fire_positions(const DenseLayer& layer, std::int64_t column_block, std::int64_t sample, std::int64_t q0,
                     const std::int32_t* sums) {
   constexpr int vectors = dense_columns / digits / lanes;
@@ -127,7 +127,8 @@ void fire_positions(const DenseLayer& layer, std::int64_t column_block, std::int
   for (std::int64_t i = 0; i < dense_rows; ++i, sums += dense_columns) {
     const std::int64_t r = (q0 + i) / layer.grid_w, c = (q0 + i) % layer.grid_w;
     if (r >= layer.wave.row1 - layer.wave.row0 || c >= a.out_w) continue;
-    Membranes<vectors> membranes(a, layer.neurons, channel, (sample * a.out_h + layer.wave.row0 + r) * a.out_w + c);
+    const std::int64_t pixel = (sample * a.out_h + layer.wave.row0 + r) * a.out_w + c;
+    Membranes<vectors, full> membranes(a, layer.neurons, channel, pixel);
     for (std::int64_t t = 0; t < a.steps; ++t) {
       const std::int32_t* sum = sums + t * dense_block;
       Int current[vectors];
@@ -164,7 +165,11 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
   const std::int64_t positions = positions_of(layer);
   const std::int64_t per_sample = (positions + dense_rows - 1) / dense_rows;
   const std::int8_t* packed = layer.packed + tile.column_block * layer.block_bytes;
-  const bool wide = a.products[0].weight_bytes == 2;
+  const int digits = a.products[0].weight_bytes;
+  const bool full = (tile.column_block + 1) * (dense_columns / digits) <= a.out_channels;
+  const auto fire = digits == 2 ? full ? fire_positions<2, true> : fire_positions<2, false>
+                    : full      ? fire_positions<1, true>
+                                : fire_positions<1, false>;
   begin_multiply();
   for (int c = 0; c < layer.chunks; ++c) {
     const Segment* segments = layer.segments + layer.chunk[c];
@@ -178,15 +183,11 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
         multiply(segments, count, sample, t, q0, positions - q0, packed, sums + t * dense_block, c == 0);
       }
       if (c + 1 < layer.chunks) continue;
-      if (wide) {
-        fire_positions<2>(layer, tile.column_block, layer.wave.sample0 + sample, q0, sums);
-      } else {
-        fire_positions<1>(layer, tile.column_block, layer.wave.sample0 + sample, q0, sums);
-      }
+      fire(layer, tile.column_block, layer.wave.sample0 + sample, q0, sums);
     }
     for (int i = 0; i < count; ++i) packed += segments[i].blocks * dense_depth * dense_columns;
   }
   end_multiply();
 }
 
-constexpr DenseShape dense_shape = {dense_rows, dense_columns, dense_depth, dense_counts};
+constexpr DenseShape dense_shape = {dense_rows, dense_columns, dense_depth, dense_most};

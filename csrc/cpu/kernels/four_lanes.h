@@ -17,7 +17,7 @@ inline Int dot2(Int acc, Int a, Int b) {
 #endif
 }
 
-// Sums of products of four bytes; spikes only (0 or 1), signed is as good as unsigned.
+// Sums of products of four bytes; both signed, which is right for inputs up to 127.
 #if defined(QCFS_NEON_DOT)
 inline Int dot4(Int acc, Int u, Int s) { return (Int)vdotq_s32((int32x4_t)acc, (int8x16_t)u, (int8x16_t)s); }
 #else
@@ -26,7 +26,7 @@ inline Int dot4(Int acc, Int u, Int s) {
   return acc;
 }
 #endif
-constexpr bool dense_counts = false;
+constexpr int dense_most = 127;
 constexpr int dense_vectors = 4;
 constexpr int dense_rows = 6;
 

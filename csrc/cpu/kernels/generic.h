@@ -19,6 +19,8 @@ constexpr KernelSet make_kernel_set(const char* name, std::uint32_t isa) {
           isa,
           pack_events,
           list_events,
+          merge_events_workspace,
+          merge_events,
           fire_events_workspace,
           fire_events,
           fire_grouped_workspace,

@@ -14,11 +14,11 @@ namespace qcfs::cpu {
 constexpr int most_products = 64;
 constexpr int most_residuals = 64;
 
-// Event panels hold this many output channels, so that a weight row is one or two cache lines.
-constexpr int panel_channels = 64;
-
 // Bytes that kernels may read (never use) behind the last byte of packed weights, lists and planes.
 constexpr std::int64_t slack = 256;
+
+// Entries that may be read and written behind the last of an event list.
+constexpr std::int64_t list_slack = 128;
 
 // What one call of conv_if works on: some samples and output rows at a time (a wave), so that event lists and
 // expanded planes stay small. With more than one sample a wave holds all rows of each.
@@ -26,7 +26,9 @@ struct Wave {
   std::int64_t sample0, sample1, row0, row1;
 };
 
-// The per-channel operands, padded to a multiple of panel_channels.
+// The per-channel operands, padded to a multiple of padded_channels.
+constexpr int padded_channels = 64;
+
 struct Neurons {
   const std::int32_t* threshold;
   const std::int32_t* bias;
@@ -40,19 +42,39 @@ struct InputRows {
 
 // ------------------------------------------------------------------------------------------ events
 
-// Positions of the spikes of every input row and step, in units of one packed weight row (events.h).
-struct EventLists {
-  InputRows in;
-  std::int64_t capacity;      // entries of one row's region
-  std::uint32_t* start;       // [samples, rows, T, W + 1], within the row's region
-  std::uint32_t* position;    // [samples, rows, capacity]
-  std::uint32_t* value;       // likewise; count planes only, else null
+// A row of packed weights: what one input adds to a panel of output channels (64 of 8 bits, 32 of 16 bits).
+constexpr int row_bytes = 64;
+
+constexpr std::int64_t panel_channels(int weight_bytes) { return row_bytes / weight_bytes; }
+
+// How the inputs of one product are cut into chunks whose weights stay in the first-level cache while all pixels of a
+// tile pass. A cell is one tap and one block of input channels; cells are in the order (kh, kw, block).
+struct EventCut {
+  std::int64_t blocks, block_channels;
+  std::int64_t cells;    // of a chunk; the last chunk of a product may have fewer
+  std::int64_t chunks;
+  std::int64_t rows;    // of a chunk: its cells' and one of zeros, the last
 };
 
-// Taps [kw0, kw1) of kernel row kh of one product; a run of them is small enough to stay in the cache.
-struct Taps {
-  int product;
-  std::int64_t kh, kw0, kw1;
+// Spikes of the input rows of one product that a wave reads, by row and step, and the same brought together by output
+// pixel, step and chunk (events.h). Positions are byte offsets of weight rows, modulo 2^16.
+struct EventLists {
+  InputRows in;
+  EventCut cut;
+  bool columns;               // positions count columns, so that a run of columns is one run of positions
+  bool alone;                 // a chunk is one cell: its list serves as it is
+  int most;                   // the largest input: 1 for masks
+  std::int64_t capacity;      // entries of one row's region
+  std::uint32_t* start;       // [samples, rows, T, W * blocks + 1], within the row's region
+  std::uint16_t* position;    // [samples, rows, capacity]
+  std::uint16_t* value;       // likewise; count planes only, else null
+};
+
+// What one pixel adds at one step from one chunk; `count` is a multiple of four.
+struct EventRun {
+  const std::uint16_t* position;
+  const std::uint16_t* value;
+  std::int64_t count;
 };
 
 struct EventLayer {
@@ -60,9 +82,11 @@ struct EventLayer {
   Neurons neurons;
   Wave wave;
   EventLists lists[most_products];
-  const Taps* taps;
-  const int* chunk;    // [chunks + 1] ranges of taps
-  int chunks;
+  std::int64_t chunks;             // of all products
+  EventRun* runs;                  // [samples, output rows of the wave, chunks, columns, T]
+  std::int64_t merged_capacity;    // entries of one output row
+  std::uint16_t* merged_position;
+  std::uint16_t* merged_value;
 };
 
 // Output rows [row0, row1) of one sample and one panel of output channels.
@@ -72,12 +96,12 @@ struct EventTile {
 
 // ------------------------------------------------------------------------------------------- dense
 
-// Shape of the register block of a dense kernel, and whether it takes count planes.
+// Shape of the register block of a dense kernel, and the largest input it takes.
 struct DenseShape {
   int rows;       // output positions a block computes
   int columns;    // columns of packed weights; one or two (digits) to an output channel
   int depth;      // input channels are padded to a multiple of this
-  bool counts;
+  int most;
 };
 
 // One product, its input expanded to bytes (dense.h): planes [T, samples, phases, grid_h, grid_w, depth].
@@ -124,10 +148,12 @@ struct KernelSet {
   const char* name;
   std::uint32_t isa;
 
-  // Packed event weights of one product: [panels, KH * KW * C, panel_channels] of its own type.
-  void (*pack_events)(const Product&, std::int64_t out_channels, void* out);
+  // Packed event weights of one product: [panels, chunks, rows, panel_channels] of its own type.
+  void (*pack_events)(const Product&, std::int64_t out_channels, const EventCut&, void* out);
   void (*list_events)(const ConvIf&, int product, const Wave&, const EventLists&, std::int64_t sample,
                       std::int64_t row);
+  std::size_t (*merge_events_workspace)(const EventLayer&);
+  void (*merge_events)(const EventLayer&, std::int64_t sample, std::int64_t row, void* workspace);
   std::size_t (*fire_events_workspace)(const EventLayer&, std::int64_t rows);
   void (*fire_events)(const EventLayer&, const EventTile&, void* workspace);
   // Layers with groups, from plain weights.

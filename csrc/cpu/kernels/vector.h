@@ -50,7 +50,9 @@ inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to -
 // The membranes of `vectors * lanes` output channels of one pixel, in registers over all steps; each step adds one
 // current and every eighth writes a byte of mask.
 
-template <int vectors>
+// With `full` all vectors * lanes channels exist; else some may not, and rows are read and written in part, which costs
+// calls in the middle of the registers' life.
+template <int vectors, bool full>
 struct Membranes {
   const ConvIf& a;
   const Neurons& neurons;
@@ -59,6 +61,7 @@ struct Membranes {
   std::int64_t index;      // of the first neuron in one plane of the output
   std::int64_t plane;
   Int v[vectors], bits[vectors];
+  Int spikes[vectors];    // of the first residual, masks of 8 steps
 
   inline Membranes(const ConvIf& conv, const Neurons& n, std::int64_t first, std::int64_t pixel)
       : a(conv),
@@ -71,11 +74,12 @@ struct Membranes {
     for (int j = 0; j < vectors; ++j) {
       v[j] = load<Int>(neurons.threshold + channel + j * lanes) >> 1;
       bits[j] = Int{};
+      spikes[j] = Int{};
     }
   }
 
   // Elements that vector j of a row of `width` channels holds.
-  inline std::int64_t held(int j) const { return smaller(lanes, width - j * lanes); }
+  inline std::int64_t held(int j) const { return full ? lanes : smaller(lanes, width - j * lanes); }
 
   template <typename V, typename T>
   inline V row(const T* p, int j) const {
@@ -84,23 +88,31 @@ struct Membranes {
     return n > 0 ? load_some<V>(p + j * lanes, n) : V{};
   }
 
-  inline void step(std::int64_t t, const Int (&current)[vectors]) {
-    const std::int32_t bit = 1 << (t % 8);
-    for (int i = 0; i < a.residual_count; ++i) {
-      const Residual& r = a.residuals[i];
-      const bool mask = r.coding == Coding::mask;
-      const std::uint8_t* x = r.data + (mask ? t / 8 : t) * plane + index;
+  inline void add_residual(int i, std::int64_t t) {
+    const Residual& r = a.residuals[i];
+    const std::int32_t* amplitude = neurons.amplitude[i] + channel;
+    if (r.coding == Coding::mask) {
+      const std::int32_t bit = 1 << (t % 8);
+      const bool kept = i == 0 && t % 8 != 0;
+      const std::uint8_t* x = r.data + t / 8 * plane + index;
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        Int s = __builtin_convertvector((row<Byte>(x, j)), Int);
-        const Int amplitude = load<Int>(neurons.amplitude[i] + channel + j * lanes);
-        if (mask) {
-          v[j] += ((s & bit) != 0) & amplitude;
-        } else {
-          v[j] += s * amplitude;
-        }
+        const Int s = kept ? spikes[j] : __builtin_convertvector((row<Byte>(x, j)), Int);
+        if (i == 0) spikes[j] = s;
+        v[j] += ((s & bit) != 0) & load<Int>(amplitude + j * lanes);
+      }
+    } else {
+      const std::uint8_t* x = r.data + t * plane + index;
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        v[j] += __builtin_convertvector((row<Byte>(x, j)), Int) * load<Int>(amplitude + j * lanes);
       }
     }
+  }
+
+  inline void step(std::int64_t t, const Int (&current)[vectors]) {
+    const std::int32_t bit = 1 << (t % 8);
+    for (int i = 0; i < a.residual_count; ++i) add_residual(i, t);
     if (a.current != nullptr) {
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) v[j] += row<Int>(a.current + index, j);
