@@ -145,6 +145,9 @@ constexpr std::int64_t whole_block_bytes = 640 << 10, chunk_bytes = 320 << 10;
 // Sums of a tile that wait there between chunks of weights.
 constexpr std::int64_t waiting_bytes = 256 << 10;
 
+// Event weights that stay there for all rows, and merged lists of a tile if every input fired.
+constexpr std::int64_t near_weights = 512 << 10, near_lists = 2 << 20;
+
 InputRows input_rows(const Product& p, std::int64_t row0, std::int64_t row1) {
   const std::int64_t first = std::max<std::int64_t>(0, row0 * p.g.stride_h - p.g.pad_h);
   const std::int64_t last =
@@ -281,13 +284,10 @@ EventCut cut_events(const Product& p) {
   return cut;
 }
 
-void carve_events(EventLayer& layer, bool grouped, Carver& space) {
+void carve_lists(EventLayer& layer, bool grouped, Carver& space) {
   const ConvIf& a = *layer.a;
   const std::int64_t samples = layer.wave.sample1 - layer.wave.sample0;
-  const std::int64_t out_rows = samples * (layer.wave.row1 - layer.wave.row0);
-  bool values = false;
   layer.chunks = 0;
-  layer.merged_capacity = list_slack;
   for (int i = 0; i < a.product_count; ++i) {
     const Product& p = a.products[i];
     EventLists& l = layer.lists[i];
@@ -298,16 +298,43 @@ void carve_events(EventLayer& layer, bool grouped, Carver& space) {
     l.capacity = a.steps * p.x.width * (p.x.channels + 4 * l.cut.blocks) + list_slack;
     l.start = space.take<std::uint32_t>(samples * l.in.rows * a.steps * (p.x.width * l.cut.blocks + 1));
     l.position = space.take<std::uint16_t>(samples * l.in.rows * l.capacity);
-    const bool counts = p.x.coding == Coding::count;
-    l.value = counts ? space.take<std::uint16_t>(samples * l.in.rows * l.capacity) : nullptr;
-    values |= counts;
+    l.value = p.x.coding == Coding::count ? space.take<std::uint16_t>(samples * l.in.rows * l.capacity) : nullptr;
     layer.chunks += l.cut.chunks;
-    if (!l.alone) layer.merged_capacity += a.out_w * a.steps * l.cut.chunks * (l.cut.rows + 4);
   }
-  if (grouped) return;
-  layer.runs = space.take<EventRun>(out_rows * layer.chunks * a.out_w * a.steps);
-  layer.merged_position = space.take<std::uint16_t>(out_rows * layer.merged_capacity);
-  layer.merged_value = values ? space.take<std::uint16_t>(out_rows * layer.merged_capacity) : nullptr;
+}
+
+// Room for what some output rows add, one after the other; their positions may take all of it.
+class MergedRows {
+ public:
+  MergedRows(const EventLayer& layer, std::int64_t rows, Carver& space) {
+    const ConvIf& a = *layer.a;
+    bool values = false;
+    capacity_ = list_slack;
+    for (int i = 0; i < a.product_count; ++i) {
+      const EventLists& l = layer.lists[i];
+      values |= l.value != nullptr || a.products[i].x.coding == Coding::count;
+      if (!l.alone) capacity_ += a.out_w * a.steps * l.cut.chunks * (l.cut.rows + 4);
+    }
+    runs_ = layer.chunks * a.out_w * a.steps;
+    first_.runs = space.take<EventRun>(rows * runs_);
+    first_.position = space.take<std::uint16_t>(rows * capacity_);
+    first_.value = values ? space.take<std::uint16_t>(rows * capacity_) : nullptr;
+  }
+
+  EventRow row(std::int64_t i) const {
+    return {first_.runs + i * runs_, first_.position + i * capacity_,
+            first_.value == nullptr ? nullptr : first_.value + i * capacity_};
+  }
+
+ private:
+  std::int64_t capacity_, runs_;
+  EventRow first_;
+};
+
+std::int64_t merged_bytes(const EventLayer& layer, std::int64_t rows) {
+  Carver count(nullptr);
+  MergedRows(layer, rows, count);
+  return static_cast<std::int64_t>(count.used());
 }
 
 Status run_events(const KernelSet& k, const Layer& owner, Engine engine, int threads) {
@@ -316,24 +343,35 @@ Status run_events(const KernelSet& k, const Layer& owner, Engine engine, int thr
   EventLayer layer{};
   layer.a = &a;
   for (int i = 0; i < a.product_count; ++i) layer.lists[i].most = largest_input(a, a.products[i]);
+  const int weight_bytes = a.product_count > 0 ? a.products[0].weight_bytes : 2;
+  const std::int64_t panels = ceil_div(a.out_channels, panel_channels(weight_bytes));
+  std::int64_t weights = 0;
+  for (int i = 0; i < a.product_count; ++i) weights += taps(a.products[i].g, a.products[i].x.channels) * row_bytes;
+  // Where all weights fit the second-level cache a task takes a few rows through all panels, and the merged lists of
+  // these rows stay there too. Else panels are the outer loop, and all lists of a wave are merged before.
+  const bool together = panels * weights <= near_weights;
   const auto bytes = [&](std::int64_t row0, std::int64_t row1) {
     layer.wave = {0, 1, row0, row1};
     Carver count(nullptr);
-    carve_events(layer, grouped, count);
+    carve_lists(layer, grouped, count);
+    if (!grouped && !together) MergedRows(layer, row1 - row0, count);
     return static_cast<std::int64_t>(count.used());
   };
   for (const Wave& wave : cut_waves(a, bytes)) {
+    const std::int64_t samples = wave.sample1 - wave.sample0, rows = wave.row1 - wave.row0;
+    const std::int64_t ready_rows = grouped || together ? 0 : samples * rows;
     layer.wave = wave;
     Carver count(nullptr);
     pad_neurons(a, count);
-    carve_events(layer, grouped, count);
+    carve_lists(layer, grouped, count);
+    MergedRows(layer, ready_rows, count);
     void* memory = shared.reserve(count.used() + slack);
     if (memory == nullptr) return Status::out_of_memory;
     Carver space(memory);
     layer.neurons = pad_neurons(a, space);
-    carve_events(layer, grouped, space);
+    carve_lists(layer, grouped, space);
+    const MergedRows ready(layer, ready_rows, space);
 
-    const std::int64_t samples = wave.sample1 - wave.sample0, rows = wave.row1 - wave.row0;
     std::int64_t list_rows = 0;
     for (int i = 0; i < a.product_count; ++i) list_rows += samples * layer.lists[i].in.rows;
     run(list_rows, threads, [&](std::int64_t i) {
@@ -343,37 +381,56 @@ Status run_events(const KernelSet& k, const Layer& owner, Engine engine, int thr
       k.list_events(a, product, wave, layer.lists[product], wave.sample0 + i / in_rows, i % in_rows);
       return Status::ok;
     });
-    if (grouped) {
-      const Cut cut = cut_rows(rows, samples, threads);
-      const Status s = run_tasks(samples * cut.bands, threads, k.fire_grouped_workspace(a),
-                                 [&](std::int64_t i, void* memory_of_task) {
-                                   const std::int64_t row0 = wave.row0 + i % cut.bands * cut.band;
-                                   const std::int64_t row1 = std::min(wave.row1, row0 + cut.band);
-                                   k.fire_grouped(layer, {wave.sample0 + i / cut.bands, row0, row1}, memory_of_task);
-                                 });
-      if (s != Status::ok) return s;
-      continue;
-    }
-    Status s =
-        run_tasks(samples * rows, threads, k.merge_events_workspace(layer), [&](std::int64_t i, void* memory_of_task) {
-          k.merge_events(layer, wave.sample0 + i / rows, wave.row0 + i % rows, memory_of_task);
-        });
-    if (s != Status::ok) return s;
 
-    const std::int64_t channels = panel_channels(a.product_count > 0 ? a.products[0].weight_bytes : 2);
-    const std::int64_t panels = ceil_div(a.out_channels, channels);
-    Cut cut = cut_rows(rows, samples * panels, threads);
-    const std::int64_t most = std::max<std::int64_t>(1, waiting_bytes / (a.out_w * a.steps * channels * 4));
-    if (layer.chunks > 1 && cut.band > most) cut = {most, ceil_div(rows, most)};
+    // Tiles of one panel (but for `grouped` and `together`), and the rows of each.
+    Cut cut = cut_rows(rows, samples * (grouped || together ? 1 : panels), threads);
+    if (!grouped) {
+      const std::int64_t row_sums = a.out_w * a.steps * panel_channels(weight_bytes) * 4;
+      std::int64_t most = rows;
+      if (layer.chunks > 1) most = std::min(most, waiting_bytes / row_sums);
+      if (together) most = std::min(most, near_lists / merged_bytes(layer, 1));
+      cut.band = std::max<std::int64_t>(1, std::min(cut.band, most));
+      cut.bands = ceil_div(rows, cut.band);
+    }
     const std::int64_t tiles = samples * cut.bands;
-    // Panels are the outer loop: neighbouring tasks share a panel.
-    s = run_tasks(tiles * panels, threads, k.fire_events_workspace(layer, cut.band),
-                  [&](std::int64_t i, void* memory_of_task) {
-                    const std::int64_t tile = i % tiles;
-                    const std::int64_t row0 = wave.row0 + tile % cut.bands * cut.band;
-                    const std::int64_t row1 = std::min(wave.row1, row0 + cut.band);
-                    k.fire_events(layer, {wave.sample0 + tile / cut.bands, row0, row1, i / tiles}, memory_of_task);
-                  });
+    const auto tile_of = [&](std::int64_t i) {
+      const std::int64_t row0 = wave.row0 + i % cut.bands * cut.band;
+      return Tile{wave.sample0 + i / cut.bands, row0, std::min(wave.row1, row0 + cut.band)};
+    };
+    const std::size_t merge_space = (k.merge_events_workspace(layer) + 63) / 64 * 64;
+    Status s;
+    if (grouped) {
+      s = run_tasks(tiles, threads, k.fire_grouped_workspace(a),
+                    [&](std::int64_t i, void* memory_of_task) { k.fire_grouped(layer, tile_of(i), memory_of_task); });
+    } else if (together) {
+      const std::size_t fixed = merge_space + k.fire_events_workspace(layer, cut.band);
+      const std::size_t lists = static_cast<std::size_t>(merged_bytes(layer, cut.band) + slack);
+      s = run_tasks(tiles, threads, fixed + lists, [&](std::int64_t i, void* memory_of_task) {
+        const Tile t = tile_of(i);
+        char* at = static_cast<char*>(memory_of_task);
+        Carver mine(at + merge_space);
+        const MergedRows merged(layer, cut.band, mine);
+        for (std::int64_t row = t.row0; row < t.row1; ++row) {
+          k.merge_events(layer, t.sample, row, merged.row(row - t.row0), at);
+        }
+        void* sums = at + merge_space + lists;
+        for (std::int64_t panel = 0; panel < panels; ++panel) {
+          k.fire_events(layer, {t.sample, t.row0, t.row1, panel, merged.row(0).runs}, sums);
+        }
+      });
+    } else {
+      s = run_tasks(ready_rows, threads, merge_space, [&](std::int64_t i, void* memory_of_task) {
+        k.merge_events(layer, wave.sample0 + i / rows, wave.row0 + i % rows, ready.row(i), memory_of_task);
+      });
+      if (s != Status::ok) return s;
+      // Neighbouring tasks share a panel.
+      s = run_tasks(
+          tiles * panels, threads, k.fire_events_workspace(layer, cut.band), [&](std::int64_t i, void* memory_of_task) {
+            const Tile t = tile_of(i % tiles);
+            const std::int64_t first = (t.sample - wave.sample0) * rows + t.row0 - wave.row0;
+            k.fire_events(layer, {t.sample, t.row0, t.row1, i / tiles, ready.row(first).runs}, memory_of_task);
+          });
+    }
     if (s != Status::ok) return s;
   }
   return Status::ok;

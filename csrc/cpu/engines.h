@@ -28,7 +28,8 @@ constexpr EngineRates engine_rates[] = {
     {"avx2", 70, 92, 135},   {"neondot", 16, 16, 60},       {"neon", 16, 16, 6},       {"portable", 12, 12, 4},
 };
 
-// Share of non-zero inputs a step, from up to 64 pieces of up to 64 bytes.
+// Share of non-zero inputs a step, from up to 64 pieces of up to 64 bytes. Multiples of the golden section, not of a
+// whole number of pixels: these can all lie in one column.
 inline double sampled_rate(const ConvIf& a, const Product& p) {
   const bool mask = p.x.coding == Coding::mask;
   const std::int64_t bytes = a.batch * p.x.height * p.x.width * p.x.channels;
@@ -37,7 +38,8 @@ inline double sampled_rate(const ConvIf& a, const Product& p) {
   const unsigned wanted = (1u << steps) - 1;
   std::int64_t seen = 0, fired = 0;
   for (std::int64_t i = 0; i < pieces; ++i) {
-    const std::int64_t first = i * (bytes * planes) / pieces;
+    const double at = static_cast<double>(static_cast<std::uint32_t>(i * 2654435769)) / 4294967296.0;
+    const std::int64_t first = static_cast<std::int64_t>(at * static_cast<double>(bytes * planes));
     for (std::int64_t k = first; k < first + piece && k < bytes * planes; ++k) {
       seen += mask ? steps : 1;
       fired += mask ? __builtin_popcount(p.x.data[k] & wanted) : p.x.data[k] != 0;

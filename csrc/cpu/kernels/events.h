@@ -232,13 +232,12 @@ std::size_t merge_events_workspace(const EventLayer& layer) {
 }
 
 // Brings together what the pixels of one output row read.
-void merge_events(const EventLayer& layer, std::int64_t sample, std::int64_t row, void* workspace) {
+void merge_events(const EventLayer& layer, std::int64_t sample, std::int64_t row, const EventRow& out,
+                  void* workspace) {
   const ConvIf& a = *layer.a;
   const std::int64_t steps = a.steps;
-  const std::int64_t region =
-      (sample - layer.wave.sample0) * (layer.wave.row1 - layer.wave.row0) + row - layer.wave.row0;
-  EventRun* run = layer.runs + region * layer.chunks * a.out_w * steps;
-  std::uint16_t* to = layer.merged_position + region * layer.merged_capacity;
+  EventRun* run = out.runs;
+  std::uint16_t* to = out.position;
   Stretch* const stretches = static_cast<Stretch*>(workspace);
   Piece* const pieces = reinterpret_cast<Piece*>(stretches + most_cells(layer));
   for (int i = 0; i < a.product_count; ++i) {
@@ -258,7 +257,7 @@ void merge_events(const EventLayer& layer, std::int64_t sample, std::int64_t row
             run->count = pieces->start[step + 1] - begin;
             continue;
           }
-          std::uint16_t* value = lists.value == nullptr ? nullptr : layer.merged_value + (to - layer.merged_position);
+          std::uint16_t* value = lists.value == nullptr ? nullptr : out.value + (to - out.position);
           std::int64_t total = 0;
           for (int j = 0; j < count; ++j) {
             const std::uint32_t* start = pieces[j].start + step;
@@ -296,11 +295,9 @@ void fire_chunk(const EventLayer& layer, const EventTile& tile, std::int64_t chu
   const ConvIf& a = *layer.a;
   const bool first = chunk == 0, last = chunk + 1 >= layer.chunks;
   const int shift = sizeof(Weight) == 1 ? 8 : 0;
-  const std::int64_t wave_rows = layer.wave.row1 - layer.wave.row0;
-  const std::int64_t row0 = (tile.sample - layer.wave.sample0) * wave_rows - layer.wave.row0;
   const std::int64_t next_pixel = first && last ? 0 : a.steps * vectors * lanes;
   for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
-    const EventRun* run = layer.runs + ((row0 + row) * layer.chunks + chunk) * a.out_w * a.steps;
+    const EventRun* run = tile.runs + ((row - tile.row0) * layer.chunks + chunk) * a.out_w * a.steps;
     for (std::int64_t col = 0; col < a.out_w; ++col, sums += next_pixel) {
       std::int32_t* sum = sums;
       for (std::int64_t t = 0; t < a.steps; ++t, sum += vectors * lanes) {

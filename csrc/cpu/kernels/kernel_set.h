@@ -82,16 +82,20 @@ struct EventLayer {
   Neurons neurons;
   Wave wave;
   EventLists lists[most_products];
-  std::int64_t chunks;             // of all products
-  EventRun* runs;                  // [samples, output rows of the wave, chunks, columns, T]
-  std::int64_t merged_capacity;    // entries of one output row
-  std::uint16_t* merged_position;
-  std::uint16_t* merged_value;
+  std::int64_t chunks;    // of all products
+};
+
+// What the pixels of one output row add.
+struct EventRow {
+  EventRun* runs;    // [chunks, columns, T]
+  std::uint16_t* position;
+  std::uint16_t* value;    // count planes only
 };
 
 // Output rows [row0, row1) of one sample and one panel of output channels.
 struct EventTile {
   std::int64_t sample, row0, row1, panel;
+  const EventRun* runs;    // of its rows
 };
 
 // ------------------------------------------------------------------------------------------- dense
@@ -153,7 +157,7 @@ struct KernelSet {
   void (*list_events)(const ConvIf&, int product, const Wave&, const EventLists&, std::int64_t sample,
                       std::int64_t row);
   std::size_t (*merge_events_workspace)(const EventLayer&);
-  void (*merge_events)(const EventLayer&, std::int64_t sample, std::int64_t row, void* workspace);
+  void (*merge_events)(const EventLayer&, std::int64_t sample, std::int64_t row, const EventRow&, void* workspace);
   std::size_t (*fire_events_workspace)(const EventLayer&, std::int64_t rows);
   void (*fire_events)(const EventLayer&, const EventTile&, void* workspace);
   // Layers with groups, from plain weights.
