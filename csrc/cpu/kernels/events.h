@@ -277,13 +277,18 @@ void merge_events(const EventLayer& layer, std::int64_t sample, std::int64_t row
 
 // --------------------------------------------------------------------------- spiking convolution
 
-// Asks for weights that the next chunk reads, a few lines at a time, while this one is at work.
+// Asks for the weights of the next chunk while this one is at work: all rows, a few at a time, or, where few pixels
+// leave many rows out, those that the same pixel and step will add.
 struct Ahead {
-  const char* at;
-  std::int64_t left, lines;    // to go; to ask for each time
+  const char* rows;            // null: none
+  std::int64_t left, lines;    // to go; to ask for each time, 0: by position
 
-  inline void some() {
-    for (std::int64_t i = 0; i < lines && left > 0; ++i, --left, at += row_bytes) __builtin_prefetch(at, 0, 2);
+  inline void some(const EventRun* next) {
+    if (rows == nullptr) return;
+    if (lines == 0) {
+      for (std::int64_t k = 0; k < next->count; ++k) __builtin_prefetch(rows + next->position[k], 0, 2);
+    }
+    for (std::int64_t i = 0; i < lines && left > 0; ++i, --left, rows += row_bytes) __builtin_prefetch(rows, 0, 2);
   }
 };
 
@@ -304,8 +309,10 @@ void fire_chunk(const EventLayer& layer, const EventTile& tile, std::int64_t chu
         Int acc[vectors];
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) acc[j] = first ? Int{} : load<Int>(sum + j * lanes);
-        if (layer.chunks > 0) add_rows(static_cast<const Weight*>(nullptr), rows, *run++, most, acc);
-        ahead.some();
+        if (layer.chunks > 0) {
+          ahead.some(run + a.out_w * a.steps);
+          add_rows(static_cast<const Weight*>(nullptr), rows, *run++, most, acc);
+        }
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) store(sum + j * lanes, acc[j]);
       }
@@ -334,7 +341,8 @@ void fire_block(const EventLayer& layer, const EventTile& tile, std::int64_t cha
     const std::int64_t bytes = cut.rows * row_bytes;
     const char* rows = static_cast<const char*>(a.products[i].packed) + tile.panel * cut.chunks * bytes + place;
     for (std::int64_t chunk = 0; chunk < cut.chunks; ++chunk, ++c, rows += bytes) {
-      const Ahead ahead{rows + bytes, chunk + 1 < cut.chunks ? cut.rows : 0, (cut.rows + times - 1) / times};
+      const std::int64_t lines = times < 24 ? 0 : (cut.rows + times - 1) / times;
+      const Ahead ahead{chunk + 1 < cut.chunks ? rows + bytes : nullptr, cut.rows, lines};
       fire_chunk<Weight, vectors, full>(layer, tile, c, channel, rows, layer.lists[i].most, ahead, sums);
     }
   }
