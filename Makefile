@@ -42,7 +42,7 @@ bench: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 # In parts of less than ten minutes each, all added to one file: `make figures-resnet18_224-1 figures-write` measures one
 # part again.
 RESULTS := docs/benchmark-results.json
-FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 layers
+FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 vgg16_bn_224-1 layers
 readme-figures:
 	rm -f $(RESULTS)
 	$(MAKE) $(addprefix figures-,$(FIGURES))

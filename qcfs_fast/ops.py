@@ -27,7 +27,7 @@ from .windows import largest_value
 
 GEOMETRY = 9
 POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1, 1)
-MOST_ROW = 2**26  # event lists count in 64ths of 2^32
+MOST_LISTED = 2**29  # inputs in a row times T; an entry takes up to five places of a list, counted in 32 bits
 
 library = torch.library.Library("qcfs_fast", "FRAGMENT")
 library.define("quantize_input(Tensor x, Tensor source, Tensor scale, Tensor shift) -> (Tensor, Tensor)")
@@ -413,11 +413,12 @@ def _native_conv2d_if(
 ) -> None:
     """`keys` are the tensors that packed weights belong to, where `weight` holds views of them."""
     keys = weight if keys is None else keys
-    for xi, wi in zip(x, weight, strict=True):
-        row, kernel = xi.shape[3] * xi.shape[4], wi.shape[0] * wi.shape[1] * wi.shape[2]
-        if max(row, kernel) >= MOST_ROW:
+    for xi in x:
+        row = xi.shape[3] * xi.shape[4]
+        if row * T >= MOST_LISTED:
             _fail(
-                "conv2d_if", f"{row} inputs in a row and {kernel} under a kernel; the CPU kernels take {MOST_ROW - 1}"
+                "conv2d_if",
+                f"{row} inputs in a row at T={T}; the CPU kernels take {(MOST_LISTED - 1) // T}: use smaller images or T",
             )
     x, weight, residual, amplitude = _dense(x), _dense(weight), _dense(residual), _dense(amplitude)
     current = None if current is None else current.contiguous()

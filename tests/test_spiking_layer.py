@@ -97,6 +97,27 @@ def _wide_layer(rng):
     return [tensor(x)], [tensor(w)], g, [], [], None, tensor(bias), tensor(threshold), T
 
 
+@pytest.mark.parametrize("O", [8, 600])
+def test_layers_larger_than_a_wave(O):
+    """Samples and rows in turns, with weights that fit the cache and that do not: as each sample alone, T = 8."""
+    rng = np.random.default_rng(O)
+    T, size = 40, (2, 112, 64, 64) if O == 8 else (40, 14, 14, 64)
+    x = tensor(random_spikes(rng, size, T, False))
+    w = tensor(rng.integers(-32639, 32640, (3, 3, 64, O)).astype(np.int16))
+    threshold, bias = torch.full((O,), 400_000, dtype=torch.int32), torch.zeros(O, dtype=torch.int32)
+    for name, isa, how in ENGINES[1:]:
+        if "portable" in name and O == 600:
+            continue  # slow, and the same code
+        with backend.force(isa, cpu_engine=how):
+            layer = [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, bias, threshold
+            whole = torch.ops.qcfs_fast.conv2d_if([x], *layer, T)
+            assert backend.last_engine == how
+            for n in range(0, size[0], 13):
+                alone = torch.ops.qcfs_fast.conv2d_if([x[:1, n : n + 1]], *layer, 8)
+                assert torch.equal(whole[:1, n : n + 1], alone)
+            assert 0.05 < oracle.unpack(alone.numpy(), 8).mean() < 0.95
+
+
 def test_linear(engine):
     evidence = Evidence()
     for seed in range(40):
@@ -240,10 +261,10 @@ def test_threshold_is_inclusive_and_reset_is_soft(engine):
 
 
 def test_rows_that_lists_cannot_count_are_refused():
-    x = torch.zeros(1, 1, dtype=torch.uint8).expand(1, 1, 2**26)
-    w = torch.zeros(1, 1, dtype=torch.int8).expand(2**26, 1)
+    x = torch.zeros(1, 1, dtype=torch.uint8).expand(1, 1, 2**27)
+    w = torch.zeros(1, 1, dtype=torch.int8).expand(2**27, 1)
     zero = torch.zeros(1, dtype=torch.int32)
-    with backend.force(reference=False), pytest.raises(ValueError, match="67108864 inputs in a row"):
+    with backend.force(reference=False), pytest.raises(ValueError, match="134217728 inputs in a row at T=4"):
         torch.ops.qcfs_fast.linear_if([x], [w], [], [], None, zero, zero + 2, 4)
 
 
