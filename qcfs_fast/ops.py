@@ -418,7 +418,7 @@ def _native_conv2d_if(
         if row * T >= MOST_LISTED:
             _fail(
                 "conv2d_if",
-                f"{row} inputs in a row at T={T}; the CPU kernels take {(MOST_LISTED - 1) // T}: use smaller images or T",
+                f"{row} inputs in a row at T={T}; the CPU kernels take {(MOST_LISTED - 1) // T}; use smaller images",
             )
     x, weight, residual, amplitude = _dense(x), _dense(weight), _dense(residual), _dense(amplitude)
     current = None if current is None else current.contiguous()
