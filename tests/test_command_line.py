@@ -20,6 +20,7 @@ from qcfs_fast import command_line, evaluation, zoo
 
 COMMANDS = ("demo", "info", "convert", "eval", "profile", "bench", "compare")
 STEPS = (1, 2, 4, 8)
+IMAGES = 1200  # enough that a signal after the first batches finds others to do
 
 
 def run(capsys, *arguments):
@@ -41,11 +42,11 @@ def spawn(*arguments, launcher=()):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A saved network, and 300 images whose labels are its answers at T = 1, with every third spoiled."""
+    """A saved network, and images whose labels are its answers at T = 1, with every third spoiled."""
     folder = tmp_path_factory.mktemp("cli")
     g = torch.Generator().manual_seed(0)
     model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
-    images = torch.randn((300, 3, 10, 12), generator=g)
+    images = torch.randn((IMAGES, 3, 10, 12), generator=g)
     qcfs_fast.calibrate(model, [images[:32]], progress=False)
     snn = qcfs_fast.convert(model, T=4)
     snn.save(folder / "net.safetensors")
@@ -197,12 +198,12 @@ def test_convert_errors(tmp_path, capsys):
 def test_eval(place, capsys):
     folder, right = place
     common = ["eval", folder / "net.safetensors", folder / "data.npz", "--steps", *STEPS, "--quiet"]
-    for batch in (7, 64, 300):
+    for batch in (7, 64, IMAGES):
         code, out, err = run(capsys, *common, "--json", "--batch", batch)
         assert (code, err) == (0, "")
-        assert counts(out) == (right, 300, 0)
+        assert counts(out) == (right, IMAGES, 0)
     _, text, _ = run(capsys, *common)
-    assert f"   4  {right[2] / 300:.2%}" in text
+    assert f"   4  {right[2] / IMAGES:.2%}" in text
     assert not list(folder.glob("*.eval"))
 
 
@@ -251,13 +252,13 @@ def test_eval_goes_on_after(how, place, tmp_path, capsys):
     code, err, kept = interrupted(arguments, tmp_path / "state", how)
     assert code == (130 if how == signal.SIGINT else -signal.SIGKILL)
     assert ("every finished batch is kept" in err) == (how == signal.SIGINT)
-    assert 5 <= kept < 300
+    assert 5 <= kept < IMAGES
     code, _, err = run(capsys, *arguments, "--batch", 2)
     assert code == 1
     assert "another batch" in err
     code, out, _ = run(capsys, *arguments)
     assert code == 0
-    assert counts(out) == (right, 300, kept)
+    assert counts(out) == (right, IMAGES, kept)
     assert not (tmp_path / "state").exists()
 
 
@@ -273,8 +274,8 @@ def test_eval_in_two_processes(place, tmp_path):
     process = spawn(*arguments, launcher=launcher)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert kept < 70  # of 75 batches: both had work
-    assert counts(out) == (right, 300, 4 * kept)
+    assert kept < IMAGES // 4 - 5  # both had work
+    assert counts(out) == (right, IMAGES, 4 * kept)
 
 
 def test_processes_share_the_batches(tmp_path):

@@ -103,6 +103,20 @@ def test_first_layer(engine):
     evidence.check()
 
 
+@pytest.mark.parametrize(("C", "kernel"), [(509, 1), (510, 1), (511, 1), (512, 1), (1100, 1), (170, 3), (171, 3)])
+def test_largest_analog_sums(engine, C, kernel):
+    """Sums of a digit that 32 bits would not hold uncut: pixels and weights at their limits, in one row and several."""
+    x = torch.full((1, kernel, kernel, C), -32767, dtype=torch.int16)
+    w = torch.full((kernel, kernel, C, 3), -32768, dtype=torch.int16)
+    w[..., 1], w[..., 2] = 32767, -32639
+    acc = oracle.convolve(x.numpy().astype(np.int64), w.numpy(), (kernel, kernel, 1, 1, 0, 0, 1, 1, 1))
+    gain, offset = torch.full((3,), 2.0**-22, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    high = torch.full((3,), 2**30, dtype=torch.int32)
+    g = [kernel, kernel, 1, 1, 0, 0, 1, 1, 1]
+    out = OPS.conv2d_current(x, torch.zeros(1, dtype=torch.int32), w, g, gain, offset, -high, high)
+    assert np.array_equal(out.numpy(), np.rint(acc * 2.0**-22).astype(np.int64))
+
+
 def test_constant_current_gives_qcfs_counts(engine):
     """Bu et al., theorem 2 in exact integers: the count over T is clip(floor(zT/theta + 1/2), 0, T) for every z."""
     n = 720720  # divisible by every T tried, so that z*T/n + 1/2 hits integers exactly

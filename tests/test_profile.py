@@ -346,7 +346,7 @@ def test_batches_do_not_matter():
     one, many = profiled(snn, x[:3]), qcfs_fast.profile(snn, x[:3].split(1), progress=False)
     assert one.images == many.images == 3
     for a, b in zip(one.layers, many.layers, strict=True):
-        a.seconds = b.seconds
+        a.seconds, a.engine = b.seconds, b.engine  # the engine is chosen for each batch
         assert a == b
     assert one.agreement_by_step == many.agreement_by_step
     assert qcfs_fast.profile(snn, x[:3], progress=False).images == 3  # a bare tensor is one batch

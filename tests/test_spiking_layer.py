@@ -97,11 +97,11 @@ def _wide_layer(rng):
     return [tensor(x)], [tensor(w)], g, [], [], None, tensor(bias), tensor(threshold), T
 
 
-@pytest.mark.parametrize("O", [8, 600])
-def test_layers_larger_than_a_wave(O):
-    """Samples and rows in turns, with weights that fit the cache and that do not: as each sample alone, T = 8."""
+@pytest.mark.parametrize(("O", "size"), [(8, (2, 112, 64, 64)), (600, (40, 14, 14, 64)), (9, (1, 2, 3000, 64))])
+def test_layers_larger_than_a_wave(O, size):
+    """Samples and rows in turns, weights beyond the cache, strips of wide rows: as each sample alone, T = 8."""
     rng = np.random.default_rng(O)
-    T, size = 40, (2, 112, 64, 64) if O == 8 else (40, 14, 14, 64)
+    T, wholes = 40, []
     x = tensor(random_spikes(rng, size, T, False))
     w = tensor(rng.integers(-32639, 32640, (3, 3, 64, O)).astype(np.int16))
     threshold, bias = torch.full((O,), 400_000, dtype=torch.int32), torch.zeros(O, dtype=torch.int32)
@@ -112,10 +112,12 @@ def test_layers_larger_than_a_wave(O):
             layer = [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, bias, threshold
             whole = torch.ops.qcfs_fast.conv2d_if([x], *layer, T)
             assert backend.last_engine == how
+            wholes.append(whole)
             for n in range(0, size[0], 13):
                 alone = torch.ops.qcfs_fast.conv2d_if([x[:1, n : n + 1]], *layer, 8)
                 assert torch.equal(whole[:1, n : n + 1], alone)
             assert 0.05 < oracle.unpack(alone.numpy(), 8).mean() < 0.95
+    assert all(torch.equal(w, wholes[0]) for w in wholes)
 
 
 def test_linear(engine):

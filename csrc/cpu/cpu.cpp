@@ -155,7 +155,7 @@ InputRows input_rows(const Product& p, std::int64_t row0, std::int64_t row1) {
   return {first, std::max<std::int64_t>(0, last - first)};
 }
 
-// Cuts a layer into waves of at most `budget` bytes; bytes(row0, row1) are those of one sample.
+// Cuts a layer into waves of at most wave_bytes, or one row; bytes(row0, row1) are those of one sample.
 template <typename Bytes>
 std::vector<Wave> cut_waves(const ConvIf& a, const Bytes& bytes) {
   std::vector<Wave> waves;
@@ -234,17 +234,12 @@ int largest_input(const ConvIf& a, const Product& p) {
 // A copy of a layer whose products may be changed.
 struct Layer {
   explicit Layer(const ConvIf& from) : a(from), products(from.products, from.products + from.product_count) {
-    for (Product& p : products) {
-      // At T = 1 masks and counts look alike and come as counts; spikes go the faster way of masks.
-      if (a.steps == 1 && largest_input(a, p) <= 1) p.x.coding = Coding::mask;
-    }
     if (is_linear(a)) {
       a.out_h = a.batch;
       a.batch = 1;
       for (Product& p : products) {
         p.x.height = a.out_h;
         p.g.stride_h = p.g.stride_w = p.g.dilation_h = p.g.dilation_w = 1;
-        linear = true;
       }
     }
     a.products = products.data();
@@ -252,7 +247,6 @@ struct Layer {
 
   ConvIf a;
   std::vector<Product> products;
-  bool linear = false;
 };
 
 // ------------------------------------------------------------------------------------------ events
@@ -303,19 +297,19 @@ void carve_lists(EventLayer& layer, bool grouped, Carver& space) {
   }
 }
 
-// Room for what some output rows add, one after the other; their positions may take all of it.
+// Room for what `columns` pixels of some output rows add, one row after the other; not all may be needed.
 class MergedRows {
  public:
-  MergedRows(const EventLayer& layer, std::int64_t rows, Carver& space) {
+  MergedRows(const EventLayer& layer, std::int64_t rows, std::int64_t columns, Carver& space) {
     const ConvIf& a = *layer.a;
     bool values = false;
     capacity_ = list_slack;
     for (int i = 0; i < a.product_count; ++i) {
       const EventLists& l = layer.lists[i];
-      values |= l.value != nullptr || a.products[i].x.coding == Coding::count;
-      if (!l.alone) capacity_ += a.out_w * a.steps * l.cut.chunks * (l.cut.rows + 4);
+      values |= a.products[i].x.coding == Coding::count;
+      if (!l.alone) capacity_ += columns * a.steps * l.cut.chunks * (l.cut.rows + 4);
     }
-    runs_ = layer.chunks * a.out_w * a.steps;
+    runs_ = layer.chunks * columns * a.steps;
     first_.runs = space.take<EventRun>(rows * runs_);
     first_.position = space.take<std::uint16_t>(rows * capacity_);
     first_.value = values ? space.take<std::uint16_t>(rows * capacity_) : nullptr;
@@ -331,10 +325,93 @@ class MergedRows {
   EventRow first_;
 };
 
-std::int64_t merged_bytes(const EventLayer& layer, std::int64_t rows) {
+std::int64_t merged_bytes(const EventLayer& layer, std::int64_t rows, std::int64_t columns) {
   Carver count(nullptr);
-  MergedRows(layer, rows, count);
+  MergedRows(layer, rows, columns, count);
   return static_cast<std::int64_t>(count.used());
+}
+
+void list_wave(const KernelSet& k, const EventLayer& layer, int threads) {
+  const ConvIf& a = *layer.a;
+  const std::int64_t samples = layer.wave.sample1 - layer.wave.sample0;
+  std::int64_t list_rows = 0;
+  for (int i = 0; i < a.product_count; ++i) list_rows += samples * layer.lists[i].in.rows;
+  run(list_rows, threads, [&](std::int64_t i) {
+    int product = 0;
+    while (i >= samples * layer.lists[product].in.rows) i -= samples * layer.lists[product++].in.rows;
+    const std::int64_t rows = layer.lists[product].in.rows;
+    k.list_events(a, product, layer.wave, layer.lists[product], layer.wave.sample0 + i / rows, i % rows);
+    return Status::ok;
+  });
+}
+
+// Tasks that take a tile of a few rows, or columns of one row, through all panels; its merged lists are the task's.
+Status fire_together(const KernelSet& k, const EventLayer& layer, std::int64_t panels, int threads) {
+  const ConvIf& a = *layer.a;
+  const Wave& wave = layer.wave;
+  const std::int64_t samples = wave.sample1 - wave.sample0, rows = wave.row1 - wave.row0;
+  const auto most = [&](std::int64_t pixels) {    // such pieces that a task's lists and sums have room for
+    const std::int64_t sums = layer.chunks > 1 ? pixels * a.steps * padded_channels * 4 : 1;
+    return std::min(near_lists / merged_bytes(layer, 1, pixels), waiting_bytes / sums);
+  };
+  const std::int64_t columns = std::clamp<std::int64_t>(most(1), 1, a.out_w);
+  const std::int64_t strips = ceil_div(a.out_w, columns);
+  Cut cut = cut_rows(rows, samples, threads);
+  cut.band = std::clamp<std::int64_t>(strips > 1 ? 1 : most(a.out_w), 1, cut.band);
+  cut.bands = ceil_div(rows, cut.band);
+  const std::size_t merge = (k.merge_events_workspace(layer) + 63) / 64 * 64;
+  const std::size_t lists = static_cast<std::size_t>(merged_bytes(layer, cut.band, columns));
+  const std::size_t sums = k.fire_events_workspace(layer, cut.band * columns);
+  return run_tasks(samples * cut.bands * strips, threads, merge + lists + sums, [&](std::int64_t i, void* memory) {
+    const std::int64_t row0 = wave.row0 + i / strips % cut.bands * cut.band, col0 = i % strips * columns;
+    const EventTile tile{wave.sample0 + i / strips / cut.bands, row0, std::min(wave.row1, row0 + cut.band), col0,
+                         std::min(a.out_w, col0 + columns)};
+    char* at = static_cast<char*>(memory);
+    Carver mine(at + merge);
+    const MergedRows merged(layer, cut.band, tile.col1 - tile.col0, mine);
+    for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
+      k.merge_events(layer, tile, row, merged.row(row - tile.row0), at);
+    }
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
+      k.fire_events(layer, tile, panel, merged.row(0).runs, at + merge + lists);
+    }
+  });
+}
+
+// All lists of a wave are merged before; tasks take a tile and a panel, and neighbouring tasks share a panel.
+Status fire_apart(const KernelSet& k, const EventLayer& layer, const MergedRows& merged, std::int64_t panels,
+                  int threads) {
+  const ConvIf& a = *layer.a;
+  const Wave& wave = layer.wave;
+  const std::int64_t samples = wave.sample1 - wave.sample0, rows = wave.row1 - wave.row0;
+  const Status s =
+      run_tasks(samples * rows, threads, k.merge_events_workspace(layer), [&](std::int64_t i, void* memory) {
+        const EventTile tile{wave.sample0 + i / rows, wave.row0, wave.row1, 0, a.out_w};
+        k.merge_events(layer, tile, wave.row0 + i % rows, merged.row(i), memory);
+      });
+  if (s != Status::ok) return s;
+  Cut cut = cut_rows(rows, samples * panels, threads);
+  const std::int64_t most = waiting_bytes / (a.out_w * a.steps * padded_channels * 4);
+  if (layer.chunks > 1) cut.band = std::clamp<std::int64_t>(most, 1, cut.band);
+  cut.bands = ceil_div(rows, cut.band);
+  const std::int64_t tiles = samples * cut.bands;
+  return run_tasks(tiles * panels, threads, k.fire_events_workspace(layer, cut.band * a.out_w),
+                   [&](std::int64_t i, void* memory) {
+                     const std::int64_t sample = i % tiles / cut.bands, row0 = i % tiles % cut.bands * cut.band;
+                     const EventTile tile{wave.sample0 + sample, wave.row0 + row0,
+                                          wave.row0 + std::min(rows, row0 + cut.band), 0, a.out_w};
+                     k.fire_events(layer, tile, i / tiles, merged.row(sample * rows + row0).runs, memory);
+                   });
+}
+
+Status fire_groups(const KernelSet& k, const EventLayer& layer, int threads) {
+  const Wave& wave = layer.wave;
+  const std::int64_t samples = wave.sample1 - wave.sample0;
+  const Cut cut = cut_rows(wave.row1 - wave.row0, samples, threads);
+  return run_tasks(samples * cut.bands, threads, k.fire_grouped_workspace(*layer.a), [&](std::int64_t i, void* memory) {
+    const std::int64_t row0 = wave.row0 + i % cut.bands * cut.band;
+    k.fire_grouped(layer, {wave.sample0 + i / cut.bands, row0, std::min(wave.row1, row0 + cut.band)}, memory);
+  });
 }
 
 Status run_events(const KernelSet& k, const Layer& owner, Engine engine, int threads) {
@@ -342,95 +419,44 @@ Status run_events(const KernelSet& k, const Layer& owner, Engine engine, int thr
   const ConvIf& a = owner.a;
   EventLayer layer{};
   layer.a = &a;
-  for (int i = 0; i < a.product_count; ++i) layer.lists[i].most = largest_input(a, a.products[i]);
   const int weight_bytes = a.product_count > 0 ? a.products[0].weight_bytes : 2;
   const std::int64_t panels = ceil_div(a.out_channels, panel_channels(weight_bytes));
   std::int64_t weights = 0;
-  for (int i = 0; i < a.product_count; ++i) weights += taps(a.products[i].g, a.products[i].x.channels) * row_bytes;
-  // Where all weights fit the second-level cache a task takes a few rows through all panels, and the merged lists of
-  // these rows stay there too. Else panels are the outer loop, and all lists of a wave are merged before.
-  const bool together = panels * weights <= near_weights;
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    weights += panels * taps(p.g, p.x.channels) * row_bytes;
+    layer.lists[i].most = grouped || weight_bytes == 2 ? 255 : largest_input(a, p);
+  }
+  // Lists merged by the task that uses them stay in the second-level cache, but every task then reads all weights: for
+  // those that fit there too, and for rows so wide that only strips of them can be merged at a time.
+  layer.wave = {0, 1, 0, 1};
+  Carver row(nullptr);
+  carve_lists(layer, grouped, row);
+  const bool together = weights <= near_weights || merged_bytes(layer, 1, a.out_w) > wave_bytes / 4;
+  const bool apart = !grouped && !together;
   const auto bytes = [&](std::int64_t row0, std::int64_t row1) {
     layer.wave = {0, 1, row0, row1};
     Carver count(nullptr);
     carve_lists(layer, grouped, count);
-    if (!grouped && !together) MergedRows(layer, row1 - row0, count);
-    return static_cast<std::int64_t>(count.used());
+    return static_cast<std::int64_t>(count.used()) + (apart ? merged_bytes(layer, row1 - row0, a.out_w) : 0);
   };
   for (const Wave& wave : cut_waves(a, bytes)) {
-    const std::int64_t samples = wave.sample1 - wave.sample0, rows = wave.row1 - wave.row0;
-    const std::int64_t ready_rows = grouped || together ? 0 : samples * rows;
+    const std::int64_t merged_rows = apart ? (wave.sample1 - wave.sample0) * (wave.row1 - wave.row0) : 0;
     layer.wave = wave;
     Carver count(nullptr);
     pad_neurons(a, count);
     carve_lists(layer, grouped, count);
-    MergedRows(layer, ready_rows, count);
-    void* memory = shared.reserve(count.used() + slack);
+    MergedRows(layer, merged_rows, a.out_w, count);
+    void* memory = shared.reserve(count.used());
     if (memory == nullptr) return Status::out_of_memory;
     Carver space(memory);
     layer.neurons = pad_neurons(a, space);
     carve_lists(layer, grouped, space);
-    const MergedRows ready(layer, ready_rows, space);
-
-    std::int64_t list_rows = 0;
-    for (int i = 0; i < a.product_count; ++i) list_rows += samples * layer.lists[i].in.rows;
-    run(list_rows, threads, [&](std::int64_t i) {
-      int product = 0;
-      while (i >= samples * layer.lists[product].in.rows) i -= samples * layer.lists[product++].in.rows;
-      const std::int64_t in_rows = layer.lists[product].in.rows;
-      k.list_events(a, product, wave, layer.lists[product], wave.sample0 + i / in_rows, i % in_rows);
-      return Status::ok;
-    });
-
-    // Tiles of one panel (but for `grouped` and `together`), and the rows of each.
-    Cut cut = cut_rows(rows, samples * (grouped || together ? 1 : panels), threads);
-    if (!grouped) {
-      const std::int64_t row_sums = a.out_w * a.steps * panel_channels(weight_bytes) * 4;
-      std::int64_t most = rows;
-      if (layer.chunks > 1) most = std::min(most, waiting_bytes / row_sums);
-      if (together) most = std::min(most, near_lists / merged_bytes(layer, 1));
-      cut.band = std::max<std::int64_t>(1, std::min(cut.band, most));
-      cut.bands = ceil_div(rows, cut.band);
-    }
-    const std::int64_t tiles = samples * cut.bands;
-    const auto tile_of = [&](std::int64_t i) {
-      const std::int64_t row0 = wave.row0 + i % cut.bands * cut.band;
-      return Tile{wave.sample0 + i / cut.bands, row0, std::min(wave.row1, row0 + cut.band)};
-    };
-    const std::size_t merge_space = (k.merge_events_workspace(layer) + 63) / 64 * 64;
-    Status s;
-    if (grouped) {
-      s = run_tasks(tiles, threads, k.fire_grouped_workspace(a),
-                    [&](std::int64_t i, void* memory_of_task) { k.fire_grouped(layer, tile_of(i), memory_of_task); });
-    } else if (together) {
-      const std::size_t fixed = merge_space + k.fire_events_workspace(layer, cut.band);
-      const std::size_t lists = static_cast<std::size_t>(merged_bytes(layer, cut.band) + slack);
-      s = run_tasks(tiles, threads, fixed + lists, [&](std::int64_t i, void* memory_of_task) {
-        const Tile t = tile_of(i);
-        char* at = static_cast<char*>(memory_of_task);
-        Carver mine(at + merge_space);
-        const MergedRows merged(layer, cut.band, mine);
-        for (std::int64_t row = t.row0; row < t.row1; ++row) {
-          k.merge_events(layer, t.sample, row, merged.row(row - t.row0), at);
-        }
-        void* sums = at + merge_space + lists;
-        for (std::int64_t panel = 0; panel < panels; ++panel) {
-          k.fire_events(layer, {t.sample, t.row0, t.row1, panel, merged.row(0).runs}, sums);
-        }
-      });
-    } else {
-      s = run_tasks(ready_rows, threads, merge_space, [&](std::int64_t i, void* memory_of_task) {
-        k.merge_events(layer, wave.sample0 + i / rows, wave.row0 + i % rows, ready.row(i), memory_of_task);
-      });
-      if (s != Status::ok) return s;
-      // Neighbouring tasks share a panel.
-      s = run_tasks(
-          tiles * panels, threads, k.fire_events_workspace(layer, cut.band), [&](std::int64_t i, void* memory_of_task) {
-            const Tile t = tile_of(i % tiles);
-            const std::int64_t first = (t.sample - wave.sample0) * rows + t.row0 - wave.row0;
-            k.fire_events(layer, {t.sample, t.row0, t.row1, i / tiles, ready.row(first).runs}, memory_of_task);
-          });
-    }
+    const MergedRows merged(layer, merged_rows, a.out_w, space);
+    list_wave(k, layer, threads);
+    const Status s = grouped    ? fire_groups(k, layer, threads)
+                     : together ? fire_together(k, layer, panels, threads)
+                                : fire_apart(k, layer, merged, panels, threads);
     if (s != Status::ok) return s;
   }
   return Status::ok;
@@ -637,9 +663,7 @@ bool dense_is_faster(const KernelSet& k, const ConvIf& a) {
     const double inputs = static_cast<double>(a.batch * p.x.height * p.x.width * p.x.channels);
     const double kernel = static_cast<double>(taps(p.g, p.x.channels));
     const double depth = static_cast<double>(p.g.kernel_h * p.g.kernel_w * round_up(p.x.channels, k.dense.depth));
-    const double per_row = p.x.coding == Coding::count && narrow ? rates.events_16
-                           : narrow                              ? rates.events_8
-                                                                 : rates.events_16;
+    const double per_row = narrow && p.x.coding == Coding::mask ? rates.events_8 : rates.events_16;
     const double lists = inputs / 12 + 4 * pixels * static_cast<double>(p.g.kernel_h);
     events += steps * (sampled_rate(a, p) * kernel * pixels * O / per_row + lists);
     dense += steps * (depth * positions * columns / rates.products + inputs / 60);
@@ -741,13 +765,17 @@ void pack(const AnalogConv& a, std::uint32_t isa, void* out) { choose(isa).pack_
 Status conv_if(const ConvIf& a, const Options& options) {
   if (a.batch == 0) return Status::ok;
   const KernelSet& k = choose(options.isa);
-  const Engine engine = choose_engine(a, options);
+  const Engine engine = options.engine == Engine::automatic ? choose_engine(a, options) : options.engine;
   for (int i = 0; i < a.product_count; ++i) {
     if (a.products[i].packed == nullptr && packed_bytes(a, i, engine, options.isa) > 0) return Status::not_packed;
   }
   const int threads = useful_threads(work_of(a), options.threads);
   if (engine == Engine::depthwise) return run_depthwise(k, a, threads);
   Layer layer(a);
+  for (Product& p : layer.products) {
+    // At T = 1 masks and counts look alike and come as counts; spikes go the faster way of masks.
+    if (a.steps == 1 && largest_input(a, p) <= 1) p.x.coding = Coding::mask;
+  }
   if (engine == Engine::dense) return run_dense(k, layer, threads);
   return run_events(k, layer, engine, threads);
 }

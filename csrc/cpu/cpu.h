@@ -50,7 +50,7 @@ void pack(const ConvIf& a, int product, Engine engine, std::uint32_t isa, void* 
 std::size_t packed_bytes(const AnalogConv& a, std::uint32_t isa);
 void pack(const AnalogConv& a, std::uint32_t isa, void* out);
 
-// options.engine must be the one that the weights were packed for.
+// options.engine must be the one that was chosen and the weights packed for, or automatic.
 Status conv_if(const ConvIf& a, const Options& options);
 Status analog(const AnalogConv& a, const Options& options);
 Status encode(const Encode& a, const Options& options);

@@ -137,7 +137,7 @@ bool run_case(int threads, Totals& totals) {
     products.push_back({x, kept.back()->data(), weight_bytes, geometry});
   };
   // Now and then more inputs than one chunk of event rows takes.
-  add_product(H, W, groups == 1 ? (chance(5) ? pick(500, 1300) : channels[pick(0, 14)]) : groups, g);
+  add_product(H, W, groups == 1 ? (chance(2) ? pick(500, 1300) : channels[pick(0, 14)]) : groups, g);
   if (chance(30)) add_product(OH, OW, channels[pick(0, 14)], {1, 1, 1, 1, 0, 0, 1, 1, 1});
   const std::int64_t outputs = N * OH * OW * O;
   const std::int64_t unit = weight_bytes == 1 ? 256 : 64;

@@ -1,6 +1,6 @@
 // Convolution of the analog image: exact integer sums of 16-bit pixels times 16-bit weights, then the constant-current
 // neuron. Products are 31 bits wide, so a pixel is split into two signed base-256 digits, x = 256 * high + low; a
-// multiply-add of pairs (s16 x s16 -> s32) sums each digit over up to 512 inputs below 2^31. Per row of output pixels:
+// multiply-add of pairs (s16 x s16 -> s32) sums each digit over up to 510 inputs below 2^31. Per row of output pixels:
 //
 //     split       the kernel's input rows, with their padding      [kernel rows][high, low][columns * C]   int16
 //     multiply    pixels x digits, times packed weights            [blocks][kernel rows][pairs][columns][2]
@@ -8,14 +8,14 @@
 //                 (an odd one out is multiplied by zero)            int32 sums
 //     finish      (256 * high + low) * gain + offset in double -> grid -> spikes of all steps
 //
-// Kernels dilated in width get rows in which the inputs of each output pixel were made neighbours. More than 512 inputs
-// go in stretches of 512, whose sums are added up in double, exact below 2^53. Grouped layers take a plain loop.
+// Kernels dilated in width get rows in which the inputs of each output pixel were made neighbours. More than 510 inputs
+// go in stretches of 510, whose sums are added up in double, exact below 2^53. Grouped layers take a plain loop.
 //
 // The including file defines analog_vectors and dot2 (sums of products of int16 pairs).
 
 constexpr int analog_columns = analog_vectors * lanes;
 constexpr int analog_pixels = 3;             // of one register block, two digits each
-constexpr int analog_stretch = 256;          // pairs of inputs
+constexpr int analog_stretch = 255;          // pairs of inputs
 constexpr std::int64_t analog_batch = 12;    // pixels whose sums wait for the last step
 
 struct AnalogSizes {
@@ -89,8 +89,8 @@ inline void split_row(const AnalogConv& a, const AnalogSizes& s, std::int64_t sa
   }
 }
 
-// Sums of `analog_pixels` pixels and one block of columns over kernel rows [kh, ..) of `pairs` pairs each, two digits:
-// [pixel][high, low][columns]. Split rows are 2 * length apart, packed ones row_pairs * columns.
+// Sums of `analog_pixels` pixels and one block of columns over some kernel rows, of each `pairs` pairs, two digits:
+// [pixel][high, low][columns].
 inline void multiply_digits(const std::int16_t* x, const AnalogSizes& s, const std::int16_t* w, std::int64_t rows,
                             std::int64_t pairs, std::int32_t* out) {
   Int acc[2 * analog_pixels][analog_vectors];

@@ -37,15 +37,15 @@ inline void multiply(const Segment* segments, int count, std::int64_t sample, st
   }
   for (int s = 0; s < count; ++s) {
     const Segment& segment = segments[s];
-    const std::int64_t row_bytes = segment.row_bytes;
-    const std::uint8_t* x = segment.a + sample * segment.sample_bytes + t * segment.step_bytes + q0 * row_bytes;
+    const std::int64_t pitch = segment.row_bytes;
+    const std::uint8_t* x = segment.a + sample * segment.sample_bytes + t * segment.step_bytes + q0 * pitch;
     if (both) {
       for (std::int64_t k = 0; k < segment.blocks; ++k, x += 64, packed += 2048) {
         TILE_LOAD(6, packed, 64);
-        TILE_LOAD(4, x, row_bytes);
+        TILE_LOAD(4, x, pitch);
         TILE_LOAD(7, packed + 1024, 64);
         TILE_DOT(0, 4, 6);
-        TILE_LOAD(5, x + 16 * row_bytes, row_bytes);
+        TILE_LOAD(5, x + 16 * pitch, pitch);
         TILE_DOT(1, 4, 7);
         TILE_DOT(2, 5, 6);
         TILE_DOT(3, 5, 7);
@@ -53,7 +53,7 @@ inline void multiply(const Segment* segments, int count, std::int64_t sample, st
     } else {
       for (std::int64_t k = 0; k < segment.blocks; ++k, x += 64, packed += 2048) {
         TILE_LOAD(6, packed, 64);
-        TILE_LOAD(4, x, row_bytes);
+        TILE_LOAD(4, x, pitch);
         TILE_LOAD(7, packed + 1024, 64);
         TILE_DOT(0, 4, 6);
         TILE_DOT(1, 4, 7);

@@ -22,8 +22,8 @@ inline void multiply(const Segment* segments, int count, std::int64_t sample, st
   }
   for (int s = 0; s < count; ++s) {
     const Segment& segment = segments[s];
-    const std::int64_t row_bytes = segment.row_bytes;
-    const std::uint8_t* x = segment.a + sample * segment.sample_bytes + t * segment.step_bytes + q0 * row_bytes;
+    const std::int64_t pitch = segment.row_bytes;
+    const std::uint8_t* x = segment.a + sample * segment.sample_bytes + t * segment.step_bytes + q0 * pitch;
     for (std::int64_t k = 0; k < segment.blocks; ++k, x += 4, packed += 4 * dense_columns) {
       Int w[dense_vectors];
       QCFS_UNROLL
@@ -31,7 +31,7 @@ inline void multiply(const Segment* segments, int count, std::int64_t sample, st
       QCFS_UNROLL
       for (int i = 0; i < dense_rows; ++i) {
         std::int32_t four;
-        __builtin_memcpy(&four, x + i * row_bytes, 4);
+        __builtin_memcpy(&four, x + i * pitch, 4);
         const Int bytes = Int{} + four;
         QCFS_UNROLL
         for (int j = 0; j < dense_vectors; ++j) acc[i][j] = dot4(acc[i][j], bytes, w[j]);

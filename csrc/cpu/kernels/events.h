@@ -231,8 +231,8 @@ std::size_t merge_events_workspace(const EventLayer& layer) {
   return static_cast<std::size_t>(most_cells(layer)) * (sizeof(Stretch) + sizeof(Piece));
 }
 
-// Brings together what the pixels of one output row read.
-void merge_events(const EventLayer& layer, std::int64_t sample, std::int64_t row, const EventRow& out,
+// Brings together what the pixels of one row of a tile read.
+void merge_events(const EventLayer& layer, const EventTile& tile, std::int64_t row, const EventRow& out,
                   void* workspace) {
   const ConvIf& a = *layer.a;
   const std::int64_t steps = a.steps;
@@ -243,8 +243,8 @@ void merge_events(const EventLayer& layer, std::int64_t sample, std::int64_t row
   for (int i = 0; i < a.product_count; ++i) {
     const EventLists& lists = layer.lists[i];
     for (std::int64_t chunk = 0; chunk < lists.cut.chunks; ++chunk) {
-      const int under = stretches_of(layer, i, chunk, sample, row, stretches);
-      for (std::int64_t col = 0; col < a.out_w; ++col) {
+      const int under = stretches_of(layer, i, chunk, tile.sample, row, stretches);
+      for (std::int64_t col = tile.col0; col < tile.col1; ++col) {
         const int count = pieces_of(lists, a.products[i], stretches, under, col, pieces);
         for (std::int64_t t = 0; t < steps; ++t, ++run) {
           const std::int64_t step = t * (a.products[i].x.width * lists.cut.blocks + 1);
@@ -292,25 +292,26 @@ struct Ahead {
   }
 };
 
-// Adds what one chunk gives to the sums of a tile's pixels [row1 - row0, columns, T, vectors * lanes], which begin with
-// the first chunk; after the last the pixel's neurons integrate and fire. With one chunk all pixels share one place.
+// Adds what one chunk gives to the sums of a tile's pixels [rows, columns, T, vectors * lanes], which begin with the
+// first chunk; after the last the pixel's neurons integrate and fire. With one chunk all pixels share one place.
 template <typename Weight, int vectors, bool full>
-void fire_chunk(const EventLayer& layer, const EventTile& tile, std::int64_t chunk, std::int64_t channel,
-                const char* rows, int most, Ahead ahead, std::int32_t* sums) {
+void fire_chunk(const EventLayer& layer, const EventTile& tile, const EventRun* runs, std::int64_t chunk,
+                std::int64_t channel, const char* rows, int most, Ahead ahead, std::int32_t* sums) {
   const ConvIf& a = *layer.a;
   const bool first = chunk == 0, last = chunk + 1 >= layer.chunks;
   const int shift = sizeof(Weight) == 1 ? 8 : 0;
   const std::int64_t next_pixel = first && last ? 0 : a.steps * vectors * lanes;
+  const std::int64_t row_runs = (tile.col1 - tile.col0) * a.steps;
   for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
-    const EventRun* run = tile.runs + ((row - tile.row0) * layer.chunks + chunk) * a.out_w * a.steps;
-    for (std::int64_t col = 0; col < a.out_w; ++col, sums += next_pixel) {
+    const EventRun* run = runs + ((row - tile.row0) * layer.chunks + chunk) * row_runs;
+    for (std::int64_t col = tile.col0; col < tile.col1; ++col, sums += next_pixel) {
       std::int32_t* sum = sums;
       for (std::int64_t t = 0; t < a.steps; ++t, sum += vectors * lanes) {
         Int acc[vectors];
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) acc[j] = first ? Int{} : load<Int>(sum + j * lanes);
         if (layer.chunks > 0) {
-          ahead.some(run + a.out_w * a.steps);
+          ahead.some(run + row_runs);
           add_rows(static_cast<const Weight*>(nullptr), rows, *run++, most, acc);
         }
         QCFS_UNROLL
@@ -331,51 +332,53 @@ void fire_chunk(const EventLayer& layer, const EventTile& tile, std::int64_t chu
 
 // Channels [channel, channel + vectors * lanes) of one panel, at byte `place` of its rows.
 template <typename Weight, int vectors, bool full>
-void fire_block(const EventLayer& layer, const EventTile& tile, std::int64_t channel, std::int64_t place,
-                std::int32_t* sums) {
+void fire_block(const EventLayer& layer, const EventTile& tile, const EventRun* runs, std::int64_t panel,
+                std::int64_t channel, std::int64_t place, std::int32_t* sums) {
   const ConvIf& a = *layer.a;
-  const std::int64_t times = (tile.row1 - tile.row0) * a.out_w * a.steps;
+  const std::int64_t times = (tile.row1 - tile.row0) * (tile.col1 - tile.col0) * a.steps;
   std::int64_t c = 0;
   for (int i = 0; i < a.product_count; ++i) {
     const EventCut& cut = layer.lists[i].cut;
     const std::int64_t bytes = cut.rows * row_bytes;
-    const char* rows = static_cast<const char*>(a.products[i].packed) + tile.panel * cut.chunks * bytes + place;
+    const char* rows = static_cast<const char*>(a.products[i].packed) + panel * cut.chunks * bytes + place;
     for (std::int64_t chunk = 0; chunk < cut.chunks; ++chunk, ++c, rows += bytes) {
       const std::int64_t lines = times < 24 ? 0 : (cut.rows + times - 1) / times;
       const Ahead ahead{chunk + 1 < cut.chunks ? rows + bytes : nullptr, cut.rows, lines};
-      fire_chunk<Weight, vectors, full>(layer, tile, c, channel, rows, layer.lists[i].most, ahead, sums);
+      fire_chunk<Weight, vectors, full>(layer, tile, runs, c, channel, rows, layer.lists[i].most, ahead, sums);
     }
   }
-  if (layer.chunks == 0) fire_chunk<Weight, vectors, full>(layer, tile, 0, channel, nullptr, 1, {}, sums);
+  if (layer.chunks == 0) fire_chunk<Weight, vectors, full>(layer, tile, runs, 0, channel, nullptr, 1, {}, sums);
 }
 
 template <typename Weight>
-void fire_panel(const EventLayer& layer, const EventTile& tile, std::int32_t* sums) {
+void fire_panel(const EventLayer& layer, const EventTile& tile, const EventRun* runs, std::int64_t panel,
+                std::int32_t* sums) {
   constexpr int vectors = block_vectors<Weight>;
   constexpr std::int64_t channels = panel_channels(sizeof(Weight));
-  const std::int64_t channel0 = tile.panel * channels;
+  const std::int64_t channel0 = panel * channels;
   const std::int64_t end = smaller(layer.a->out_channels, channel0 + channels);
   for (std::int64_t o = channel0; o < end; o += vectors * lanes) {
     const std::int64_t place = (o - channel0) * static_cast<std::int64_t>(sizeof(Weight));
     if (layer.a->out_channels - o >= vectors * lanes) {
-      fire_block<Weight, vectors, true>(layer, tile, o, place, sums);
+      fire_block<Weight, vectors, true>(layer, tile, runs, panel, o, place, sums);
     } else {
-      fire_block<Weight, vectors, false>(layer, tile, o, place, sums);
+      fire_block<Weight, vectors, false>(layer, tile, runs, panel, o, place, sums);
     }
   }
 }
 
-std::size_t fire_events_workspace(const EventLayer& layer, std::int64_t rows) {
-  const std::int64_t pixels = layer.chunks > 1 ? rows * layer.a->out_w : 1;
-  return static_cast<std::size_t>(pixels * layer.a->steps * padded_channels) * sizeof(std::int32_t);
+std::size_t fire_events_workspace(const EventLayer& layer, std::int64_t pixels) {
+  const std::int64_t kept = layer.chunks > 1 ? pixels : 1;
+  return static_cast<std::size_t>(kept * layer.a->steps * padded_channels) * sizeof(std::int32_t);
 }
 
-void fire_events(const EventLayer& layer, const EventTile& tile, void* workspace) {
+void fire_events(const EventLayer& layer, const EventTile& tile, std::int64_t panel, const EventRun* runs,
+                 void* workspace) {
   std::int32_t* sums = static_cast<std::int32_t*>(workspace);
   if (layer.a->product_count > 0 && layer.a->products[0].weight_bytes == 1) {
-    fire_panel<std::int8_t>(layer, tile, sums);
+    fire_panel<std::int8_t>(layer, tile, runs, panel, sums);
   } else {
-    fire_panel<std::int16_t>(layer, tile, sums);
+    fire_panel<std::int16_t>(layer, tile, runs, panel, sums);
   }
 }
 

@@ -14,7 +14,7 @@ namespace qcfs::cpu {
 constexpr int most_products = 64;
 constexpr int most_residuals = 64;
 
-// Bytes that kernels may read (never use) behind the last byte of packed weights, lists and planes.
+// Bytes that kernels may read (never use) behind the last byte of packed dense weights and planes.
 constexpr std::int64_t slack = 256;
 
 // Entries that may be read and written behind the last of an event list.
@@ -56,14 +56,14 @@ struct EventCut {
   std::int64_t rows;    // of a chunk: its cells' and one of zeros, the last
 };
 
-// Spikes of the input rows of one product that a wave reads, by row and step, and the same brought together by output
-// pixel, step and chunk (events.h). Positions are byte offsets of weight rows, modulo 2^16.
+// Spikes of the input rows of one product that a wave reads, by row and step. Positions are byte offsets of weight
+// rows, modulo 2^16 (events.h).
 struct EventLists {
   InputRows in;
   EventCut cut;
   bool columns;               // positions count columns, so that a run of columns is one run of positions
   bool alone;                 // a chunk is one cell: its list serves as it is
-  int most;                   // the largest input: 1 for masks
+  int most;                   // no input is larger: 1 for masks; read with 8-bit weights
   std::int64_t capacity;      // entries of one row's region
   std::uint32_t* start;       // [samples, rows, T, W * blocks + 1], within the row's region
   std::uint16_t* position;    // [samples, rows, capacity]
@@ -85,17 +85,16 @@ struct EventLayer {
   std::int64_t chunks;    // of all products
 };
 
-// What the pixels of one output row add.
+// What pixels of one output row add.
 struct EventRow {
   EventRun* runs;    // [chunks, columns, T]
   std::uint16_t* position;
   std::uint16_t* value;    // count planes only
 };
 
-// Output rows [row0, row1) of one sample and one panel of output channels.
+// Output rows [row0, row1) and columns [col0, col1) of one sample.
 struct EventTile {
-  std::int64_t sample, row0, row1, panel;
-  const EventRun* runs;    // of its rows
+  std::int64_t sample, row0, row1, col0, col1;
 };
 
 // ------------------------------------------------------------------------------------------- dense
@@ -157,9 +156,11 @@ struct KernelSet {
   void (*list_events)(const ConvIf&, int product, const Wave&, const EventLists&, std::int64_t sample,
                       std::int64_t row);
   std::size_t (*merge_events_workspace)(const EventLayer&);
-  void (*merge_events)(const EventLayer&, std::int64_t sample, std::int64_t row, const EventRow&, void* workspace);
-  std::size_t (*fire_events_workspace)(const EventLayer&, std::int64_t rows);
-  void (*fire_events)(const EventLayer&, const EventTile&, void* workspace);
+  // Of the tile's columns in one of its rows.
+  void (*merge_events)(const EventLayer&, const EventTile&, std::int64_t row, const EventRow&, void* workspace);
+  std::size_t (*fire_events_workspace)(const EventLayer&, std::int64_t pixels);
+  // One panel of output channels, from the runs of the tile's rows.
+  void (*fire_events)(const EventLayer&, const EventTile&, std::int64_t panel, const EventRun* runs, void* workspace);
   // Layers with groups, from plain weights.
   std::size_t (*fire_grouped_workspace)(const ConvIf&);
   void (*fire_grouped)(const EventLayer&, const Tile&, void* workspace);
