@@ -774,7 +774,7 @@ Status conv_if(const ConvIf& a, const Options& options) {
   Layer layer(a);
   for (Product& p : layer.products) {
     // At T = 1 masks and counts look alike and come as counts; spikes go the faster way of masks.
-    if (a.steps == 1 && largest_input(a, p) <= 1) p.x.coding = Coding::mask;
+    if (a.steps == 1 && largest_input(layer.a, p) <= 1) p.x.coding = Coding::mask;
   }
   if (engine == Engine::dense) return run_dense(k, layer, threads);
   return run_events(k, layer, engine, threads);

@@ -105,7 +105,7 @@ std::uint32_t usable_isa() {
 // One random layer; returns false where a kernel set differs from the plain loops.
 bool run_case(int threads, Totals& totals) {
   const std::int64_t channels[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 129};
-  const std::int64_t T = pick(1, chance(15) ? 40 : 20), N = pick(1, 3);
+  const std::int64_t T = chance(10) ? 1 : pick(2, chance(15) ? 40 : 20), N = pick(1, 3);
   std::int64_t O = channels[pick(0, 14)];
   const int weight_bytes = chance(50) ? 1 : 2;
   const std::int64_t groups = !chance(25) ? 1 : O % 3 == 0 && chance(50) ? 3 : O;    // or depthwise
@@ -115,7 +115,9 @@ bool run_case(int threads, Totals& totals) {
   std::vector<std::unique_ptr<Words>> kept_words;
 
   Geometry g{pick(1, 3), pick(1, 3), pick(1, 2), pick(1, 2), pick(0, 1), pick(0, 1), pick(1, 2), pick(1, 2), groups};
-  const std::int64_t H = pick(5, 9), W = pick(5, 9);
+  const bool linear = groups == 1 && chance(15);
+  if (linear) g.kernel_h = g.kernel_w = 1, g.pad_h = g.pad_w = 0;
+  const std::int64_t H = linear ? 1 : pick(5, 9), W = linear ? 1 : pick(5, 9);
   const std::int64_t OH = (H + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1) / g.stride_h + 1;
   const std::int64_t OW = (W + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1) / g.stride_w + 1;
   const auto add_product = [&](std::int64_t h, std::int64_t w, std::int64_t C, const Geometry& geometry) {
