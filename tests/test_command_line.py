@@ -20,7 +20,7 @@ from qcfs_fast import command_line, evaluation, zoo
 
 COMMANDS = ("demo", "info", "convert", "eval", "profile", "bench", "compare")
 STEPS = (1, 2, 4, 8)
-IMAGES = 1200  # enough that a signal after the first batches finds others to do
+IMAGES = 300
 
 
 def run(capsys, *arguments):
@@ -37,7 +37,13 @@ def spawn(*arguments, launcher=()):
     command = [sys.executable, *launcher, "-m", "qcfs_fast", *map(str, arguments)]
     source = str(Path(qcfs_fast.__file__).parent.parent)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    def interruptible():
+        """Tests started in the background of a shell ignore SIGINT, and so would their children."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=env, preexec_fn=interruptible)
 
 
 @pytest.fixture(scope="module")
