@@ -1,5 +1,5 @@
 # make demo   train, convert and evaluate a network on real data     make test   run the tests
-# make check  format, lint and types                                 make bench  compare latencies (10 minutes)
+# make check  format, lint and types                                 make bench  compare latencies (5 minutes)
 # make readme-figures  measure what the README shows, and write its table and pictures (a quarter of an hour)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
 # make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
