@@ -111,6 +111,12 @@ Cut cut_rows(std::int64_t rows, std::int64_t images, int threads) {
   return {band, ceil_div(rows, band)};
 }
 
+// Band i of a wave, samples in turn.
+Tile tile_of(const Cut& cut, const Wave& wave, std::int64_t i) {
+  const std::int64_t row0 = wave.row0 + i % cut.bands * cut.band;
+  return {wave.sample0 + i / cut.bands, row0, std::min(wave.row1, row0 + cut.band)};
+}
+
 std::int64_t taps(const Geometry& g, std::int64_t in_channels) {
   return g.kernel_h * g.kernel_w * (in_channels / g.groups);
 }
@@ -363,9 +369,9 @@ Status fire_together(const KernelSet& k, const EventLayer& layer, std::int64_t p
   const std::size_t lists = static_cast<std::size_t>(merged_bytes(layer, cut.band, columns));
   const std::size_t sums = k.fire_events_workspace(layer, cut.band * columns);
   return run_tasks(samples * cut.bands * strips, threads, merge + lists + sums, [&](std::int64_t i, void* memory) {
-    const std::int64_t row0 = wave.row0 + i / strips % cut.bands * cut.band, col0 = i % strips * columns;
-    const EventTile tile{wave.sample0 + i / strips / cut.bands, row0, std::min(wave.row1, row0 + cut.band), col0,
-                         std::min(a.out_w, col0 + columns)};
+    const Tile t = tile_of(cut, wave, i / strips);
+    const std::int64_t col0 = i % strips * columns;
+    const EventTile tile{t.sample, t.row0, t.row1, col0, std::min(a.out_w, col0 + columns)};
     char* at = static_cast<char*>(memory);
     Carver mine(at + merge);
     const MergedRows merged(layer, cut.band, tile.col1 - tile.col0, mine);
@@ -397,10 +403,9 @@ Status fire_apart(const KernelSet& k, const EventLayer& layer, const MergedRows&
   const std::int64_t tiles = samples * cut.bands;
   return run_tasks(tiles * panels, threads, k.fire_events_workspace(layer, cut.band * a.out_w),
                    [&](std::int64_t i, void* memory) {
-                     const std::int64_t sample = i % tiles / cut.bands, row0 = i % tiles % cut.bands * cut.band;
-                     const EventTile tile{wave.sample0 + sample, wave.row0 + row0,
-                                          wave.row0 + std::min(rows, row0 + cut.band), 0, a.out_w};
-                     k.fire_events(layer, tile, i / tiles, merged.row(sample * rows + row0).runs, memory);
+                     const Tile t = tile_of(cut, wave, i % tiles);
+                     const EventRow first = merged.row((t.sample - wave.sample0) * rows + t.row0 - wave.row0);
+                     k.fire_events(layer, {t.sample, t.row0, t.row1, 0, a.out_w}, i / tiles, first.runs, memory);
                    });
 }
 
@@ -408,10 +413,8 @@ Status fire_groups(const KernelSet& k, const EventLayer& layer, int threads) {
   const Wave& wave = layer.wave;
   const std::int64_t samples = wave.sample1 - wave.sample0;
   const Cut cut = cut_rows(wave.row1 - wave.row0, samples, threads);
-  return run_tasks(samples * cut.bands, threads, k.fire_grouped_workspace(*layer.a), [&](std::int64_t i, void* memory) {
-    const std::int64_t row0 = wave.row0 + i % cut.bands * cut.band;
-    k.fire_grouped(layer, {wave.sample0 + i / cut.bands, row0, std::min(wave.row1, row0 + cut.band)}, memory);
-  });
+  return run_tasks(samples * cut.bands, threads, k.fire_grouped_workspace(*layer.a),
+                   [&](std::int64_t i, void* memory) { k.fire_grouped(layer, tile_of(cut, wave, i), memory); });
 }
 
 Status run_events(const KernelSet& k, const Layer& owner, Engine engine, int threads) {
@@ -471,8 +474,7 @@ Status run_depthwise(const KernelSet& k, const ConvIf& a, int threads) {
   const Neurons neurons = pad_neurons(a, space);
   const Cut cut = cut_rows(a.out_h, a.batch, threads);
   return run(a.batch * cut.bands, threads, [&](std::int64_t i) {
-    const std::int64_t row0 = i % cut.bands * cut.band;
-    k.fire_depthwise(a, neurons, {i / cut.bands, row0, std::min(a.out_h, row0 + cut.band)});
+    k.fire_depthwise(a, neurons, tile_of(cut, {0, a.batch, 0, a.out_h}, i));
     return Status::ok;
   });
 }
@@ -788,8 +790,7 @@ Status analog(const AnalogConv& a, const Options& options) {
   const int threads = useful_threads(work / 8, options.threads);
   const Cut cut = cut_rows(a.out_h, a.batch, threads);
   return run_tasks(a.batch * cut.bands, threads, k.analog_workspace(a), [&](std::int64_t i, void* space) {
-    const std::int64_t row0 = i % cut.bands * cut.band;
-    k.analog(a, {i / cut.bands, row0, std::min(a.out_h, row0 + cut.band)}, a.packed, space);
+    k.analog(a, tile_of(cut, {0, a.batch, 0, a.out_h}, i), a.packed, space);
   });
 }
 

@@ -95,7 +95,7 @@ inline void add_rows(const std::int8_t*, const char* rows, const EventRun& s, in
     }
     return;
   }
-  const std::int64_t stretch = most <= 1 ? 256 : 256 / most / 4 * 4;    // rows whose sums words hold
+  const std::int64_t stretch = 256 / larger(1, most) / 4 * 4;    // rows whose sums words hold
   for (std::int64_t k = 0; k < s.count;) {
     const std::int64_t end = smaller(s.count, k + stretch);
     Sums words, more;

@@ -26,9 +26,9 @@ struct Wave {
   std::int64_t sample0, sample1, row0, row1;
 };
 
-// The per-channel operands, padded to a multiple of padded_channels.
 constexpr int padded_channels = 64;
 
+// The per-channel operands, padded to a multiple of padded_channels.
 struct Neurons {
   const std::int32_t* threshold;
   const std::int32_t* bias;
