@@ -2,7 +2,7 @@
 
 import pytest
 
-from qcfs_fast import benchmark as bench
+from qcfs_fast.study.benchmark import cases as bench
 
 
 @pytest.mark.parametrize("label", list(bench.LAYERS))

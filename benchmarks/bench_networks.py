@@ -6,7 +6,7 @@ One benchmark per network and batch; within it all contenders take turns at each
 
 import pytest
 
-from qcfs_fast import benchmark as bench
+from qcfs_fast.study.benchmark import cases as bench
 
 CASES = [(label, batch) for label in bench.NETWORKS for batch in bench.BATCHES]
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qcfs_fast import benchmark as bench
+from qcfs_fast.study.benchmark import cases as bench
 
 
 def pytest_addoption(parser):

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --nets resnet18 --batches 1 256 --steps 4 --rounds 20
 
 Contenders, each under its best conditions: the ANN (ReLU network) in fp16 and bf16, channels_last, eager, compiled
-and as a CUDA graph; the spiking network simulated step by step (qcfs_fast.simulation) in fp16 and fp32, eager and
+and as a CUDA graph; the spiking network simulated step by step (qcfs_fast.model.simulation) in fp16 and fp32, eager and
 compiled; this package in 16 and 8 bits, eager and as a CUDA graph. Contenders take turns within every round and the
 median over rounds is reported, so that clocks and other users fall on all alike. Every spiking network is calibrated on
 the images it is timed on and its firing rate is printed: sparse, silent or saturated nets measure something else.
@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import qcfs_fast
 from qcfs_fast import backend
-from qcfs_fast.simulation import step_network
-from qcfs_fast.snn import SpikingLayer
+from qcfs_fast.model.simulation import step_network
+from qcfs_fast.network.layers import SpikingLayer
 
 NOT_MEASURED = "not measured"
 

@@ -6,18 +6,18 @@ snn = qcfs_fast.convert(model, T=4)
 logits = snn(images)
 """
 
-from .calibration import calibrate
-from .conversion import convert
-from .cuda_backend import CudaGraph, cuda_graph
+from .backend.cuda import CudaGraph, cuda_graph
+from .backend.information import info
+from .conversion.builder import convert
+from .conversion.preparation import prepare
 from .errors import ConversionError, FormatError
-from .information import info
-from .preparation import prepare
-from .profiling import Profile, profile
-from .qcfs import QCFS
-from .recording import trace
-from .serialize import load
-from .simulation import Simulation, simulate
-from .snn import SNN
+from .model.calibration import calibrate
+from .model.qcfs import QCFS
+from .model.simulation import Simulation, simulate
+from .network.loading import load
+from .network.recording import trace
+from .network.snn import SNN
+from .study.profiling.measure import Profile, profile
 from .version import __version__
 
 __all__ = [

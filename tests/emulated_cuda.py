@@ -41,7 +41,7 @@ def link(objects, output, *flags):
 
 def test_objects(folder, flags):
     """The kernels, the emulation and the C++ test."""
-    return compile_all([*(CSRC / u for u in UNITS), ROOT / "tests/cuda/emulation_test.cpp"], folder, flags)
+    return compile_all([*(CSRC / u for u in UNITS), ROOT / "tests/native/cuda.cpp"], folder, flags)
 
 
 def build_module(folder):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qcfs_fast
-from qcfs_fast import QCFS, anytime
+from qcfs_fast import QCFS
+from qcfs_fast.network import anytime
 
 
 @pytest.fixture(scope="module")

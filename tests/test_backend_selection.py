@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import qcfs_fast
-from qcfs_fast import backend, ops, reference
+from qcfs_fast import backend
+from qcfs_fast.backend import registration as ops
+from qcfs_fast.operators import reference
 
 ORDER = ("cuda", "triton", "reference")
 

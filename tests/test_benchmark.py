@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import qcfs_fast
-from qcfs_fast import benchmark as bench
-from qcfs_fast import comparison, contenders
+from qcfs_fast.study.benchmark import cases as bench
+from qcfs_fast.study.benchmark import comparison, contenders
 
 CPU = torch.device("cpu")
 EFFORT = bench.Effort(rounds=4, seconds=0.01)
@@ -158,7 +158,7 @@ def test_slow_and_failing_contenders_are_listed():
 
 
 def test_compare(results, tmp_path, capsys):
-    from qcfs_fast.command_line import main
+    from qcfs_fast.study.command_line import main
 
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n{comparison.MARK[0]}\nthe last table\n{comparison.MARK[1]}\nbelow\n")

@@ -16,7 +16,7 @@ import torch
 import torchvision_models  # noqa: F401 - makes torchvision importable here
 
 import qcfs_fast
-from qcfs_fast import command_line, evaluation, zoo
+from qcfs_fast.study import command_line, evaluation, zoo
 
 COMMANDS = ("demo", "info", "convert", "eval", "profile", "bench", "compare")
 STEPS = (1, 2, 4, 8)

@@ -114,7 +114,7 @@ def test_every_differing_spike_is_explained(kind):
     explained = 0
     for name, ours in spikes.items():
         layer = snn.layers[name]
-        if not isinstance(layer, qcfs_fast.snn.SpikingLayer):
+        if not isinstance(layer, qcfs_fast.network.layers.SpikingLayer):
             continue
         unit = torch.tensor(snn.details[name]["theta"]).double() / layer.threshold
         inputs = sum(w.numel() // w.shape[-1] for w in layer.indexed("weight"))

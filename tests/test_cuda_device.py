@@ -10,7 +10,8 @@ from layers import Evidence, random_case
 from torch import nn
 
 import qcfs_fast
-from qcfs_fast import backend, cuda_backend
+from qcfs_fast import backend
+from qcfs_fast.backend import cuda as cuda_backend
 
 problem = "torch sees no GPU" if not torch.cuda.is_available() else cuda_backend.unavailable()
 pytestmark = pytest.mark.skipif(problem != "", reason=problem or "runs")

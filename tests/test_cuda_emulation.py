@@ -19,7 +19,8 @@ from layers import Evidence, random_case
 from torch import nn
 
 import qcfs_fast
-from qcfs_fast import backend, cuda_backend
+from qcfs_fast import backend
+from qcfs_fast.backend import cuda as cuda_backend
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler is None, reason="g++ is not installed")
 SANITIZER = {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qcfs_fast
-from qcfs_fast import demo
+from qcfs_fast.study import demo
 
 
 @pytest.fixture(scope="module")

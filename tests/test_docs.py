@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torchvision_models  # noqa: F401 - makes torchvision importable here
 
-from qcfs_fast import command_line
+from qcfs_fast.study import command_line
 
 SOURCE = Path(__file__).resolve().parent.parent
 PAGES = [SOURCE / "README.md", SOURCE / "CONTRIBUTING.md", *sorted((SOURCE / "docs").glob("*.md"))]
@@ -85,7 +85,7 @@ def test_links_lead_somewhere():
 
 
 def test_every_variable_is_documented():
-    code = "\n".join(p.read_text() for p in [*(SOURCE / "qcfs_fast").glob("*.py"), SOURCE / "setup.py"])
+    code = "\n".join(p.read_text() for p in [*(SOURCE / "qcfs_fast").rglob("*.py"), SOURCE / "setup.py"])
     read = set(re.findall(r"environ\.get\(\"(\w+)\"", code))
     text = (SOURCE / "README.md").read_text() + (SOURCE / "docs" / "backends.md").read_text()
     assert read

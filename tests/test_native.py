@@ -1,4 +1,4 @@
-"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (csrc/tests/differential.cpp)."""
+"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (tests/native/cpu.cpp)."""
 
 import re
 import shutil

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from layers import Evidence, random_geometry, random_spikes, tensor
 
 from qcfs_fast import backend
-from qcfs_fast.windows import PoolSpec
+from qcfs_fast.operators.windows import PoolSpec
 
 ENGINES = [("reference", None), *backend.kernel_sets()]
 OPS = torch.ops.qcfs_fast

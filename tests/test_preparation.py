@@ -97,7 +97,7 @@ def test_prepared_network_trains():
     assert all(not torch.equal(before[n], p) for n, p in prepared.named_parameters())
 
 
-@pytest.mark.parametrize("method", qcfs_fast.calibration.METHODS)
+@pytest.mark.parametrize("method", qcfs_fast.model.calibration.METHODS)
 def test_calibration_makes_the_network_follow_the_original(method):
     torch.manual_seed(0)
     model = networks.randomize(networks.Small())

@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcfs_fast
-from qcfs_fast import QCFS, backend, profiling, reference
-from qcfs_fast.snn import EncodingLayer, Readout, SpikeConcat, SpikePool, SpikingLayer, spec_from
+from qcfs_fast import QCFS, backend
+from qcfs_fast.network.layers import EncodingLayer, Readout, SpikeConcat, SpikePool, SpikingLayer
+from qcfs_fast.operators import masks
+from qcfs_fast.operators.windows import spec_from
+from qcfs_fast.study.profiling import measure as profiling
 
 SOURCE = Path(__file__).resolve().parent.parent
 MAX_POOLS = "Small with max pools"
@@ -194,7 +197,7 @@ def brute_force(snn, x, T):
 
     def watch(name, layer, value):
         if isinstance(layer, (EncodingLayer, SpikingLayer)):
-            spikes = reference.unpack(value, T).numpy()
+            spikes = masks.unpack(value, T).numpy()
             values[name] = spikes[:, :, None, None] if spikes.ndim == 3 else spikes
         elif isinstance(layer, SpikePool):
             values[name] = window_sums(values[layer.inputs[0]], layer.spec)

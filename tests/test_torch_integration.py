@@ -11,7 +11,8 @@ import torch
 from layers import random_case, random_spikes, tensor
 
 import qcfs_fast
-from qcfs_fast import ops
+from qcfs_fast.backend import registration as ops
+from qcfs_fast.operators.geometry import POINTWISE
 
 OPS = torch.ops.qcfs_fast
 
@@ -58,7 +59,7 @@ def samples():
     yield "pool_counts", (counts.int(), [0, 6, 6], [0, 5, 5], 30)
     yield (
         "readout",
-        ([counts.int()], [torch.ones(1, 1, 7, 4, dtype=torch.int16)], list(ops.POINTWISE), [one], [3], one, 3),
+        ([counts.int()], [torch.ones(1, 1, 7, 4, dtype=torch.int16)], list(POINTWISE), [one], [3], one, 3),
     )
 
 

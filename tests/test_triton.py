@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 import qcfs_fast
-from qcfs_fast import backend, reference, triton_tiles
-from qcfs_fast import triton_backend as tb
-from qcfs_fast.windows import PoolSpec
+from qcfs_fast import backend
+from qcfs_fast.backend.triton import launch as tb
+from qcfs_fast.backend.triton import tiles as triton_tiles
+from qcfs_fast.operators import masks, reference
+from qcfs_fast.operators.windows import PoolSpec
 
 OPS = torch.ops.qcfs_fast
 ODD = (1, 3, 7, 8, 9, 15, 16, 17, 31, 33)
@@ -83,7 +85,7 @@ class Random:
         s = torch.rand((T, *shape), generator=self.g) < self.pick((0.1, 0.3, 0.6))
         if count:
             return (s * self.integers(1, 255, (T, *shape))).to(torch.uint8)
-        return reference.pack(s)
+        return masks.pack(s)
 
     def weights(self, shape, bits, extreme):
         """Coarse grids, so that sums collide with thresholds; or the limits of the digits."""
@@ -119,11 +121,11 @@ class Evidence:
 def currents(x, weight, geometry, residual, amplitude, current, bias, T):
     total = bias.to(torch.int64)
     for i, (xi, wi) in enumerate(zip(x, weight, strict=True)):
-        steps = reference.unpack(xi, T)
+        steps = masks.unpack(xi, T)
         part = reference.convolve(steps.flatten(0, 1), wi, geometry[9 * i : 9 * i + 9]).to(torch.int64)
         total = total + part.unflatten(0, (T, xi.shape[1])) * (256 if wi.dtype == torch.int8 else 1)
     for r, a in zip(residual, amplitude, strict=True):
-        total = total + reference.unpack(r, T) * a
+        total = total + masks.unpack(r, T) * a
     if current is not None:
         total = total + current
     return total.expand(T, *total.shape[-4:])
@@ -263,7 +265,7 @@ def test_extreme_counts_and_weights(launched):
         n = torch.full((3,), 2 * (255 * 32639 * 33), dtype=torch.int32)
         out = same("conv2d_if", [x], [w], [2, 2, 1, 1, 1, 1, 1, 1, 1], [], [], None, bias, n, 2)
         if value > 0:
-            spikes = reference.unpack(out, 2).double().mean()
+            spikes = masks.unpack(out, 2).double().mean()
             assert 0.05 < float(spikes) < 0.95
     assert set(launched) == {"spiking_dot"}
 
@@ -453,7 +455,7 @@ def test_pooling(spec, launched):
         for m in (multiple, 0):
             if m <= 100:
                 same("pool", small, rows, cols, m, T)
-            same("pool_counts", reference.unpack(x, T).to(torch.int32), rows, cols, m)
+            same("pool_counts", masks.unpack(x, T).to(torch.int32), rows, cols, m)
         same("max_pool", x, rows, cols)
         for prefix in (False, True):
             same("count", x, T, prefix)
@@ -527,7 +529,7 @@ def test_networks(groups, head, bits, launched):
         rates = []
         for name in snn.spiking_layers:
             assert torch.equal(first[name], second[name]), name
-            rates.append(float(reference.unpack(second[name], T).double().mean()))
+            rates.append(float(masks.unpack(second[name], T).double().mean()))
         assert 0.05 < sum(rates) / len(rates) < 0.95
     assert {"quantize", "analog", "spiking_dot", "count", "readout"} <= set(launched)
 

@@ -19,8 +19,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from qcfs_fast import triton_backend as tb
-from qcfs_fast import triton_tiles
+from qcfs_fast.backend.triton import launch as tb
+from qcfs_fast.backend.triton import tiles as triton_tiles
 
 POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1)
 CUBE = (3, 3, 1, 1, 1, 1, 1, 1)

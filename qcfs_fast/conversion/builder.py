@@ -1,0 +1,408 @@
+"""convert: a QCFS-trained network -> a spiking network of integers.
+
+    trace and lower (lowering.py)  ->  choose each layer's grid (units.py)  ->  modules (snn.py)
+
+Amplitudes of the inputs, pool divisors and BatchNorm are folded into each layer's weights; what remains between
+layers is spikes. Source: Bu et al., ICLR 2022; the integer grid is described in units.py.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConversionError
+from ..model.qcfs import is_qcfs
+from ..network.layers import INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikeConcat, SpikePool, SpikingLayer
+from ..network.snn import SNN, check_graph
+from ..operators.geometry import POINTWISE
+from ..operators.limits import ANALOG_RANGE, MAX_COUNT
+from ..operators.windows import PoolSpec, spec_to
+from . import units
+from .lowering import lower
+from .values import FireNode, Lowered, Part, Product, Signal
+
+CHUNK = 1 << 22  # weights quantised at once
+
+
+def convert(
+    model: nn.Module,
+    T: int = 4,
+    weight_bits: int = 16,
+    max_T: int | None = None,
+    input_shape: Sequence[int] | None = None,
+) -> SNN:
+    """Convert a QCFS-trained network to a spiking network.
+
+    Args:
+        model: made by :func:`qcfs_fast.prepare`, or any traceable model whose activations have a ``thresh``
+            tensor and a level count ``L`` (the authors' own). It is not changed.
+        T: time steps of a call that names none; any positive integer.
+        weight_bits: 16 (default) or 8 bits per weight of the spiking layers. First and last layer keep 16.
+        max_T: the largest T this network will be asked for; default max(T, 32). The integer grid is chosen so
+            that no sum can overflow 32 bits up to there; a larger value costs resolution in wide layers.
+        input_shape: [C, H, W] of the images; needed only where an adaptive, ceil-mode or partially padded
+            average pool stands before a spiking layer. Default: what the prepared model last saw.
+
+    Returns:
+        An :class:`qcfs_fast.SNN` in eval mode, on the CPU.
+
+    Raises:
+        ConversionError: a layer has no spiking counterpart, or does not fit 32 bits; the message names it.
+
+    Source: Bu et al., "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency Spiking Neural
+    Networks", ICLR 2022: initial membrane potential theta/2, soft reset, threshold = trained lambda.
+    """
+    for name, value in (("T", T), ("max_T", T if max_T is None else max_T)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"convert: {name} must be an int (time steps), got {value!r}")
+        if value < 1:
+            raise ValueError(f"convert: {name} must be at least 1 time step, got {value}")
+    if weight_bits not in (8, 16):
+        raise ValueError(f"convert: weight_bits must be 8 or 16, got {weight_bits!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, SNN):
+        raise TypeError("convert: this network is converted already; convert the trained model instead")
+    limit = max(T, 32) if max_T is None else max_T
+    if limit < T:
+        raise ValueError(f"convert: max_T={limit} is below T={T}")
+    _warn_if_untrained(model)
+    lowered, shape = lower(model, input_shape)
+    if not lowered.layers:
+        raise ConversionError("the model has no QCFS activation; call qcfs_fast.prepare(model) first")
+    return _Builder(lowered, weight_bits, limit).build(T, shape)
+
+
+def _warn_if_untrained(model: nn.Module) -> None:
+    sites = [(n, m) for n, m in model.named_modules() if is_qcfs(m)]
+    fresh = [n for n, m in sites if bool((m.thresh.detach() == getattr(m, "initial_threshold", 8.0)).all())]
+    if sites and len(fresh) == len(sites):
+        warnings.warn(
+            f"convert: no threshold of this model has been trained (all {len(sites)} are at their initial value). "
+            "Train it, or set thresholds with qcfs_fast.calibrate, or accuracy will be poor",
+            stacklevel=3,
+        )
+
+
+def _fold(product: Product, amplitude: Tensor) -> np.ndarray:
+    """Effective weight, input amplitude folded in: [KH, KW, C/groups, O] (linear: [1, 1, area*C, O])."""
+    groups = product.geometry[8]
+    O = product.weight.shape[0]
+    per_group = amplitude.reshape(groups, 1, -1).expand(groups, O // groups, -1).reshape(O, -1)
+    w = product.weight * per_group[:, :, None, None]
+    if product.vector:
+        return w.permute(2, 3, 1, 0).reshape(1, 1, -1, O).numpy()
+    return w.permute(2, 3, 1, 0).numpy()
+
+
+def _geometry(product: Product) -> list[int]:
+    return list(POINTWISE if product.vector else product.geometry)
+
+
+class _Builder:
+    def __init__(self, lowered: Lowered, weight_bits: int, max_T: int) -> None:
+        self.lowered = lowered
+        self.weight_bits = weight_bits
+        self.max_T = max_T
+        self.layers: list[tuple[str, Layer]] = []
+        self.made: dict[Any, str] = {}
+        self.details: dict[str, dict[str, Any]] = {}
+
+    def build(self, T: int, shape: tuple[int, ...] | None) -> SNN:
+        image = self.lowered.image
+        self._add(
+            INPUT,
+            ImageInput(
+                [INPUT],
+                {"channels": 1 + max(image.source), "vector": image.vector},
+                {
+                    "source": torch.tensor(image.source, dtype=torch.int64),
+                    "scale": torch.tensor(image.scale, dtype=torch.float32),
+                    "shift": torch.tensor(image.shift, dtype=torch.float32),
+                },
+            ),
+        )
+        for node in self.lowered.layers:
+            products = node.current.products
+            analog = [p for p in products if p.part.is_image] + [
+                s for s in node.current.identities if any(q.is_image for q in s.parts)
+            ]
+            if len(analog) > 1:
+                raise ConversionError(f"{node.name}: the image enters twice; merge the two layers that read it")
+            if analog and len(products) + len(node.current.identities) == 1:
+                self._encoder(node, analog[0])
+            else:
+                self._spiking(node, analog[0] if analog else None)
+        self._readout()
+        check_graph(self.layers)
+        return SNN(self.layers, T, self.weight_bits, self.details, shape)
+
+    def _add(self, name: str, layer: Layer) -> None:
+        self.layers.append((name, layer))
+
+    def _unused(self, stem: str) -> str:
+        taken = {n for n, _ in self.layers} | {n.name for n in self.lowered.layers}
+        tops = {n.split(".")[0] for n in taken}
+        i = 1
+        while f"{stem}_{i}" in taken | tops:
+            i += 1
+        return f"{stem}_{i}"
+
+    # ------------------------------------------------------------------------------------- sources
+
+    def _sources(self, part: Part) -> list[tuple[str, int]]:
+        """The nodes whose integers add up to a settled part's, with their peaks; pools are made where needed."""
+        if not part.pools:
+            return [(part.node, 1)]
+        *before, last = part.pools
+        found = []
+        for inner, peak in self._sources(Part(part.node, part.amplitude, tuple(before))):
+            if last.kind == "max":
+                found.append((self._pool(inner, last), peak))
+                continue
+            try:
+                sections = last.sections(MAX_COUNT // peak)
+            except ValueError:
+                raise ConversionError(
+                    f"pooling of {part.node}: windows of different sizes need a common multiple of {last.multiple}, "
+                    "and count planes hold at most 255. Remedy: use images whose feature maps the pool divides evenly"
+                ) from None
+            found += [(self._pool(inner, s), s.largest_value() * peak) for s in sections]
+        return found
+
+    def _pool(self, source: str, spec: PoolSpec) -> str:
+        key = (source, *spec_to(spec).values())
+        if key not in self.made:
+            self.made[key] = self._unused(f"{spec.kind}pool")
+            self._add(self.made[key], SpikePool([source], {"pool": spec_to(spec)}, {}))
+        return self.made[key]
+
+    def _residuals(self, signal: Signal, where: str) -> list[tuple[str, Tensor, int]]:
+        """A residual signal as nodes that add up to it: name, amplitude [O] and peak of each."""
+        parts = [p.settled() for p in signal.parts]
+        amplitude = torch.cat([p.amplitude for p in parts])
+        sources = [self._sources(p) for p in parts]
+        if len(parts) == 1:
+            return [(node, amplitude, peak) for node, peak in sources[0]]
+        planes = {any(q.kind == "avg" for q in p.pools) for p in parts}
+        if len(planes) > 1 or any(len(s) > 1 for s in sources):
+            raise ConversionError(
+                f"{where}: concatenates spikes and averages, and adds the result as a residual; put an "
+                "activation after the concatenation"
+            )
+        names = [s[0][0] for s in sources]
+        key = ("concat", *names)
+        if key not in self.made:
+            self.made[key] = self._unused("concat")
+            self._add(self.made[key], SpikeConcat(names, {}, {}))
+        return [(self.made[key], amplitude, max(s[0][1] for s in sources))]
+
+    # -------------------------------------------------------------------------------------- layers
+
+    def _analog_operands(self, term: Product | Signal) -> tuple[np.ndarray, list[int], str]:
+        """Weight [KH, KW, C/groups, O], geometry and name of the layer that reads the image."""
+        if isinstance(term, Product):
+            return _fold(term, term.part.amplitude), _geometry(term), term.layer
+        amplitude = torch.cat([p.amplitude for p in term.parts])
+        C = amplitude.numel()
+        return amplitude.reshape(1, 1, 1, C).numpy(), [*POINTWISE[:8], C], "identity"
+
+    def _analog_tensors(self, weight: np.ndarray, unit: np.ndarray, name: str) -> tuple[dict[str, Tensor], int]:
+        flat = weight.reshape(-1, weight.shape[3])
+        if not np.isfinite(flat).all():
+            raise ConversionError(f"{name}: weights are not finite (NaN or infinity); check the trained model")
+        scale, exact = units.choose_weight_scale(flat)
+        whole = np.rint(weight / scale).astype(np.int16)
+        return {"weight": torch.from_numpy(whole), "gain": torch.from_numpy(scale / unit)}, int(exact.sum())
+
+    def _encoder(self, node: FireNode, term: Product | Signal) -> None:
+        weight, geometry, layer = self._analog_operands(term)
+        theta, bias = node.theta.numpy(), node.current.bias.numpy()
+        if not np.isfinite(bias).all():
+            raise ConversionError(f"{node.name}: bias is not finite (NaN or infinity); check the trained model")
+        unit, n = units.choose_analog_unit(theta)
+        O = theta.size
+        tensors, exact = self._analog_tensors(weight, unit, node.name)
+        tensors["offset"] = torch.from_numpy(bias / unit)
+        tensors["low"] = torch.zeros(O, dtype=torch.int32)
+        tensors["threshold"] = torch.from_numpy(n.astype(np.int32))
+        tensors["high"] = tensors["threshold"].clone()
+        config = {"geometry": geometry, "vector": node.current.vector, "layers": [layer]}
+        self._add(node.name, EncodingLayer([INPUT], config, tensors))
+        self.details[node.name] = self._detail(node, n, exact, 16.0, 2**31 - 1)
+
+    def _detail(self, node: FireNode, n: np.ndarray, lossless: int, bits: float, max_T: int) -> dict[str, Any]:
+        return {
+            "channels": n.size,
+            "lossless": lossless,
+            "threshold_min": int(n.min()),
+            "threshold_max": int(n.max()),
+            "weight_bits_used": bits,
+            "max_T": max_T,
+            "levels": node.levels,
+            "theta": node.theta.tolist(),
+        }
+
+    def _spiking(self, node: FireNode, analog: Product | Signal | None) -> None:
+        current = node.current
+        spiking = [p for p in current.products if p is not analog]
+        parts = [p.part.settled() for p in spiking]
+        weights = [_fold(p, part.amplitude) for p, part in zip(spiking, parts, strict=True)]
+        sources = [self._sources(p) for p in parts]
+        residuals = [r for s in current.identities if s is not analog for r in self._residuals(s, node.name)]
+        grid = self._grid(node, weights, [sum(peak for _, peak in s) for s in sources], residuals, analog is not None)
+        dtype = np.int16 if self.weight_bits == 16 else np.int8
+        tensors: dict[str, Tensor] = {}
+        for i, w in enumerate(grid.weights):
+            whole = w if self.weight_bits == 16 else w // 256
+            tensors[f"weight_{i}"] = torch.from_numpy(whole.astype(dtype).reshape(weights[i].shape))
+            if current.vector:
+                tensors[f"weight_{i}"] = tensors[f"weight_{i}"][0, 0].contiguous()
+        for i, a in enumerate(grid.amplitudes):
+            tensors[f"amplitude_{i}"] = torch.from_numpy(a.astype(np.int32))
+        tensors["bias"] = torch.from_numpy(grid.bias.astype(np.int32))
+        tensors["threshold"] = torch.from_numpy(grid.threshold.astype(np.int32))
+        inputs = [name for s in sources for name, _ in s] + [name for name, _, _ in residuals]
+        config: dict[str, Any] = {
+            "weight_index": [i for i, s in enumerate(sources) for _ in s],
+            "geometry": [v for p, s in zip(spiking, sources, strict=True) for _ in s for v in _geometry(p)],
+            "vector": current.vector,
+            "layers": [p.layer for p in spiking],
+            "peaks": [peak for s in sources for _, peak in s] + [peak for _, _, peak in residuals],
+        }
+        if analog is not None:
+            weight, config["analog_geometry"], _ = self._analog_operands(analog)
+            made, _ = self._analog_tensors(weight, grid.unit, node.name)
+            tensors["analog_weight"], tensors["gain"] = made["weight"], made["gain"]
+            tensors["offset"] = torch.zeros(current.channels, dtype=torch.float64)
+            high = (ANALOG_RANGE * grid.threshold).astype(np.int32)
+            tensors["high"], tensors["low"] = torch.from_numpy(high), torch.from_numpy(-high)
+            inputs.append(INPUT)
+        self._add(node.name, SpikingLayer(inputs, config, tensors))
+        used = grid.weight_levels[grid.weight_levels > 0]
+        bits = float(np.log2(used.min()) + 1) if used.size else 0.0
+        self.details[node.name] = self._detail(
+            node, grid.threshold, int(grid.lossless.sum()), bits, min(grid.max_steps, 2**31 - 1)
+        )
+
+    def _grid(
+        self,
+        node: FireNode,
+        weights: list[np.ndarray],
+        peaks: list[int],
+        residuals: list[tuple[str, Tensor, int]],
+        analog: bool,
+    ) -> units.Grid:
+        """units.choose over blocks of output channels, to bound the memory it takes."""
+        flat = [w.reshape(-1, w.shape[3]) for w in weights]
+        theta, bias = node.theta.numpy(), node.current.bias.numpy()
+        inputs = max(1, sum(w.shape[0] for w in flat))
+        block = max(1, CHUNK // inputs)
+        grids = []
+        for c in range(0, theta.size, block):
+            s = slice(c, c + block)
+            grids.append(
+                units.choose(
+                    node.name,
+                    theta[s],
+                    [w[:, s] for w in flat],
+                    peaks,
+                    [a.numpy()[s] for _, a, _ in residuals],
+                    [peak for _, _, peak in residuals],
+                    bias[s],
+                    self.weight_bits,
+                    self.max_T,
+                    analog,
+                )
+            )
+
+        narrow = max((g.narrow for g in grids), key=lambda n: -n if n else -99.0)
+        if narrow:
+            warnings.warn(
+                f"{node.name}: 32 bits leave only {narrow:.1f} bits for the weights of one channel "
+                f"at max_T={self.max_T} (the bound is n/2 + T*sum|w| < 2^31); convert with a smaller max_T for more",
+                stacklevel=5,
+            )
+
+        def joined(get: Any) -> np.ndarray:
+            return np.concatenate([get(g) for g in grids], axis=-1)
+
+        return units.Grid(
+            joined(lambda g: g.threshold),
+            joined(lambda g: g.unit),
+            [joined(lambda g, i=i: g.weights[i]) for i in range(len(flat))],
+            [joined(lambda g, i=i: g.amplitudes[i]) for i in range(len(residuals))],
+            joined(lambda g: g.bias),
+            joined(lambda g: g.lossless),
+            joined(lambda g: g.weight_levels),
+            min(g.max_steps for g in grids),
+            narrow,
+        )
+
+    def _readout(self) -> None:
+        current = self.lowered.output
+        assert current is not None
+        if any(p.part.is_image for p in current.products) or any(
+            q.is_image for s in current.identities for q in s.parts
+        ):
+            raise ConversionError("the output depends on the image without an activation in between; remove that path")
+        inputs: list[str] = []
+        layers: list[str] = []
+        pools: list[list[dict[str, Any]]] = []
+        vectors: list[bool] = []
+        geometry: list[int] = []
+        tensors: dict[str, Tensor] = {}
+
+        def add(
+            part_pools: tuple, node: str, vector: bool, geo: list[int], weight: Tensor, gain: Tensor, layer: str
+        ) -> None:
+            i = len(inputs)
+            inputs.append(node)
+            pools.append([spec_to(s) for s in part_pools])
+            vectors.append(vector)
+            geometry.extend(geo)
+            layers.append(layer)
+            tensors[f"weight_{i}"], tensors[f"gain_{i}"] = weight, gain
+
+        for p in current.products:
+            weight = _fold(p, p.part.amplitude)
+            flat = weight.reshape(-1, weight.shape[3])
+            if not np.isfinite(flat).all():
+                raise ConversionError(f"{p.layer}: weights are not finite (NaN or infinity); check the trained model")
+            scale, _ = units.choose_weight_scale(flat)
+            whole = torch.from_numpy(np.rint(weight / scale).astype(np.int16))
+            add(p.part.pools, p.part.node, p.vector, _geometry(p), whole, torch.from_numpy(scale.copy()), p.layer)
+        for s in current.identities:
+            if len(s.parts) > 1 and (len(current.products) + len(current.identities) > 1):
+                raise ConversionError("the output adds a concatenation; put an activation or a layer after it")
+            if len(s.parts) > 1:
+                raise ConversionError("the output is a concatenation of spikes; end the network with a layer")
+            part = s.parts[0]
+            add(
+                part.pools,
+                part.node,
+                current.vector,
+                list(POINTWISE),
+                torch.empty(0, dtype=torch.int16),
+                part.amplitude,
+                "",
+            )
+        if not bool(torch.isfinite(current.bias).all()):
+            raise ConversionError("readout: bias is not finite (NaN or infinity); check the trained model")
+        tensors["offset"] = current.bias.clone()
+        config = {
+            "pools": pools,
+            "vectors": vectors,
+            "geometry": geometry,
+            "layers": layers,
+            "vector": current.vector,
+            "flattened": current.flattened,
+        }
+        name = layers[0] if layers[0] and layers[0] not in {n for n, _ in self.layers} else self._unused("readout")
+        self._add(name, Readout(inputs, config, tensors))

@@ -1,0 +1,575 @@
+"""From a traced network to spiking layers: symbolic execution of the graph.
+
+Between two activations a network is linear, so every value is one of
+
+    Signal   spikes (or their window sums, or the image): integers times an amplitude per channel; a list of
+             parts, concatenated along the channels
+    Current  what a neuron integrates: a sum of products (convolution or linear layer of a part) and identities
+             (residual signals), plus a bias per channel
+
+Convolution and linear layers turn a Signal into a Current, BatchNorm and scalar factors rescale one, addition
+joins them, an activation turns a Current into the Signal of a new spiking layer. What does not fit (two
+convolutions without an activation between them, a product of two activations) has no spiking meaning and
+raises ConversionError with the module path and a remedy.
+
+Source of the construction: Bu et al., ICLR 2022, sections 3 and 4; BatchNorm folding as in its appendix.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..errors import ConversionError
+from ..model.graph import ADD_FUNCTIONS, call_sites, describe, is_relu, trace
+from ..model.qcfs import is_qcfs, thresholds
+from ..network.layers import INPUT
+from ..operators.windows import PoolSpec
+from .values import Current, FireNode, Image, Lowered, Part, Product, Signal, affine, identity_current, scaled
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+
+
+class _Shape:
+    """A size taken from a tensor's shape: only ever used to flatten."""
+
+
+def _pair(x: Any) -> tuple[int, int]:
+    return (int(x), int(x)) if isinstance(x, int) else (int(x[0]), int(x[1]))
+
+
+class Lowering:
+    """One pass over the graph. `shapes` maps nodes to the shapes of their values without the batch, if known."""
+
+    def __init__(self, gm: fx.GraphModule, shapes: Shapes | None) -> None:
+        self.gm = gm
+        self.shapes = shapes
+        self.needs_shapes = False
+        self.sites = {node: (name, module) for name, node, module in call_sites(gm)}
+        self.values: dict[fx.Node, Any] = {}
+        self.node: fx.Node | None = None
+        self.result = Lowered(Image((), (), ()))
+        self.image: Image | None = None
+
+    def fail(self, why: str) -> ConversionError:
+        assert self.node is not None
+        return ConversionError(f"{describe(self.node)}: {why}")
+
+    def run(self) -> Lowered:
+        for node in self.gm.graph.nodes:
+            self.node = node
+            self.values[node] = self._execute(node)
+        if self.result.output is None:
+            raise ConversionError("the model returns nothing that depends on its input")
+        if self.image is None:
+            raise ConversionError("the model has no layer that reads its input")
+        self.result.image = self.image
+        return self.result
+
+    def _get(self, x: Any) -> Any:
+        return fx.node.map_arg(x, lambda n: self.values[n])
+
+    def _execute(self, node: fx.Node) -> Any:
+        args, kwargs = self._get(node.args), self._get(node.kwargs)
+        if node.op == "placeholder":
+            if any(isinstance(v, Image) for v in self.values.values()):
+                if node.args:  # a further argument with a default
+                    return node.args[0]
+                raise self.fail("a network with several inputs is not supported; convert the part behind one input")
+            return Image((), (), ())
+        if node.op == "output":
+            return self._output(args[0])
+        if node.op == "get_attr":
+            value: Any = self.gm
+            for name in str(node.target).split("."):
+                value = getattr(value, name)
+            return value
+        if node.op == "call_module":
+            return self._module(self.gm.get_submodule(str(node.target)), args, kwargs)
+        if is_relu(self.gm, node):
+            raise self.fail(
+                "is a ReLU, which has no threshold; call qcfs_fast.prepare(model) first and train or calibrate it"
+            )
+        handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
+        if handler is None:
+            raise self.fail(
+                "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "
+                "add, concat and QCFS. Remedy: replace it, or convert only the part of the model without it"
+            )
+        return handler(self, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------------- modules
+
+    def _module(self, m: nn.Module, args: tuple, kwargs: dict) -> Any:
+        assert self.node is not None
+        x = args[0] if args else next(iter(kwargs.values()))
+        if is_qcfs(m):
+            return self.fire(x, m)
+        if isinstance(m, nn.Conv2d):
+            return self.conv(x, m)
+        if isinstance(m, nn.Linear):
+            return self.linear(x, m.weight, m.bias)
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            return self.batch_norm(x, m)
+        if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)):
+            return x
+        if isinstance(m, nn.Flatten):
+            return self.flatten(x, m.start_dim, m.end_dim)
+        if isinstance(m, nn.AvgPool2d):
+            return self.avg_pool(
+                x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+            )
+        if isinstance(m, nn.AdaptiveAvgPool2d):
+            return self.adaptive_pool(x, m.output_size)
+        if isinstance(m, nn.MaxPool2d):
+            return self.max_pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+        if isinstance(m, (nn.ReLU, nn.ReLU6)):
+            raise self.fail(
+                "is a ReLU, which has no threshold; call qcfs_fast.prepare(model) first and train or calibrate it"
+            )
+        raise self.fail(
+            f"{type(m).__name__} has no spiking counterpart. Supported: Conv2d, Linear, BatchNorm, Dropout, Flatten, "
+            "AvgPool2d, AdaptiveAvgPool2d, MaxPool2d and QCFS. Remedy: replace the module by one of these (an "
+            "activation by ReLU before prepare)"
+        )
+
+    def fire(self, x: Any, m: Any) -> Signal:
+        assert self.node is not None
+        name = self.sites[self.node][0]
+        if isinstance(x, Image):
+            x = self._read_image(x, None)
+        current = identity_current(x) if isinstance(x, Signal) else x
+        if not isinstance(current, Current):
+            raise self.fail("activates something that is not a layer's output")
+        parts = [p.part for p in current.products] + [p for s in current.identities for p in s.parts]
+        self.needs_shapes |= any(p.needs_size for p in parts)
+        theta = thresholds(m, name, current.channels)
+        self.result.layers.append(FireNode(name, current, theta, int(m.L)))
+        return Signal((Part(name, theta),), current.vector or current.flattened)
+
+    def _read_image(self, x: Image, channels: int | None) -> Signal:
+        """The image as the one analog Part; all layers that read it must agree on its channels."""
+        if x.batch_only:
+            raise self.fail("reads a single channel taken out of the image; keep the channel dimension (x[:, i:i+1])")
+        if not x.source:
+            if channels is None:
+                assert self.node is not None
+                shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
+                self.needs_shapes |= shape is None
+                channels = 1 if shape is None else shape[0]
+            x = Image(tuple(range(channels)), (1.0,) * channels, (0.0,) * channels, x.vector)
+        if self.image is not None and replace(self.image, vector=x.vector) != x:
+            raise self.fail(
+                "reads the image with another normalisation or channel order than the first layer; use one for all"
+            )
+        self.image = x
+        return Signal((Part(INPUT, torch.ones(len(x.source), dtype=torch.float64)),), x.vector)
+
+    def _sources(self, x: Any, what: str, channels: int) -> list[Signal]:
+        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one)."""
+        if isinstance(x, Image):
+            return [self._read_image(x, channels)]
+        if isinstance(x, Signal):
+            return [x]
+        if isinstance(x, Current) and not x.products and not bool(x.bias.any()):
+            return list(x.identities)
+        raise self.fail(
+            f"{what} of a value with no activation in between, so there are no spikes to work on. Remedy: put a ReLU "
+            "(then QCFS) between the two layers, or merge them into one"
+        )
+
+    def conv(self, x: Any, m: nn.Conv2d) -> Current:
+        if m.padding_mode != "zeros":
+            raise self.fail(f"padding_mode={m.padding_mode!r} is not supported; use zeros")
+        if isinstance(m.padding, str):
+            total = [d * (k - 1) if m.padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size, strict=True)]
+            if any(t % 2 for t in total):
+                raise self.fail("padding='same' with an even kernel pads unevenly; use explicit padding")
+            padding = (total[0] // 2, total[1] // 2)
+        else:
+            padding = _pair(m.padding)
+        geometry = (*_pair(m.kernel_size), *_pair(m.stride), *padding, *_pair(m.dilation), m.groups)
+        weight = m.weight.detach().to("cpu", torch.float64)
+        products = []
+        for signal in self._sources(x, "is a convolution", m.in_channels):
+            if signal.vector:
+                raise self.fail("is a convolution of a flattened value")
+            if signal.channels != m.in_channels:
+                raise self.fail(f"expects {m.in_channels} channels, gets {signal.channels}")
+            if m.groups > 1 and len(signal.parts) > 1:
+                raise self.fail(
+                    "is a grouped convolution of a concatenation; put an activation after the concatenation"
+                )
+            at = 0
+            for p in signal.parts:
+                w = weight if m.groups > 1 else weight[:, at : at + p.channels]
+                products.append(Product(p, w, geometry, False, str(self.node.target) if self.node else ""))
+                at += p.channels
+        bias = (
+            torch.zeros(m.out_channels, dtype=torch.float64)
+            if m.bias is None
+            else m.bias.detach().to("cpu", torch.float64)
+        )
+        return Current(bias, tuple(products))
+
+    def linear(self, x: Any, weight: Tensor, bias: Tensor | None) -> Current:
+        weight = weight.detach().to("cpu", torch.float64)
+        out, features = weight.shape
+        products = []
+        for signal in self._sources(
+            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
+        ):
+            if not signal.vector:
+                raise self.fail("is a linear layer on a feature map; flatten it first")
+            if features % signal.channels:
+                raise self.fail(f"expects {features} features, gets a multiple of {signal.channels}")
+            area = features // signal.channels  # the map's pixels; flattened channel-first, stored channel-last
+            at = 0
+            for p in signal.parts:
+                block = weight[:, at * area : (at + p.channels) * area].reshape(out, p.channels, area)
+                products.append(
+                    Product(
+                        p,
+                        block.unsqueeze(3),
+                        (area, 1, 1, 1, 0, 0, 1, 1, 1),
+                        True,
+                        str(self.node.target) if self.node else "",
+                    )
+                )
+                at += p.channels
+        b = torch.zeros(out, dtype=torch.float64) if bias is None else bias.detach().to("cpu", torch.float64)
+        return Current(b, tuple(products), (), True)
+
+    def batch_norm(self, x: Any, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Current:
+        if m.running_mean is None or m.running_var is None:
+            raise self.fail("BatchNorm without running statistics cannot be folded; use track_running_stats=True")
+        mean, var = m.running_mean.to("cpu", torch.float64), m.running_var.to("cpu", torch.float64)
+        gamma = torch.ones_like(mean) if m.weight is None else m.weight.detach().to("cpu", torch.float64)
+        beta = torch.zeros_like(mean) if m.bias is None else m.bias.detach().to("cpu", torch.float64)
+        scale = gamma / torch.sqrt(var + m.eps)
+        if not bool(torch.isfinite(scale).all()):
+            raise self.fail("BatchNorm statistics are not finite; train or reset them")
+        if isinstance(x, Image):
+            x = self._read_image(x, mean.numel())
+        if isinstance(x, Signal):
+            x = identity_current(x)
+        if not isinstance(x, Current) or x.channels != mean.numel():
+            raise self.fail("BatchNorm of a value it does not fit")
+        return affine(x, scale, beta - mean * scale)
+
+    # ------------------------------------------------------------------------------------- pooling
+
+    def _pooled(self, x: Any, spec: PoolSpec) -> Signal | Current:
+        assert self.node is not None
+        if isinstance(x, Image):
+            raise self.fail("pools the image itself; resize images before they enter the network")
+        if isinstance(x, Current) and x.products and not spec.pads:
+            # Averaging commutes with a pointwise convolution.
+            pointwise = all(p.geometry == (1, 1, 1, 1, 0, 0, 1, 1, 1) and not p.part.is_image for p in x.products)
+            if pointwise and not x.vector and spec.kind == "avg":
+                products = tuple(replace(p, part=self._pooled_part(p.part, spec)) for p in x.products)
+                identities = tuple(
+                    replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in x.identities
+                )
+                return replace(x, products=products, identities=identities)
+        signals = self._sources(x, "is pooling", 1)
+        if any(s.vector for s in signals):
+            raise self.fail("pools a flattened value")
+        if spec.kind == "max" and (
+            isinstance(x, Current) or any(q.kind == "avg" for s in signals for p in s.parts for q in p.pools)
+        ):
+            raise self.fail("max pooling works on spikes only; use prepare(model, max_pool='avg')")
+        out = [replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in signals]
+        if isinstance(x, Signal):
+            return out[0]
+        return replace(x, identities=tuple(out))
+
+    def _pooled_part(self, part: Part, spec: PoolSpec) -> Part:
+        assert self.node is not None
+        shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
+        return replace(part, pools=(*part.pools, replace(spec, size=None if shape is None else (shape[-2], shape[-1]))))
+
+    def avg_pool(
+        self,
+        x: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Signal | Current:
+        kernel = _pair(kernel_size)
+        spec = PoolSpec(
+            "avg",
+            kernel,
+            _pair(stride) if stride else kernel,
+            _pair(padding),
+            bool(ceil_mode),
+            bool(count_include_pad),
+            divisor_override,
+        )
+        return self._pooled(x, spec)
+
+    def adaptive_pool(self, x: Any, output_size: Any) -> Signal | Current:
+        if isinstance(output_size, (tuple, list)):
+            out = tuple(None if o is None else int(o) for o in output_size)
+        else:
+            out = (int(output_size), int(output_size))
+        return self._pooled(x, PoolSpec("avg", output=(out[0], out[1])))
+
+    def max_pool(
+        self,
+        x: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Signal | Current:
+        if return_indices or _pair(dilation) != (1, 1):
+            raise self.fail("max pooling with dilation or indices is not supported")
+        kernel = _pair(kernel_size)
+        return self._pooled(
+            x, PoolSpec("max", kernel, _pair(stride) if stride else kernel, _pair(padding), bool(ceil_mode))
+        )
+
+    # ---------------------------------------------------------------------------------- arithmetic
+
+    def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+        if start_dim != 1 or end_dim not in (-1, 3):
+            raise self.fail("flattens other dimensions than all after the batch; use flatten(x, 1)")
+        if isinstance(x, Current):
+            return x if x.vector else replace(x, flattened=True)
+        if isinstance(x, Image):
+            raise self.fail(
+                "flattens the image before the first layer; feed flattened vectors [N, features] to "
+                "the network instead, and start it with the linear layer"
+            )
+        return replace(x, vector=True)
+
+    def view(self, x: Any, *shape: Any) -> Any:
+        shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
+        if len(shape) != 2 or not (isinstance(shape[0], _Shape) or shape[1] == -1):
+            raise self.fail(f"reshapes to {shape}; only flattening to [N, -1] is supported")
+        return self.flatten(x, 1)
+
+    def size(self, x: Any, dim: int | None = None) -> Any:
+        return _Shape()
+
+    def getattr(self, x: Any, name: str) -> Any:
+        if name == "shape":
+            return _Shape()
+        raise self.fail(f"reads attribute {name!r} of a tensor, which has no spiking counterpart")
+
+    def getitem(self, x: Any, index: Any) -> Any:
+        if isinstance(x, _Shape):
+            return _Shape()
+        if isinstance(x, (tuple, list)):
+            return x[index]
+        if isinstance(x, Image) and not x.source and isinstance(index, tuple) and len(index) == 2:
+            everything, channel = index
+            if everything == slice(None) and isinstance(channel, int):
+                return Image((channel,), (1.0,), (0.0,), batch_only=True)
+        raise self.fail("indexes a tensor, which has no spiking counterpart")
+
+    def unsqueeze(self, x: Any, dim: int) -> Any:
+        if isinstance(x, Image) and x.batch_only and dim == 1:
+            return replace(x, batch_only=False)
+        raise self.fail("adds a dimension, which has no spiking counterpart")
+
+    def add(self, x: Any, y: Any, alpha: float = 1) -> Any:
+        if isinstance(x, (int, float)):
+            x, y = y, x
+        if isinstance(y, (int, float)) and isinstance(x, Image):
+            if not x.source:
+                raise self.fail("adds a constant to the image; normalise images before they enter the network")
+            return replace(x, shift=tuple(s + y for s in x.shift))
+        if alpha != 1 or isinstance(y, (int, float)):
+            raise self.fail("adds a scaled value or a constant; put it into a layer's bias")
+        currents = []
+        for v in (x, y):
+            if isinstance(v, Image):
+                v = self._read_image(v, None)
+            if isinstance(v, Signal):
+                v = identity_current(v)
+            if not isinstance(v, Current):
+                raise self.fail("adds something that is not a layer's output")
+            currents.append(v)
+        a, b = currents
+        if a.channels != b.channels or a.vector != b.vector:
+            raise self.fail(f"adds values of {a.channels} and {b.channels} channels; broadcasting is not supported")
+        return Current(
+            a.bias + b.bias, a.products + b.products, a.identities + b.identities, a.vector, a.flattened or b.flattened
+        )
+
+    def scale(self, x: Any, factor: Any) -> Any:
+        if isinstance(x, (int, float)):
+            x, factor = factor, x
+        if not isinstance(factor, (int, float)):
+            raise self.fail(
+                "multiplies two activations, which has no spiking counterpart (attention and "
+                "squeeze-and-excitation cannot be converted)"
+            )
+        if isinstance(x, Image):
+            if not x.source:
+                raise self.fail("scales the image; normalise images before they enter the network")
+            return replace(x, scale=tuple(s * factor for s in x.scale), shift=tuple(s * factor for s in x.shift))
+        if isinstance(x, Signal):
+            return scaled(x, torch.full((x.channels,), float(factor), dtype=torch.float64))
+        return affine(
+            x,
+            torch.full((x.channels,), float(factor), dtype=torch.float64),
+            torch.zeros(x.channels, dtype=torch.float64),
+        )
+
+    def divide(self, x: Any, factor: Any) -> Any:
+        if not isinstance(factor, (int, float)):
+            raise self.fail("divides by an activation, which has no spiking counterpart")
+        return self.scale(x, 1.0 / factor)
+
+    def concat(self, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Any:
+        dim = kwargs.get("axis", dim)
+        if all(isinstance(t, Image) for t in tensors) and dim == 1:
+            return Image(
+                sum((t.source for t in tensors), ()),
+                sum((t.scale for t in tensors), ()),
+                sum((t.shift for t in tensors), ()),
+            )
+        if dim not in (1, -3) or not all(isinstance(t, Signal) for t in tensors):
+            raise self.fail(
+                "concatenates values that are not activations, or not along the channels. Remedy: put the "
+                "activation before the concatenation"
+            )
+        if len({t.vector for t in tensors}) != 1:
+            raise self.fail("concatenates feature maps and flattened values")
+        return Signal(sum((t.parts for t in tensors), ()), tensors[0].vector)
+
+    def mean(self, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+        dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+        if sorted(d % 4 if isinstance(d, int) else -1 for d in dims) != [2, 3]:
+            raise self.fail("takes a mean over other dimensions than height and width")
+        pooled = self.adaptive_pool(x, 1)
+        return pooled if keepdim else self.flatten(pooled, 1)
+
+    def keep(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+    def dropout(self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        return x
+
+    def _output(self, x: Any) -> None:
+        if isinstance(x, (tuple, list, dict)):
+            raise self.fail("the model returns several values; return the logits alone")
+        if isinstance(x, Signal):
+            x = replace(identity_current(x), vector=False, flattened=x.vector)
+        if not isinstance(x, Current):
+            raise self.fail("the model's output is not a layer's output")
+        self.result.output = x
+
+
+Handler = Callable[..., Any]
+FUNCTIONS: dict[Any, Handler] = {
+    **dict.fromkeys(ADD_FUNCTIONS, Lowering.add),
+    operator.mul: Lowering.scale,
+    torch.mul: Lowering.scale,
+    operator.truediv: Lowering.divide,
+    torch.div: Lowering.divide,
+    torch.cat: Lowering.concat,
+    torch.concat: Lowering.concat,
+    torch.flatten: Lowering.flatten,
+    torch.unsqueeze: Lowering.unsqueeze,
+    torch.mean: Lowering.mean,
+    F.dropout: Lowering.dropout,
+    F.dropout2d: Lowering.dropout,
+    F.avg_pool2d: Lowering.avg_pool,
+    F.adaptive_avg_pool2d: Lowering.adaptive_pool,
+    F.max_pool2d: Lowering.max_pool,
+    torch.max_pool2d: Lowering.max_pool,
+    operator.getitem: Lowering.getitem,
+    getattr: Lowering.getattr,
+}
+METHODS: dict[str, Handler] = {
+    "add": Lowering.add,
+    "add_": Lowering.add,
+    "mul": Lowering.scale,
+    "div": Lowering.divide,
+    "flatten": Lowering.flatten,
+    "view": Lowering.view,
+    "reshape": Lowering.view,
+    "size": Lowering.size,
+    "mean": Lowering.mean,
+    "unsqueeze": Lowering.unsqueeze,
+    "contiguous": Lowering.keep,
+    "detach": Lowering.keep,
+    "clone": Lowering.keep,
+}
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a graph and notes the shape of every tensor, without the batch."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.shapes: Shapes = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(int(d) for d in value.shape[1:])
+        return value
+
+
+def _propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
+    """Run the graph on fake tensors of batch 1."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    first = next(iter(gm.parameters()), torch.empty(0))
+    recorder = _ShapeRecorder(gm)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        recorder.run(torch.empty((1, *input_shape), dtype=first.dtype, device=first.device))
+    return recorder.shapes
+
+
+def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[Lowered, tuple[int, ...] | None]:
+    """Trace and lower a model; returns the layers and the image shape [C, H, W] they were settled for, if any.
+
+    The shape matters only where a pool's divisor depends on it. It is the one given, or the one the
+    prepared model last saw, or else a guess: the usual 224 pixels, then 32.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        gm = trace(model)
+        known = input_shape or getattr(model, "input_shape", None)
+        if known is None:
+            lowering = Lowering(gm, None)
+            lowered = lowering.run()
+            if not lowering.needs_shapes:
+                return lowered, None
+            channels = len(lowered.image.source)
+            guesses: list[tuple[int, ...]] = [(channels, side, side) for side in (224, 32)]
+        else:
+            guesses = [tuple(int(d) for d in known)]
+        error: Exception | None = None
+        for shape in guesses:
+            try:
+                shapes = _propagate_shapes(gm, shape)
+            except Exception as e:  # whatever the model's own code raises on a shape that does not fit
+                error = e
+                continue
+            return Lowering(gm, shapes).run(), shape
+    finally:
+        model.train(was_training)
+    raise ConversionError(
+        f"the model does not run on images of shape {guesses[-1]} ({str(error).splitlines()[0]}). "
+        "Remedy: give convert(..., input_shape=(channels, height, width))"
+    ) from error

@@ -1,0 +1,137 @@
+"""prepare: a ReLU network -> the same network with QCFS activations and average pooling, ready to train."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..errors import ConversionError
+from ..model.graph import call_sites, describe, is_relu, owner_path, trace
+from ..model.qcfs import QCFS
+from .lowering import lower
+
+MAX_POOL_CHOICES = ("avg", "keep")
+_MAX_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d}
+
+
+def _remember_input_shape(module: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook: convert later settles size-dependent pools for the images the network last saw."""
+    if args and isinstance(args[0], Tensor) and not isinstance(args[0], fx.Proxy):
+        module.input_shape = tuple(args[0].shape[1:])
+
+
+def prepare(
+    model: nn.Module, levels: int = 8, threshold: float = 8.0, max_pool: str = "avg", check: bool = True
+) -> fx.GraphModule:
+    """Copy a network, with every ReLU call its own QCFS and MaxPool replaced.
+
+    Args:
+        model: a network that torch.fx can trace (every torchvision classifier of the supported families). It is
+            traced in eval mode: auxiliary training heads, as in GoogLeNet, are not part of the result.
+        levels: L of each QCFS.
+        threshold: initial theta of each QCFS (8.0 in the paper); calibrate() sets better ones.
+        max_pool: "avg" replaces max pooling by average pooling of the same geometry, as the paper does, because
+            the maximum does not commute with averaging over time; "keep" leaves it (then the SNN takes the
+            maximum of the spikes of each step, and agrees with the ANN less).
+        check: refuse a network that convert() could not convert (the error names the layer and a remedy).
+
+    Returns:
+        A torch.fx.GraphModule with the model's own submodule names, weights and training mode. A QCFS stands at
+        the path of the ReLU it replaces; further calls of one module get _1, _2, ...; functional calls get
+        "relu" under the module that makes them.
+
+    Raises:
+        ConversionError: the model cannot be traced, or has a part without spiking meaning.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}")
+    if max_pool not in MAX_POOL_CHOICES:
+        raise ValueError(f"prepare: max_pool must be one of {', '.join(MAX_POOL_CHOICES)}, got {max_pool!r}")
+    training = model.training
+    gm = trace(copy.deepcopy(model))
+    QCFS(levels, threshold)  # validates both before anything is changed
+    taken = {name for name, _ in gm.named_modules()}
+    # Found before any is replaced: two calls of one module are two sites.
+    relus = {node for node in gm.graph.nodes if is_relu(gm, node)}
+    for node in list(gm.graph.nodes):
+        if node in relus:
+            _replace(gm, node, _site_path(gm, node, taken, "relu"), QCFS(levels, threshold))
+        elif max_pool == "avg" and (pool := _average_pool(gm, node)) is not None:
+            _replace(gm, node, _site_path(gm, node, taken, "pool"), pool)
+    gm.graph.lint()
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+    first = next(gm.parameters(), None)
+    if first is not None:
+        gm.to(first.device)
+    gm.register_forward_pre_hook(_remember_input_shape)
+    if check:
+        lower(gm)
+    if not any(True for _ in call_sites(gm)):
+        raise ConversionError(
+            "the model has no ReLU: nothing can become a spiking neuron. Remedy: use ReLU as its activation"
+        )
+    gm.train(training)
+    return gm
+
+
+def _site_path(gm: fx.GraphModule, node: fx.Node, taken: set[str], name: str) -> str:
+    """Where a call site's new module goes; a module's first call takes the module's own place."""
+    if node.op == "call_module":
+        path = str(node.target)
+        if path in taken:
+            taken.discard(path)  # the next call of the same module needs another name
+            taken.add(path + "#replaced")
+            return path
+    else:
+        owner = owner_path(node)
+        path = f"{owner}.{name}" if owner else name
+        if path not in taken and f"{path}#replaced" not in taken:
+            taken.add(path)
+            return path
+    i = 1
+    while f"{path}_{i}" in taken:
+        i += 1
+    taken.add(f"{path}_{i}")
+    return f"{path}_{i}"
+
+
+def _replace(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> None:
+    gm.add_submodule(path, module)
+    x = node.args[0] if node.args else node.kwargs["input"]
+    with gm.graph.inserting_after(node):
+        new = gm.graph.call_module(path, (x,))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+
+
+def _average_pool(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The average pool that stands in for a max-pooling node; None for other nodes."""
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    if node.op == "call_module":
+        m = gm.get_submodule(str(node.target))
+        if isinstance(m, nn.AdaptiveMaxPool2d):
+            return nn.AdaptiveAvgPool2d(m.output_size)
+        if not isinstance(m, nn.MaxPool2d):
+            return None
+        values = {name: getattr(m, name) for name in names}
+    elif node.op == "call_function" and node.target in _MAX_FUNCTIONS:
+        if node.target is F.adaptive_max_pool2d:
+            size: Any = node.args[1] if len(node.args) > 1 else node.kwargs["output_size"]
+            return nn.AdaptiveAvgPool2d(size)
+        values = {
+            **dict(zip(names, node.args[1:], strict=False)),
+            **{k: v for k, v in node.kwargs.items() if k != "input"},
+        }
+    else:
+        return None
+    if values.get("dilation", 1) not in (1, (1, 1)) or values.get("return_indices"):
+        raise ConversionError(f"{describe(node)}: max pooling with dilation or indices has no average counterpart")
+    return nn.AvgPool2d(
+        values["kernel_size"], values.get("stride"), values.get("padding", 0), bool(values.get("ceil_mode", False))
+    )

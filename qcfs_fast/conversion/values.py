@@ -1,0 +1,141 @@
+"""What a value of the traced network is, between two activations: the algebra that lowering computes with.
+
+Signal   spikes (or their window sums, or the image): integers times an amplitude per channel; a list of
+         parts, concatenated along the channels
+Current  what a neuron integrates: a sum of products (convolution or linear layer of a part) and identities
+         (residual signals), plus a bias per channel
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from ..network.layers import INPUT
+from ..operators.windows import PoolSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """One node's integers, pooled or not: value = amplitude[c] * (average over the windows of) the integer."""
+
+    node: str
+    amplitude: Tensor  # float64 [C]
+    pools: tuple[PoolSpec, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        return self.amplitude.numel()
+
+    @property
+    def is_image(self) -> bool:
+        return self.node == INPUT
+
+    @property
+    def needs_size(self) -> bool:
+        return any(p.depends_on_size and p.size is None for p in self.pools)
+
+    def settled(self) -> Part:
+        """With the common divisor of each pool chosen and folded into the amplitude: value = amplitude * integer."""
+        part = self
+        for i, spec in enumerate(self.pools):
+            if spec.kind == "max":
+                continue
+            multiple = lcm(*spec.divisors())
+            pools = (*part.pools[:i], replace(spec, multiple=multiple), *part.pools[i + 1 :])
+            part = replace(part, pools=pools, amplitude=part.amplitude / multiple)
+        return part
+
+    @property
+    def peak(self) -> int:
+        """The largest integer of a settled part (1 for a spike)."""
+        most = 1
+        for spec in self.pools:
+            most *= spec.largest_value() if spec.kind == "avg" else 1
+        return most
+
+
+@dataclass(frozen=True)
+class Signal:
+    parts: tuple[Part, ...]
+    vector: bool = False  # flattened to [N, features]
+
+    @property
+    def channels(self) -> int:
+        return sum(p.channels for p in self.parts)
+
+
+@dataclass(frozen=True)
+class Image:
+    """The image before the first layer: channel i is source[i] * scale[i] + shift[i]."""
+
+    source: tuple[int, ...]
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    vector: bool = False
+    batch_only: bool = False  # one channel taken out, [N, H, W]
+
+
+@dataclass(frozen=True)
+class Product:
+    part: Part
+    weight: Tensor  # float64 [O, C/groups, KH, KW], amplitude not yet folded in
+    geometry: tuple[int, ...]
+    vector: bool
+    layer: str
+
+
+@dataclass(frozen=True)
+class Current:
+    bias: Tensor  # float64 [O]
+    products: tuple[Product, ...] = ()
+    identities: tuple[Signal, ...] = ()
+    vector: bool = False
+    flattened: bool = False  # a map that was flattened before its activation or at the output
+
+    @property
+    def channels(self) -> int:
+        return self.bias.numel()
+
+
+@dataclass
+class FireNode:
+    """A spiking layer: its name, what it integrates, and its thresholds."""
+
+    name: str
+    current: Current
+    theta: Tensor  # float64 [O]
+    levels: int
+
+
+@dataclass
+class Lowered:
+    """A network as spiking layers in order of execution, and the current that is read out."""
+
+    image: Image
+    layers: list[FireNode] = field(default_factory=list)
+    output: Current | None = None
+
+
+def identity_current(signal: Signal) -> Current:
+    return Current(torch.zeros(signal.channels, dtype=torch.float64), (), (signal,), signal.vector)
+
+
+def scaled(signal: Signal, factor: Tensor) -> Signal:
+    parts, at = [], 0
+    for p in signal.parts:
+        parts.append(replace(p, amplitude=p.amplitude * factor[at : at + p.channels]))
+        at += p.channels
+    return replace(signal, parts=tuple(parts))
+
+
+def affine(current: Current, scale: Tensor, shift: Tensor) -> Current:
+    return replace(
+        current,
+        bias=current.bias * scale + shift,
+        products=tuple(replace(p, weight=p.weight * scale[:, None, None, None]) for p in current.products),
+        identities=tuple(scaled(s, scale) for s in current.identities),
+    )

@@ -1,0 +1,344 @@
+"""What a result file of the benchmark says: a table, plots, and the part of the README that holds both.
+
+The table has a line per contender and a column per case; the plots are latency by T, by batch and by network, and
+memory by T. Only what was measured is drawn; contenders that did not run are listed with their reason.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .cases import NOT_MEASURED
+
+Case = Mapping[str, Any]
+
+# The lines of the plots: name, the contenders of which the fastest counts, colour, marker. The ANN's is the fastest of
+# its forms with either activation, eager or compiled; a peer's the faster of float32 and bfloat16.
+SERIES: tuple[tuple[str, str, str, str], ...] = (
+    ("qcfs_fast 16-bit", r"qcfs_fast 16-bit.*", "#c1121f", "o"),
+    ("qcfs_fast 8-bit", r"qcfs_fast 8-bit.*", "#f4845f", "o"),
+    ("ANN fp32, fastest form", r"ANN .*fp32.*", "#6c757d", "s"),
+    ("ANN bf16, fastest form", r"ANN .*bf16.*", "#adb5bd", "s"),
+    ("T-loop fp32", r"T-loop fp32.*", "#1d3557", "^"),
+    ("T-loop bf16", r"T-loop bf16.*", "#457b9d", "^"),
+    ("SpikingJelly", r"SpikingJelly.*", "#2a9d8f", "D"),
+    ("snnTorch", r"snnTorch.*", "#8ab17d", "v"),
+)
+MARK = "<!-- benchmark: written by `make readme-figures` -->", "<!-- end of benchmark -->"
+
+
+def title(case: Case) -> str:
+    if case["kind"] == "layer":
+        return f"{case['name']}, T = {case['T']}"
+    name, size = case["name"].rsplit(" ", 1)
+    return f"{name}, {size} px, batch {case['batch']}, T = {case['T']}"
+
+
+def fastest(case: Case, pattern: str, key: str = "seconds") -> float | None:
+    rows = [r for n, r in case["contenders"].items() if re.fullmatch(pattern, n) and r.get(key) is not None]
+    return min((float(r[key]) for r in rows), default=None)
+
+
+def utilisation(data: Mapping[str, Any], case: Case, bits: int) -> str:
+    """Dense int8 products per second of ours as a share of the processor's measured peak."""
+    peak = data["peak"]["int8 macs per second"]
+    seconds = fastest(case, rf"qcfs_fast {bits}-bit.*")
+    if isinstance(peak, str) or seconds is None:
+        return NOT_MEASURED
+    return f"{case['macs'] * (bits // 8) / seconds / peak:.0%}"
+
+
+def conditions(data: Mapping[str, Any]) -> str:
+    m = data["machine"]
+    v = m["versions"]
+    kernels = m["kernels"] if isinstance(m["kernels"], str) else m["kernels"].get("in use")
+    return (
+        f"{m['device']}, {m['threads']} threads, kernels {kernels}; torch {v['torch']}, SpikingJelly "
+        f"{v['spikingjelly']}, snnTorch {v['snntorch']}"
+    )
+
+
+def unmeasured(data: Mapping[str, Any]) -> list[str]:
+    """One line per contender and reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case in data["cases"]:
+        for name, row in case["contenders"].items():
+            if "error" in row:
+                reasons.setdefault((name, re.sub(r"about \d+ s", "too long", row["error"])), []).append(title(case))
+    return [f"{name}: {NOT_MEASURED} ({reason}); {len(where)} cases" for (name, reason), where in reasons.items()]
+
+
+# ------------------------------------------------------------------------------------------------ table
+
+
+def tables(data: Mapping[str, Any]) -> list[Any]:
+    """A rich table per network, and one for all layers."""
+    cases = data["cases"]
+    names = dict.fromkeys(c["name"] for c in cases if c["kind"] == "network")
+    groups = [[c for c in cases if c["kind"] == "network" and c["name"] == n] for n in names]
+    layers = [c for c in cases if c["kind"] == "layer"]
+    return [_table(data, group) for group in [*groups, layers] if group]
+
+
+def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
+    """Milliseconds (median), and how many times as long as ours in 16 bits."""
+    from rich.table import Table
+
+    kind, name = cases[0]["kind"], title(cases[0]).split(", batch")[0]
+    result = Table(
+        title=f"{name if kind == 'network' else 'single layers, batch 1'}: milliseconds, and times our 16-bit weights",
+        title_justify="left",
+        caption=f"medians of calls in turns; - not measured; {conditions(data)}",
+        caption_justify="left",
+    )
+    result.add_column("contender", no_wrap=True)
+    for case in cases:
+        text = f"batch {case['batch']}\nT = {case['T']}" if kind == "network" else case["name"].replace(" ", "\n")
+        result.add_column(text, justify="right")
+    names = list(dict.fromkeys(n for c in cases for n in c["contenders"]))
+    best = [min((r["seconds"] for r in c["contenders"].values() if "seconds" in r), default=0) for c in cases]
+    for name in names:
+        cells = []
+        for case, least in zip(cases, best, strict=True):
+            row, ours = case["contenders"].get(name, {}), fastest(case, r"qcfs_fast 16-bit.*")
+            if "seconds" not in row:
+                cells.append("-")
+                continue
+            text = _milliseconds(row["seconds"])
+            if ours is not None and "16-bit" not in name:
+                text += f" x{row['seconds'] / ours:.2f}"
+            cells.append(f"[bold]{text}[/]" if row["seconds"] == least else text)
+        result.add_row(name, *cells)
+    result.add_section()
+    result.add_row("firing rate", *(f"{c['firing rate']:.1%}" for c in cases))
+    for bits in (16, 8):
+        result.add_row(f"share of int8 peak, {bits}-bit", *(utilisation(data, c, bits) for c in cases))
+    if kind == "network":
+        live = [c["live bytes"] for c in cases]
+        result.add_row("activations, float32 / ours", *(f"{b['float32'] / b['qcfs_fast']:.0f}" for b in live))
+    return result
+
+
+def _milliseconds(seconds: float) -> str:
+    ms = 1e3 * seconds
+    return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
+
+
+# ------------------------------------------------------------------------------------------------ plots
+
+
+def plots(data: Mapping[str, Any], folder: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:
+    """Draw what the file has cases for; returns the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style: Any = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 10,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "grid.color": "#e5e5e5",
+        "axes.axisbelow": True,
+        "svg.hashsalt": "qcfs_fast",  # the same figures make the same file
+    }
+    cases = [c for c in data["cases"] if c["kind"] == "network"]
+    written: list[Path] = []
+    folder.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(style):
+        for name, draw in (
+            ("latency-by-T", _latency_by_steps),
+            ("latency-by-batch", _latency_by_batch),
+            ("latency-by-network", _latency_by_network),
+            ("memory-by-T", _memory_by_steps),
+        ):
+            figure = draw(plt, cases)
+            if figure is None:
+                continue
+            figure.text(0.01, 0.005, conditions(data), fontsize=6.5, color="#777777", va="bottom")
+            for suffix in suffixes:
+                path = folder / f"{name}{suffix}"
+                metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
+                figure.savefig(path, dpi=160, metadata=metadata)
+                written.append(path)
+            plt.close(figure)
+    return written
+
+
+def _panels(plt: Any, titles: Sequence[str], what: str, height: float = 3.9) -> tuple[Any, list[Any]]:
+    figure, axes = plt.subplots(
+        1, len(titles), figsize=(max(5.2, 3.7 * len(titles)), height), squeeze=False, layout="constrained"
+    )
+    figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
+    for axis, text in zip(axes[0], titles, strict=True):
+        axis.set_title(text)
+        axis.grid(axis="y")
+    axes[0][0].set_ylabel(what)
+    return figure, list(axes[0])
+
+
+def _curves(axis: Any, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    for name, _, colour, marker in SERIES:
+        if points.get(name):
+            x, y = zip(*points[name], strict=True)
+            wide = 2.2 if name.startswith("qcfs_fast") else 1.3
+            axis.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=wide, label=name,
+                      zorder=3 if wide > 2 else 2)  # fmt: skip
+    axis.set_yscale("log")
+    values = sorted({x for p in points.values() for x, _ in p})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(values, [f"{v:g}" for v in values])
+    axis.xaxis.minorticks_off()
+    _plain_ticks(axis.yaxis)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10, ... on a logarithmic axis."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
+
+
+def _grouped(cases: Sequence[Case], by: tuple[str, ...], along: str) -> dict[tuple[Any, ...], list[Case]]:
+    """Groups of cases that differ in `along` only; those with one member are dropped."""
+    groups: dict[tuple[Any, ...], list[Case]] = {}
+    for case in cases:
+        groups.setdefault(tuple(case[k] for k in by), []).append(case)
+    return {k: sorted(g, key=lambda c: c[along]) for k, g in groups.items() if len(g) > 1}
+
+
+def _series(cases: Sequence[Case], along: str, scale: float, key: str = "seconds", per: str = "") -> dict[str, Any]:
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, pattern, _, _ in SERIES:
+        for case in cases:
+            value = fastest(case, pattern, key)
+            if value is not None:
+                points.setdefault(name, []).append((case[along], scale * value / (case[per] if per else 1)))
+    return points
+
+
+def _network_title(key: tuple[Any, ...], tail: str) -> str:
+    name, size = key[0].rsplit(" ", 1)
+    return f"{name}, {size} px, {tail}"
+
+
+def _latency_by_steps(plt: Any, cases: Sequence[Case]) -> Any:
+    groups = {k: g for k, g in _grouped(cases, ("name", "batch"), "T").items() if k[1] == 1}
+    if not groups:
+        return None
+    figure, axes = _panels(plt, [_network_title(k, f"batch {k[1]}") for k in groups], "latency (ms)")
+    for axis, group in zip(axes, groups.values(), strict=True):
+        _curves(axis, _series(group, "T", 1e3))
+        axis.set_xlabel("time steps T")
+    _legend(figure, axes[0])
+    return figure
+
+
+def _latency_by_batch(plt: Any, cases: Sequence[Case]) -> Any:
+    groups = {k: g for k, g in _grouped(cases, ("name", "T"), "batch").items() if k[1] == 4}
+    if not groups:
+        return None
+    figure, axes = _panels(plt, [_network_title(k, f"T = {k[1]}") for k in groups], "time per image (ms)")
+    for axis, group in zip(axes, groups.values(), strict=True):
+        _curves(axis, _series(group, "batch", 1e3, per="batch"))
+        axis.set_xlabel("images per batch")
+    _legend(figure, axes[0])
+    return figure
+
+
+def _latency_by_network(plt: Any, cases: Sequence[Case]) -> Any:
+    """One row per network and batch, one mark per contender; ours is the line at 1."""
+    chosen = [c for c in cases if c["T"] == 4 and fastest(c, r"qcfs_fast 16-bit.*")]
+    if not chosen:
+        return None
+    figure, (axis,) = _panels(plt, ["Latency at T = 4, as a multiple of qcfs_fast 16-bit"], "", 1.9 + 0.5 * len(chosen))
+    figure.set_figwidth(7.4)
+    axis.grid(axis="y", color="#bbbbbb", linewidth=0.8)
+    axis.grid(axis="x")
+    for name, pattern, colour, marker in SERIES:
+        found = [(fastest(c, pattern), fastest(c, SERIES[0][1]), row) for row, c in enumerate(chosen)]
+        points = [(value / ours, row) for value, ours, row in found if value is not None and ours is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            axis.scatter(
+                x, y, s=46, color=colour, marker=marker, label=name, zorder=3, edgecolor="white", linewidth=0.6
+            )
+    axis.axvline(1, color=SERIES[0][2], linewidth=1.2, zorder=1)
+    axis.set_xscale("log")
+    _plain_ticks(axis.xaxis)
+    times = [f"{_milliseconds(fastest(c, SERIES[0][1]) or 0)} ms" for c in chosen]
+    labels = [f"{title(c).removesuffix(', T = 4')} ({t})" for c, t in zip(chosen, times, strict=True)]
+    axis.set_yticks(range(len(chosen)), labels)
+    axis.set_ylim(len(chosen) - 0.5, -0.5)
+    axis.set_xlabel("left of 1: faster than qcfs_fast 16-bit (whose time is in brackets)")
+    _legend(figure, axis)
+    return figure
+
+
+def _memory_by_steps(plt: Any, cases: Sequence[Case]) -> Any:
+    groups = {k: g for k, g in _grouped(cases, ("name", "batch"), "T").items() if k[1] == 1}
+    if not groups:
+        return None
+    figure, axes = _panels(
+        plt, [_network_title(k, f"batch {k[1]}") for k in groups], "most memory allocated in a call (MiB)"
+    )
+    for axis, group in zip(axes, groups.values(), strict=True):
+        _curves(axis, _series(group, "T", 2.0**-20, "allocated"))
+        axis.set_xlabel("time steps T")
+    _legend(figure, axes[0])
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------- README
+
+
+def markdown(data: Mapping[str, Any], images: str) -> str:
+    """The README's section: one small table at T = 4 and the pictures, with the machine named."""
+    cases = [c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4]
+    head = [
+        "milliseconds at T = 4",
+        *(title(c).removesuffix(", T = 4").replace(" px, batch", ", batch") for c in cases),
+    ]
+    lines = [f"| {' | '.join(head)} |", "|" + " --- |" + " ---: |" * len(cases)]
+    for name, pattern, _, _ in SERIES:
+        cells = []
+        for case in cases:
+            value, ours = fastest(case, pattern), fastest(case, r"qcfs_fast 16-bit.*")
+            text = NOT_MEASURED if value is None else _milliseconds(value)
+            if value is not None and ours is not None and name != "qcfs_fast 16-bit":
+                text += f" (x{value / ours:.2f})"
+            cells.append(text)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    rates = [f"{case['firing rate']:.1%}" for case in cases]
+    lines.append(f"| firing rate | {' | '.join(rates)} |")
+    notes = (
+        f"Measured on {conditions(data)}. In brackets: times our 16-bit network. Medians of calls in turns; weights "
+        "random, thresholds calibrated; BatchNorm folded, channels_last. The fastest form of each contender counts: "
+        "the ANN with ReLU or QCFS, eager or under torch.compile; the T-loop eager or compiled; the peers in float32 "
+        "or bfloat16. [docs/benchmarks.md](docs/benchmarks.md) has the method and more figures."
+    )
+    wrapped = textwrap.fill(notes, 119, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, "", wrapped, "", f"![Latency by time steps T]({images}/latency-by-T.png)", ""])
+
+
+def write_readme(path: Path, text: str) -> None:
+    """Replace what stands between the two marks."""
+    old = path.read_text()
+    if old.count(MARK[0]) != 1 or old.count(MARK[1]) != 1:
+        raise ValueError(f"{path}: needs the lines {MARK[0]} and {MARK[1]} once each; between them goes the table")
+    before, rest = old.split(MARK[0])
+    path.write_text(f"{before}{MARK[0]}\n\n{text}\n{MARK[1]}{rest.split(MARK[1])[1]}")

@@ -1,0 +1,208 @@
+"""Which synapses a spike reaches: exact fan-outs, from which synaptic operations are counted.
+
+A spike at row y, column x of the input of a convolution reaches
+
+    rows[y] * cols[x] * (output channels / groups)
+
+synapses, where rows[y] is the number of pairs (output row o, tap k) with o*stride - padding + k*dilation = y, and
+cols[x] alike: fewer at borders, none where a stride skips a pixel. Both factors are the same for all channels. An
+average pool has no neurons. It is linear, so a spike passes through it into every window that covers it, and the
+fan-outs of those windows add up (one pulls the fan-out back through the pool). A residual connection has one synapse
+per spike. What a maximum pool lets through counts as the spikes of the plane behind it.
+
+Synapses whose weight is zero count; positions in the padding do not exist and do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...network.layers import EncodingLayer, Layer, Readout, SpikeConcat, SpikePool, SpikingLayer
+from ...network.snn import SNN
+from ...operators.geometry import GEOMETRY, out_size
+from ...operators.windows import PoolSpec, spec_from
+
+Shape = tuple[int, int, int]  # height, width, channels; vectors are 1 x 1 maps
+
+
+class Plane(NamedTuple):
+    """Spikes that synapses start from: those of a node, perhaps behind maximum pools that the readout applies."""
+
+    node: str
+    max_pools: tuple[PoolSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Synapses from one plane to one layer; a spike at (y, x) reaches rows[y] * cols[x] * outputs of them."""
+
+    plane: Plane
+    residual: bool
+    rows: Tensor  # int64 [H]
+    cols: Tensor  # int64 [W]
+    outputs: int
+
+    def operations(self, spikes: Tensor) -> Tensor:
+        """Accumulates per step, int64 [T], of spikes counted per position, int64 [T, H, W]."""
+        return torch.einsum("thw,h,w->t", spikes, self.rows, self.cols) * self.outputs
+
+
+@dataclass
+class Afferents:
+    """All that a layer receives.
+
+    synapses is the number of multiply-accumulates that one dense pass takes, those of the ANN; with_padding counts
+    the taps that fall into the padding as well, as the usual counters do. analog is the part of each that reads the
+    image itself. Residual connections are in neither.
+    """
+
+    bundles: list[Bundle] = field(default_factory=list)
+    synapses: int = 0
+    with_padding: int = 0
+    analog: int = 0
+    analog_with_padding: int = 0
+
+
+def _taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """For each of `size` input positions the number of (output, tap) pairs that read it."""
+    fan = torch.zeros(size, dtype=torch.int64)
+    for o in range(out_size(size, kernel, stride, padding, dilation)):
+        for k in range(kernel):
+            at = o * stride - padding + k * dilation
+            if 0 <= at < size:
+                fan[at] += 1
+    return fan
+
+
+def _pull_back(fan: Tensor, windows: Sequence[int], size: int) -> Tensor:
+    """Fan-out of a pool's inputs along one axis, given that of its outputs."""
+    inner = torch.zeros(size, dtype=torch.int64)
+    for reach, first, end in zip(fan, windows[0::3], windows[1::3], strict=True):
+        inner[first:end] += reach
+    return inner
+
+
+def pooled(shape: Shape, spec: PoolSpec) -> Shape:
+    return len(spec.windows(shape[0], 0)) // 3, len(spec.windows(shape[1], 1)) // 3, shape[2]
+
+
+class _Counter:
+    def __init__(self, snn: SNN, shapes: Mapping[str, Shape]) -> None:
+        self.layers = snn.layers
+        self.shapes = shapes
+
+    def _planes(self, node: str, rows: Tensor, cols: Tensor) -> list[tuple[Plane, Tensor, Tensor]]:
+        """The planes whose spikes arrive at a node, with the node's fan-out pulled back to each."""
+        layer = self.layers[node]
+        if isinstance(layer, SpikeConcat):
+            return [found for name in layer.inputs for found in self._planes(name, rows, cols)]
+        if isinstance(layer, SpikePool) and layer.spec.kind == "avg":
+            height, width, _ = self.shapes[layer.inputs[0]]
+            rows = _pull_back(rows, layer.spec.windows(height, 0), height)
+            cols = _pull_back(cols, layer.spec.windows(width, 1), width)
+            return self._planes(layer.inputs[0], rows, cols)
+        return [(Plane(node), rows, cols)]
+
+    @staticmethod
+    def _fan_out(shape: Shape, weight: Tensor, g: Sequence[int], vector: bool) -> tuple[Tensor, Tensor, int, int, int]:
+        """rows, cols and outputs of a product on an input of this shape, and its synapses without and with padding."""
+        height, width, channels = shape
+        if vector:  # flattened: every feature reaches every output
+            rows, cols = torch.ones(height, dtype=torch.int64), torch.ones(width, dtype=torch.int64)
+            outputs = weight.shape[-1]
+            synapses = height * width * channels * outputs
+            return rows, cols, outputs, synapses, synapses
+        rows, cols = (_taps(shape[i], g[i], g[2 + i], g[4 + i], g[6 + i]) for i in (0, 1))
+        outputs = weight.shape[3] // g[8]
+        positions = [out_size(shape[i], g[i], g[2 + i], g[4 + i], g[6 + i]) * g[i] for i in (0, 1)]
+        pairs = channels * outputs
+        return rows, cols, outputs, int(rows.sum() * cols.sum()) * pairs, positions[0] * positions[1] * pairs
+
+    def _add_analog(self, found: Afferents, layer: Layer, weight: Tensor, geometry: Sequence[int]) -> None:
+        *_, synapses, padded = self._fan_out(self.shapes[layer.inputs[-1]], weight, geometry, False)
+        found.synapses += synapses
+        found.with_padding += padded
+        found.analog += synapses
+        found.analog_with_padding += padded
+
+    def encoding(self, layer: Layer) -> Afferents:
+        found = Afferents()
+        self._add_analog(found, layer, layer.weight, layer.config["geometry"])
+        return found
+
+    def spiking(self, layer: Layer) -> Afferents:
+        found, index, vector = Afferents(), layer.config["weight_index"], layer.config["vector"]
+        for i, node in enumerate(layer.inputs[: len(index)]):
+            g = layer.config["geometry"][GEOMETRY * i : GEOMETRY * (i + 1)]
+            weight = getattr(layer, f"weight_{index[i]}")
+            rows, cols, outputs, synapses, padded = self._fan_out(self.shapes[node], weight, g, vector)
+            found.bundles += [Bundle(plane, False, r, c, outputs) for plane, r, c in self._planes(node, rows, cols)]
+            if index.index(index[i]) == i:  # sections of one pool share a weight; the ANN has it once
+                found.synapses += synapses
+                found.with_padding += padded
+        residuals = len(layer.indexed("amplitude"))
+        for node in layer.inputs[len(index) : len(index) + residuals]:
+            rows, cols = (torch.ones(n, dtype=torch.int64) for n in self.shapes[node][:2])
+            found.bundles += [Bundle(plane, True, r, c, 1) for plane, r, c in self._planes(node, rows, cols)]
+        if "analog_geometry" in layer.config:
+            self._add_analog(found, layer, layer.analog_weight, layer.config["analog_geometry"])
+        return found
+
+    def readout(self, layer: Layer) -> Afferents:
+        found = Afferents()
+        for i, (node, pools, vector) in enumerate(
+            zip(layer.inputs, layer.config["pools"], layer.config["vectors"], strict=True)
+        ):
+            specs = [spec_from(p) for p in pools]
+            max_pools = tuple(s for s in specs if s.kind == "max")
+            shapes = [self.shapes[node]]
+            for spec in max_pools:
+                shapes[0] = pooled(shapes[0], spec)
+            averages = [s for s in specs if s.kind == "avg"]
+            for spec in averages:
+                shapes.append(pooled(shapes[-1], spec))
+            weight = getattr(layer, f"weight_{i}")
+            identity = weight.numel() == 0  # the output is the mean of the spikes themselves
+            if identity:
+                rows, cols = (torch.ones(n, dtype=torch.int64) for n in shapes[-1][:2])
+                outputs = 1
+            else:
+                g = layer.config["geometry"][GEOMETRY * i : GEOMETRY * (i + 1)]
+                rows, cols, outputs, synapses, padded = self._fan_out(shapes[-1], weight, g, vector)
+                found.synapses += synapses
+                found.with_padding += padded
+            for spec, shape in zip(reversed(averages), reversed(shapes[:-1]), strict=True):
+                rows = _pull_back(rows, spec.windows(shape[0], 0), shape[0])
+                cols = _pull_back(cols, spec.windows(shape[1], 1), shape[1])
+            planes = [(Plane(node, max_pools), rows, cols)] if max_pools else self._planes(node, rows, cols)
+            found.bundles += [Bundle(plane, identity, r, c, outputs) for plane, r, c in planes]
+        return found
+
+
+def afferents(snn: SNN, shapes: Mapping[str, Shape]) -> dict[str, Afferents]:
+    """The synapses of every layer that has some, by name.
+
+    Args:
+        snn: a converted network.
+        shapes: height, width and channels of every node's value (the image's for the input).
+    """
+    counter = _Counter(snn, shapes)
+    found = {}
+    for name, layer in snn.layers.items():
+        if isinstance(layer, EncodingLayer):
+            found[name] = counter.encoding(layer)
+        elif isinstance(layer, SpikingLayer):
+            found[name] = counter.spiking(layer)
+        elif isinstance(layer, Readout):
+            found[name] = counter.readout(layer)
+    return found
+
+
+def weighted_planes(synapses: Mapping[str, Afferents]) -> set[Plane]:
+    """Every plane that some synapse starts from."""
+    return {bundle.plane for found in synapses.values() for bundle in found.bundles}
