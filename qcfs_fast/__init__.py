@@ -6,7 +6,7 @@ snn = qcfs_fast.convert(model, T=4)
 logits = snn(images)
 """
 
-from .backend.cuda import CudaGraph, cuda_graph
+from .backend.cuda_graph import CudaGraph, cuda_graph
 from .backend.information import info
 from .conversion.builder import convert
 from .conversion.preparation import prepare

@@ -1,15 +1,18 @@
 """The order of GPU backends and its overrides, with fakes in place of the backends."""
 
-import inspect
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from layers import random_case
 
 import qcfs_fast
 from qcfs_fast import backend
-from qcfs_fast.backend import registration as ops
-from qcfs_fast.operators import reference
+from qcfs_fast.backend import choice, registration
+from qcfs_fast.backend.protocol import last_engine
+from qcfs_fast.operators.signature import OPERATORS, LinearIf
 
 ORDER = ("cuda", "triton", "reference")
 
@@ -24,7 +27,7 @@ def usable(monkeypatch):
 
 
 def test_order(usable):
-    assert backend.GPU_ORDER == ORDER
+    assert choice.GPU_ORDER == ORDER
     with backend.force(gpu="auto"):
         for i, name in enumerate(ORDER):
             usable(*ORDER[i:])
@@ -46,16 +49,70 @@ def test_a_backend_asked_for_is_never_replaced(usable):
         pass
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_every_operator_has_a_launcher(name):
-    """All take the arguments that the reference takes, so that ops.py need not know which one runs."""
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton", "reference"])
+def test_every_operator_has_a_kernel(name):
+    """A linear layer is a convolution to all of them."""
     if name == "triton":
         pytest.importorskip("triton")
-    operators = backend.operators(name)
-    assert set(operators) == set(ops.NAMES)
-    for operator, function in operators.items():
-        wanted = list(inspect.signature(getattr(reference, operator)).parameters)
-        assert list(inspect.signature(function).parameters)[: len(wanted)] == wanted
+    assert set(registration.kernels(name).run) == set(OPERATORS) - {LinearIf}
+
+
+def test_threads_force_their_own():
+    """Two threads inside `force` at once: each keeps its own choice, and the one that leaves first undoes nothing."""
+    inside, leave = threading.Barrier(2), threading.Barrier(2)
+    mask = min((m for _, m in backend.kernel_sets()), default=0)
+    seen = {}
+
+    def work(name, **asked):
+        before = backend.settings()
+        with backend.force(**asked):
+            inside.wait(timeout=30)
+            seen[name] = backend.settings()
+            if name == "second":
+                leave.wait(timeout=30)
+                seen["second, alone"] = backend.settings()
+        if name == "first":
+            leave.wait(timeout=30)
+        seen[f"{name}, after"] = backend.settings() == before
+
+    threads = [
+        threading.Thread(target=work, args=("first",), kwargs={"cpu_engine": "events", "reference": True}),
+        threading.Thread(target=work, args=("second",), kwargs={"cpu_engine": "dense", "isa_mask": mask}),
+    ]
+    outside = backend.settings()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert (seen["first"].engine, seen["first"].reference) == ("events", True)
+    assert (seen["second"].engine, seen["second"].isa) == ("dense", mask)
+    assert seen["second"].reference == outside.reference
+    assert seen["second, alone"] == seen["second"]
+    assert seen["first, after"]
+    assert seen["second, after"]
+    assert backend.settings() == outside
+
+
+def test_a_forced_choice_is_what_runs_in_each_thread():
+    """The results and the engine that ran, of operators called in threads that force different engines."""
+    if backend.native.module is None:
+        pytest.skip("needs the native module")
+    case = random_case(3, 4, most_pixels=6)
+    failures = []
+
+    def work(engine):
+        for _ in range(50):
+            with backend.force(cpu_engine=engine):
+                out = torch.ops.qcfs_fast.conv2d_if(*case.args)
+                if last_engine.get() != engine or not np.array_equal(out.numpy(), case.want.masks):
+                    failures.append(engine)
+
+    threads = [threading.Thread(target=work, args=(engine,)) for engine in ("events", "dense") * 2]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
 
 
 def test_cpu_tensors_take_triton_only_when_interpreted(usable, monkeypatch):
@@ -68,24 +125,24 @@ def test_cpu_tensors_take_triton_only_when_interpreted(usable, monkeypatch):
     ):
         monkeypatch.setenv("TRITON_INTERPRET", interpret)
         with backend.force(gpu=requested):
-            assert backend.triton_on_cpu() is expected
+            assert choice.triton_on_cpu() is expected
 
 
 def test_triton_versions():
-    assert "not installed" in backend.triton_absence(None)
+    assert "not installed" in choice.triton_absence(None)
     for version in ("2.1.0", "3.2.0", "3.2.1+git123"):
-        assert f"{version} is too old" in backend.triton_absence(version)
+        assert f"{version} is too old" in choice.triton_absence(version)
     for version in ("3.3.0", "3.3.1+gitc8757738", "3.10.0", "4.0"):
-        assert backend.triton_absence(version) == ""
+        assert choice.triton_absence(version) == ""
 
 
 @pytest.mark.parametrize(
     ("version", "says"), [(None, "Triton is not installed"), ("3.2.0", "Triton 3.2.0 is too old; 3.3 or newer")]
 )
 def test_without_a_usable_triton_only_info_changes(version, says, monkeypatch):
-    monkeypatch.setattr(backend, "triton_version", lambda: version)
+    monkeypatch.setattr(choice, "triton_version", lambda: version)
     monkeypatch.setitem(backend.absence, "cuda", lambda: "no cuda here")
-    backend._triton_absence.cache_clear()
+    choice._triton_absence.cache_clear()
     try:
         facts = qcfs_fast.info()
         assert facts["triton"] == version
@@ -97,42 +154,42 @@ def test_without_a_usable_triton_only_info_changes(version, says, monkeypatch):
         with backend.force(gpu="triton"), pytest.raises(RuntimeError, match=f"asked for, but {says[:20]}"):
             backend.gpu_backend()
     finally:
-        backend._triton_absence.cache_clear()
+        choice._triton_absence.cache_clear()
 
 
 def test_a_broken_triton_is_passed_over(usable, monkeypatch):
     usable("reference")
-    monkeypatch.setattr(backend, "triton_version", lambda: "3.9.0")
-    monkeypatch.setitem(backend.absence, "triton", backend._triton_absence)
+    monkeypatch.setattr(choice, "triton_version", lambda: "3.9.0")
+    monkeypatch.setitem(backend.absence, "triton", choice._triton_absence)
 
     def broken(name, package=None):
         raise OSError("libtriton.so: file too short")
 
-    backend._triton_absence.cache_clear()
-    monkeypatch.setattr(backend.importlib, "import_module", broken)
+    choice._triton_absence.cache_clear()
+    monkeypatch.setattr(choice.importlib, "import_module", broken)
     try:
         assert backend.gpu_backend() == "reference"
         assert "OSError: libtriton.so: file too short" in backend.describe_gpu()["triton"]
     finally:
-        backend._triton_absence.cache_clear()
+        choice._triton_absence.cache_clear()
 
 
-@pytest.mark.parametrize("name", backend.BACKENDS)
+@pytest.mark.parametrize("name", choice.BACKENDS)
 def test_environment(name, monkeypatch):
     monkeypatch.setenv("QCFS_FAST_BACKEND", name)
-    assert backend._chosen_backend() == name
+    assert choice._chosen_backend() == name
 
 
 def test_unknown_name_lists_the_known(monkeypatch):
     monkeypatch.setenv("QCFS_FAST_BACKEND", "tritn")
     with pytest.raises(ValueError, match="'tritn' is unknown; known backends: auto, cuda, triton, reference"):
-        backend._chosen_backend()
+        choice._chosen_backend()
 
 
 def test_every_name_and_variable_is_documented():
     text = (Path(__file__).resolve().parent.parent / "docs" / "backends.md").read_text()
     for name in (
-        *backend.BACKENDS, "QCFS_FAST_BACKEND", "QCFS_FAST_MAX_ISA", "QCFS_FAST_ENGINE", "QCFS_FAST_TRITON_TUNE",
+        *choice.BACKENDS, "QCFS_FAST_BACKEND", "QCFS_FAST_MAX_ISA", "QCFS_FAST_ENGINE", "QCFS_FAST_TRITON_TUNE",
         "QCFS_FAST_CACHE_DIR", "TRITON_INTERPRET",
     ):  # fmt: skip
         assert f"`{name}" in text, name

@@ -20,7 +20,10 @@ from torch import nn
 
 import qcfs_fast
 from qcfs_fast import backend
+from qcfs_fast.backend import choice, protocol
 from qcfs_fast.backend import cuda as cuda_backend
+from qcfs_fast.backend.packing import PackedWeights
+from qcfs_fast.operators.signature import Operator, QuantizeInput
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler is None, reason="g++ is not installed")
 SANITIZER = {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
@@ -140,6 +143,16 @@ def emulated_module(tmp_path_factory):
     return emulated_cuda.build_module(tmp_path_factory.mktemp("module"))
 
 
+def filled(empty):
+    def fill(a):
+        made = empty(a)
+        for t in made if isinstance(made, tuple) else (made,):
+            t.fill_(77)
+        return made
+
+    return fill
+
+
 @pytest.fixture
 def on_cuda(emulated_module, monkeypatch):
     """A context in which torch.ops.qcfs_fast takes the path of GPU tensors, over the emulated kernels.
@@ -148,28 +161,29 @@ def on_cuda(emulated_module, monkeypatch):
     """
     monkeypatch.setattr(cuda_backend, "module", emulated_module)
     monkeypatch.setattr(cuda_backend, "_where", lambda x: (0, 0))
-    monkeypatch.setattr(cuda_backend, "_capturing", lambda: False)
-    monkeypatch.setattr(cuda_backend, "_packed", {})
+    monkeypatch.setattr(protocol, "packed_weights", PackedWeights())
     empty = cuda_backend._empty
     monkeypatch.setattr(cuda_backend, "_empty", lambda *a: empty(*a).fill_(77))  # what stays unwritten must show
+    for kind in (Operator, QuantizeInput):
+        monkeypatch.setattr(kind, "empty", filled(kind.empty))
     monkeypatch.setitem(backend.absence, "cuda", lambda: "")
     cuda_backend._window_table.cache_clear()
     calls = Counter()
 
-    def counted(name, operator):
+    def counted(kind, operator):
         def call(*args):
-            calls[name] += 1
+            calls[kind.name] += 1
             return operator(*args)
 
         return call
 
-    operators = {name: counted(name, f) for name, f in cuda_backend.OPERATORS.items()}
+    operators = {kind: counted(kind, f) for kind, f in cuda_backend.KERNELS.run.items()}
 
     @contextlib.contextmanager
     def context():
         with monkeypatch.context() as patch, backend.force(gpu="cuda"):
-            patch.setattr(cuda_backend, "OPERATORS", operators)
-            patch.setattr(backend, "triton_on_cpu", lambda: True)  # CPU tensors go where GPU tensors do
+            patch.setattr(cuda_backend.KERNELS, "run", operators)
+            patch.setattr(choice, "triton_on_cpu", lambda: True)  # CPU tensors go where GPU tensors do
             yield calls
 
     yield context
@@ -274,22 +288,24 @@ def test_packed_weights_follow_the_weight(on_cuda):
 
     got, first = both(weight)
     assert torch.equal(got, first)
-    packed = cuda_backend._packed[id(weight), False][2]
+    entries = protocol.packed_weights._entries
+    on_gpu = ("cuda", (id(weight),))
+    packed = entries[on_gpu].packed
     both(weight)
-    assert cuda_backend._packed[id(weight), False][2] is packed
+    assert entries[on_gpu].packed is packed
     weight.neg_()
     got, second = both(weight)
     assert torch.equal(got, second)
     assert not torch.equal(first, second)
-    assert cuda_backend._packed[id(weight), False][2] is packed  # the same memory: captured graphs read it
+    assert entries[on_gpu].packed is packed  # the same memory: captured graphs read it
     with torch.inference_mode():
         frozen = torch.randint(-300, 300, (3, 3, 32, 16), dtype=torch.int16)
         for _ in range(2):
             assert torch.equal(*both(frozen))
             frozen.neg_()
-    assert (id(frozen), False) not in cuda_backend._packed
+    assert ("cuda", (id(frozen),)) not in entries
     del weight
-    assert cuda_backend._packed == {}
+    assert entries == {}
 
 
 def test_nan_raises_as_on_the_cpu(on_cuda):

@@ -14,6 +14,7 @@ import pytest
 
 import qcfs_fast
 from qcfs_fast import backend
+from qcfs_fast.backend import choice, native
 
 SOURCE = Path(__file__).resolve().parent.parent
 
@@ -57,21 +58,21 @@ def test_backend_variable():
 
 def test_cap_above_the_host_warns():
     with pytest.warns(UserWarning, match="QCFS_FAST_MAX_ISA=avx512 is above this processor"):
-        assert backend.capped_isa("avx512", 0) == 0
-    everything = backend._level_mask("avx512")
-    assert backend.capped_isa("", everything) == everything
-    assert backend.capped_isa("avx2", everything) == backend._level_mask("avx2")
+        assert choice.capped_isa("avx512", 0) == 0
+    everything = native.level_mask("avx512")
+    assert choice.capped_isa("", everything) == everything
+    assert choice.capped_isa("avx2", everything) == native.level_mask("avx2")
 
 
 def test_kernels_are_chosen_by_mask():
     """The choice for processors nobody here has: the mask is an argument."""
-    choose = backend.native.chosen_kernel_set
-    sets = dict(backend.native.kernel_sets())
+    choose = backend.native.module.chosen_kernel_set
+    sets = dict(backend.native.module.kernel_sets())
     assert choose(0) == "portable"
     for name, mask in sets.items():
         assert choose(mask) == name
     if "avx512" in sets:
-        assert choose(backend.native.ISA_AVX512) == "portable"  # AVX-512 without AVX2 is no known level
+        assert choose(backend.native.module.ISA_AVX512) == "portable"  # AVX-512 without AVX2 is no known level
         assert choose(sets["avx512"] | 1 << 31) == "avx512"
     with pytest.raises(ValueError, match="lacks some of the instruction sets"), backend.force(1 << 31):
         pass

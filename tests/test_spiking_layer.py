@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from layers import Evidence, random_case, random_spikes, tensor
 
 from qcfs_fast import backend
+from qcfs_fast.backend.protocol import last_engine
 
 # The reference, and every kernel set with every engine that can be asked for.
 ENGINES = [("reference", None, "auto")] + [
@@ -37,7 +38,7 @@ def ran(case_args):
     if any(g != 1 for g in groups):
         O = w[0].shape[3]
         return "depthwise" if all(g == O == t.shape[4] for g, t in zip(groups, x, strict=True)) else "grouped"
-    if backend.engine == "events" or not x:
+    if backend.settings().engine == "events" or not x:
         return "events"
     large = any(t.shape[0] == T and t.numel() and int(t.max()) > 127 for t in x)
     return "events" if large and not backend.kernel_set().endswith(("vnni", "amx")) else "dense"
@@ -54,14 +55,14 @@ def test_random_layers(engine):
         evidence.add(case.want)
         assert np.array_equal(out.numpy(), case.want.masks)
         if engine != "reference":
-            used.add(backend.last_engine)
-            assert backend.last_engine == ran(case.args)
+            used.add(last_engine.get())
+            assert last_engine.get() == ran(case.args)
 
     used = set()
     check()
     evidence.check()
     if engine != "reference":
-        assert backend.engine in used
+        assert backend.settings().engine in used
         assert {"depthwise", "grouped"} <= used
 
 
@@ -111,7 +112,7 @@ def test_layers_larger_than_a_wave(O, size):
         with backend.force(isa, cpu_engine=how):
             layer = [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, bias, threshold
             whole = torch.ops.qcfs_fast.conv2d_if([x], *layer, T)
-            assert backend.last_engine == how
+            assert last_engine.get() == how
             wholes.append(whole)
             for n in range(0, size[0], 13):
                 alone = torch.ops.qcfs_fast.conv2d_if([x[:1, n : n + 1]], *layer, 8)
@@ -177,16 +178,16 @@ def test_the_cost_model_follows_the_firing_rate():
     for rate in (0.02, 0.95):
         x = tensor(oracle.pack(rng.random((4, 1, 14, 14, 64)) < rate))
         torch.ops.qcfs_fast.conv2d_if([x], [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, torch.zeros_like(n), n, 4)
-        picked[rate] = backend.last_engine
+        picked[rate] = last_engine.get()
     assert picked[0.02] == "events"
     if backend.kernel_set().endswith(("vnni", "amx")):
         assert picked[0.95] == "dense"
 
 
-@pytest.mark.skipif(backend.native is None, reason="needs the native module")
+@pytest.mark.skipif(backend.native.module is None, reason="needs the native module")
 def test_the_best_allowed_kernel_set_is_picked():
     """For processors nobody here has, too: dispatch is a function of the mask."""
-    n = backend.native
+    n = backend.native.module
     avx2, avx512 = n.ISA_AVX2, n.ISA_AVX2 | n.ISA_AVX512
     built = [name for name, _ in n.kernel_sets()]
     for mask, want in [

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 
 from qcfs_fast.backend.triton import launch as tb
 from qcfs_fast.backend.triton import tiles as triton_tiles
+from qcfs_fast.operators.signature import OPERATORS
 
 POINTWISE = (1, 1, 1, 1, 0, 0, 1, 1)
 CUBE = (3, 3, 1, 1, 1, 1, 1, 1)
@@ -32,6 +33,11 @@ def empty(dtype, *shape):
 
 def words(*shape):
     return empty(torch.int32, *shape)
+
+
+def call(name, *operands):
+    kind = next(o for o in OPERATORS if o.name == name)
+    tb.KERNELS(kind.checked(*operands))
 
 
 class Layer:
@@ -62,7 +68,7 @@ class Layer:
 
     def run(self):
         sources = (self.x, self.w, self.geometry, self.residual, self.amplitude, self.current)
-        tb.conv2d_if(*sources, words(self.O), words(self.O), self.T)
+        call("conv2d_if", *sources, words(self.O), words(self.O), self.T)
 
 
 def matrix_layers(thorough):
@@ -100,26 +106,26 @@ def other_operators(thorough):
             vectors = [empty(torch.float64, O), empty(torch.float64, O), words(O), words(O)]
             image, exponent = empty(torch.int16, *pixels, C), words(batch)
             analog = image, exponent, empty(torch.int16, 1, 1, C // groups, O), (*POINTWISE, groups), *vectors
-            tb.conv2d_current(*analog)
-            tb.conv2d_encode(*analog, words(O), 4)
-        tb.encode(words(*pixels, C), words(C), 4)
+            call("conv2d_current", *analog)
+            call("conv2d_encode", *analog, words(O), 4)
+        call("encode", words(*pixels, C), words(C), 4)
         windows = [0, 1, 1] * size
         for T, planes in ((4, 1), (4, 4)):
             maps = empty(torch.uint8, planes, *pixels, C)
-            tb.pool(maps, windows, windows, 1, T)
-            tb.count(maps, T, False)
-            tb.count(maps, T, True)
-        tb.max_pool(maps, windows, windows)
+            call("pool", maps, windows, windows, 1, T)
+            call("count", maps, T, False)
+            call("count", maps, T, True)
+        call("max_pool", maps, windows, windows)
         counts = words(1, *pixels, C)
-        tb.pool_counts(counts, windows, windows, 0)
+        call("pool_counts", counts, windows, windows, 0)
         for terms in (1, 2):
             w = [empty(torch.int16, 1, 1, C, O), empty(torch.int16, 0)][:terms]
             gains = [empty(torch.float64, O)] * terms
             inputs = [counts, words(1, *pixels, O)][:terms]
-            tb.readout(inputs, w, [*POINTWISE, 1] * terms, gains, [1] * terms, empty(torch.float64, O), 4)
+            call("readout", inputs, w, [*POINTWISE, 1] * terms, gains, [1] * terms, empty(torch.float64, O), 4)
     # The check for NaN reads its result: tensors with data.
     for C in (1, 16):
-        tb.quantize_input(torch.zeros(2, C, 16, 16), torch.arange(C), torch.ones(C), torch.zeros(C))
+        call("quantize_input", torch.zeros(2, C, 16, 16), torch.arange(C), torch.ones(C), torch.zeros(C))
 
 
 MOST_TILES = 8

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .. import backend
 from ..version import __version__
+from . import choice, native
 
 
 def version_of(package: str) -> str | None:
@@ -33,26 +33,24 @@ def processor() -> str:
 
 def info() -> dict[str, Any]:
     """Facts about the installation: versions, instruction sets, threads, kernels in use; plain data."""
-    built = [name for name, _ in backend.native.kernel_sets()] if backend.native else []
+    built = [name for name, _ in native.module.kernel_sets()] if native.module else []
     return {
         "qcfs_fast": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": version_of("torchvision"),
-        "triton": backend.triton_version(),
+        "triton": choice.triton_version(),
         "machine": platform.machine(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
-        "thread pool": backend.thread_pool,
-        "native module": "loaded"
-        if backend.native
-        else f"absent ({backend.native_error}); operators run through plain torch",
+        "thread pool": native.thread_pool,
+        "native module": "loaded" if native.module else f"absent ({native.error}); operators run through plain torch",
         "kernel sets built": built,
-        "kernel sets this processor runs": [name for name, _ in backend.kernel_sets()],
-        "QCFS_FAST_MAX_ISA": backend.isa_cap or "not set",
-        "kernels in use (cpu)": backend.describe(),
-        "QCFS_FAST_ENGINE": backend.engine,
-        "QCFS_FAST_BACKEND": backend.requested,
+        "kernel sets this processor runs": [name for name, _ in native.kernel_sets()],
+        "QCFS_FAST_MAX_ISA": choice.isa_cap or "not set",
+        "kernels in use (cpu)": choice.describe(),
+        "QCFS_FAST_ENGINE": choice.settings().engine,
+        "QCFS_FAST_BACKEND": choice.settings().gpu,
         "gpu devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "gpu backends": backend.describe_gpu(),
+        "gpu backends": choice.describe_gpu(),
     }

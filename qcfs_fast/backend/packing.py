@@ -1,44 +1,85 @@
-"""Weights once more in the order that a kernel reads them, made at first use and kept as long as the weights live.
+"""Weights repacked into a kernel's layout: made at first use, kept for as long as the weights live.
 
-Entries are keyed by the identity of the weight tensors and checked against their version counters, so a change in place
-packs again. Writes that escape the counter (through .data, .numpy() or another library) are not seen: do not. Tensors
-made under torch.inference_mode() have no counter and are packed at every call; so are views made for a single call.
+One cache serves every backend, under one rule:
+
+    key            the layout's name (backend and kernel in it) and the identity of the weight tensors
+    stale when     a weight's version counter or address has changed; then the weights are packed again, into the same
+                   memory if the sizes are equal, because CUDA graphs that were captured before go on reading it
+    never kept     weights without a version counter (made under torch.inference_mode()), and what is packed while a
+                   CUDA graph is captured: the capture only records it, and its result exists in replays alone
+    other streams  may read what was packed, so the stream that packs it on a GPU is waited for, once
+
+A change through .data or .numpy() does not raise the version counter and is not noticed; never change weights that way.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-_Key = tuple[str, tuple[int, ...]]
-_Entry = tuple[tuple["weakref.ref[Tensor]", ...], tuple[int, ...], Tensor]
+Packed = Sequence[Tensor]
+
+
+@dataclass(slots=True)
+class Packing:
+    """A packed form that a kernel wants: its layout, the weights it is made of, and how."""
+
+    layout: str
+    weights: Sequence[Tensor]
+    make: Callable[[], Packed]
+
+
+@dataclass(slots=True)
+class _Entry:
+    weights: tuple[weakref.ref[Tensor], ...]
+    states: tuple[tuple[int, int], ...]
+    packed: Packed
+
+    def fresh(self, weights: Sequence[Tensor]) -> bool:
+        for w, ref, state in zip(weights, self.weights, self.states, strict=True):
+            if ref() is not w or (w._version, w.data_ptr()) != state:
+                return False
+        return True
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether work on x is being recorded into a CUDA graph, which cannot wait for a result."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class PackedWeights:
-    """A cache of packed forms by kind (a name that fixes the layout) and weights."""
-
     def __init__(self) -> None:
-        self._entries: dict[_Key, _Entry] = {}
+        self._entries: dict[tuple[str, tuple[int, ...]], _Entry] = {}
 
-    def find(self, kind: str, weights: Sequence[Tensor]) -> Tensor | None:
-        """The packed form of exactly these weights as they are now, or None."""
-        entry = self._entries.get((kind, tuple(map(id, weights))))
-        if entry is None:
-            return None
-        refs, versions, packed = entry
-        for w, ref, version in zip(weights, refs, versions, strict=True):
-            if ref() is not w or w._version != version:
-                return None
+    def get(self, packing: Packing) -> Packed:
+        """The packed form of exactly these weights as they are now."""
+        weights = packing.weights
+        key = (packing.layout, tuple(map(id, weights)))
+        entry = self._entries.get(key)
+        if entry is not None and entry.fresh(weights):
+            return entry.packed
+        # Normal tensors even under inference_mode: a later call outside of it may have to write to them.
+        with torch.inference_mode(False), torch.no_grad():
+            packed = packing.make()
+            if any(w.is_inference() for w in weights) or capturing(weights[0]):
+                return packed
+            if entry is not None and _alike(entry.packed, packed):
+                for old, new in zip(entry.packed, packed, strict=True):
+                    old.copy_(new)
+                packed = entry.packed
+        if weights[0].is_cuda:
+            torch.cuda.current_stream(weights[0].device).synchronize()
+        refs = tuple(weakref.ref(w, lambda _: self._entries.pop(key, None)) for w in weights)
+        self._entries[key] = _Entry(refs, tuple((w._version, w.data_ptr()) for w in weights), packed)
         return packed
 
-    def make(self, kind: str, weights: Sequence[Tensor], pack: Callable[[], Tensor]) -> Tensor:
-        """Pack, and keep the result unless a weight has no version counter."""
-        versions = tuple(-1 if w.is_inference() else w._version for w in weights)
-        packed = pack()
-        if min(versions, default=0) >= 0:
-            key = (kind, tuple(map(id, weights)))
-            refs = tuple(weakref.ref(w, lambda _: self._entries.pop(key, None)) for w in weights)
-            self._entries[key] = (refs, versions, packed)
-        return packed
+
+def _alike(a: Packed, b: Packed) -> bool:
+    return [(t.shape, t.dtype, t.device) for t in a] == [(t.shape, t.dtype, t.device) for t in b]
+
+
+packed_weights = PackedWeights()

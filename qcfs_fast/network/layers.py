@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import backend
-from ..backend import registration  # noqa: F401 - registers torch.ops.qcfs_fast
+from ..backend.protocol import last_engine
 from ..operators.geometry import GEOMETRY, POINTWISE
 from ..operators.windows import spec_from
 
@@ -96,10 +95,11 @@ class SpikingLayer(Layer):
     engine = ""
 
     def forward(self, values: Values, T: int, per_step: bool) -> Any:
-        backend.last_engine = ""
+        if torch.compiler.is_compiling():
+            return self._fire(values, T)
+        last_engine.set("")
         out = self._fire(values, T)
-        if not torch.compiler.is_compiling():
-            self.engine = backend.last_engine
+        self.engine = last_engine.get()
         return out
 
     def _fire(self, values: Values, T: int) -> Tensor:

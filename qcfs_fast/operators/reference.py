@@ -1,8 +1,8 @@
 """Every operator in plain torch: slow, exact, on any device.
 
 Integer sums are formed by float64 matrix products. All of them are below 2^53, so they are exact whatever the
-order or the use of fused multiply-add; the recursion over time is int64. Layouts are those of ops.py; operands
-have been checked there.
+order or the use of fused multiply-add; the recursion over time is int64. Each function takes the operand of its
+operator (signature.py), which has been checked.
 """
 
 from __future__ import annotations
@@ -13,8 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .geometry import convolution_size
+from .geometry import convolution_size, split
 from .masks import pack, unpack
+from .signature import (
+    NOT_FINITE,
+    Conv2dCurrent,
+    Conv2dEncode,
+    Conv2dIf,
+    Count,
+    Encode,
+    MaxPool,
+    Pool,
+    PoolCounts,
+    QuantizeInput,
+    Readout,
+)
 
 
 def convolve(x: Tensor, weight: Tensor, g: Sequence[int]) -> Tensor:
@@ -45,88 +58,41 @@ def _integrate_and_fire(currents: Tensor, threshold: Tensor) -> Tensor:
     return pack(spikes)
 
 
-def conv2d_if(
-    x: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    geometry: Sequence[int],
-    residual: Sequence[Tensor],
-    amplitude: Sequence[Tensor],
-    current: Tensor | None,
-    bias: Tensor,
-    threshold: Tensor,
-    T: int,
-) -> Tensor:
-    total: Tensor | None = None
-    for i, (xi, wi) in enumerate(zip(x, weight, strict=True)):
-        steps = unpack(xi, T)
-        scale = 256 if wi.dtype == torch.int8 else 1
-        part = convolve(steps.flatten(0, 1), wi, geometry[9 * i : 9 * i + 9]).to(torch.int64) * scale
-        part = part.unflatten(0, (T, xi.shape[1]))
-        total = part if total is None else total + part
-    for r, a in zip(residual, amplitude, strict=True):
-        part = unpack(r, T) * a.to(torch.int64)
-        total = part if total is None else total + part
-    if current is not None:
-        part = current.to(torch.int64).expand(T, *current.shape)
-        total = part if total is None else total + part
-    assert total is not None
-    return _integrate_and_fire(total + bias.to(torch.int64), threshold)
+def conv2d_if(a: Conv2dIf) -> Tensor:
+    T = a.T
+    total = a.bias.to(torch.int64)
+    for x, weight, g in zip(a.x, a.weight, split(a.geometry), strict=True):
+        steps = unpack(x, T)
+        scale = 256 if weight.dtype == torch.int8 else 1
+        part = convolve(steps.flatten(0, 1), weight, g).to(torch.int64) * scale
+        total = total + part.unflatten(0, (T, x.shape[1]))
+    for r, amplitude in zip(a.residual, a.amplitude, strict=True):
+        total = total + unpack(r, T) * amplitude.to(torch.int64)
+    if a.current is not None:
+        total = total + a.current.to(torch.int64).expand(T, *a.current.shape)
+    return _integrate_and_fire(total, a.threshold)
 
 
-def encode(current: Tensor, threshold: Tensor, T: int) -> Tensor:
+def encode(a: Encode) -> Tensor:
+    return _encoded(a.current, a.threshold, a.T)
+
+
+def _encoded(current: Tensor, threshold: Tensor, T: int) -> Tensor:
     return _integrate_and_fire(current.to(torch.int64).expand(T, *current.shape), threshold)
 
 
-def conv2d_current(
-    x: Tensor,
-    exponent: Tensor,
-    weight: Tensor,
-    geometry: Sequence[int],
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-) -> Tensor:
-    acc = convolve(x, weight, geometry)
+def conv2d_current(a: Conv2dCurrent) -> Tensor:
+    acc = convolve(a.x, a.weight, a.geometry)
     # Powers of two, split so that neither factor leaves the range of doubles.
-    half = torch.div(exponent, 2, rounding_mode="floor").to(torch.float64)
-    scale = (gain * torch.exp2(half)[:, None]) * torch.exp2(exponent.to(torch.float64) - half)[:, None]
+    half = torch.div(a.exponent, 2, rounding_mode="floor").to(torch.float64)
+    scale = (a.gain * torch.exp2(half)[:, None]) * torch.exp2(a.exponent.to(torch.float64) - half)[:, None]
     product = acc * scale[:, None, None, :]
-    z = torch.round(product + offset)
-    return torch.maximum(torch.minimum(z, high.to(torch.float64)), low.to(torch.float64)).to(torch.int32)
+    z = torch.round(product + a.offset)
+    return torch.maximum(torch.minimum(z, a.high.to(torch.float64)), a.low.to(torch.float64)).to(torch.int32)
 
 
-def conv2d_encode(
-    x: Tensor,
-    exponent: Tensor,
-    weight: Tensor,
-    geometry: Sequence[int],
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-    threshold: Tensor,
-    T: int,
-) -> Tensor:
-    return encode(conv2d_current(x, exponent, weight, geometry, gain, offset, low, high), threshold, T)
-
-
-def linear_if(
-    x: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    residual: Sequence[Tensor],
-    amplitude: Sequence[Tensor],
-    current: Tensor | None,
-    bias: Tensor,
-    threshold: Tensor,
-    T: int,
-) -> Tensor:
-    maps = [t[:, :, None, None] for t in x]
-    kernels = [w[None, None] for w in weight]
-    residual = [r[:, :, None, None] for r in residual]
-    current = None if current is None else current[:, None, None]
-    pointwise = [1, 1, 1, 1, 0, 0, 1, 1, 1] * len(maps)
-    return conv2d_if(maps, kernels, pointwise, residual, amplitude, current, bias, threshold, T).flatten(2)
+def conv2d_encode(a: Conv2dEncode) -> Tensor:
+    return _encoded(conv2d_current(a), a.threshold, a.T)
 
 
 def _window_sums(x: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int) -> Tensor:
@@ -141,60 +107,49 @@ def _window_sums(x: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: 
     return torch.stack(out, -3)
 
 
-def pool(x: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int, T: int) -> Tensor:
-    return _window_sums(unpack(x, T), rows, cols, multiple).to(torch.uint8)
+def pool(a: Pool) -> Tensor:
+    return _window_sums(unpack(a.x, a.T), a.rows, a.cols, a.multiple).to(torch.uint8)
 
 
-def max_pool(x: Tensor, rows: Sequence[int], cols: Sequence[int]) -> Tensor:
-    bits = torch.stack([(x >> b) & 1 for b in range(8)])
-    sums = _window_sums(bits.to(torch.int64), rows, cols, 0)
-    out = torch.zeros(sums.shape[1:], dtype=torch.uint8, device=x.device)
+def max_pool(a: MaxPool) -> Tensor:
+    bits = torch.stack([(a.x >> b) & 1 for b in range(8)])
+    sums = _window_sums(bits.to(torch.int64), a.rows, a.cols, 0)
+    out = torch.zeros(sums.shape[1:], dtype=torch.uint8, device=a.x.device)
     for b in range(8):
         out |= (sums[b] > 0).to(torch.uint8) << b
     return out
 
 
-def count(x: Tensor, T: int, prefix: bool) -> Tensor:
-    steps = unpack(x, T)
-    return (steps.cumsum(0) if prefix else steps.sum(0, keepdim=True)).to(torch.int32)
+def count(a: Count) -> Tensor:
+    steps = unpack(a.x, a.T)
+    return (steps.cumsum(0) if a.prefix else steps.sum(0, keepdim=True)).to(torch.int32)
 
 
-def pool_counts(counts: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int) -> Tensor:
-    return _window_sums(counts.to(torch.int64), rows, cols, multiple).to(torch.int32)
+def pool_counts(a: PoolCounts) -> Tensor:
+    return _window_sums(a.counts.to(torch.int64), a.rows, a.cols, a.multiple).to(torch.int32)
 
 
-def readout(
-    counts: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    geometry: Sequence[int],
-    gain: Sequence[Tensor],
-    multiple: Sequence[int],
-    offset: Tensor,
-    T: int,
-) -> Tensor:
+def readout(a: Readout) -> Tensor:
     total: Tensor | None = None
-    for i, (c, w, g, m) in enumerate(zip(counts, weight, gain, multiple, strict=True)):
+    for c, w, gain, g, m in zip(a.counts, a.weight, a.gain, split(a.geometry), a.multiple, strict=True):
         S, N = c.shape[:2]
-        if w.numel() == 0:
-            acc = c.to(torch.float64)
-        else:
-            acc = convolve(c.flatten(0, 1), w, geometry[9 * i : 9 * i + 9]).unflatten(0, (S, N))
-        steps = torch.tensor([T] if S == 1 else list(range(1, T + 1)), dtype=torch.float64, device=c.device)
-        part = acc * g / (steps * m).reshape(-1, 1, 1, 1, 1)
+        acc = c.to(torch.float64) if w.numel() == 0 else convolve(c.flatten(0, 1), w, g).unflatten(0, (S, N))
+        steps = torch.tensor([a.T] if S == 1 else list(range(1, a.T + 1)), dtype=torch.float64, device=c.device)
+        part = acc * gain / (steps * m).reshape(-1, 1, 1, 1, 1)
         total = 0.0 + part if total is None else total + part  # from 0, so never -0
     assert total is not None
-    return (total + offset).to(torch.float32)
+    return (total + a.offset).to(torch.float32)
 
 
-def quantize_input(x: Tensor, source: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    z = x.to(torch.float32).index_select(1, source) * scale[:, None, None]
-    z = (z + shift[:, None, None]).to(torch.float64)
+def quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
+    z = a.x.to(torch.float32).index_select(1, a.source) * a.scale[:, None, None]
+    z = (z + a.shift[:, None, None]).to(torch.float64)
     if not bool(torch.isfinite(z).all()):
-        raise ValueError("quantize_input: the input holds NaN or infinity; clean the data before it enters the network")
-    most = z.abs().flatten(1).amax(1) if z.numel() else z.new_zeros(z.shape[0])
-    _, exponent = torch.frexp(most / 32767.0)
+        raise ValueError(NOT_FINITE)
+    largest = z.abs().flatten(1).amax(1) if z.numel() else z.new_zeros(z.shape[0])
+    _, exponent = torch.frexp(largest / 32767.0)
     exponent = exponent.to(torch.float64)
-    exponent = torch.where(most <= 32767.0 * torch.exp2(exponent - 1), exponent - 1, exponent)
-    exponent = torch.where(most > 0, exponent, torch.zeros_like(exponent))
+    exponent = torch.where(largest <= 32767.0 * torch.exp2(exponent - 1), exponent - 1, exponent)
+    exponent = torch.where(largest > 0, exponent, torch.zeros_like(exponent))
     q = torch.round(z * torch.exp2(-exponent)[:, None, None, None]).to(torch.int16)
     return q.permute(0, 2, 3, 1).contiguous(), exponent.to(torch.int32)

@@ -1,8 +1,7 @@
-"""Triton launchers: the operators of ops.py on CUDA or ROCm tensors, without a compiler of ours.
+"""Triton launchers: the operators on CUDA or ROCm tensors, without a compiler of ours.
 
-Each function has the arguments of its namesake in reference.py and returns the same bytes; operands have been
-checked there. The kernels and their layouts are in triton_kernels.py. This file plans the launches: it prepares
-weights once, groups a layer's sources and steps, chooses tiles (triton_tiles.py) and allocates.
+The kernels and their layouts are in kernels.py. This file plans the launches: it groups a layer's sources and steps,
+says which weights the matrix units want repacked, chooses tiles (tiles.py) and allocates.
 
 Triton is imported here and nowhere else in the package, when the first operator needs it. In its interpreter
 (TRITON_INTERPRET=1) the same launchers run on CPU tensors.
@@ -14,18 +13,34 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from ...operators.geometry import split
+from ...operators.signature import (
+    NOT_FINITE,
+    Conv2dCurrent,
+    Conv2dEncode,
+    Conv2dIf,
+    Count,
+    Encode,
+    MaxPool,
+    Pool,
+    PoolCounts,
+    QuantizeInput,
+    Readout,
+)
+from ..packing import Packed, Packing, capturing
+from ..protocol import Kernels, Plan
 from . import kernels, tiles
 
 GROUP = 8  # steps a launch holds in registers, the bits of a mask byte
+KERNELS = Kernels("triton")
 INTERPRETED = not isinstance(kernels.encode, triton.JITFunction)
 HIP = torch.version.hip is not None
 
@@ -77,8 +92,8 @@ MATRIX_INPUTS = 8
 HORNER_DEPTH = 65281
 COUNT_DEPTH = 131072
 MASK_DEPTH = 16777216
-MOST_ROWS = 2**31 - 1024
-MOST_REGISTERS = 255  # a CUDA thread can have; left to choose, ptxas spills a few to fit one more block on a processor
+MAX_ROWS = 2**31 - 1024
+MAX_REGISTERS = 255  # a CUDA thread can have; left to choose, ptxas spills a few to fit one more block on a processor
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -86,13 +101,9 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> N
     if min(grid) == 0:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
-    limit = {} if HIP else {"maxnreg": MOST_REGISTERS}
+    limit = {} if HIP else {"maxnreg": MAX_REGISTERS}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, enable_fp_fusion=False, **limit, **options)
-
-
-def _capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _blocks(size: int, block: int) -> int:
@@ -102,9 +113,9 @@ def _blocks(size: int, block: int) -> int:
 def _rows(op: str, *sizes: int) -> int:
     """Number of output pixels (or samples) of a launch; kernels count them in 32 bits, to the end of the last tile."""
     rows = math.prod(sizes)
-    if rows > MOST_ROWS:
+    if rows > MAX_ROWS:
         raise ValueError(
-            f"qcfs_fast::{op}: {rows} output pixels are more than the {MOST_ROWS} of one call; use smaller batches"
+            f"qcfs_fast::{op}: {rows} output pixels are more than the {MAX_ROWS} of one call; use smaller batches"
         )
     return rows
 
@@ -117,50 +128,21 @@ def _power(size: int, least: int, most: int) -> int:
 # ------------------------------------------------------------------------------------------ weights
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A weight as the matrix units want it: digits int8 [digits, KH, KW, O, KP], sums = 128 * sum of w, int32 [O]."""
-
-    digits: Tensor
-    sums: Tensor
-
-
 def pack_weight(w: Tensor) -> Packed:
-    """int16 or int8 [KH, KW, K, O] -> base-256 digits (high first), K innermost and padded to 16."""
+    """int16 or int8 [KH, KW, K, O] -> what the matrix units want.
+
+    Base-256 digits, high first, int8 [digits, KH, KW, O, KP] with K innermost and padded to 16; and 128 * sum of w,
+    int32 [O].
+    """
     if w.dtype == torch.int8:
-        planes = [w]
+        digit_planes = [w]
     else:
         low = (w & 255).to(torch.uint8).view(torch.int8)
-        planes = [((w - low) >> 8).to(torch.int8), low]
+        digit_planes = [((w - low) >> 8).to(torch.int8), low]
     padding = -w.shape[2] % 16
-    digits = torch.nn.functional.pad(torch.stack(planes).transpose(3, 4), (0, padding)).contiguous()
+    digits = torch.nn.functional.pad(torch.stack(digit_planes).transpose(3, 4), (0, padding)).contiguous()
     sums = (w.to(torch.int64).sum((0, 1, 2)) * 128).to(torch.int32)
-    return Packed(digits, sums)
-
-
-def _kernel(w: Tensor) -> Tensor:
-    """The weight of a linear layer as that of a 1x1 convolution."""
-    return w.detach() if w.dim() == 4 else w.detach()[None, None]
-
-
-_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def packed_weight(w: Tensor) -> Packed:
-    """pack_weight, remembered for as long as the weight lives unchanged."""
-    if w.is_inference():  # no version counter: changes could not be noticed
-        return pack_weight(_kernel(w))
-    state = (w._version, w.data_ptr())
-    found = _packed.get(w)
-    if found is None or found[0] != state:
-        found = (state, pack_weight(_kernel(w)))
-        if _capturing(w):  # only recorded so far: the digits exist in replays, not yet for anyone else
-            return found[1]
-        if w.is_cuda:  # other streams may use it from now on
-            torch.cuda.current_stream(w.device).synchronize()
-        _packed[w] = found
-    packed: Packed = found[1]
-    return packed
+    return digits, sums
 
 
 @functools.lru_cache(maxsize=512)
@@ -175,7 +157,7 @@ def _window_table(windows: tuple[int, ...], device: torch.device) -> Tensor:
 class Product:
     x: Tensor
     weight: Tensor
-    source: Tensor  # the tensor the caller holds, the key of the packed weight
+    key: Tensor  # the tensor the caller holds, under which the packed weight is kept
     geometry: tuple[int, ...]
     count: bool
 
@@ -255,6 +237,7 @@ class _Group:
 
 def _spiking_launch(
     launch: Launch,
+    packed: Sequence[Packed],
     group: _Group,
     partial_in: Tensor | None,
     partial_out: Tensor | None,
@@ -304,11 +287,9 @@ def _spiking_launch(
         )  # fmt: skip
         return
     operands: list[Any] = []
-    for p in launch.products:
-        packed = packed_weight(p.source)
+    for p, (digits, sums) in zip(launch.products, packed, strict=True):
         x, size, window = p.operands(group.start(p.count))
-        digits, padded = packed.digits, packed.digits.shape[-1]
-        operands += [x, digits, packed.sums, p.x.stride(0), digits.stride(0), *size, p.inputs, padded, *window]
+        operands += [x, digits, sums, p.x.stride(0), digits.stride(0), *size, p.inputs, digits.shape[-1], *window]
     first, second = launch.products[0], launch.products[1:]
     if not second:
         operands += [none, none, none, 0, 0, *[1] * 13]
@@ -351,165 +332,98 @@ def _spiking_launch(
     run(tiles.choose(problem, run, first.x.device, INTERPRETED))
 
 
-def conv2d_if(
-    x: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    geometry: Sequence[int],
-    residual: Sequence[Tensor],
-    amplitude: Sequence[Tensor],
-    current: Tensor | None,
-    bias: Tensor,
-    threshold: Tensor,
-    T: int,
-    keys: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """`keys` are the tensors under which prepared weights are remembered, if `weight` are views made for the call."""
+def _plan_spiking(a: Conv2dIf) -> Plan:
     products = [
-        Product(xi.contiguous(), wi.contiguous(), key, tuple(geometry[9 * i : 9 * i + 9]), xi.shape[0] == T)
-        for i, (xi, wi, key) in enumerate(zip(x, weight, weight if keys is None else keys, strict=True))
+        Product(x, w, key, g, x.shape[0] == a.T)
+        for x, w, key, g in zip(a.x, a.weight, a.keys, split(a.geometry), strict=True)
     ]
-    residuals = [
-        Residual(r.contiguous(), a.contiguous(), r.shape[0] == T) for r, a in zip(residual, amplitude, strict=True)
+    residuals = [Residual(r, m, r.shape[0] == a.T) for r, m in zip(a.residual, a.amplitude, strict=True)]
+    launches = plan(products, residuals, _matrix_units(a.threshold.device))
+    packings = [
+        Packing("triton", (p.key,), functools.partial(pack_weight, p.weight.detach()))
+        for launch in launches
+        if not launch.direct
+        for p in launch.products
     ]
-    bias, threshold = bias.contiguous(), threshold.contiguous()
-    current = None if current is None else current.contiguous()
-    if products:
-        g = products[0].geometry
-        _, N, H, W, _ = products[0].x.shape
-        OH, OW = ((s + 2 * g[4 + i] - g[6 + i] * (g[i] - 1) - 1) // g[2 + i] + 1 for i, s in enumerate((H, W)))
-    else:
-        N, OH, OW = residuals[0].x.shape[1:4] if residuals else current.shape[:3]  # type: ignore[union-attr]
-    shape = (N, OH, OW, threshold.shape[0])
-    out = threshold.new_empty(((T + GROUP - 1) // GROUP, *shape), dtype=torch.uint8)
-    launches = plan(products, residuals, _matrix_units(threshold.device))
+    return Plan("", packings, launches)
+
+
+@KERNELS.operator(Conv2dIf, _plan_spiking)
+def _spiking(a: Conv2dIf, settled: Plan, packed: list[Packed]) -> Tensor:
+    out: Tensor = a.empty()
+    shape = a.shape[1:]
+    supply = iter(packed)
+    launches = [(step, [] if step.direct else [next(supply) for _ in step.products]) for step in settled.detail]
     v: Tensor | None = None
     for plane in range(out.shape[0]):
         first = plane * GROUP
-        steps = min(GROUP, T - first)
-        v_out = threshold.new_empty(shape) if first + steps < T else None
+        steps = min(GROUP, a.T - first)
+        v_out = a.threshold.new_empty(shape) if first + steps < a.T else None
         group = _Group(first, steps, v, v_out, out[plane])
         partial: Tensor | None = None
-        for launch in launches[:-1]:
+        for launch, weights in launches[:-1]:
             # A new tensor each time: a launch that reads what it writes could not be repeated for timing.
-            sums = threshold.new_empty((steps, *shape))
-            _spiking_launch(launch, group, partial, sums, None, bias, threshold)
+            sums = a.threshold.new_empty((steps, *shape))
+            _spiking_launch(launch, weights, group, partial, sums, None, a.bias, a.threshold)
             partial = sums
-        _spiking_launch(launches[-1], group, partial, None, current, bias, threshold)
+        _spiking_launch(*launches[-1], group, partial, None, a.current, a.bias, a.threshold)
         v = v_out
     return out
-
-
-def linear_if(
-    x: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    residual: Sequence[Tensor],
-    amplitude: Sequence[Tensor],
-    current: Tensor | None,
-    bias: Tensor,
-    threshold: Tensor,
-    T: int,
-) -> Tensor:
-    """A 1x1 convolution whose pixels are the samples."""
-    return conv2d_if(
-        [t[:, :, None, None] for t in x],
-        [w[None, None] for w in weight],
-        [1, 1, 1, 1, 0, 0, 1, 1, 1] * len(x),
-        [r[:, :, None, None] for r in residual],
-        amplitude,
-        None if current is None else current[:, None, None],
-        bias,
-        threshold,
-        T,
-        keys=weight,
-    ).flatten(2)
 
 
 # ---------------------------------------------------------------------------------------- first layer
 
 
-def encode(current: Tensor, threshold: Tensor, T: int) -> Tensor:
-    current, threshold = current.contiguous(), threshold.contiguous()
-    out = current.new_empty(((T + 7) // 8, *current.shape), dtype=torch.uint8)
-    C = threshold.shape[0]
-    M = _rows("encode", current.numel() // C)
+@KERNELS.operator(Encode)
+def _encode(a: Encode) -> Tensor:
+    out: Tensor = a.empty()
+    C = a.threshold.shape[0]
+    M = _rows("encode", a.current.numel() // C)
     tile = tiles.plain(C, 2, INTERPRETED)
     _launch(
-        kernels.encode, (_blocks(M, tile.m), _blocks(C, tile.n)), current, threshold, out, M, C, M * C, T,
+        kernels.encode, (_blocks(M, tile.m), _blocks(C, tile.n)), a.current, a.threshold, out, M, C, M * C, a.T,
         BM=tile.m, BN=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
 
-def _analog(
-    x: Tensor,
-    exponent: Tensor,
-    weight: Tensor,
-    geometry: Sequence[int],
-    vectors: Sequence[Tensor],
-    T: int,
-) -> Tensor:
-    N, H, W, C = x.shape
-    kh, kw, sh, sw, ph, pw, dh, dw, groups = geometry
-    OH, OW = (H + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (W + 2 * pw - dw * (kw - 1) - 1) // sw + 1
-    O = weight.shape[3]
+@KERNELS.operator(Conv2dCurrent)
+@KERNELS.operator(Conv2dEncode)
+def _analog(a: Conv2dCurrent) -> Tensor:
+    fires = isinstance(a, Conv2dEncode)
+    T, threshold = (a.T, a.threshold) if isinstance(a, Conv2dEncode) else (0, a.low)
+    _, H, W, C = a.x.shape
+    kh, kw, sh, sw, ph, pw, dh, dw, groups = a.geometry
+    N, OH, OW, O = a.shape[-4:]
     M = _rows("conv2d_current", N, OH, OW)
-    shape = (N, OH, OW, O)
-    out = x.new_empty(((T + 7) // 8, *shape), dtype=torch.uint8) if T else x.new_empty(shape, dtype=torch.int32)
+    out: Tensor = a.empty()
     tile = tiles.plain(O, 8, INTERPRETED)  # in 64 bits, with an operand each
     _launch(
         kernels.analog, (_blocks(M, tile.m), _blocks(O, tile.n)),
-        x.contiguous(), exponent.contiguous(), weight.contiguous(), *(t.contiguous() for t in vectors), out,
+        a.x, a.exponent, a.weight, a.gain, a.offset, a.low, a.high, threshold, out,
         M, OH, OW, O, O // groups, M * O, H, W, C, C // groups, kw, kh * kw, sh, sw, ph, pw, dh, dw, T,
-        GROUPED=groups > 1, FIRE=T > 0, BM=tile.m, BN=tile.n, num_warps=tile.warps,
+        GROUPED=groups > 1, FIRE=fires, BM=tile.m, BN=tile.n, num_warps=tile.warps,
     )  # fmt: skip
     return out
 
 
-def conv2d_current(
-    x: Tensor,
-    exponent: Tensor,
-    weight: Tensor,
-    geometry: Sequence[int],
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-) -> Tensor:
-    return _analog(x, exponent, weight, geometry, (gain, offset, low, high, low), 0)
+INFINITY = 0x7F800000  # its bits as a float32; those of NaN lie above
 
 
-def conv2d_encode(
-    x: Tensor,
-    exponent: Tensor,
-    weight: Tensor,
-    geometry: Sequence[int],
-    gain: Tensor,
-    offset: Tensor,
-    low: Tensor,
-    high: Tensor,
-    threshold: Tensor,
-    T: int,
-) -> Tensor:
-    return _analog(x, exponent, weight, geometry, (gain, offset, low, high, threshold), T)
-
-
-NOT_FINITE = 0x7F800000  # bits of infinity; NaN lies above
-
-
-def quantize_input(x: Tensor, source: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.to(torch.float32)
-    source, scale, shift = source.contiguous(), scale.contiguous(), shift.contiguous()
-    N, _, H, W = x.shape
-    C = source.shape[0]
-    q = x.new_empty((N, H, W, C), dtype=torch.int16)
-    exponent, most = x.new_zeros((N,), dtype=torch.int32), x.new_zeros((N,), dtype=torch.int32)
+@KERNELS.operator(QuantizeInput)
+def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
+    x = a.x
+    q, exponent = a.empty()
+    exponent.zero_()
+    largest = torch.zeros_like(exponent)
+    N, H, W, C = q.shape
     size, block = _rows("quantize_input", H, W, C), 1024
-    operands = (x, source, scale, shift, most)
+    operands = (x, a.source, a.scale, a.shift, largest)
     grid = (N * _blocks(size, block),)
     _launch(kernels.largest_input, grid, *operands, size, C, W, *x.stride(), BLOCK=block)
     # The check needs the result on the host; a graph under capture cannot wait for it.
-    if not _capturing(x) and most.numel() and int(most.max()) >= NOT_FINITE:
-        raise ValueError("quantize_input: the input holds NaN or infinity; clean the data before it enters the network")
+    if not capturing(x) and largest.numel() and int(largest.max()) >= INFINITY:
+        raise ValueError(NOT_FINITE)
     _launch(kernels.quantize, grid, *operands, q, exponent, size, C, W, *x.stride(), BLOCK=block)
     return q, exponent
 
@@ -517,58 +431,59 @@ def quantize_input(x: Tensor, source: Tensor, scale: Tensor, shift: Tensor) -> t
 # -------------------------------------------------------------------------------- pooling and counting
 
 
-def _windows(x: Tensor, rows: Sequence[int], cols: Sequence[int]) -> tuple[Tensor, Tensor, int, int]:
-    tables = [_window_table(tuple(w), x.device) for w in (rows, cols)]
-    return tables[0], tables[1], len(rows) // 3, len(cols) // 3
+def _windows(a: Pool | MaxPool | PoolCounts, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _window_table(tuple(a.rows), device), _window_table(tuple(a.cols), device)
 
 
-def pool(x: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int, T: int) -> Tensor:
-    x = x.contiguous()
+@KERNELS.operator(Pool)
+def _pool(a: Pool) -> Tensor:
+    x, T = a.x, a.T
     _, N, H, W, C = x.shape
-    row_table, col_table, OH, OW = _windows(x, rows, cols)
-    out = x.new_empty((T, N, OH, OW, C))
+    out: Tensor = a.empty()
+    OH, OW = out.shape[2:4]
     block = _power(C, 16, 128)
     _launch(
         kernels.pool, (_rows("pool", N, OH, OW), _blocks(C, block), _blocks(T, 8)),
-        x, row_table, col_table, out, H, W, C, OH, OW, x.stride(0), out.stride(0), T, multiple,
+        x, *_windows(a, x.device), out, H, W, C, OH, OW, x.stride(0), out.stride(0), T, a.multiple,
         COUNT=x.shape[0] == T, BC=block, num_warps=1 if block < 64 else 2,
     )  # fmt: skip
     return out
 
 
-def max_pool(x: Tensor, rows: Sequence[int], cols: Sequence[int]) -> Tensor:
-    x = x.contiguous()
-    planes, N, H, W, C = x.shape
-    row_table, col_table, OH, OW = _windows(x, rows, cols)
-    out = x.new_empty((planes, N, OH, OW, C))
+@KERNELS.operator(MaxPool)
+def _max_pool(a: MaxPool) -> Tensor:
+    x = a.x
+    _, N, H, W, C = x.shape
+    out: Tensor = a.empty()
+    OH, OW = out.shape[2:4]
     block = _power(C, 32, 256)
     _launch(
-        kernels.max_pool, (_rows("max_pool", N, OH, OW), _blocks(C, block), planes),
-        x, row_table, col_table, out, H, W, C, OH, OW, x.stride(0), out.stride(0), BC=block, num_warps=1,
+        kernels.max_pool, (_rows("max_pool", N, OH, OW), _blocks(C, block), x.shape[0]),
+        x, *_windows(a, x.device), out, H, W, C, OH, OW, x.stride(0), out.stride(0), BC=block, num_warps=1,
     )  # fmt: skip
     return out
 
 
-def count(x: Tensor, T: int, prefix: bool) -> Tensor:
-    x = x.contiguous()
-    out = x.new_empty((T if prefix else 1, *x.shape[1:]), dtype=torch.int32)
-    elements, block = x[0].numel(), 512
+@KERNELS.operator(Count)
+def _count(a: Count) -> Tensor:
+    out: Tensor = a.empty()
+    elements, block = a.x[0].numel(), 512
     _launch(
-        kernels.count, (_blocks(elements, block),), x, out, elements, T,
-        COUNT=x.shape[0] == T, PREFIX=prefix, BLOCK=block,
+        kernels.count, (_blocks(elements, block),), a.x, out, elements, a.T,
+        COUNT=a.x.shape[0] == a.T, PREFIX=a.prefix, BLOCK=block,
     )  # fmt: skip
     return out
 
 
-def pool_counts(counts: Tensor, rows: Sequence[int], cols: Sequence[int], multiple: int) -> Tensor:
-    counts = counts.contiguous()
-    S, N, H, W, C = counts.shape
-    row_table, col_table, OH, OW = _windows(counts, rows, cols)
-    out = counts.new_empty((S, N, OH, OW, C))
+@KERNELS.operator(PoolCounts)
+def _pool_counts(a: PoolCounts) -> Tensor:
+    S, N, H, W, C = a.counts.shape
+    out: Tensor = a.empty()
+    OH, OW = out.shape[2:4]
     block = _power(C, 32, 128)
     _launch(
         kernels.pool_counts, (_rows("pool_counts", S, N, OH, OW), _blocks(C, block)),
-        counts, row_table, col_table, out, H, W, C, OH, OW, multiple, BC=block, num_warps=1,
+        a.counts, *_windows(a, out.device), out, H, W, C, OH, OW, a.multiple, BC=block, num_warps=1,
     )  # fmt: skip
     return out
 
@@ -576,46 +491,26 @@ def pool_counts(counts: Tensor, rows: Sequence[int], cols: Sequence[int], multip
 # --------------------------------------------------------------------------------------------- readout
 
 
-def readout(
-    counts: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    geometry: Sequence[int],
-    gain: Sequence[Tensor],
-    multiple: Sequence[int],
-    offset: Tensor,
-    T: int,
-) -> Tensor:
-    O = offset.shape[0]
-    offset = offset.contiguous()
-    out = total = offset
-    for i, (c, w, g, m) in enumerate(zip(counts, weight, gain, multiple, strict=True)):
-        S, N, H, W, C = c.shape
-        kh, kw, sh, sw, ph, pw, dh, dw, groups = geometry[9 * i : 9 * i + 9]
+@KERNELS.operator(Readout)
+def _readout(a: Readout) -> Tensor:
+    S, N, OH, OW, O = a.shape
+    terms = len(a.counts)
+    out: Tensor = a.empty()
+    total = a.offset.new_empty(out.shape if terms > 1 else (0,))
+    for i, (c, w, gain, g, multiple) in enumerate(
+        zip(a.counts, a.weight, a.gain, split(a.geometry), a.multiple, strict=True)
+    ):
+        _, _, H, W, C = c.shape
+        kh, kw, sh, sw, ph, pw, dh, dw, groups = g
         identity = w.numel() == 0
-        OH, OW = H, W
-        if identity:
-            groups = 1
-        else:
-            OH, OW = (H + 2 * ph - dh * (kh - 1) - 1) // sh + 1, (W + 2 * pw - dw * (kw - 1) - 1) // sw + 1
-        if i == 0:
-            out = offset.new_empty((S, N, OH, OW, O), dtype=torch.float32)
-            total = offset.new_empty(out.shape if len(counts) > 1 else (0,))
+        groups = 1 if identity else groups
         inputs = C // groups
         bn, bk = (16, 16) if INTERPRETED else (64, 32 if inputs >= 32 else _power(inputs, 1, 32))
         _launch(
             kernels.readout, (_rows("readout", S, N, OH, OW), _blocks(O, bn)),
-            c.contiguous(), offset if identity else w.contiguous(), g.contiguous(), offset, total, out,
-            OH, OW, O, O // groups, H, W, C, inputs, kw, kh * kw, sh, sw, ph, pw, dh, dw, T,
-            0 if S == 1 else N * OH * OW, m,
-            IDENTITY=identity, GROUPED=groups > 1, FIRST=i == 0, LAST=i == len(counts) - 1, BN=bn, BK=bk,
+            c, a.offset if identity else w, gain, a.offset, total, out,
+            OH, OW, O, O // groups, H, W, C, inputs, kw, kh * kw, sh, sw, ph, pw, dh, dw, a.T,
+            0 if S == 1 else N * OH * OW, multiple,
+            IDENTITY=identity, GROUPED=groups > 1, FIRST=i == 0, LAST=i == terms - 1, BN=bn, BK=bk,
         )  # fmt: skip
     return out
-
-
-OPERATORS: dict[str, Callable[..., Any]] = {
-    f.__name__: f
-    for f in (
-        quantize_input, conv2d_current, conv2d_encode, encode, conv2d_if, linear_if,
-        pool, max_pool, count, pool_counts, readout,
-    )
-}  # fmt: skip

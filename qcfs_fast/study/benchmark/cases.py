@@ -46,6 +46,7 @@ from ...network.layers import SpikingLayer
 from ...network.recording import trace
 from ...network.snn import SNN
 from ...operators import masks, reference
+from ...operators.signature import Conv2dIf
 from ...version import __version__
 from ..zoo import torchvision_network
 from .contenders import DTYPES, Contenders, activations, apart, channels_last, describe_error, quantised
@@ -145,9 +146,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def matrix_peak() -> float | str:
     """Multiply-accumulates per second of the processor's best int8 instruction, by a loop of nothing else."""
-    if backend.native is None:
+    if backend.native.module is None:
         return NOT_MEASURED
-    return float(backend.native.measure_peak(backend.isa, torch.get_num_threads()))
+    return float(backend.native.module.measure_peak(backend.settings().isa, torch.get_num_threads()))
 
 
 def live_bytes(snn: SNN, images: Tensor, T: int) -> dict[str, int]:
@@ -393,7 +394,7 @@ class Layer:
     def fired(self) -> Tensor:
         """Spikes [T, 1, O, ...] by the plain-torch reference, with which ours must agree."""
         tail: Any = ([], [], None, self.bias, self.threshold, self.T)
-        want = reference.conv2d_if([self.x], [self.weights[16]], self.geometry, *tail)
+        want = reference.conv2d_if(Conv2dIf.checked([self.x], [self.weights[16]], self.geometry, *tail))
         if not torch.equal(self.ours(16).reshape(want.shape), want):
             raise AssertionError(f"{self.label}: differs from the reference")
         spikes = masks.unpack(want, self.T).bool().permute(0, 1, 4, 2, 3)

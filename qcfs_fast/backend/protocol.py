@@ -1,0 +1,73 @@
+"""How a backend runs an operator: plan, pack, run.
+
+    plan    chooses the kernel for this operand and says in which layouts it wants the weights
+    pack    packing.py finds those weights, or makes them
+    run     fills and returns the result
+
+A backend is a `Kernels`: the functions of its operators, each of which takes the checked operand of signature.py. An
+operator whose weights are read as they are has nothing to plan and is a `run` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from ..operators.signature import LinearIf, Operator
+from .packing import Packed, Packing, packed_weights
+
+
+@dataclass(slots=True)
+class Plan:
+    """What `plan` settled: the engine's name, the weights it wants, and whatever `run` needs besides.
+
+    A plan may hold addresses of the operand's tensors, so it does not outlive the call.
+    """
+
+    engine: str
+    packings: Sequence[Packing] = ()
+    detail: Any = None
+
+
+# Name of the engine of the spiking layer that ran last in this context, where its plan names one.
+last_engine: ContextVar[str] = ContextVar("qcfs_fast_last_engine", default="")
+
+
+class Kernels:
+    """A backend: calling it with an operand, which has been checked, runs the operator."""
+
+    def __init__(self, name: str, dense: bool = True) -> None:
+        """`dense`: the kernels know no strides, so operands are made contiguous first."""
+        self.name = name
+        self.dense = dense
+        self.run: dict[type[Operator], Callable[[Any], Any]] = {}
+
+    def operator(
+        self, kind: type[Operator], plan: Callable[[Any], Plan] | None = None
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator of the function that runs an operator: run(a), or with a plan run(a, plan, packed)."""
+
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            if plan is None:
+                self.run[kind] = run
+                return run
+
+            def planned(a: Any) -> Any:
+                settled = plan(a)
+                packed: list[Packed] = [packed_weights.get(p) for p in settled.packings]
+                last_engine.set(settled.engine)
+                return run(a, settled, packed)
+
+            self.run[kind] = planned
+            return run
+
+        return register
+
+    def __call__(self, a: Operator) -> Any:
+        if isinstance(a, LinearIf):
+            return self(a.checked_maps()).flatten(2)
+        if self.dense:
+            a.make_dense()
+        return self.run[type(a)](a)

@@ -1,0 +1,123 @@
+"""The one cache of packed weights: what is kept, when it is stale, and into which memory it is packed again."""
+
+import gc
+
+import pytest
+import torch
+
+from qcfs_fast.backend import packing
+from qcfs_fast.backend.packing import PackedWeights, Packing
+
+
+@pytest.fixture
+def cache():
+    return PackedWeights()
+
+
+class Maker:
+    """A layout that adds its weights up, and counts how often it was asked to."""
+
+    def __init__(self, *weights, layout="sum"):
+        self.made = 0
+        self.packing = Packing(layout, weights, self.make)
+
+    def make(self):
+        self.made += 1
+        return (sum(w.to(torch.int32) for w in self.packing.weights), torch.tensor([self.made]))
+
+
+def weight(n=3):
+    return torch.arange(n, dtype=torch.int16)
+
+
+def test_packed_once_for_each_layout_and_set_of_weights(cache):
+    a, b = weight(), weight()
+    makers = [Maker(a), Maker(b), Maker(a, b), Maker(b, a), Maker(a, layout="other")]
+    found = [cache.get(m.packing) for m in makers]
+    for maker, packed in zip(makers, found, strict=True):
+        assert cache.get(maker.packing) is packed
+        assert maker.made == 1
+    assert len({id(p) for p in found}) == len(found)
+
+
+def test_a_change_packs_again_into_the_same_memory(cache):
+    """CUDA graphs that were captured before go on reading it."""
+    w = weight()
+    maker = Maker(w)
+    first = cache.get(maker.packing)
+    w.mul_(2)
+    second = cache.get(maker.packing)
+    assert maker.made == 2
+    assert [t.data_ptr() for t in second] == [t.data_ptr() for t in first]
+    assert second[0].tolist() == [0, 2, 4]
+
+
+def test_another_address_is_another_weight(cache):
+    w = weight()
+    maker = Maker(w)
+    cache.get(maker.packing)
+    version = w._version
+    w.set_(torch.tensor([7, 7, 7], dtype=torch.int16))
+    while w._version < version:
+        w.add_(0)
+    assert cache.get(maker.packing)[0].tolist() == [7, 7, 7]
+
+
+def test_of_another_size_it_gets_new_memory(cache):
+    w = weight()
+    maker = Maker(w)
+    cache.get(maker.packing)
+    w.set_(torch.ones(5, dtype=torch.int16))
+    assert cache.get(maker.packing)[0].tolist() == [1] * 5
+
+
+def test_inference_tensors_are_packed_at_every_call(cache):
+    """They have no version counter, so a change could not be seen."""
+    with torch.inference_mode():
+        w = weight()
+        maker = Maker(w)
+        for n in (1, 2):
+            assert cache.get(maker.packing)[0].tolist() == w.tolist()
+            assert maker.made == n
+            w.add_(1)
+    assert cache._entries == {}
+
+
+def test_what_inference_mode_packed_can_be_packed_again_outside(cache):
+    w = weight()
+    maker = Maker(w)
+    with torch.inference_mode():
+        first = cache.get(maker.packing)
+    w.mul_(3)
+    again = cache.get(maker.packing)
+    assert again[0].data_ptr() == first[0].data_ptr()
+    assert again[0].tolist() == [0, 3, 6]
+
+
+def test_a_capture_keeps_nothing(cache, monkeypatch):
+    """Packing is recorded then, not done: it must neither serve calls outside of it nor change the old memory."""
+    w = weight()
+    maker = Maker(w)
+    monkeypatch.setattr(packing, "capturing", lambda x: True)
+    cache.get(maker.packing)
+    assert cache._entries == {}
+    monkeypatch.setattr(packing, "capturing", lambda x: False)
+    kept = cache.get(maker.packing)
+    w.mul_(2)
+    monkeypatch.setattr(packing, "capturing", lambda x: True)
+    recorded = cache.get(maker.packing)
+    assert recorded[0].tolist() == [0, 2, 4]
+    assert kept[0].tolist() == [0, 1, 2]
+    monkeypatch.setattr(packing, "capturing", lambda x: False)
+    assert cache.get(maker.packing)[0].tolist() == [0, 2, 4]
+
+
+def test_it_goes_with_the_weight(cache):
+    a, b = weight(), weight()
+    maker = Maker(a, b)
+    cache.get(maker.packing)
+    assert len(cache._entries) == 1
+    maker.packing = None
+    del maker, a
+    gc.collect()
+    assert cache._entries == {}
