@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from .layers import INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikingLayer, Values
+from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikingLayer, Values
 
 if TYPE_CHECKING:
     from .anytime import Prediction
@@ -110,11 +110,11 @@ class SNN(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
         first = self._program[0][1]
-        channels = first.config["channels"]
-        shape = f"[N, {channels}]" if first.config["vector"] else f"[N, {channels}, H, W]"
+        channels = first.config.channels
+        shape = f"[N, {channels}]" if first.config.vector else f"[N, {channels}, H, W]"
         if not x.is_floating_point():
             raise TypeError(f"expected a floating-point input {shape}, got {x.dtype}; scale images to floats first")
-        if x.dim() != (2 if first.config["vector"] else 4) or x.shape[1] != channels:
+        if x.dim() != (2 if first.config.vector else 4) or x.shape[1] != channels:
             raise ValueError(f"expected an input of shape {shape}, got {list(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the input requires grad, but spiking inference has no gradient; pass x.detach()")
@@ -131,15 +131,14 @@ class SNN(nn.Module):
         """Execute the graph; `watch` sees each node's value. Returns [1 or T, N, ...]."""
         steps = self._T if T is None else self._checked_steps(T)
         self._check_input(x)
-        values: Values = {INPUT: x}
+        values: Values = {IMAGE: x}
         out: Any = None
         for name, layer in self._program:
             out = layer(values, steps, per_step)
             if watch is not None:
                 watch(name, layer, out)
             for dead in self._drop.get(name, ()):
-                if dead != name:
-                    values.pop(dead, None)
+                del values[dead]
             values[name] = out
         return out
 
@@ -219,12 +218,12 @@ class SNN(nn.Module):
 
 def check_graph(layers: Sequence[tuple[str, Layer]]) -> None:
     """Every input must name an earlier node, the last node must be the readout."""
-    known: set[str] = {INPUT}
-    for i, (name, layer) in enumerate(layers):
+    known: set[str] = {IMAGE}
+    for name, layer in layers:
         for source in layer.inputs:
-            if source not in known or (source == name and i > 0):
+            if source not in known:
                 raise FormatError(f"node {name!r} reads {source!r}, which is no earlier node")
-        if name in known and i > 0:
+        if name in known:
             raise FormatError(f"two nodes are called {name!r}")
         known.add(name)
     if not layers or not isinstance(layers[0][1], ImageInput) or layers[0][0] != INPUT:
