@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import backend
 from ..backend import registration  # noqa: F401 - registers torch.ops.qcfs_fast
 from ..operators.geometry import POINTWISE
-from ..operators.limits import ANALOG_RANGE
+from ..operators.limits import ANALOG_RANGE, overflow_free_steps
 from ..operators.windows import PoolSpec
 from .schema import (
     Config,
@@ -118,6 +118,10 @@ class Layer(nn.Module):
         found = self._buffers[name]
         assert found is not None
         return found
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The buffers by name."""
+        return [(name, self.buffer(name)) for name in self._buffers]
 
     def indexed(self, prefix: str) -> list[Tensor]:
         """Buffers prefix_0, prefix_1, ..."""
@@ -307,6 +311,16 @@ class SpikingLayer(Layer):
             Residual(node, self.buffer(name), peak)
             for node, name, peak in zip(self._residual_nodes, self._amplitude_names, peaks, strict=True)
         ]
+
+    def overflow_free_steps(self) -> int:
+        """The largest T for which no membrane can leave 32 bits, from the integers that the layer holds."""
+        bounds: list[tuple[Any, int]] = [(r.amplitude.numpy(), r.peak) for r in self.residuals()]
+        for i, weight in enumerate(self.indexed("weight")):
+            # Sections of one pool share a weight, and all of them can be at their peaks.
+            peak = sum(p for k, p in zip(self.config.weight_index, self.config.peaks, strict=False) if k == i)
+            bounds.append((weight.numpy(), peak * (256 if weight.dtype == torch.int8 else 1)))
+        analog = self.config.analog_geometry is not None
+        return overflow_free_steps(self.threshold.numpy(), self.bias.numpy(), bounds, analog)
 
     @property
     def analog(self) -> Analog | None:

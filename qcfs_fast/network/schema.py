@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..operators.geometry import GEOMETRY, split
-from ..operators.limits import MAX_COUNT, MAX_WEIGHT
+from ..operators.limits import MAX_BYTE_WEIGHT, MAX_COUNT, MAX_WEIGHT
 from ..operators.windows import PoolSpec
 
 
@@ -80,8 +80,7 @@ Pools = Annotated[tuple[tuple[PoolSpec, ...], ...], list_of(list_of(_POOL))]
 
 
 @cache
-def _forms(config: Any) -> dict[str, Form]:
-    """The forms of a configuration's fields, in their order."""
+def _forms_of(config: Any) -> dict[str, Form]:
     hints = get_type_hints(config, include_extras=True)
     found = {}
     for f in fields(config):
@@ -118,7 +117,7 @@ def _check_tensor(name: str, t: Tensor, kind: TensorKind, channels: int) -> None
         require(t.dtype in kind.dtypes, f"{name} has dtype {t.dtype}")
         fits = t.dim() == kind.dims and t.shape[-1] == channels
         require(fits or (kind.optional and t.numel() == 0), f"{name} does not fit the layer's {channels} channels")
-        limit = 127 if t.dtype == torch.int8 else MAX_WEIGHT
+        limit = MAX_BYTE_WEIGHT if t.dtype == torch.int8 else MAX_WEIGHT
         require(t.numel() == 0 or -limit <= int(t.min()) <= int(t.max()) <= limit, f"{name} exceeds {limit}")
     if t.is_floating_point():
         require(bool(torch.isfinite(t).all()), f"{name} is not finite")
@@ -136,11 +135,17 @@ class Config:
     channels_of: ClassVar[str] = ""  # the tensor whose length is the number of output channels
 
     @classmethod
+    def forms(cls) -> dict[str, Form]:
+        """The forms of the fields in JSON, in their order."""
+        key: Any = cls  # mypy takes classes for unhashable
+        return _forms_of(key)
+
+    @classmethod
     def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
         """Read a configuration from JSON; raises FormatError naming the field that does not fit."""
         optional = {f.name for f in fields(cls) if f.default is None}
         found = {}
-        for name, form in _forms(cls).items():
+        for name, form in cls.forms().items():
             if name in optional and name not in values:
                 continue
             damaged = f"{name} {'are' if name.endswith('s') else 'is'} damaged"
@@ -154,7 +159,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
-        values = {name: (form, getattr(self, name)) for name, form in _forms(type(self)).items()}
+        values = {name: (form, getattr(self, name)) for name, form in self.forms().items()}
         return {name: form.write(value) for name, (form, value) in values.items() if value is not None}
 
     def check(self, inputs: Sequence[str]) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
+from . import anytime, saving
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikingLayer, Values
-
-if TYPE_CHECKING:
-    from .anytime import Prediction
 
 
 class Group(nn.Module):
@@ -168,7 +166,7 @@ class SNN(nn.Module):
         T: int | None = None,
         schedule: Sequence[int] | None = None,
         batch_size: int | None = None,
-    ) -> Prediction:
+    ) -> anytime.Prediction:
         """Classify, stopping each sample as soon as its answer is clear.
 
         A sample stops after the first step at which the softmax margin of its running mean logits (largest minus
@@ -189,9 +187,10 @@ class SNN(nn.Module):
         Raises:
             ValueError: confidence, schedule or batch_size out of range; the output is not class scores.
         """
-        from .anytime import predict
-
-        return predict(self, x, confidence, T, schedule, batch_size)
+        steps = self._checked_steps(self.T if T is None else T)
+        level, lengths = anytime.checked_confidence(confidence), anytime.checked_schedule(schedule, steps)
+        self._check_input(x)
+        return anytime.predict(self.run, x, level, lengths, batch_size)
 
     def report(self) -> str:
         """What conversion settled, one line per spiking layer, and the overflow bound of the whole network."""
@@ -211,9 +210,24 @@ class SNN(nn.Module):
 
     def save(self, path: Any) -> None:
         """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`."""
-        from .loading import save
-
-        save(self, path)
+        graph = [
+            {
+                "name": name,
+                "type": type(layer).__name__,
+                "inputs": [INPUT if node == IMAGE else node for node in layer.inputs],
+                "config": layer.config.to_dict(),
+                "tensors": sorted(layer._buffers),
+            }
+            for name, layer in self._program
+        ]
+        header = {
+            "T": self.T,
+            "weight_bits": self.weight_bits,
+            "input_shape": self.input_shape,
+            "details": self.details,
+            "graph": graph,
+        }
+        saving.save(path, header, {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()})
 
 
 def check_graph(layers: Sequence[tuple[str, Layer]]) -> None:
