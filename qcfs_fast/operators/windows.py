@@ -40,8 +40,8 @@ class PoolSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PoolSpec:
         """Read a pool from JSON values; raises ValueError, TypeError or KeyError where they are none."""
-        found: dict[str, Any] = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in values.items()}
-        spec = cls(**{**found, **{name: found[name] for name in _STORED}})
+        found = {name: values[name] for name in _STORED}
+        spec = cls(**{name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in found.items()})
         if spec.kind not in ("avg", "max") or (spec.kernel is None) == (spec.output is None):
             raise ValueError(f"kind {spec.kind!r}, kernel {spec.kernel}, output {spec.output}")
         if not (isinstance(spec.ceil_mode, bool) and isinstance(spec.count_include_pad, bool)):
