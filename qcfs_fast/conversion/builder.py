@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,28 @@ from torch import Tensor, nn
 
 from ..errors import ConversionError
 from ..model.qcfs import is_qcfs
-from ..network.layers import INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikeConcat, SpikePool, SpikingLayer
+from ..network.layers import (
+    IMAGE,
+    INPUT,
+    ConcatConfig,
+    EncodingConfig,
+    EncodingLayer,
+    ImageConfig,
+    ImageInput,
+    Layer,
+    PoolConfig,
+    Readout,
+    ReadoutConfig,
+    SpikeConcat,
+    SpikePool,
+    SpikingConfig,
+    SpikingLayer,
+)
+from ..network.schema import Geometry
 from ..network.snn import SNN, check_graph
 from ..operators.geometry import POINTWISE
 from ..operators.limits import ANALOG_RANGE, MAX_COUNT
-from ..operators.windows import PoolSpec, spec_to
+from ..operators.windows import PoolSpec
 from . import units
 from .lowering import lower
 from .values import FireNode, Lowered, Part, Product, Signal
@@ -101,8 +119,8 @@ def _fold(product: Product, amplitude: Tensor) -> np.ndarray:
     return w.permute(2, 3, 1, 0).numpy()
 
 
-def _geometry(product: Product) -> list[int]:
-    return list(POINTWISE if product.vector else product.geometry)
+def _geometry(product: Product) -> Geometry:
+    return POINTWISE if product.vector else product.geometry
 
 
 class _Builder:
@@ -119,8 +137,8 @@ class _Builder:
         self._add(
             INPUT,
             ImageInput(
-                [INPUT],
-                {"channels": 1 + max(image.source), "vector": image.vector},
+                [IMAGE],
+                ImageConfig(channels=1 + max(image.source), vector=image.vector),
                 {
                     "source": torch.tensor(image.source, dtype=torch.int64),
                     "scale": torch.tensor(image.scale, dtype=torch.float32),
@@ -177,10 +195,10 @@ class _Builder:
         return found
 
     def _pool(self, source: str, spec: PoolSpec) -> str:
-        key = (source, *spec_to(spec).values())
+        key = (source, spec)
         if key not in self.made:
             self.made[key] = self._unused(f"{spec.kind}pool")
-            self._add(self.made[key], SpikePool([source], {"pool": spec_to(spec)}, {}))
+            self._add(self.made[key], SpikePool([source], PoolConfig(spec), {}))
         return self.made[key]
 
     def _residuals(self, signal: Signal, where: str) -> list[tuple[str, Tensor, int]]:
@@ -200,18 +218,18 @@ class _Builder:
         key = ("concat", *names)
         if key not in self.made:
             self.made[key] = self._unused("concat")
-            self._add(self.made[key], SpikeConcat(names, {}, {}))
+            self._add(self.made[key], SpikeConcat(names, ConcatConfig(), {}))
         return [(self.made[key], amplitude, max(s[0][1] for s in sources))]
 
     # -------------------------------------------------------------------------------------- layers
 
-    def _analog_operands(self, term: Product | Signal) -> tuple[np.ndarray, list[int], str]:
+    def _analog_operands(self, term: Product | Signal) -> tuple[np.ndarray, Geometry, str]:
         """Weight [KH, KW, C/groups, O], geometry and name of the layer that reads the image."""
         if isinstance(term, Product):
             return _fold(term, term.part.amplitude), _geometry(term), term.layer
         amplitude = torch.cat([p.amplitude for p in term.parts])
         C = amplitude.numel()
-        return amplitude.reshape(1, 1, 1, C).numpy(), [*POINTWISE[:8], C], "identity"
+        return amplitude.reshape(1, 1, 1, C).numpy(), (*POINTWISE[:8], C), "identity"
 
     def _analog_tensors(self, weight: np.ndarray, unit: np.ndarray, name: str) -> tuple[dict[str, Tensor], int]:
         flat = weight.reshape(-1, weight.shape[3])
@@ -233,7 +251,7 @@ class _Builder:
         tensors["low"] = torch.zeros(O, dtype=torch.int32)
         tensors["threshold"] = torch.from_numpy(n.astype(np.int32))
         tensors["high"] = tensors["threshold"].clone()
-        config = {"geometry": geometry, "vector": node.current.vector, "layers": [layer]}
+        config = EncodingConfig(geometry, node.current.vector, (layer,))
         self._add(node.name, EncodingLayer([INPUT], config, tensors))
         self.details[node.name] = self._detail(node, n, exact, 16.0, 2**31 - 1)
 
@@ -269,15 +287,16 @@ class _Builder:
         tensors["bias"] = torch.from_numpy(grid.bias.astype(np.int32))
         tensors["threshold"] = torch.from_numpy(grid.threshold.astype(np.int32))
         inputs = [name for s in sources for name, _ in s] + [name for name, _, _ in residuals]
-        config: dict[str, Any] = {
-            "weight_index": [i for i, s in enumerate(sources) for _ in s],
-            "geometry": [v for p, s in zip(spiking, sources, strict=True) for _ in s for v in _geometry(p)],
-            "vector": current.vector,
-            "layers": [p.layer for p in spiking],
-            "peaks": [peak for s in sources for _, peak in s] + [peak for _, _, peak in residuals],
-        }
+        config = SpikingConfig(
+            weight_index=tuple(i for i, s in enumerate(sources) for _ in s),
+            geometry=tuple(_geometry(p) for p, s in zip(spiking, sources, strict=True) for _ in s),
+            vector=current.vector,
+            layers=tuple(p.layer for p in spiking),
+            peaks=(*(peak for s in sources for _, peak in s), *(peak for _, _, peak in residuals)),
+        )
         if analog is not None:
-            weight, config["analog_geometry"], _ = self._analog_operands(analog)
+            weight, geometry, _ = self._analog_operands(analog)
+            config = replace(config, analog_geometry=geometry)
             made, _ = self._analog_tensors(weight, grid.unit, node.name)
             tensors["analog_weight"], tensors["gain"] = made["weight"], made["gain"]
             tensors["offset"] = torch.zeros(current.channels, dtype=torch.float64)
@@ -354,19 +373,17 @@ class _Builder:
             raise ConversionError("the output depends on the image without an activation in between; remove that path")
         inputs: list[str] = []
         layers: list[str] = []
-        pools: list[list[dict[str, Any]]] = []
+        pools: list[tuple[PoolSpec, ...]] = []
         vectors: list[bool] = []
-        geometry: list[int] = []
+        geometry: list[Geometry] = []
         tensors: dict[str, Tensor] = {}
 
-        def add(
-            part_pools: tuple, node: str, vector: bool, geo: list[int], weight: Tensor, gain: Tensor, layer: str
-        ) -> None:
+        def add(part: Part, vector: bool, geo: Geometry, weight: Tensor, gain: Tensor, layer: str) -> None:
             i = len(inputs)
-            inputs.append(node)
-            pools.append([spec_to(s) for s in part_pools])
+            inputs.append(part.node)
+            pools.append(part.pools)
             vectors.append(vector)
-            geometry.extend(geo)
+            geometry.append(geo)
             layers.append(layer)
             tensors[f"weight_{i}"], tensors[f"gain_{i}"] = weight, gain
 
@@ -377,32 +394,24 @@ class _Builder:
                 raise ConversionError(f"{p.layer}: weights are not finite (NaN or infinity); check the trained model")
             scale, _ = units.choose_weight_scale(flat)
             whole = torch.from_numpy(np.rint(weight / scale).astype(np.int16))
-            add(p.part.pools, p.part.node, p.vector, _geometry(p), whole, torch.from_numpy(scale.copy()), p.layer)
+            add(p.part, p.vector, _geometry(p), whole, torch.from_numpy(scale.copy()), p.layer)
         for s in current.identities:
             if len(s.parts) > 1 and (len(current.products) + len(current.identities) > 1):
                 raise ConversionError("the output adds a concatenation; put an activation or a layer after it")
             if len(s.parts) > 1:
                 raise ConversionError("the output is a concatenation of spikes; end the network with a layer")
             part = s.parts[0]
-            add(
-                part.pools,
-                part.node,
-                current.vector,
-                list(POINTWISE),
-                torch.empty(0, dtype=torch.int16),
-                part.amplitude,
-                "",
-            )
+            add(part, current.vector, POINTWISE, torch.empty(0, dtype=torch.int16), part.amplitude, "")
         if not bool(torch.isfinite(current.bias).all()):
             raise ConversionError("readout: bias is not finite (NaN or infinity); check the trained model")
         tensors["offset"] = current.bias.clone()
-        config = {
-            "pools": pools,
-            "vectors": vectors,
-            "geometry": geometry,
-            "layers": layers,
-            "vector": current.vector,
-            "flattened": current.flattened,
-        }
+        config = ReadoutConfig(
+            pools=tuple(pools),
+            vectors=tuple(vectors),
+            geometry=tuple(geometry),
+            layers=tuple(layers),
+            vector=current.vector,
+            flattened=current.flattened,
+        )
         name = layers[0] if layers[0] and layers[0] not in {n for n, _ in self.layers} else self._unused("readout")
         self._add(name, Readout(inputs, config, tensors))

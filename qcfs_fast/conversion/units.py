@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ConversionError
-from ..operators.limits import ANALOG_RANGE, MAX_SUM, MAX_THRESHOLD, MAX_WEIGHT
+from ..operators.limits import ANALOG_RANGE, MAX_BYTE_WEIGHT, MAX_SUM, MAX_THRESHOLD, MAX_WEIGHT, overflow_free_steps
 
 
 @dataclass
@@ -118,21 +118,15 @@ def choose(
 
     step = threshold / theta
     digit = 256 if weight_bits == 8 else 1
-    most = 127 if weight_bits == 8 else MAX_WEIGHT
+    most = MAX_BYTE_WEIGHT if weight_bits == 8 else MAX_WEIGHT
     whole = [(np.clip(np.rint(w * (step / digit)), -most, most) * digit).astype(np.int64) for w in weights]
     whole_amplitudes = [np.rint(a * step).astype(np.int64) for a in amplitudes]
     whole_bias = np.rint(bias * step).astype(np.int64)
     n = threshold.astype(np.int64)
     levels = np.rint(largest * step).astype(np.int64)
 
-    current = np.abs(whole_bias)
-    for w, peak in zip(whole, weight_peaks, strict=True):
-        current = current + np.abs(w).sum(0) * peak
-    for a, peak in zip(whole_amplitudes, amplitude_peaks, strict=True):
-        current = current + np.abs(a) * peak
-    if analog:
-        current = current + ANALOG_RANGE * n
-    max_steps = int(np.min((MAX_SUM - n // 2) // np.maximum(current, 1)))
+    sources = [*zip(whole, weight_peaks, strict=True), *zip(whole_amplitudes, amplitude_peaks, strict=True)]
+    max_steps = overflow_free_steps(n, whole_bias, sources, analog)
     if max_steps < max_T:
         raise ConversionError(f"{name}: overflow is possible from T={max_steps + 1} on; use a smaller max_T")
     used = levels[(levels > 0) & ~lossless & (n < 2**20)]

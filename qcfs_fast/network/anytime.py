@@ -16,16 +16,15 @@ a power of two; one that never stops, for less than 3 T, 2 T - 1 where T is a po
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .snn import SNN
+Run = Callable[..., Tensor]
 
 
 class Prediction(NamedTuple):
@@ -65,7 +64,7 @@ def doubling(T: int) -> list[int]:
     return lengths
 
 
-def _checked_schedule(schedule: Sequence[int] | None, T: int) -> list[int]:
+def checked_schedule(schedule: Sequence[int] | None, T: int) -> list[int]:
     if schedule is None:
         return doubling(T)
     lengths = list(schedule)
@@ -79,36 +78,38 @@ def _checked_schedule(schedule: Sequence[int] | None, T: int) -> list[int]:
 
 
 def predict(
-    snn: SNN,
+    run: Run,
     x: Tensor,
-    confidence: float = 0.9,
-    T: int | None = None,
-    schedule: Sequence[int] | None = None,
-    batch_size: int | None = None,
+    confidence: float,
+    schedule: Sequence[int],
+    batch_size: int | None,
 ) -> Prediction:
-    """Classify, each sample with as many steps as it needs; see :meth:`SNN.predict`."""
-    level = checked_confidence(confidence)
-    steps = snn.T if T is None else snn._checked_steps(T)
-    lengths = _checked_schedule(schedule, steps)
+    """Classify, each sample with as many steps as it needs; see :meth:`SNN.predict`.
+
+    Args:
+        run: the network; ``run(x, T, per_step=True)`` gives the running answers [T, N, classes].
+        x: a batch that the network takes.
+        confidence, schedule: checked; the schedule's last length is T.
+        batch_size: most samples to run at once; None for all.
+    """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"predict: batch_size must be a positive int, got {batch_size!r}")
-    snn._check_input(x)
-    left = torch.arange(x.shape[0], device=x.device)
+    left = torch.arange(x.shape[0], device=x.device)  # the samples whose answers are not clear yet
     used = torch.empty_like(left)
     logits: Tensor | None = None
-    for length in lengths:
+    for length in schedule:
         remain = []
         for index in left.split(batch_size or max(1, left.numel())):
             whole = index.numel() == x.shape[0]
-            running = snn.run(x if whole else x[index], length, per_step=True)
+            running = run(x if whole else x[index], length, per_step=True)
             if running.dim() != 3 or running.shape[2] < 2:
                 raise ValueError(
                     "predict: the network's output is not a list of at least two class scores, but of shape "
                     f"{list(running.shape[1:])}; use snn(x, per_step=True)"
                 )
             margin = margins(running)
-            step = stopping_steps(margin, level)
-            done = (margin >= level).any(0) | (length == steps)
+            step = stopping_steps(margin, confidence)
+            done = (margin >= confidence).any(0) | (length == schedule[-1])
             if logits is None:
                 logits = running.new_empty((x.shape[0], running.shape[2]))
             finished = index[done]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from .layers import INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikingLayer, Values
-
-if TYPE_CHECKING:
-    from .anytime import Prediction
+from . import anytime, saving
+from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikingLayer, Values
 
 
 class Group(nn.Module):
@@ -110,11 +108,11 @@ class SNN(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
         first = self._program[0][1]
-        channels = first.config["channels"]
-        shape = f"[N, {channels}]" if first.config["vector"] else f"[N, {channels}, H, W]"
+        channels = first.config.channels
+        shape = f"[N, {channels}]" if first.config.vector else f"[N, {channels}, H, W]"
         if not x.is_floating_point():
             raise TypeError(f"expected a floating-point input {shape}, got {x.dtype}; scale images to floats first")
-        if x.dim() != (2 if first.config["vector"] else 4) or x.shape[1] != channels:
+        if x.dim() != (2 if first.config.vector else 4) or x.shape[1] != channels:
             raise ValueError(f"expected an input of shape {shape}, got {list(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the input requires grad, but spiking inference has no gradient; pass x.detach()")
@@ -131,15 +129,14 @@ class SNN(nn.Module):
         """Execute the graph; `watch` sees each node's value. Returns [1 or T, N, ...]."""
         steps = self._T if T is None else self._checked_steps(T)
         self._check_input(x)
-        values: Values = {INPUT: x}
+        values: Values = {IMAGE: x}
         out: Any = None
         for name, layer in self._program:
             out = layer(values, steps, per_step)
             if watch is not None:
                 watch(name, layer, out)
             for dead in self._drop.get(name, ()):
-                if dead != name:
-                    values.pop(dead, None)
+                del values[dead]
             values[name] = out
         return out
 
@@ -169,7 +166,7 @@ class SNN(nn.Module):
         T: int | None = None,
         schedule: Sequence[int] | None = None,
         batch_size: int | None = None,
-    ) -> Prediction:
+    ) -> anytime.Prediction:
         """Classify, stopping each sample as soon as its answer is clear.
 
         A sample stops after the first step at which the softmax margin of its running mean logits (largest minus
@@ -190,9 +187,10 @@ class SNN(nn.Module):
         Raises:
             ValueError: confidence, schedule or batch_size out of range; the output is not class scores.
         """
-        from .anytime import predict
-
-        return predict(self, x, confidence, T, schedule, batch_size)
+        steps = self._checked_steps(self.T if T is None else T)
+        level, lengths = anytime.checked_confidence(confidence), anytime.checked_schedule(schedule, steps)
+        self._check_input(x)
+        return anytime.predict(self.run, x, level, lengths, batch_size)
 
     def report(self) -> str:
         """What conversion settled, one line per spiking layer, and the overflow bound of the whole network."""
@@ -212,19 +210,34 @@ class SNN(nn.Module):
 
     def save(self, path: Any) -> None:
         """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`."""
-        from .loading import save
-
-        save(self, path)
+        graph = [
+            {
+                "name": name,
+                "type": type(layer).__name__,
+                "inputs": [INPUT if node == IMAGE else node for node in layer.inputs],
+                "config": layer.config.to_dict(),
+                "tensors": sorted(layer._buffers),
+            }
+            for name, layer in self._program
+        ]
+        header = {
+            "T": self.T,
+            "weight_bits": self.weight_bits,
+            "input_shape": self.input_shape,
+            "details": self.details,
+            "graph": graph,
+        }
+        saving.save(path, header, {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()})
 
 
 def check_graph(layers: Sequence[tuple[str, Layer]]) -> None:
     """Every input must name an earlier node, the last node must be the readout."""
-    known: set[str] = {INPUT}
-    for i, (name, layer) in enumerate(layers):
+    known: set[str] = {IMAGE}
+    for name, layer in layers:
         for source in layer.inputs:
-            if source not in known or (source == name and i > 0):
+            if source not in known:
                 raise FormatError(f"node {name!r} reads {source!r}, which is no earlier node")
-        if name in known and i > 0:
+        if name in known:
             raise FormatError(f"two nodes are called {name!r}")
         known.add(name)
     if not layers or not isinstance(layers[0][1], ImageInput) or layers[0][0] != INPUT:

@@ -6,10 +6,13 @@ average's divisor is the product of both. Windows are lists of ints, three per o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil, floor
+from functools import lru_cache
+from math import ceil, floor, lcm
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,27 @@ class PoolSpec:
     size: tuple[int, int] | None = None
     section: tuple[int, int, int, int] = (0, 1, 0, 1)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PoolSpec:
+        """Read a pool from JSON values; raises ValueError, TypeError or KeyError where they are none."""
+        found = {name: values[name] for name in _STORED}
+        spec = cls(**{name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in found.items()})
+        if spec.kind not in ("avg", "max") or (spec.kernel is None) == (spec.output is None):
+            raise ValueError(f"kind {spec.kind!r}, kernel {spec.kernel}, output {spec.output}")
+        if not (isinstance(spec.ceil_mode, bool) and isinstance(spec.count_include_pad, bool)):
+            raise ValueError(f"ceil_mode {spec.ceil_mode!r}, count_include_pad {spec.count_include_pad!r}")
+        pairs: list[tuple[tuple[int, ...], int]] = [(spec.stride, 1), (spec.padding, 0), (spec.kernel or (1, 1), 1)]
+        pairs.append((tuple(1 if v is None else v for v in spec.output or (1, 1)), 1))
+        pairs += [(spec.section[0::2], 0), (spec.section[1::2], 1), ((spec.multiple, spec.divisor_override or 0), 0)]
+        for pair, least in pairs:
+            if len(pair) != 2 or any(type(v) is not int or v < least for v in pair):
+                raise ValueError(f"{pair} where two integers from {least} are needed")
+        return spec
+
+    def to_dict(self) -> dict[str, Any]:
+        """The pool as JSON values; `size` is left out, since `multiple` holds what was settled with it."""
+        return {name: getattr(self, name) for name in _STORED}
+
     @property
     def pads(self) -> bool:
         return self.padding != (0, 0) or self.ceil_mode
@@ -47,40 +71,14 @@ class PoolSpec:
             return False
         return self.ceil_mode or (self.padding != (0, 0) and not self.count_include_pad)
 
-    def windows(self, size: int, axis: int) -> list[int]:
+    def windows(self, size: int, axis: int) -> tuple[int, ...]:
         """Windows along one axis (0: rows, 1: columns) of an input of `size`; empty where a section has no rows."""
-        values = self._whole_windows(size, axis)
-        part, parts = self.section[2 * axis : 2 * axis + 2]
-        if parts > 1:
-            for i in range(0, len(values), 3):
-                first, end = values[i], values[i + 1]
-                values[i] = first + (end - first) * part // parts
-                values[i + 1] = first + (end - first) * (part + 1) // parts
-        return values
+        found: tuple[int, ...] = _windows(self, int(size), axis)
+        return found
 
-    def _whole_windows(self, size: int, axis: int) -> list[int]:
-        if self.output is not None:
-            out = self.output[axis] or size
-            edges = [(floor(i * size / out), ceil((i + 1) * size / out)) for i in range(out)]
-            return [v for first, end in edges for v in (first, end, end - first)]
-        assert self.kernel is not None
-        k, s, p = self.kernel[axis], self.stride[axis], self.padding[axis]
-        span = size + 2 * p - k
-        if span < 0:
-            raise ValueError(f"pooling: an input of {size} with padding {p} is smaller than the window of {k}")
-        out = (ceil(span / s) if self.ceil_mode else span // s) + 1
-        if self.ceil_mode and (out - 1) * s >= size + p:
-            out -= 1  # PyTorch: the last window must start inside the input or its left padding
-        values: list[int] = []
-        for i in range(out):
-            start = i * s - p
-            end = min(start + k, size + p)
-            first, last = max(start, 0), min(end, size)
-            divisor = end - start if self.count_include_pad else last - first
-            values += (first, last, divisor)
-        if self.divisor_override:
-            values[2::3] = [self.divisor_override if axis == 0 else 1] * out
-        return values
+    def common_multiple(self, height: int, width: int) -> int:
+        """The least common multiple of the divisors of all windows of an input of this size."""
+        return int(_common_multiple(self, int(height), int(width)))
 
     def divisors(self) -> set[int]:
         """Divisors of all windows of an input of `size`, or of any input where size does not matter."""
@@ -88,8 +86,7 @@ class PoolSpec:
             assert self.kernel is not None
             return {self.divisor_override or self.kernel[0] * self.kernel[1]}
         assert self.size is not None
-        rows, cols = self.windows(self.size[0], 0), self.windows(self.size[1], 1)
-        return {h * w for h in set(rows[2::3]) for w in set(cols[2::3])}
+        return _divisors(self, *self.size)
 
     def largest_value(self) -> int:
         """Largest integer value of a window of ones."""
@@ -109,6 +106,73 @@ class PoolSpec:
         raise ValueError(f"a pool over inputs that need {most} units each has no sections small enough")
 
 
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with a cache: a network asks for the same few windows at every call.
+
+    torch.compile traces through the function itself; it would warn of the cache.
+    """
+    cached = lru_cache(maxsize=1024)(function)
+
+    def call(*args: Any) -> Any:
+        return function(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    return call
+
+
+@_remembered
+def _windows(spec: PoolSpec, size: int, axis: int) -> tuple[int, ...]:
+    values = _whole_windows(spec, size, axis)
+    part, parts = spec.section[2 * axis : 2 * axis + 2]
+    if parts > 1:
+        for i in range(0, len(values), 3):
+            first, end = values[i], values[i + 1]
+            values[i] = first + (end - first) * part // parts
+            values[i + 1] = first + (end - first) * (part + 1) // parts
+    return tuple(values)
+
+
+def _divisors(spec: PoolSpec, height: int, width: int) -> set[int]:
+    rows, cols = _windows(spec, height, 0), _windows(spec, width, 1)
+    return {h * w for h in set(rows[2::3]) for w in set(cols[2::3])}
+
+
+@_remembered
+def _common_multiple(spec: PoolSpec, height: int, width: int) -> int:
+    return lcm(*_divisors(spec, height, width))
+
+
+def _whole_windows(spec: PoolSpec, size: int, axis: int) -> list[int]:
+    """The windows before a section is cut out of them."""
+    if spec.output is not None:
+        out = spec.output[axis] or size
+        edges = [(floor(i * size / out), ceil((i + 1) * size / out)) for i in range(out)]
+        return [v for first, end in edges for v in (first, end, end - first)]
+    assert spec.kernel is not None
+    k, s, p = spec.kernel[axis], spec.stride[axis], spec.padding[axis]
+    span = size + 2 * p - k
+    if span < 0:
+        raise ValueError(f"pooling: an input of {size} with padding {p} is smaller than the window of {k}")
+    out = (ceil(span / s) if spec.ceil_mode else span // s) + 1
+    if spec.ceil_mode and (out - 1) * s >= size + p:
+        out -= 1  # PyTorch: the last window must start inside the input or its left padding
+    values: list[int] = []
+    for i in range(out):
+        start = i * s - p
+        end = min(start + k, size + p)
+        first, last = max(start, 0), min(end, size)
+        divisor = end - start if spec.count_include_pad else last - first
+        values += (first, last, divisor)
+    if spec.divisor_override:
+        values[2::3] = [spec.divisor_override if axis == 0 else 1] * out
+    return values
+
+
+_STORED = (
+    "kind", "kernel", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output", "multiple",
+    "section",
+)  # fmt: skip
+
+
 def largest_value(rows: Sequence[int], cols: Sequence[int], multiple: int) -> int:
     """Largest value of a pool over inputs of one; multiple = 0 takes bare sums."""
     most = 0
@@ -119,22 +183,8 @@ def largest_value(rows: Sequence[int], cols: Sequence[int], multiple: int) -> in
 
 
 def spec_to(spec: PoolSpec) -> dict[str, Any]:
-    return {
-        "kind": spec.kind,
-        "kernel": spec.kernel,
-        "stride": spec.stride,
-        "padding": spec.padding,
-        "ceil_mode": spec.ceil_mode,
-        "count_include_pad": spec.count_include_pad,
-        "divisor_override": spec.divisor_override,
-        "output": spec.output,
-        "multiple": spec.multiple,
-        "section": spec.section,
-    }
+    return spec.to_dict()
 
 
 def spec_from(config: Mapping[str, Any]) -> PoolSpec:
-    pairs = {
-        k: None if config[k] is None else tuple(config[k]) for k in ("kernel", "stride", "padding", "output", "section")
-    }
-    return PoolSpec(**{**config, **pairs})
+    return PoolSpec.from_dict(config)

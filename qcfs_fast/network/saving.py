@@ -1,0 +1,33 @@
+"""Saved networks: one safetensors file, the graph as JSON in its metadata (docs/format.md).
+
+There is no pickle in it, so loading runs no code. This file knows the container alone: what stands in the header is the
+network's business (SNN.save).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files import written_atomically
+from ..version import __version__
+
+FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
+FORMAT_VERSION = 1
+
+
+def save(path: str | PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a network's header and tensors; a reader never sees half of the file.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    whole = {"format_version": FORMAT_VERSION, "written_by": __version__, **header}
+    dense = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with written_atomically(path) as temporary:
+        save_file(dense, temporary, metadata={FORMAT: json.dumps(whole)})

@@ -1,0 +1,146 @@
+"""A reader of saved networks written from docs/format.md alone: numpy, json, and the neuron of oracle.py."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import oracle
+
+DTYPES = {"I8": np.int8, "I16": np.int16, "I32": np.int32, "I64": np.int64, "F32": np.float32, "F64": np.float64}
+
+
+def read(path):
+    """The header, and the tensors by name."""
+    data = Path(path).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    entries = json.loads(data[8:end])
+    header = json.loads(entries.pop("__metadata__")["qcfs_fast"])
+    tensors = {}
+    for name, entry in entries.items():
+        first, last = entry["data_offsets"]
+        tensors[name] = np.frombuffer(data[end + first : end + last], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return header, tensors
+
+
+def quantize(x, t):
+    z = (x[:, t["source"]] * t["scale"][:, None, None] + t["shift"][:, None, None]).astype(np.float64)
+    exponents = []
+    for largest in np.abs(z).reshape(len(z), -1).max(1):
+        e = math.frexp(largest / 32767)[1] if largest else 0
+        exponents.append(e - 1 if largest and largest <= 32767 * 2.0 ** (e - 1) else e)
+    e = np.array(exponents)
+    return np.rint(z * 2.0 ** -e[:, None, None, None]).astype(np.int64).transpose(0, 2, 3, 1), e
+
+
+def current(image, weight, geometry, t):
+    q, e = image
+    scale = t["gain"] * 2.0 ** e[:, None]
+    z = oracle.convolve(q, weight, geometry) * scale[:, None, None] + t["offset"]
+    return np.clip(np.rint(z), t["low"], t["high"]).astype(np.int64)
+
+
+def windows(pool, size, axis):
+    """(rows or columns, divisor) of each window; plain pools alone, which is what the stored files have."""
+    assert not pool["ceil_mode"]
+    assert pool["count_include_pad"]
+    assert pool["output"] is pool["divisor_override"] is None
+    k, s, p = pool["kernel"][axis], pool["stride"][axis], pool["padding"][axis]
+    part, parts = pool["section"][2 * axis : 2 * axis + 2]
+    found = []
+    for i in range((size + 2 * p - k) // s + 1):
+        first, last = max(i * s - p, 0), min(i * s - p + k, size)
+        length = last - first
+        found.append((range(first + length * part // parts, first + length * (part + 1) // parts), k))
+    return found
+
+
+def pooled(x, pool, multiple):
+    """Integers [T, N, H, W, C] pooled: maxima, or sums * (multiple / divisor)."""
+    rows, cols = windows(pool, x.shape[2], 0), windows(pool, x.shape[3], 1)
+    out = np.zeros((*x.shape[:2], len(rows), len(cols), x.shape[4]), np.int64)
+    for i, (ys, ky) in enumerate(rows):
+        for j, (xs, kx) in enumerate(cols):
+            part = x[:, :, ys][:, :, :, xs]
+            out[:, :, i, j] = part.max((2, 3)) if pool["kind"] == "max" else part.sum((2, 3)) * (multiple // (ky * kx))
+    return out
+
+
+def spiking(node, t, values, T):
+    config = node["config"]
+    index, peaks, g = config["weight_index"], config["peaks"], config["geometry"]
+    x = [values[name] for name in node["inputs"]]
+    image = x.pop() if "analog_geometry" in config else None
+    constant = None if image is None else current(image, t["analog_weight"], config["analog_geometry"], t)
+    products = []
+    for i, k in enumerate(index):
+        weight, source = t[f"weight_{k}"], x[i]
+        if config["vector"]:
+            weight, source = weight[None, None], source.reshape(*source.shape[:2], 1, 1, -1)
+        products.append((oracle.pack(source) if peaks[i] == 1 else source, weight, g[9 * i : 9 * i + 9]))
+    residuals = [(r, t[f"amplitude_{i}"]) for i, r in enumerate(x[len(index) :])]
+    currents = oracle.currents(products, residuals, constant, t["bias"], T)
+    return oracle.integrate_and_fire(currents, t["threshold"]).masks
+
+
+def overflow_free_steps(node, t):
+    config = node["config"]
+    total = np.abs(t["bias"].astype(np.int64))
+    for k, peak in zip(config["weight_index"], config["peaks"], strict=False):
+        unit = 256 if t[f"weight_{k}"].dtype == np.int8 else 1
+        total = total + peak * unit * np.abs(t[f"weight_{k}"].astype(np.int64)).reshape(-1, total.size).sum(0)
+    for i, peak in enumerate(config["peaks"][len(config["weight_index"]) :]):
+        total = total + peak * np.abs(t[f"amplitude_{i}"].astype(np.int64))
+    n = t["threshold"].astype(np.int64)
+    total = total + (64 * n if "analog_geometry" in config else 0)
+    return int(((2**31 - 1 - n // 2) // np.maximum(total, 1)).min())
+
+
+def readout(node, t, values, T):
+    """Running answers [T, N, O]."""
+    config, total = node["config"], 0.0
+    for i, name in enumerate(node["inputs"]):
+        x, multiple = values[name], 1
+        for pool in config["pools"][i]:
+            assert pool["kind"] == "max" or pool["padding"] == [0, 0]
+            product = 1 if pool["kind"] == "max" else pool["kernel"][0] * pool["kernel"][1]
+            x, multiple = pooled(x, pool, product), multiple * product
+        counts = x.cumsum(0)
+        if config["vectors"][i]:
+            counts = counts.reshape(*counts.shape[:2], 1, 1, -1)
+        geometry = config["geometry"][9 * i : 9 * i + 9]
+        sums = np.stack([oracle.convolve(c, t[f"weight_{i}"], geometry) for c in counts]).astype(np.float64)
+        steps = np.arange(1, T + 1, dtype=np.float64)[:, None, None, None, None]
+        total = total + sums * t[f"gain_{i}"] / (steps * multiple)
+    assert config["vector"]
+    return (total + t["offset"]).astype(np.float32)[:, :, 0, 0]
+
+
+def run(path, x, T):
+    """Masks of every spiking layer by name, and the running answers [T, N, classes], for images x [N, C, H, W]."""
+    header, tensors = read(path)
+    assert header["format_version"] == 1
+    values, masks, answers = {}, {}, None
+    for node in header["graph"]:
+        name, config = node["name"], node["config"]
+        t = {key: tensors[f"{name}/{key}"] for key in node["tensors"]}
+        if node["type"] == "ImageInput":
+            values[name] = quantize(x, t)
+        elif node["type"] == "EncodingLayer":
+            constant = current(values["input"], t["weight"], config["geometry"], t)
+            masks[name] = oracle.integrate_and_fire(
+                np.broadcast_to(constant, (T, *constant.shape)), t["threshold"]
+            ).masks
+        elif node["type"] == "SpikingLayer":
+            assert T <= header["details"][name]["max_T"] <= overflow_free_steps(node, t)
+            masks[name] = spiking(node, t, values, T)
+        elif node["type"] == "SpikePool":
+            values[name] = pooled(values[node["inputs"][0]], config["pool"], config["pool"]["multiple"])
+        elif node["type"] == "SpikeConcat":
+            values[name] = np.concatenate([values[i] for i in node["inputs"]], -1)
+        else:
+            assert node["type"] == "Readout"
+            answers = readout(node, t, values, T)
+        if name in masks:
+            values[name] = oracle.unpack(masks[name], T)
+    return masks, answers

@@ -1,0 +1,87 @@
+"""The saved file: what version 0.1.0 wrote still gives the same bytes, and docs/format.md suffices to read it.
+
+tests/data holds two networks with every type of node, written by version 0.1.0, and that version's answers: images
+[4, 3, 8, 8] and, for T = 9, the running logits of the 16-bit and the 8-bit network.
+"""
+
+import json
+from pathlib import Path
+
+import format_reader
+import numpy as np
+import pytest
+import torch
+
+import qcfs_fast
+from qcfs_fast.network.layers import LAYERS
+
+DATA = Path(__file__).parent / "data"
+STORED = {bits: DATA / f"version-0.1.0-{bits}-bit.safetensors" for bits in (16, 8)}
+T = 9
+
+
+@pytest.fixture(scope="module")
+def answers():
+    with np.load(DATA / "version-0.1.0.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.mark.parametrize("bits", STORED)
+def test_a_file_of_version_0_1_0_gives_the_bytes_it_gave(bits, answers, tmp_path):
+    snn, images = qcfs_fast.load(STORED[bits]), torch.from_numpy(answers["images"])
+    assert snn(images, T, per_step=True).numpy().tobytes() == answers[f"logits_{bits}"].tobytes()
+    snn.save(tmp_path / "again")
+    again = qcfs_fast.load(tmp_path / "again")
+    assert again(images, T, per_step=True).numpy().tobytes() == answers[f"logits_{bits}"].tobytes()
+
+
+@pytest.mark.parametrize("bits", STORED)
+def test_the_format_has_not_changed(bits, tmp_path):
+    """Loaded and saved again, every field and every tensor is what version 0.1.0 wrote."""
+    qcfs_fast.load(STORED[bits]).save(tmp_path / "again")
+    (before, old), (after, new) = format_reader.read(STORED[bits]), format_reader.read(tmp_path / "again")
+    assert before.pop("written_by") == "0.1.0"
+    assert after.pop("written_by") == qcfs_fast.__version__
+    assert json.dumps(before) == json.dumps(after)
+    assert old.keys() == new.keys()
+    assert all(old[k].dtype == new[k].dtype and np.array_equal(old[k], new[k]) for k in old)
+
+
+def test_the_stored_networks_have_every_type_of_node():
+    for bits, path in STORED.items():
+        header, tensors = format_reader.read(path)
+        assert {node["type"] for node in header["graph"]} == set(LAYERS)
+        configs = [node["config"] for node in header["graph"] if node["type"] == "SpikingLayer"]
+        assert any("analog_geometry" in c for c in configs)
+        assert any(len(c["peaks"]) > len(c["weight_index"]) for c in configs)
+        assert any(g not in (0, 1) for c in configs for g in c["geometry"][8::9])
+        assert any(c["vector"] for c in configs)
+        assert any(t.dtype == np.int8 for t in tensors.values()) == (bits == 8)
+
+
+@pytest.mark.parametrize("bits", STORED)
+def test_a_reader_that_knows_the_page_alone_computes_the_same_bytes(bits, answers):
+    images = torch.from_numpy(answers["images"])
+    masks, logits = format_reader.run(STORED[bits], answers["images"], T)
+    seen = {}
+    qcfs_fast.load(STORED[bits]).run(images, T, watch=lambda name, layer, value: seen.update({name: value}))
+    rates = []
+    for name, found in masks.items():
+        ours = seen[name].numpy()
+        assert np.array_equal(found.reshape(ours.shape), ours), name
+        rates.append(format_reader.oracle.unpack(found, T).mean())
+    assert 0.05 < min(rates) < max(rates) < 0.95
+    assert logits.tobytes() == answers[f"logits_{bits}"].tobytes()
+
+
+def test_the_page_names_everything_in_the_files():
+    page = (DATA.parent.parent / "docs" / "format.md").read_text()
+    for path in STORED.values():
+        header, tensors = format_reader.read(path)
+        names = {*header, *LAYERS, "name", "type", "inputs", "config", "tensors"}
+        for node in header["graph"]:
+            names |= {*node["config"], *node["config"].get("pool", ())}
+        names |= {key.split("/")[1] for key in tensors} - {"weight_1", "weight_2"}
+        names |= {field for details in header["details"].values() for field in details} - {"max_T"}
+        missing = [n for n in names if f"`{n}`" not in page and f"### {n}" not in page]
+        assert not missing, missing
