@@ -27,7 +27,8 @@ from ..model.qcfs import QCFS
 from ..model.simulation import simulate, step_network
 from ..network.recording import trace
 from ..network.snn import SNN
-from .profiling.measure import Profile, profile
+from .profiling.measure import profile
+from .profiling.report import Profile
 
 STEPS = (1, 2, 4, 8, 16, 32)
 LEVELS = 4
