@@ -10,11 +10,15 @@ from qcfs_fast.files import write_text_atomically, written_atomically
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    def interrupted(path):
+        with written_atomically(path) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
     target = tmp_path / "result.json"
     target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), written_atomically(target) as temporary:
-        temporary.write_text("half of the n")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(target)
     assert target.read_text() == "old"
     write_text_atomically(target, "new")
     assert target.read_text() == "new"

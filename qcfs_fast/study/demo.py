@@ -9,8 +9,7 @@ operations, energy and time by layer, and accuracy against mean steps when each 
 from __future__ import annotations
 
 import functools
-import statistics
-import time
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +22,12 @@ from tqdm import tqdm
 
 from .. import backend
 from ..conversion.builder import convert
+from ..files import written_atomically
 from ..model.qcfs import QCFS
 from ..model.simulation import simulate, step_network
 from ..network.recording import trace
 from ..network.snn import SNN
+from .benchmark.measure import medians
 from .profiling.measure import profile
 from .profiling.report import Profile
 
@@ -122,19 +123,6 @@ class Row:
     loop_time: float
 
 
-def interleaved_medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, measured in turns so that a change of the machine's speed hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for name in calls:
-        calls[name]()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def evaluate(
     model: nn.Module, snn: SNN, data: Digits, batch: int = 100, rounds: int = 7, progress: bool = True
 ) -> list[Row]:
@@ -166,7 +154,7 @@ def evaluate(
                 "ann": functools.partial(model, x[:batch]),
                 "loop": run_loop,
             }
-            times = interleaved_medians(calls, rounds)
+            times = medians(calls, rounds, x.device)
         rows.append(
             Row(
                 T=T,
@@ -218,7 +206,8 @@ def _plot(rows: list[Row], path: Path) -> None:
     axes.set_title("Digits: accuracy of the converted network by T")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
 
@@ -258,8 +247,6 @@ def demo(
     profiled = report(snn, data, progress=progress)
     profiled.to_html(output / "report.html")
     if as_json:
-        import json
-
         print(json.dumps([asdict(r) for r in rows], indent=2))
         return rows
     from rich.console import Console
