@@ -41,8 +41,8 @@ from qcfs_fast import backend
 from qcfs_fast.files import write_text_atomically
 from qcfs_fast.model.simulation import step_network
 from qcfs_fast.network.layers import SpikingLayer
-from qcfs_fast.study.benchmark.cases import mean_rate
 from qcfs_fast.study.benchmark.measure import NOT_MEASURED, Clock, Effort, describe_error, take_turns
+from qcfs_fast.study.spikes import mean_rate
 from qcfs_fast.study.zoo import torchvision_models
 
 

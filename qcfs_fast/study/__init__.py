@@ -3,6 +3,7 @@
     profiling/       qcfs_fast.profile: rates, synaptic operations, energy and time by layer, as data, table or HTML
     benchmark/       latencies beside the ANN and the usual simulators, and the one timing harness (measure.py)
     data.py          images from a folder or an .npz file
+    spikes.py        two figures of traced spikes
     zoo.py           networks by name or from a checkpoint
     evaluation.py    accuracy by T on a data set, in one or several processes, interruptible
     demo.py          the whole journey on real scans

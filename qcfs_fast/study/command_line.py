@@ -308,7 +308,7 @@ def _add_bench(commands: Any) -> None:
     c.add_argument("--only", default="", metavar="TEXT", help="only contenders whose name contains this")
     c.add_argument("--full", action="store_true", help="all networks, batches and T (hours on two cores)")
     c.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    c.add_argument("--rounds", type=positive, default=15, help="limit of calls per contender and case (default 15)")
+    c.add_argument("--rounds", type=positive, default=15, help="at most so many calls per contender (default 15)")
     c.add_argument("--seconds", type=float, default=1.0, help="per contender and case (default 1)")
     c.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU where there is one")
     c.add_argument("--output", type=Path, default=Path("benchmark-results.json"), help="result file to add to")

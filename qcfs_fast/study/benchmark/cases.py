@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from ...network.layers import Layer, SpikingLayer
 from ...network.recording import trace
 from ...network.snn import SNN
 from ...operators import masks, reference
+from ..spikes import count_differing, mean_rate
 from ..zoo import torchvision_network
 from .contenders import DTYPES, Contenders, activations, channels_last, count_differences, quantised
 from .measure import Effort, allocated_bytes, describe_error, interleaved, live_bytes
@@ -60,11 +61,6 @@ def spiking_macs(snn: SNN, images: Tensor, T: int) -> dict[str, int]:
 
     snn.run(images, T, watch=watch)
     return {"macs": total}
-
-
-def mean_rate(spikes: Mapping[str, Tensor]) -> float:
-    """Share of neurons and steps with a spike, over all layers of a trace."""
-    return sum(int(s.sum()) for s in spikes.values()) / sum(s.numel() for s in spikes.values())
 
 
 def firing_network(name: str, size: int) -> nn.Module:
@@ -113,8 +109,7 @@ class NetworkCases:
         spikes = trace(self.snns[16], image, 4)
         forced = simulate(self.model, image, 4, spikes=True, force=spikes)
         assert not isinstance(forced, Tensor)
-        wrong = sum(int((spikes[k] != forced.spikes[k]).sum()) for k in spikes)
-        return check_share(f"{self.label}: ours and float64", wrong, sum(s.numel() for s in spikes.values()), 1e-4)
+        return check_share(f"{self.label}: ours and float64", *count_differing(spikes, forced.spikes), 1e-4)
 
     def cases(self, batch: int, steps: tuple[int, ...], effort: Effort, only: str = "") -> Iterator[dict[str, Any]]:
         """One result per T. `only` keeps the contenders whose name contains it."""
