@@ -1,4 +1,4 @@
-"""Whole networks against their ANN, the step-loop simulator, SpikingJelly and snnTorch: qcfs_fast/benchmark.py.
+"""Whole networks against their ANN, the step-loop simulator, SpikingJelly and snnTorch: qcfs_fast/study/benchmark.
 
 One benchmark per network and batch; within it all contenders take turns at each T. pytest-benchmark's own figure is our
 16-bit network at the last T.
@@ -6,14 +6,14 @@ One benchmark per network and batch; within it all contenders take turns at each
 
 import pytest
 
-from qcfs_fast.study.benchmark import cases as bench
+from qcfs_fast.study.benchmark.cases import BATCHES, NETWORKS, QUICK, STEPS
 
-CASES = [(label, batch) for label in bench.NETWORKS for batch in bench.BATCHES]
+CASES = [(label, batch) for label in NETWORKS for batch in BATCHES]
 
 
 @pytest.mark.parametrize(("label", "batch"), CASES, ids=[f"{label}-batch {batch}" for label, batch in CASES])
 def bench_network(benchmark, network, collect, options, label, batch):
-    steps = options.steps or (bench.STEPS if options.full else bench.QUICK.get((label, batch)))
+    steps = options.steps or (STEPS if options.full else QUICK.get((label, batch)))
     if steps is None:
         pytest.skip("part of --full")
     under_test = network(label)

@@ -1,4 +1,4 @@
-"""make bench: every case of qcfs_fast/benchmark.py as a pytest benchmark, with its check inside.
+"""make bench: every case of qcfs_fast/study/benchmark as a pytest benchmark, with its check inside.
 
     pytest benchmarks --benchmark-only                        a selection of about five minutes
     pytest benchmarks --benchmark-only --full                 all networks, batches and T (hours on two cores)
@@ -14,7 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qcfs_fast.study.benchmark import cases as bench
+from qcfs_fast.study.benchmark.cases import NetworkCases
+from qcfs_fast.study.benchmark.measure import Effort
+from qcfs_fast.study.benchmark.results import Results, summary
 
 
 def pytest_addoption(parser):
@@ -32,7 +34,7 @@ def options(request):
     return SimpleNamespace(
         full=get("--full"),
         steps=None if get("--steps") is None else tuple(get("--steps")),
-        effort=bench.Effort(seconds=get("--seconds")),
+        effort=Effort(seconds=get("--seconds")),
         compiled=not get("--no-compile"),
     )
 
@@ -44,13 +46,13 @@ def device():
 
 @pytest.fixture(scope="session")
 def results(request, device):
-    return bench.Results(request.config.getoption("--results").resolve(), device)
+    return Results(request.config.getoption("--results").resolve(), device)
 
 
 @pytest.fixture(scope="session")
 def network(device, options):
     """network(label) makes each network once; the last one is kept."""
-    return functools.lru_cache(maxsize=1)(lambda label: bench.Network(label, device, options.compiled))
+    return functools.lru_cache(maxsize=1)(lambda label: NetworkCases(label, device, options.compiled))
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def collect(results, capsys):
             for case in cases:
                 results.add(case)
                 with capsys.disabled():
-                    print("\n" + bench.summary(case), flush=True)
+                    print("\n" + summary(case), flush=True)
                 seconds = {n: r.get("seconds") for n, r in case["contenders"].items()}
                 benchmark.extra_info[f"T={case['T']}"] = {"firing rate": case["firing rate"], "seconds": seconds}
             benchmark.pedantic(ours, rounds=5, warmup_rounds=1)

@@ -3,16 +3,20 @@
     python benchmarks/gpu.py                         everything; prints tables and writes gpu.json
     python benchmarks/gpu.py --nets resnet18 --batches 1 256 --steps 4 --rounds 20
 
-Contenders, each under its best conditions: the ANN (ReLU network) in fp16 and bf16, channels_last, eager, compiled
-and as a CUDA graph; the spiking network simulated step by step (qcfs_fast.model.simulation) in fp16 and fp32, eager and
-compiled; this package in 16 and 8 bits, eager and as a CUDA graph. Contenders take turns within every round and the
-median over rounds is reported, so that clocks and other users fall on all alike. Every spiking network is calibrated on
-the images it is timed on and its firing rate is printed: sparse, silent or saturated nets measure something else.
-GPU results are compared with the CPU kernels (==) before anything is timed.
+Each contender runs under its best conditions:
 
-Then, per spiking layer: time alone, its rate as a share of what one large int8 product (torch._int_mm) reaches in
-the same run, and the bytes it must move as a share of a large copy's bandwidth. What fails is listed with its error and
-counts as not measured.
+    ANN        the ReLU network in fp16 and bf16, channels_last; eager, compiled and as a CUDA graph
+    T-loop     the spiking network simulated step by step (qcfs_fast.model.simulation) in fp16 and fp32; eager, compiled
+    qcfs_fast  this package in 16 and 8 bits; eager and as a CUDA graph; its Triton kernels eager
+
+Contenders take turns within every round, and the median over rounds is reported, so that clocks and other users affect
+all alike. Every spiking network is calibrated on the images it is timed on, and its firing rate is printed: a sparse,
+silent or saturated network measures something else. Before anything is timed, GPU results are compared with those of
+the CPU kernels (==).
+
+Then each spiking layer is timed alone. Its rate is given as a share of what one large int8 product (torch._int_mm)
+reaches in the same run, and the bytes it must move as a share of the bandwidth of a large copy. What fails is listed
+with its error and counts as not measured.
 """
 
 from __future__ import annotations
@@ -21,10 +25,10 @@ import argparse
 import copy
 import functools
 import json
+import math
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,14 +36,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
 import qcfs_fast
 from qcfs_fast import backend
+from qcfs_fast.files import write_text_atomically
 from qcfs_fast.model.simulation import step_network
 from qcfs_fast.network.layers import SpikingLayer
-
-NOT_MEASURED = "not measured"
+from qcfs_fast.study.benchmark.measure import NOT_MEASURED, Clock, Effort, describe_error, take_turns
+from qcfs_fast.study.spikes import mean_rate
+from qcfs_fast.study.zoo import torchvision_models
 
 
 class Block(nn.Module):
@@ -81,9 +85,7 @@ def cifar_vgg16() -> nn.Module:
 
 
 def torchvision_net(name: str) -> nn.Module:
-    from torchvision_models import models
-
-    return getattr(models, name)(weights=None)
+    return getattr(torchvision_models(), name)(weights=None)
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -96,64 +98,33 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-class Clock:
-    """Seconds of a call on the device: CUDA events, or the wall clock on a CPU (to try the script out)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def __call__(self, run: Callable[[], Any], calls: int) -> float:
-        if not self.cuda:
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            return (time.perf_counter() - start) / calls
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls
-
-
 class Table:
-    """Contenders, failures and interleaved medians."""
+    """The contenders of one table, and the errors of those that could not be made."""
 
     def __init__(self, clock: Clock, rounds: int) -> None:
-        self.clock, self.rounds = clock, rounds
+        self.clock = clock
+        self.effort = Effort(rounds, seconds=math.inf, min_rounds=1, reading=0.02)
         self.contenders: dict[str, Callable[[], Any]] = {}
         self.errors: dict[str, str] = {}
 
     def attempt(self, name: str, make: Callable[[], Callable[[], Any]]) -> None:
+        """Make a contender and call it once, so that what cannot run is found here and not tried again for every T."""
         try:
             run = make()
-            for _ in range(3):
-                run()
-            if self.clock.cuda:
-                torch.cuda.synchronize()
+            self.clock(run)
             self.contenders[name] = run
-        except Exception as error:  # whatever the compiler or the device throws is a result
-            self.errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+        except Exception as error:  # whatever the compiler or the device raises is a result
+            self.errors[name] = describe_error(error)
 
     def measure(self) -> dict[str, Any]:
         """Median, least and largest seconds of each contender; the error of each that failed."""
-        calls = {n: max(1, min(50, int(0.02 / max(self.clock(r, 1), 1e-6)))) for n, r in self.contenders.items()}
-        times: dict[str, list[float]] = {n: [] for n in self.contenders}
-        for _ in range(self.rounds):
-            for name, run in list(self.contenders.items()):
-                try:
-                    times[name].append(self.clock(run, calls[name]))
-                except Exception as error:
-                    self.errors[name] = f"{type(error).__name__}: {error}"[:300]
-                    del self.contenders[name]
+        times, failed = take_turns(self.contenders, self.effort, self.clock)
         rows: dict[str, Any] = {
             n: {"seconds": statistics.median(t), "least": min(t), "most": max(t), "rounds": len(t)}
             for n, t in times.items()
-            if n in self.contenders and t
         }
-        return rows | {n: {"seconds": NOT_MEASURED, "error": e} for n, e in self.errors.items()}
+        errors = self.errors | {n: describe_error(error) for n, error in failed.items()}
+        return rows | {n: {"seconds": NOT_MEASURED, "error": e} for n, e in errors.items()}
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -192,7 +163,7 @@ def ann_contenders(table: Table, net: nn.Module, images: Tensor) -> None:
 
         table.attempt(f"ANN {name} eager", eager)
         table.attempt(f"ANN {name} compiled", compiled)
-        if table.clock.cuda:
+        if table.clock.events:
             table.attempt(f"ANN {name} CUDA graph", lambda eager=eager: graphed(eager()))
             table.attempt(f"ANN {name} compiled, CUDA graph", lambda compiled=compiled: graphed(compiled()))
 
@@ -246,7 +217,7 @@ def on_triton(run: Callable[[], Any]) -> Callable[[], Any]:
 def snn_contenders(table: Table, snns: dict[int, Any], images: Tensor, T: int) -> None:
     for bits, snn in snns.items():
         table.attempt(f"qcfs_fast {bits}-bit eager", lambda snn=snn: lambda: snn(images, T))
-        if table.clock.cuda:
+        if table.clock.events:
 
             def graph(snn: Any = snn) -> Callable[[], Any]:
                 captured = qcfs_fast.cuda_graph(snn, images, T)
@@ -260,7 +231,7 @@ def rates(device: torch.device, clock: Clock) -> dict[str, Any]:
     """What a large int8 product and a large copy reach here."""
     found: dict[str, Any] = {"int8_macs_per_second": NOT_MEASURED, "bytes_per_second": NOT_MEASURED}
     try:
-        n = 8192 if clock.cuda else 256
+        n = 8192 if clock.events else 256
         a = torch.randint(-128, 128, (n, n), dtype=torch.int8, device=device)
         b = torch.randint(-128, 128, (n, n), dtype=torch.int8, device=device).t()
         torch._int_mm(a, b)
@@ -268,8 +239,8 @@ def rates(device: torch.device, clock: Clock) -> dict[str, Any]:
             clock(lambda: torch._int_mm(a, b), 5) for _ in range(9)
         )
     except Exception as error:
-        found["int8_error"] = f"{type(error).__name__}: {error}"[:300]
-    source = torch.empty(1 << (30 if clock.cuda else 20), dtype=torch.uint8, device=device)
+        found["int8_error"] = describe_error(error)
+    source = torch.empty(1 << (30 if clock.events else 20), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
     seconds = statistics.median(clock(lambda: target.copy_(source), 5) for _ in range(9))
@@ -298,8 +269,8 @@ def layer_rows(
         def run(layer: SpikingLayer = layer) -> Any:
             return layer(values, T, False)
 
-        timed = graphed(run) if clock.cuda else run  # a replay: the kernels, without Python's launch overhead
-        seconds = statistics.median(clock(timed, 20 if clock.cuda else 1) for _ in range(rounds))
+        timed = graphed(run) if clock.events else run  # a replay: the kernels, without Python's launch overhead
+        seconds = statistics.median(clock(timed, 20 if clock.events else 1) for _ in range(rounds))
         row: dict[str, Any] = {"layer": name, "seconds": seconds, "int8_macs": macs, "bytes": moved}
         for key, amount, rate in (
             ("int8_share", macs, "int8_macs_per_second"),
@@ -309,11 +280,6 @@ def layer_rows(
             row[key] = NOT_MEASURED if isinstance(measured, str) else amount / seconds / measured
         rows.append(row)
     return rows
-
-
-def firing_rate(snn: Any, images: Tensor, T: int) -> float:
-    spikes = qcfs_fast.trace(snn, images, T)
-    return sum(float(s.sum()) for s in spikes.values()) / sum(s.numel() for s in spikes.values())
 
 
 def check_equal(snn: Any, images: Tensor, T: int) -> bool:
@@ -365,10 +331,11 @@ def aims(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    clock = Clock(device)
+    """Measure every network and batch; the file is written after each, in case the next one is interrupted."""
+    clock = Clock(device, events=True)
     peak = rates(device, clock)
-    gpu = torch.cuda.get_device_name(device) if clock.cuda else platform.processor()
-    kernels = backend.describe_gpu() if clock.cuda else backend.describe()
+    gpu = torch.cuda.get_device_name(device) if clock.events else platform.processor()
+    kernels = backend.describe_gpu() if clock.events else backend.describe()
     result: dict[str, Any] = {
         "device": gpu,
         "torch": torch.__version__,
@@ -377,57 +344,64 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "rounds": args.rounds,
         "results": [],
     }
-    if not clock.cuda:
+    if not clock.events:
         result["note"] = "a run on a CPU tries the script out; no figure in it is a measurement of the CUDA kernels"
         print(result["note"])
     print(f"{gpu}, torch {torch.__version__}, kernels: {kernels}\nmeasured rates: {peak}")
     for name in args.nets:
-        make, size = NETS[name]
         for batch in args.batches:
-            entry: dict[str, Any] = {"net": name, "batch": batch, "size": size}
+            entry: dict[str, Any] = {"net": name, "batch": batch, "size": NETS[name][1]}
             result["results"].append(entry)
             try:
-                torch.manual_seed(0)
-                net = make().eval()
-                images = torch.randn(batch, 3, size, size)
-                model = qcfs_fast.prepare(net, levels=4).to(device)
-                few = images[:8].to(device)
-                qcfs_fast.calibrate(model, [few], progress=False)
-                model = model.cpu()
-                shape = (3, size, size)
-                snns = {b: qcfs_fast.convert(model, max(args.steps), b, input_shape=shape).to(device) for b in (16, 8)}
-                images = images.to(device)
-                entry["equal to CPU"] = {b: check_equal(s, images, max(args.steps)) for b, s in snns.items()}
-                if clock.cuda and not backend.absence["triton"]():
-                    for b, s in snns.items():
-                        same = on_triton(lambda s=s, images=images: check_equal(s, images, max(args.steps)))()
-                        entry["equal to CPU"][f"{b}, Triton"] = same
-                anns = Table(clock, args.rounds)
-                ann_contenders(anns, net, images)
-                loops = loop_steps(model, images)
-                for T in args.steps:
-                    table = Table(clock, args.rounds)
-                    table.contenders |= anns.contenders
-                    table.errors |= anns.errors
-                    loop_contenders(table, loops, T)
-                    snn_contenders(table, snns, images, T)
-                    rows = table.measure()
-                    rate = firing_rate(snns[16], images[:8], T)
-                    layers = {b: layer_rows(snn, images, T, clock, args.rounds, peak) for b, snn in snns.items()}
-                    entry[f"T={T}"] = {"firing rate": rate, "contenders": rows}
-                    entry[f"T={T}"] |= {f"layers ({b}-bit)": found for b, found in layers.items()}
-                    equal = ", equal to the CPU" if all(entry["equal to CPU"].values()) else ", NOT EQUAL TO THE CPU"
-                    print_rows(f"{name} {size}x{size}, batch {batch}, T={T}, firing {100 * rate:.1f} %{equal}", rows)
-                    for bits, found in layers.items():
-                        print_layers(bits, found)
-                entry["aims"] = aims(entry)
-                for what, value in entry["aims"].items():
-                    print(f"  {what}: {value if isinstance(value, str) else f'{value:.2f}'}")
+                measure_network(entry, args, device, clock, peak)
             except Exception as error:
-                entry["error"] = f"{type(error).__name__}: {error}"[:500]
+                entry["error"] = describe_error(error)
                 print(f"\n{name}, batch {batch}: {NOT_MEASURED}: {entry['error']}")
-            args.output.write_text(json.dumps(result, indent=1))  # after each, in case the next one is interrupted
+            write_text_atomically(args.output, json.dumps(result, indent=1))
     return result
+
+
+def measure_network(
+    entry: dict[str, Any], args: argparse.Namespace, device: torch.device, clock: Clock, peak: dict[str, Any]
+) -> None:
+    """Add to `entry` what one network at one batch size gives, for every T."""
+    name, batch, size = entry["net"], entry["batch"], entry["size"]
+    max_T = max(args.steps)
+    torch.manual_seed(0)
+    net = NETS[name][0]().eval()
+    images = torch.randn(batch, 3, size, size)
+    model = qcfs_fast.prepare(net, levels=4).to(device)
+    qcfs_fast.calibrate(model, [images[:8].to(device)], progress=False)
+    model = model.cpu()
+    shape = (3, size, size)
+    snns = {b: qcfs_fast.convert(model, max_T, b, input_shape=shape).to(device) for b in (16, 8)}
+    images = images.to(device)
+    entry["equal to CPU"] = {b: check_equal(s, images, max_T) for b, s in snns.items()}
+    if clock.events and not backend.absence["triton"]():
+        for b, s in snns.items():
+            same = on_triton(lambda s=s, images=images: check_equal(s, images, max_T))()
+            entry["equal to CPU"][f"{b}, Triton"] = same
+    anns = Table(clock, args.rounds)
+    ann_contenders(anns, net, images)
+    loops = loop_steps(model, images)
+    for T in args.steps:
+        table = Table(clock, args.rounds)
+        table.contenders |= anns.contenders
+        table.errors |= anns.errors
+        loop_contenders(table, loops, T)
+        snn_contenders(table, snns, images, T)
+        rows = table.measure()
+        rate = mean_rate(qcfs_fast.trace(snns[16], images[:8], T))
+        layers = {b: layer_rows(snn, images, T, clock, args.rounds, peak) for b, snn in snns.items()}
+        entry[f"T={T}"] = {"firing rate": rate, "contenders": rows}
+        entry[f"T={T}"] |= {f"layers ({b}-bit)": found for b, found in layers.items()}
+        equal = ", equal to the CPU" if all(entry["equal to CPU"].values()) else ", NOT EQUAL TO THE CPU"
+        print_rows(f"{name} {size}x{size}, batch {batch}, T={T}, firing {100 * rate:.1f} %{equal}", rows)
+        for bits, found in layers.items():
+            print_layers(bits, found)
+    entry["aims"] = aims(entry)
+    for what, value in entry["aims"].items():
+        print(f"  {what}: {value if isinstance(value, str) else f'{value:.2f}'}")
 
 
 def main() -> int:

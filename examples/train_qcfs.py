@@ -3,12 +3,14 @@
     python examples/train_qcfs.py --data /path/to/imagenet --model resnet18 --levels 8
     python examples/train_qcfs.py --data /path/to/cifar10 --format cifar10 --model vgg16_bn --levels 4 --image-size 32
 
-`--data` has train/ and val/ folders with one folder of images per class; or, with --format cifar10, the
-extracted python version of CIFAR-10 (data_batch_1 .. 5, test_batch). Hyper-parameters are the paper's (Bu et
-al., ICLR 2022, section 6): SGD with momentum 0.9, weight decay 5e-4, cosine schedule, theta starting at 8.0,
-learning rate 0.1 and 300 epochs for CIFAR (120 for ImageNet), L = 4 for CIFAR-10 and 8 for ImageNet.
+`--data` has train/ and val/ folders with one folder of images per class. With --format cifar10 it is the extracted
+python version of CIFAR-10 (data_batch_1 .. 5, test_batch).
 
-A run writes last.pt after each epoch and goes on from there when started again.
+The hyper-parameters are the paper's (Bu et al., ICLR 2022, section 6): SGD with momentum 0.9, weight decay 5e-4, a
+cosine schedule, theta starting at 8.0, learning rate 0.1, 300 epochs for CIFAR and 120 for ImageNet, L = 4 for CIFAR-10
+and 8 for ImageNet.
+
+A run writes last.pt after each epoch. Started again, it goes on from there.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 class ImageFolder(Dataset):
-    """root/class/image; random crop and flip in training, resize and centre crop otherwise."""
+    """Images at root/class/image; cropped and flipped at random in training, cropped at the centre otherwise."""
 
     def __init__(self, root: Path, size: int, training: bool) -> None:
         if not root.is_dir():
@@ -88,7 +90,7 @@ def cifar10(root: Path) -> tuple[Dataset, Dataset]:
 
 
 def augment(x: torch.Tensor, cifar: bool) -> torch.Tensor:
-    """CIFAR: pad by four, crop at random, flip at random, per batch (folders do it per image)."""
+    """Crop and flip CIFAR images at random after padding them by four; ImageFolder does its own per image."""
     if not cifar:
         return x
     padded = F.pad(x, (4, 4, 4, 4))
@@ -100,7 +102,7 @@ def augment(x: torch.Tensor, cifar: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracy(network, loader: DataLoader, device: torch.device, steps: list[int] | None = None) -> list[float]:
-    """Share of right labels; with `steps`, of an SNN at each of these T from one pass."""
+    """Share of right labels. With `steps` the network is an SNN, and one pass answers for each of these T."""
     right, seen = np.zeros(len(steps) if steps else 1), 0
     for x, y in tqdm(loader, desc="evaluating", leave=False):
         x, y = x.to(device), y.to(device)
@@ -108,6 +110,53 @@ def accuracy(network, loader: DataLoader, device: torch.device, steps: list[int]
         right += [int((o.argmax(1) == y).sum()) for o in outputs]
         seen += len(y)
     return list(right / max(seen, 1))
+
+
+def loaders(o: argparse.Namespace) -> tuple[DataLoader, DataLoader, int]:
+    """Batches to train on, batches to test on, and the number of classes."""
+    if o.format == "cifar10":
+        train_set, test_set = cifar10(o.data)
+        classes = 10
+    else:
+        train_set, test_set = (
+            ImageFolder(o.data / "train", o.image_size, True),
+            ImageFolder(o.data / "val", o.image_size, False),
+        )
+        if train_set.classes != test_set.classes:
+            raise SystemExit("train/ and val/ have different class folders")
+        classes = len(train_set.classes)
+    train_loader = DataLoader(
+        train_set, o.batch, shuffle=True, num_workers=o.workers, drop_last=len(train_set) > o.batch
+    )
+    test_loader = DataLoader(test_set, o.batch, num_workers=o.workers)
+    return train_loader, test_loader, classes
+
+
+def train(model: torch.nn.Module, loader: DataLoader, o: argparse.Namespace, device: torch.device) -> None:
+    """Train the epochs that last.pt does not hold yet."""
+    epochs = o.epochs or (120 if o.image_size >= 224 else 300)
+    optimizer = torch.optim.SGD(model.parameters(), lr=o.lr, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    state_file, first = o.output / "last.pt", 0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        for part, key in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
+            part.load_state_dict(state[key])
+        first = state["epoch"]
+        print(f"going on after epoch {first}")
+    for epoch in range(first, epochs):
+        model.train()
+        bar = tqdm(loader, desc=f"epoch {epoch + 1}/{epochs}")
+        for x, y in bar:
+            loss = F.cross_entropy(model(augment(x, o.format == "cifar10").to(device)), y.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        schedule.step()
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+        torch.save({**state, "epoch": epoch + 1}, state_file.with_suffix(".part"))
+        state_file.with_suffix(".part").replace(state_file)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -137,21 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not hasattr(torchvision.models, o.model):
         raise SystemExit(f"torchvision has no model {o.model!r}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if o.format == "cifar10":
-        train_set, test_set = cifar10(o.data)
-        classes = 10
-    else:
-        train_set, test_set = (
-            ImageFolder(o.data / "train", o.image_size, True),
-            ImageFolder(o.data / "val", o.image_size, False),
-        )
-        if train_set.classes != test_set.classes:
-            raise SystemExit("train/ and val/ have different class folders")
-        classes = len(train_set.classes)
-    train_loader = DataLoader(
-        train_set, o.batch, shuffle=True, num_workers=o.workers, drop_last=len(train_set) > o.batch
-    )
-    test_loader = DataLoader(test_set, o.batch, num_workers=o.workers)
+    train_loader, test_loader, classes = loaders(o)
 
     options = {"aux_logits": False, "init_weights": True} if o.model == "googlenet" and o.weights is None else {}
     network = getattr(torchvision.models, o.model)(
@@ -160,37 +195,13 @@ def main(arguments: list[str] | None = None) -> None:
     model = qcfs_fast.prepare(network.train(), levels=o.levels, threshold=o.threshold).to(device)
     if o.calibrate:
         qcfs_fast.calibrate(model, (b for _, b in zip(range(8), train_loader, strict=False)))
-
-    epochs = o.epochs or (120 if o.image_size >= 224 else 300)
-    optimizer = torch.optim.SGD(model.parameters(), lr=o.lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     o.output.mkdir(parents=True, exist_ok=True)
-    state_file, first = o.output / "last.pt", 0
-    if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        for part, key in ((model, "model"), (optimizer, "optimizer"), (schedule, "schedule")):
-            part.load_state_dict(state[key])
-        first = state["epoch"]
-        print(f"going on after epoch {first}")
-    for epoch in range(first, epochs):
-        model.train()
-        bar = tqdm(train_loader, desc=f"epoch {epoch + 1}/{epochs}")
-        for x, y in bar:
-            loss = F.cross_entropy(model(augment(x, o.format == "cifar10").to(device)), y.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        schedule.step()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        torch.save({**state, "epoch": epoch + 1}, state_file.with_suffix(".part"))
-        state_file.with_suffix(".part").replace(state_file)
+    train(model, train_loader, o, device)
 
     model.eval()
     print(f"ANN (QCFS, L = {o.levels}): {accuracy(model, test_loader, device)[0]:.2%}")
-    snn = qcfs_fast.convert(model, T=4, max_T=max([32, *o.steps]), input_shape=(3, o.image_size, o.image_size)).to(
-        device
-    )
+    shape = (3, o.image_size, o.image_size)
+    snn = qcfs_fast.convert(model, T=4, max_T=max([32, *o.steps]), input_shape=shape).to(device)
     for T, share in zip(o.steps, accuracy(snn, test_loader, device, o.steps), strict=True):
         print(f"SNN, T = {T:3d}: {share:.2%}")
     snn.save(o.output / "snn.safetensors")

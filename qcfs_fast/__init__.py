@@ -17,7 +17,8 @@ from .model.simulation import Simulation, simulate
 from .network.loading import load
 from .network.recording import trace
 from .network.snn import SNN
-from .study.profiling.measure import Profile, profile
+from .study.profiling.measure import profile
+from .study.profiling.report import Profile
 from .version import __version__
 
 __all__ = [

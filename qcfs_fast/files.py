@@ -19,7 +19,10 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileNotFoundError: the folder does not exist.
     """
-    path = Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device is written to, never replaced
+        yield Path(path)
+        return
+    path = Path(os.path.realpath(path))  # a link stays a link; the file it leads to is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist; create it first")
     handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
@@ -37,3 +40,9 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file of text (UTF-8) as `written_atomically` does."""
+    with written_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

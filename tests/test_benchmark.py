@@ -7,18 +7,20 @@ import pytest
 import torch
 
 import qcfs_fast
-from qcfs_fast.study.benchmark import cases as bench
 from qcfs_fast.study.benchmark import comparison, contenders
+from qcfs_fast.study.benchmark.cases import LayerCase, NetworkCases, spiking_macs
+from qcfs_fast.study.benchmark.measure import Effort, interleaved, live_bytes
+from qcfs_fast.study.benchmark.results import Results, read
 
 CPU = torch.device("cpu")
-EFFORT = bench.Effort(rounds=4, seconds=0.01)
+EFFORT = Effort(rounds=4, seconds=0.01)
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The benchmark's Network around a network of a few thousand weights."""
+    """The benchmark's NetworkCases around a network of a few thousand weights."""
     torch.manual_seed(0)
-    made = object.__new__(bench.Network)
+    made = object.__new__(NetworkCases)
     made.label, made.size, made.device, made.compiled = "tiny 12", 12, CPU, False
     made.model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
     qcfs_fast.calibrate(made.model, [torch.rand(8, 3, 12, 12)], progress=False)
@@ -88,16 +90,16 @@ def test_a_missing_peer_is_listed(tiny, monkeypatch):
 @pytest.fixture(scope="module")
 def results(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "results.json"
-    file = bench.Results(path, CPU)
+    file = Results(path, CPU)
     for batch in (1, 2):
         for case in tiny.cases(batch, (2, 4), EFFORT):
             file.add(case)
-    file.add(bench.Layer("3x3 7x7 512->512").case(EFFORT))
+    file.add(LayerCase("3x3 7x7 512->512").case(EFFORT))
     return path
 
 
 def test_cases(results):
-    data = bench.read(results)
+    data = read(results)
     assert len(data["cases"]) == 5
     assert {"cpu", "threads", "kernels", "versions"} <= set(data["machine"])
     for case in data["cases"]:
@@ -120,23 +122,23 @@ def test_live_bytes_by_hand():
         m.thresh.data.fill_(0.5)
     snn = qcfs_fast.convert(model, T=4)
     pixels = 2 * 5 * 5
-    found = bench.live_bytes(snn, torch.rand(2, 1, 5, 5), 4)
+    found = live_bytes(snn, torch.rand(2, 1, 5, 5), 4)
     assert found == {"qcfs_fast": (4 + 8) * pixels, "float32": 4 * 4 * (4 + 8) * pixels}
-    assert bench.products(snn, torch.rand(2, 1, 5, 5), 4) == {"macs": 4 * pixels * 4 * 8}
+    assert spiking_macs(snn, torch.rand(2, 1, 5, 5), 4) == {"macs": 4 * pixels * 4 * 8}
 
 
 def test_results_are_replaced_and_kept_apart(results, tiny):
-    before = bench.read(results)
+    before = read(results)
     (case,) = tiny.cases(1, (4,), EFFORT, only="qcfs_fast")
-    bench.Results(results, CPU).add({**case, "firing rate": 0.123})
-    after = bench.read(results)
+    Results(results, CPU).add({**case, "firing rate": 0.123})
+    after = read(results)
     assert len(after["cases"]) == len(before["cases"])
     assert sum(c["firing rate"] == 0.123 for c in after["cases"]) == 1
     results.write_text(json.dumps(before))
     other = results.with_name("other.json")
     other.write_text(json.dumps({**before, "machine": {**before["machine"], "threads": 77}}))
     with pytest.raises(ValueError, match=r"other conditions \(threads differ\)"):
-        bench.Results(other, CPU)
+        Results(other, CPU)
     for text, message in (
         ("{", "no JSON"),
         ("{}", "not a result file"),
@@ -144,14 +146,14 @@ def test_results_are_replaced_and_kept_apart(results, tiny):
     ):
         other.write_text(text)
         with pytest.raises(ValueError, match=message):
-            bench.read(other)
+            read(other)
 
 
 def test_slow_and_failing_contenders_are_listed():
     def broken():
         raise RuntimeError("no such device")
 
-    rows = bench.interleaved({"slow": lambda: None, "broken": broken, "good": lambda: None}, EFFORT, CPU, {"slow": 99})
+    rows = interleaved({"slow": lambda: None, "broken": broken, "good": lambda: None}, EFFORT, CPU, {"slow": 99})
     assert "about 99 s" in rows["slow"]["error"]
     assert rows["broken"]["error"] == "RuntimeError: no such device"
     assert rows["good"]["rounds"] == 4
@@ -165,7 +167,7 @@ def test_compare(results, tmp_path, capsys):
     for _ in range(2):  # the second time over its own output
         assert main(["compare", str(results), "--plots", str(tmp_path / "plots"), "--readme", str(readme)]) == 0
     out = capsys.readouterr().out
-    data = bench.read(results)
+    data = read(results)
     case = next(c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4)
     shown = comparison._milliseconds(case["contenders"]["T-loop fp32"]["seconds"])
     text = readme.read_text()

@@ -17,6 +17,7 @@ import torchvision_models  # noqa: F401 - makes torchvision importable here
 
 import qcfs_fast
 from qcfs_fast.study import command_line, evaluation, zoo
+from qcfs_fast.study.data import open_data
 
 COMMANDS = ("demo", "info", "convert", "eval", "profile", "bench", "compare")
 STEPS = (1, 2, 4, 8)
@@ -221,7 +222,7 @@ def test_eval_of_a_folder_of_images(tmp_path, place, capsys):
         path = tmp_path / ("cat", "dog")[i % 2] / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
-    data = evaluation.open_data(tmp_path, size=14)
+    data = open_data(tmp_path, size=14)
     x, y = data.batch(range(10))
     assert x.shape == (10, 3, 14, 14)
     assert y.tolist() == [0] * 5 + [1] * 5

@@ -19,7 +19,7 @@ from qcfs_fast import QCFS, backend
 from qcfs_fast.network.layers import EncodingLayer, Readout, SpikeConcat, SpikePool, SpikingLayer
 from qcfs_fast.operators import masks
 from qcfs_fast.operators.windows import spec_from
-from qcfs_fast.study.profiling import measure as profiling
+from qcfs_fast.study.profiling import record
 
 SOURCE = Path(__file__).resolve().parent.parent
 MAX_POOLS = "Small with max pools"
@@ -469,7 +469,7 @@ def test_table_on_a_terminal(monkeypatch):
     [(0, "0"), (999, "999"), (1000, "1.00k"), (12345, "12.3k"), (313478144, "313M"), (2.5e9, "2.50G")],
 )
 def test_counts_in_words(value, text):
-    assert profiling.count(value) == text
+    assert record.format_count(value) == text
 
 
 # ------------------------------------------------------------------------------------------ bad input

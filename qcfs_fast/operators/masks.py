@@ -15,11 +15,14 @@ def planes(T: int) -> int:
     return (T + 7) // 8
 
 
+def at_step(x: Tensor, t: int, T: int) -> Tensor:
+    """Step t of masks or count planes [.., N, ...]: uint8 values [N, ...]."""
+    return x[t] if x.shape[0] == T else (x[t // 8] >> (t % 8)) & 1
+
+
 def unpack(x: Tensor, T: int) -> Tensor:
     """Masks or count planes [.., N, ...] -> int64 values per step [T, N, ...]."""
-    if x.shape[0] == T:
-        return x.to(torch.int64)
-    return torch.stack([(x[t // 8] >> (t % 8)) & 1 for t in range(T)]).to(torch.int64)
+    return torch.stack([at_step(x, t, T) for t in range(T)]).to(torch.int64)
 
 
 def pack(spikes: Tensor) -> Tensor:

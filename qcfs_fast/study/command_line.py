@@ -19,20 +19,36 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..backend.information import info
+from ..conversion.builder import convert
 from ..errors import ConversionError, FormatError
+from ..model.calibration import calibrate
+from ..network.loading import load
+from . import zoo
+from .benchmark import comparison
+from .benchmark.cases import BATCHES, LAYERS, NETWORKS, QUICK, STEPS, LayerCase, NetworkCases
+from .benchmark.measure import Effort
+from .benchmark.results import Results, read, summary
+from .data import batches, open_data
+from .demo import demo
+from .evaluation import evaluate
+from .profiling.measure import profile
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 it could not be done, for the reason printed; 2 the command was not understood; "
     "130 interrupted"
 )
 USER_ERRORS = (ConversionError, FormatError, ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError)
+
+
+# --------------------------------------------------------------------------- what commands have in common
 
 
 def positive(text: str) -> int:
@@ -42,19 +58,60 @@ def positive(text: str) -> int:
     return value
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help shows text as written, line breaks included."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], description: str, example: str
+) -> argparse.ArgumentParser:
+    """A command with the options that all have; its help ends with an example and the exit codes."""
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=description, description=description, epilog=f"example: {example}\n\n{EXIT_CODES}"
+    )
+    made.set_defaults(run=run)
+    made.add_argument("--json", action="store_true", help="print the result as JSON")
+    made.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    return made
+
+
+def _add_image_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--size", type=positive, default=224, help="side of the images in pixels (default 224)")
+    made.add_argument("--mean", type=float, nargs="+", help="per channel; folders: ImageNet's by default")
+    made.add_argument("--std", type=float, nargs="+", help="per channel; folders: ImageNet's by default")
+
+
 # ---------------------------------------------------------------------------------------- demo and info
 
 
-def _demo(o: argparse.Namespace) -> int:
-    from .demo import demo
+def _add_demo(commands: Any) -> None:
+    c = _command(
+        commands,
+        "demo",
+        _demo,
+        "train, convert and evaluate a network on scikit-learn's digits",
+        "qcfs-fast demo --output /tmp/digits",
+    )
+    c.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plot and the network")
+    c.add_argument("--epochs", type=positive, default=40, help="training epochs (default 40)")
+    c.add_argument("--quiet", action="store_true", help="no progress bars")
 
+
+def _demo(o: argparse.Namespace) -> int:
     demo(o.output, o.epochs, progress=not o.quiet, as_json=o.json)
     return 0
 
 
-def _info(o: argparse.Namespace) -> int:
-    from ..backend.information import info
+def _add_info(commands: Any) -> None:
+    _command(
+        commands, "info", _info, "print versions, instruction sets and the kernels in use", "qcfs-fast info --json"
+    )
 
+
+def _info(o: argparse.Namespace) -> int:
     facts = info()
     if o.json:
         print(json.dumps(facts, indent=2))
@@ -68,9 +125,35 @@ def _info(o: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------- convert
 
 
-def _calibration_batches(o: argparse.Namespace, channels: int) -> Iterator[Tensor]:
-    from .evaluation import batches, open_data
+def _add_convert(commands: Any) -> None:
+    c = _command(
+        commands,
+        "convert",
+        _convert,
+        "convert a torchvision network or a checkpoint to a saved spiking network",
+        "qcfs-fast convert resnet18 --checkpoint qcfs-run/last.pt --output resnet18.safetensors\n"
+        "         qcfs-fast convert vgg16-cifar10.pth --output vgg16.safetensors",
+    )
+    c.add_argument("source", help="a torchvision name, or a checkpoint of the authors' VGG or ResNet")
+    c.add_argument("--output", type=Path, required=True, help="file to write (safetensors)")
+    c.add_argument("--checkpoint", type=Path, help="state_dict for a torchvision name, QCFS-trained or plain")
+    c.add_argument("--weights", help="torchvision's own weights, such as DEFAULT (downloads)")
+    c.add_argument("--classes", type=positive, help="outputs of the network (default: as in the checkpoint, or 1000)")
+    c.add_argument("--levels", type=positive, default=8, help="L of the training (default 8)")
+    c.add_argument("--max-pool", choices=("avg", "keep"), default="avg", help="see qcfs_fast.prepare")
+    c.add_argument(
+        "--calibrate", type=Path, metavar="DATA", help="set thresholds from a folder, an .npz file, or random noise"
+    )
+    c.add_argument("--calibration-images", type=positive, default=256, help="images to calibrate on (default 256)")
+    c.add_argument("-T", type=positive, default=4, help="time steps of a call that names none (default 4)")
+    c.add_argument("--max-T", type=positive, help="largest T it will be asked for (default 32)")
+    c.add_argument("--bits", type=int, choices=(16, 8), default=16, help="bits per weight (default 16)")
+    c.add_argument("--input-shape", type=positive, nargs=3, metavar=("C", "H", "W"), help="see qcfs_fast.convert")
+    c.add_argument("--quiet", action="store_true", help="no progress bars")
+    _add_image_options(c)
 
+
+def _calibration_batches(o: argparse.Namespace, channels: int) -> Iterator[Tensor]:
     if str(o.calibrate) == "random":
         g = torch.Generator().manual_seed(0)
         yield torch.rand((4, channels, o.size, o.size), generator=g)
@@ -81,10 +164,6 @@ def _calibration_batches(o: argparse.Namespace, channels: int) -> Iterator[Tenso
 
 
 def _convert(o: argparse.Namespace) -> int:
-    from ..conversion.builder import convert
-    from ..model.calibration import calibrate
-    from . import zoo
-
     source = Path(o.source)
     is_file = source.suffix != "" or source.exists()
     if is_file and o.checkpoint:
@@ -123,10 +202,27 @@ def _convert(o: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------- eval
 
 
-def _eval(o: argparse.Namespace) -> int:
-    from ..network.loading import load
-    from .evaluation import evaluate, open_data
+def _add_eval(commands: Any) -> None:
+    c = _command(
+        commands,
+        "eval",
+        _eval,
+        "accuracy by T of a saved network; an interrupted run goes on where it stopped",
+        "qcfs-fast eval resnet18.safetensors imagenet/val --steps 1 2 4 8\n"
+        "         torchrun --nproc-per-node 4 -m qcfs_fast eval resnet18.safetensors imagenet/val",
+    )
+    c.add_argument("network", type=Path, help="file written by convert or snn.save")
+    c.add_argument("data", type=Path, help="folder with a subfolder of images per class, or .npz (images, labels)")
+    c.add_argument("--steps", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="T")
+    c.add_argument("--batch", type=positive, default=64, help="images per batch (default 64)")
+    c.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
+    c.add_argument("--state", type=Path, help="folder for what is done (default: NETWORK.eval)")
+    c.add_argument("--restart", action="store_true", help="forget an interrupted run")
+    c.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_image_options(c)
 
+
+def _eval(o: argparse.Namespace) -> int:
     load(o.network)  # a damaged file is reported before the data is read
     data = open_data(o.data, o.size, o.mean, o.std)
     try:
@@ -155,18 +251,33 @@ def _eval(o: argparse.Namespace) -> int:
 # ---------------------------------------------------------------------------------------------- profile
 
 
-def _profile(o: argparse.Namespace) -> int:
-    from ..network.loading import load
-    from .evaluation import batches, open_data
-    from .profiling.measure import profile
+def _add_profile(commands: Any) -> None:
+    c = _command(
+        commands,
+        "profile",
+        _profile,
+        "firing rates, synaptic operations, energy and time of a saved network, layer by layer",
+        "qcfs-fast profile digits.safetensors digits.npz --html report.html",
+    )
+    c.add_argument("network", type=Path, help="file written by convert or snn.save")
+    c.add_argument("data", type=Path, help="folder of images or .npz file, as for eval; labels may be absent")
+    c.add_argument("-T", type=positive, help="time steps (default: the network's)")
+    c.add_argument("--html", type=Path, help="also write a self-contained page")
+    c.add_argument("--raster-layer", help="layer whose spikes the page shows")
+    c.add_argument("--analog-every-step", action="store_true", help="count the first layer's products T times")
+    c.add_argument("--images", type=positive, default=256, help="images to profile on (default 256)")
+    c.add_argument("--batch", type=positive, default=32, help="images per batch (default 32)")
+    c.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_image_options(c)
 
+
+def _profile(o: argparse.Namespace) -> int:
     snn = load(o.network)
     data = open_data(o.data, o.size, o.mean, o.std, labelled=False)
-    labels = o.data.is_dir() or "labels" in _arrays(o.data)
     parts = batches(data, o.batch, o.images)
     found = profile(
         snn,
-        parts if labels else (x for x, _ in parts),
+        parts if data.labelled else (x for x, _ in parts),
         T=o.T,
         raster_layer=o.raster_layer,
         analog_every_step=o.analog_every_step,
@@ -179,36 +290,48 @@ def _profile(o: argparse.Namespace) -> int:
     return 0
 
 
-def _arrays(path: Path) -> list[str]:
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as file:
-        return list(file.files)
-
-
 # -------------------------------------------------------------------------------------- bench and compare
 
 
-def _bench(o: argparse.Namespace) -> int:
-    from .benchmark import cases as bench
+def _add_bench(commands: Any) -> None:
+    c = _command(
+        commands,
+        "bench",
+        _bench,
+        "measure latencies against the ANN, the step loop, SpikingJelly and snnTorch",
+        'qcfs-fast bench --networks "resnet18 224" --batches 1 --steps 4 --output results.json',
+    )
+    c.add_argument("--networks", nargs="*", metavar="NAME", help="resnet18 224, vgg16_bn 32, vgg16_bn 224 (quoted)")
+    c.add_argument("--batches", type=positive, nargs="+", help="1, 8 and 32, or some of them")
+    c.add_argument("--steps", type=positive, nargs="+", metavar="T", help="1 to 16")
+    c.add_argument("--layers", action="store_true", help="single layers; with --networks also these")
+    c.add_argument("--only", default="", metavar="TEXT", help="only contenders whose name contains this")
+    c.add_argument("--full", action="store_true", help="all networks, batches and T (hours on two cores)")
+    c.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    c.add_argument("--rounds", type=positive, default=15, help="at most so many calls per contender (default 15)")
+    c.add_argument("--seconds", type=float, default=1.0, help="per contender and case (default 1)")
+    c.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU where there is one")
+    c.add_argument("--output", type=Path, default=Path("benchmark-results.json"), help="result file to add to")
 
+
+def _bench(o: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and o.device != "cpu" else "cpu")
     if o.layers and device.type == "cuda":
         raise ValueError("single layers are measured on the CPU: add --device cpu and another --output")
-    results = bench.Results(o.output, device)
-    effort = bench.Effort(o.rounds, o.seconds)
-    networks = o.networks if o.networks is not None else [] if o.layers else list(bench.NETWORKS)
-    wanted = {label: {b: steps for b in bench.BATCHES if (steps := _steps(o, label, b))} for label in networks}
+    results = Results(o.output, device)
+    effort = Effort(o.rounds, o.seconds)
+    networks = o.networks if o.networks is not None else [] if o.layers else list(NETWORKS)
+    wanted = {label: {b: steps for b in BATCHES if (steps := _steps_to_measure(o, label, b))} for label in networks}
     with torch.no_grad():
-        for label in bench.LAYERS if o.layers else ():
-            _report(o, results, bench.Layer(label).case(effort))
+        for label in LAYERS if o.layers else ():
+            _add_case(results, LayerCase(label).case(effort))
         for label, per_batch in wanted.items():
             if not per_batch:
                 continue
-            network = bench.Network(label, device, compiled=not o.no_compile)
+            network = NetworkCases(label, device, compiled=not o.no_compile)
             for batch, steps in per_batch.items():
                 for case in network.cases(batch, steps, effort, o.only):
-                    _report(o, results, case)
+                    _add_case(results, case)
     if o.json:
         print(json.dumps(results.data, indent=2))
     else:
@@ -216,31 +339,38 @@ def _bench(o: argparse.Namespace) -> int:
     return 0
 
 
-def _steps(o: argparse.Namespace, label: str, batch: int) -> tuple[int, ...]:
-    """The T to measure: those asked for, or a selection of about ten minutes, or all."""
-    from .benchmark import cases as bench
-
+def _steps_to_measure(o: argparse.Namespace, label: str, batch: int) -> tuple[int, ...]:
+    """The T to measure: those asked for, or all, or those of the selection that takes minutes."""
     if o.batches is not None and batch not in o.batches:
         return ()
     if o.steps is not None:
         return tuple(o.steps)
     if o.full or o.batches is not None:
-        return bench.STEPS
-    return bench.QUICK.get((label, batch), ())
+        return STEPS
+    return QUICK.get((label, batch), ())
 
 
-def _report(o: argparse.Namespace, results: Any, case: Any) -> None:
-    from .benchmark.cases import summary
-
+def _add_case(results: Results, case: Mapping[str, Any]) -> None:
     results.add(case)
     print(summary(case), file=sys.stderr, flush=True)
 
 
-def _compare(o: argparse.Namespace) -> int:
-    from .benchmark import cases as benchmark
-    from .benchmark import comparison
+def _add_compare(commands: Any) -> None:
+    c = _command(
+        commands,
+        "compare",
+        _compare,
+        "table and plots of what bench measured",
+        "qcfs-fast compare benchmark-results.json --plots plots",
+    )
+    c.add_argument("results", type=Path, help="file written by bench or by pytest benchmarks")
+    c.add_argument("--plots", type=Path, metavar="FOLDER", help="write plots there")
+    c.add_argument("--format", choices=("png", "svg"), nargs="+", default=["png", "svg"], help="default: both")
+    c.add_argument("--readme", type=Path, metavar="FILE", help="replace the benchmark section of this Markdown file")
 
-    data = benchmark.read(o.results)
+
+def _compare(o: argparse.Namespace) -> int:
+    data = read(o.results)
     if o.json:
         print(json.dumps(data, indent=2))
     else:
@@ -261,133 +391,14 @@ def _compare(o: argparse.Namespace) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------- parsing
-
-
-class _Parser(argparse.ArgumentParser):
-    """Help shows text as written; every command accepts --json and names its exit codes."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+# ------------------------------------------------------------------------------------------------- main
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qcfs-fast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], help: str, example: str) -> _Parser:
-        made: _Parser = commands.add_parser(
-            name, help=help, description=help, epilog=f"example: {example}\n\n{EXIT_CODES}"
-        )
-        made.set_defaults(run=run)
-        made.add_argument("--json", action="store_true", help="print the result as JSON")
-        made.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
-        return made
-
-    def add_images(made: _Parser) -> None:
-        made.add_argument("--size", type=positive, default=224, help="side of the images in pixels (default 224)")
-        made.add_argument("--mean", type=float, nargs="+", help="per channel; folders: ImageNet's by default")
-        made.add_argument("--std", type=float, nargs="+", help="per channel; folders: ImageNet's by default")
-
-    c = command(
-        "demo",
-        _demo,
-        "train, convert and evaluate a network on scikit-learn's digits",
-        "qcfs-fast demo --output /tmp/digits",
-    )
-    c.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plot and the network")
-    c.add_argument("--epochs", type=positive, default=40, help="training epochs (default 40)")
-    c.add_argument("--quiet", action="store_true", help="no progress bars")
-
-    command("info", _info, "print versions, instruction sets and the kernels in use", "qcfs-fast info --json")
-
-    c = command(
-        "convert",
-        _convert,
-        "convert a torchvision network or a checkpoint to a saved spiking network",
-        "qcfs-fast convert resnet18 --checkpoint qcfs-run/last.pt --output resnet18.safetensors\n"
-        "         qcfs-fast convert vgg16-cifar10.pth --output vgg16.safetensors",
-    )
-    c.add_argument("source", help="a torchvision name, or a checkpoint of the authors' VGG or ResNet")
-    c.add_argument("--output", type=Path, required=True, help="file to write (safetensors)")
-    c.add_argument("--checkpoint", type=Path, help="state_dict for a torchvision name, QCFS-trained or plain")
-    c.add_argument("--weights", help="torchvision's own weights, such as DEFAULT (downloads)")
-    c.add_argument("--classes", type=positive, help="outputs of the network (default: as in the checkpoint, or 1000)")
-    c.add_argument("--levels", type=positive, default=8, help="L of the training (default 8)")
-    c.add_argument("--max-pool", choices=("avg", "keep"), default="avg", help="see qcfs_fast.prepare")
-    c.add_argument(
-        "--calibrate", type=Path, metavar="DATA", help="set thresholds from a folder, an .npz file, or random noise"
-    )
-    c.add_argument("--calibration-images", type=positive, default=256, help="images to calibrate on (default 256)")
-    c.add_argument("-T", type=positive, default=4, help="time steps of a call that names none (default 4)")
-    c.add_argument("--max-T", type=positive, help="largest T it will be asked for (default 32)")
-    c.add_argument("--bits", type=int, choices=(16, 8), default=16, help="bits per weight (default 16)")
-    c.add_argument("--input-shape", type=positive, nargs=3, metavar=("C", "H", "W"), help="see qcfs_fast.convert")
-    c.add_argument("--quiet", action="store_true", help="no progress bars")
-    add_images(c)
-
-    c = command(
-        "eval",
-        _eval,
-        "accuracy by T of a saved network; an interrupted run goes on where it stopped",
-        "qcfs-fast eval resnet18.safetensors imagenet/val --steps 1 2 4 8\n"
-        "         torchrun --nproc-per-node 4 -m qcfs_fast eval resnet18.safetensors imagenet/val",
-    )
-    c.add_argument("network", type=Path, help="file written by convert or snn.save")
-    c.add_argument("data", type=Path, help="folder with a subfolder of images per class, or .npz (images, labels)")
-    c.add_argument("--steps", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="T")
-    c.add_argument("--batch", type=positive, default=64, help="images per batch (default 64)")
-    c.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
-    c.add_argument("--state", type=Path, help="folder for what is done (default: NETWORK.eval)")
-    c.add_argument("--restart", action="store_true", help="forget an interrupted run")
-    c.add_argument("--quiet", action="store_true", help="no progress bar")
-    add_images(c)
-
-    c = command(
-        "profile",
-        _profile,
-        "firing rates, synaptic operations, energy and time of a saved network, layer by layer",
-        "qcfs-fast profile digits.safetensors digits.npz --html report.html",
-    )
-    c.add_argument("network", type=Path, help="file written by convert or snn.save")
-    c.add_argument("data", type=Path, help="folder of images or .npz file, as for eval; labels may be absent")
-    c.add_argument("-T", type=positive, help="time steps (default: the network's)")
-    c.add_argument("--html", type=Path, help="also write a self-contained page")
-    c.add_argument("--raster-layer", help="layer whose spikes the page shows")
-    c.add_argument("--analog-every-step", action="store_true", help="count the first layer's products T times")
-    c.add_argument("--images", type=positive, default=256, help="images to profile on (default 256)")
-    c.add_argument("--batch", type=positive, default=32, help="images per batch (default 32)")
-    c.add_argument("--quiet", action="store_true", help="no progress bar")
-    add_images(c)
-
-    c = command(
-        "bench",
-        _bench,
-        "measure latencies against the ANN, the step loop, SpikingJelly and snnTorch",
-        'qcfs-fast bench --networks "resnet18 224" --batches 1 --steps 4 --output results.json',
-    )
-    c.add_argument("--networks", nargs="*", metavar="NAME", help="resnet18 224, vgg16_bn 32, vgg16_bn 224 (quoted)")
-    c.add_argument("--batches", type=positive, nargs="+", help="1, 8 and 32, or some of them")
-    c.add_argument("--steps", type=positive, nargs="+", metavar="T", help="1 to 16")
-    c.add_argument("--layers", action="store_true", help="single layers; with --networks also these")
-    c.add_argument("--only", default="", metavar="TEXT", help="only contenders whose name contains this")
-    c.add_argument("--full", action="store_true", help="all networks, batches and T (hours on two cores)")
-    c.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    c.add_argument("--rounds", type=positive, default=15, help="most calls per contender and case (default 15)")
-    c.add_argument("--seconds", type=float, default=1.0, help="per contender and case (default 1)")
-    c.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto takes a GPU where there is one")
-    c.add_argument("--output", type=Path, default=Path("benchmark-results.json"), help="result file to add to")
-
-    c = command(
-        "compare",
-        _compare,
-        "table and plots of what bench measured",
-        "qcfs-fast compare benchmark-results.json --plots plots",
-    )
-    c.add_argument("results", type=Path, help="file written by bench or by pytest benchmarks")
-    c.add_argument("--plots", type=Path, metavar="FOLDER", help="write plots there")
-    c.add_argument("--format", choices=("png", "svg"), nargs="+", default=["png", "svg"], help="default: both")
-    c.add_argument("--readme", type=Path, metavar="FILE", help="replace the benchmark section of this Markdown file")
+    for add in (_add_demo, _add_info, _add_convert, _add_eval, _add_profile, _add_bench, _add_compare):
+        add(commands)
     return parser
 
 
@@ -396,8 +407,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if getattr(options, "networks", None):
-        from .benchmark.cases import NETWORKS
-
         unknown = [n for n in options.networks if n not in NETWORKS]
         if unknown:
             parser.error(f"unknown network {unknown[0]!r}; known: {', '.join(map(repr, NETWORKS))}")

@@ -1,16 +1,16 @@
-"""The main job on real data, from training to a plot, in about a minute.
+"""The whole journey on real data, from training to a plot, in about a minute on two cores.
 
-Trains a small VGG-like network with a residual block and QCFS activations on scikit-learn's digits (1797 scans of
-handwritten digits, 8x8, which ship inside that package), converts it, and compares by T: accuracy beside
-the ANN's, agreement with the float64 simulation, firing rate, and time per image. A report (profiling.py) adds synaptic
-operations, energy and time by layer, and accuracy against mean steps when each image stops as soon as it is clear.
+A small VGG-like network with a residual block and QCFS activations is trained on scikit-learn's digits (1797 scans of
+handwritten digits, 8x8, which ship inside that package) and converted. Then it is compared by T: accuracy beside the
+ANN's, agreement with the float64 simulation, firing rate, and time per image. A report (qcfs_fast.profile) adds
+synaptic operations, energy and time by layer, and accuracy against mean steps when each image stops as soon as its
+answer is clear.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
-import time
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +23,15 @@ from tqdm import tqdm
 
 from .. import backend
 from ..conversion.builder import convert
+from ..files import written_atomically
 from ..model.qcfs import QCFS
 from ..model.simulation import simulate, step_network
 from ..network.recording import trace
 from ..network.snn import SNN
-from .profiling.measure import Profile, profile
+from .benchmark.measure import medians
+from .profiling.measure import profile
+from .profiling.report import Profile
+from .spikes import count_differing, mean_rate
 
 STEPS = (1, 2, 4, 8, 16, 32)
 LEVELS = 4
@@ -37,7 +41,7 @@ REPORT_STEPS = 16
 
 
 class DigitsNet(nn.Module):
-    """Five convolutions, one of them pairs in a residual block, average pooling, two linear layers."""
+    """Five convolutions, the last two in a residual block; average pools; two linear layers."""
 
     def __init__(self, width: int = 32, classes: int = 10) -> None:
         super().__init__()
@@ -121,19 +125,6 @@ class Row:
     loop_time: float
 
 
-def interleaved_medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, measured in turns so that a change of the machine's speed hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for name in calls:
-        calls[name]()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def evaluate(
     model: nn.Module, snn: SNN, data: Digits, batch: int = 100, rounds: int = 7, progress: bool = True
 ) -> list[Row]:
@@ -141,18 +132,16 @@ def evaluate(
     x, y = data.test_x, data.test_y
     with torch.no_grad():
         ann_accuracy = float((model(x).argmax(1) == y).float().mean())
-    longest = max(STEPS)
-    ours = snn(x, T=longest, per_step=True)
-    meaning = simulate(model, x, longest)
-    assert isinstance(meaning, Tensor)
+    ours = snn(x, T=max(STEPS), per_step=True)
+    simulated = simulate(model, x, max(STEPS))  # in float64: the correct result
+    assert isinstance(simulated, Tensor)
     loop, neurons = step_network(model, torch.float32)
     rows = []
     for T in tqdm(STEPS, desc="evaluating", unit="T", disable=not progress):
         spikes = trace(snn, x, T)
         forced = simulate(model, x, T, spikes=True, force=spikes)
         assert not isinstance(forced, Tensor)
-        total = sum(s.numel() for s in spikes.values())
-        different = sum(int((spikes[k] != forced.spikes[k]).sum()) for k in spikes)
+        different, total = count_differing(spikes, forced.spikes)
 
         def run_loop(T: int = T) -> Tensor:
             for neuron in neurons.values():
@@ -165,15 +154,15 @@ def evaluate(
                 "ann": functools.partial(model, x[:batch]),
                 "loop": run_loop,
             }
-            times = interleaved_medians(calls, rounds)
+            times = medians(calls, rounds, x.device)
         rows.append(
             Row(
                 T=T,
                 accuracy=float((ours[T - 1].argmax(1) == y).float().mean()),
                 ann_accuracy=ann_accuracy,
-                same_label=float((ours[T - 1].argmax(1) == meaning[T - 1].argmax(1)).float().mean()),
+                same_label=float((ours[T - 1].argmax(1) == simulated[T - 1].argmax(1)).float().mean()),
                 differing_spikes=different / total,
-                firing_rate=sum(int(s.sum()) for s in spikes.values()) / total,
+                firing_rate=mean_rate(spikes),
                 snn_time=times["snn"] / batch,
                 ann_time=times["ann"] / batch,
                 loop_time=times["loop"] / batch,
@@ -183,15 +172,19 @@ def evaluate(
 
 
 def _table(rows: list[Row]) -> Any:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),  # ten columns in 80 characters
+        pad_edge=False,
         title="Digits by time steps T",
         caption="same label, differing spikes: against the float64 simulation; us: per image, batches of 100",
         title_justify="left",
         caption_justify="left",
     )
-    headings = "T SNN ANN same_label differing_spikes firing_rate SNN_us ANN_us loop_us loop/SNN"
+    headings = "T SNN ANN same_label differing_spikes firing_rate SNN_us ANN_us loop_us loop/_SNN"
     for heading in headings.split():
         table.add_column(heading.replace("_", "\n"), justify="right")
     for r in rows:
@@ -217,18 +210,19 @@ def _plot(rows: list[Row], path: Path) -> None:
     axes.set_title("Digits: accuracy of the converted network by T")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    with written_atomically(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
 
 def report(snn: SNN, data: Digits, T: int = REPORT_STEPS, progress: bool = True) -> Profile:
-    """The profile of a converted network on the test scans, in batches of 200."""
+    """Profile a converted network on the test scans, in batches of 200."""
     batches = list(zip(data.test_x.split(200), data.test_y.split(200), strict=True))
     return profile(snn, batches, T, progress=progress)
 
 
 def _anytime(p: Profile) -> str:
-    """Accuracy against mean steps, in a few lines."""
+    """Accuracy against mean steps, as a few lines of text."""
     assert p.anytime is not None
     assert p.accuracy_by_step is not None
     lines = [f"Stopping each image when it is clear (snn.predict, at most {p.T} steps):"]
@@ -246,7 +240,7 @@ def _anytime(p: Profile) -> str:
 def demo(
     output: Path = Path("demo-output"), epochs: int = EPOCHS, progress: bool = True, as_json: bool = False
 ) -> list[Row]:
-    """Train, convert, evaluate; prints tables and writes under `output`: the network, a plot and a report."""
+    """Train, convert and evaluate; print tables and write the network, a plot and a report into the folder `output`."""
     data = digits()
     output.mkdir(parents=True, exist_ok=True)
     model = train(data, epochs, progress)
@@ -257,8 +251,6 @@ def demo(
     profiled = report(snn, data, progress=progress)
     profiled.to_html(output / "report.html")
     if as_json:
-        import json
-
         print(json.dumps([asdict(r) for r in rows], indent=2))
         return rows
     from rich.console import Console

@@ -5,9 +5,9 @@
     after each batch                       the rank's state file is replaced: batches done, images seen, right by T
     at the end                             sums over all state files; then the state is removed
 
-A state file is written beside its target, synchronised and renamed, so a process killed at any moment leaves the state
-after some whole batch. The next run, with the same or another number of processes, does the remaining batches.
-All T come from one pass of the largest (SNN.forward with per_step).
+A state file is written atomically, so a process killed at any moment leaves the state after some whole batch. The next
+run, with the same or another number of processes, does the remaining batches. One pass of the largest T answers for
+all T (SNN.forward with per_step).
 """
 
 from __future__ import annotations
@@ -16,153 +16,18 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from ..files import write_text_atomically
 from ..network.loading import load
 from ..network.snn import SNN
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
-
-
-# -------------------------------------------------------------------------------------------------- data
-
-
-class Npz:
-    """An .npz file with arrays `images` and `labels`.
-
-    images: floats [N, C, H, W] (or [N, features]) are used as they are; uint8 [N, H, W, C] or [N, C, H, W] is divided
-    by 255, and normalised if mean and std are given. labels: integers [N]; may be absent where none are needed.
-    """
-
-    def __init__(
-        self, path: Path, mean: Sequence[float] | None, std: Sequence[float] | None, labelled: bool = True
-    ) -> None:
-        self.path, self.mean, self.std = path, mean, std
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                needed = ["images", "labels"] if labelled else ["images"]
-                missing = [k for k in needed if k not in file.files]
-                if missing:
-                    raise ValueError(
-                        f"{path}: has no array {' or '.join(missing)}, only {', '.join(file.files) or 'none'}; save "
-                        "it as numpy.savez(file, images=..., labels=...)"
-                    )
-                self.images = file["images"]
-                self.labels = file["labels"] if "labels" in file.files else np.zeros(len(self.images), np.int64)
-        except (OSError, EOFError, ValueError, KeyError) as error:
-            if isinstance(error, ValueError) and str(error).startswith(str(path)):
-                raise
-            raise ValueError(f"{path}: not a complete .npz file ({str(error).splitlines()[0]})") from error
-        except Exception as error:  # zipfile has its own exception
-            raise ValueError(f"{path}: not a complete .npz file ({error})") from error
-        if self.labels.ndim != 1 or self.labels.dtype.kind not in "iu" or len(self.labels) != len(self.images):
-            raise ValueError(
-                f"{path}: labels must be {len(self.images)} integers, one per image, got {self.labels.dtype} "
-                f"{list(self.labels.shape)}"
-            )
-        if self.images.dtype.kind not in "fu" or self.images.ndim not in (2, 4):
-            raise ValueError(
-                f"{path}: images must be floats or uint8 [N, C, H, W] (or [N, features]), got {self.images.dtype} "
-                f"{list(self.images.shape)}"
-            )
-        if self.images.dtype == np.uint8 and self.images.ndim == 4 and self.images.shape[1] not in (1, 3):
-            self.images = self.images.transpose(0, 3, 1, 2)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: range) -> tuple[Tensor, Tensor]:
-        part = self.images[indices.start : indices.stop]
-        x = torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
-        if part.dtype == np.uint8:
-            x = normalised(x / 255, self.mean, self.std)
-        return x, torch.from_numpy(self.labels[indices.start : indices.stop].astype(np.int64))
-
-
-class Folder:
-    """A folder with one subfolder of images per class; classes are numbered in alphabetical order.
-
-    Each image is resized so that its shorter side is 8/7 of `size`, cut to the central square, scaled to 0..1 and
-    normalised (by ImageNet's mean and deviation unless told otherwise).
-    """
-
-    def __init__(self, path: Path, size: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        self.path, self.size = path, size
-        self.mean, self.std = mean or MEAN, std or STD
-        self.classes = sorted(p.name for p in path.iterdir() if p.is_dir())
-        self.files = [
-            (file, label)
-            for label, name in enumerate(self.classes)
-            for file in sorted((path / name).rglob("*"))
-            if file.suffix.lower() in SUFFIXES
-        ]
-        if not self.files:
-            raise ValueError(f"{path}: has no images in class subfolders (such as {path / 'cat' / '1.jpg'})")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def batch(self, indices: range) -> tuple[Tensor, Tensor]:
-        with ThreadPoolExecutor(8) as readers:
-            images, labels = zip(*readers.map(lambda i: self._read(*self.files[i]), indices), strict=True)
-        return torch.stack(images), torch.tensor(labels)
-
-    def _read(self, path: Path, label: int) -> tuple[Tensor, int]:
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError("reading images needs Pillow: pip install pillow") from error
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-        scale = round(self.size * 8 / 7) / min(image.size)
-        image = image.resize([max(self.size, round(d * scale)) for d in image.size], Image.Resampling.BILINEAR)
-        x, y = ((d - self.size) // 2 for d in image.size)
-        pixels = np.array(image.crop((x, y, x + self.size, y + self.size)), dtype=np.float32)
-        return normalised(torch.from_numpy(pixels).permute(2, 0, 1) / 255, self.mean, self.std), label
-
-
-def normalised(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
-    shape = (-1, *([1] * 2))
-    if mean is not None:
-        x = x - torch.tensor(mean).reshape(shape)
-    return x if std is None else x / torch.tensor(std).reshape(shape)
-
-
-def open_data(
-    path: Path,
-    size: int = 224,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    labelled: bool = True,
-) -> Npz | Folder:
-    """An image folder or an .npz file."""
-    if path.is_dir():
-        return Folder(path, size, mean, std)
-    if not path.exists():
-        raise FileNotFoundError(f"no data at {path}; give a folder of class subfolders, or an .npz file")
-    return Npz(path, mean, std, labelled)
-
-
-def batches(data: Npz | Folder, size: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) in order, at most `most` images."""
-    count = len(data) if most is None else min(most, len(data))
-    for start in range(0, count, size):
-        yield data.batch(range(start, min(start + size, count)))
-
+from .data import Dataset, batch_count, batch_range
 
 # ------------------------------------------------------------------------------------------------- state
 
@@ -199,19 +64,13 @@ class State:
         return Progress(data["batches"], data["seen"], data["right"])
 
     def done(self) -> set[int]:
+        """The batches that some process has finished."""
         return {b for p in (self.own, *self.others.values()) for b in p.batches}
 
     def write(self) -> None:
         own = self.own
-        text = json.dumps(
-            {"fingerprint": self.fingerprint, "batches": own.batches, "seen": own.seen, "right": own.right}
-        )
-        handle, temporary = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        with os.fdopen(handle, "w") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, self.folder / f"{self.rank}.json")
+        state = {"fingerprint": self.fingerprint, "batches": own.batches, "seen": own.seen, "right": own.right}
+        write_text_atomically(self.folder / f"{self.rank}.json", json.dumps(state))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -231,6 +90,7 @@ class Processes:
             torch.distributed.init_process_group("gloo")
 
     def sum(self, counts: list[int]) -> list[int]:
+        """Counts summed over all processes."""
         if self.world == 1:
             return counts
         total = torch.tensor(counts)
@@ -238,6 +98,7 @@ class Processes:
         return [int(c) for c in total]
 
     def wait(self) -> None:
+        """Until every process is here."""
         if self.world > 1:
             torch.distributed.barrier()
 
@@ -247,7 +108,7 @@ class Processes:
 
 
 def device_of(name: str, local_rank: int) -> torch.device:
-    """ "auto" is this process's GPU where there is one."""
+    """The device of that name; "auto" is this process's GPU where there is one."""
     if name == "auto":
         name = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -266,12 +127,13 @@ class Accuracy:
     resumed: int
 
     def shares(self) -> list[float]:
+        """Accuracy by T."""
         return [r / self.images for r in self.right]
 
 
 def evaluate(
     network: Path,
-    data: Npz | Folder,
+    data: Dataset,
     steps: Sequence[int],
     batch: int = 64,
     state: Path | None = None,
@@ -324,7 +186,7 @@ def evaluate(
             for other, done in kept.others.items():
                 if other >= processes.world:  # left by a run with more processes
                     counts = [a + b for a, b in zip(counts, [done.seen, *done.right], strict=True)]
-        resumed = sum(len(data_range(data, b, batch)) for b in kept.before)
+        resumed = sum(len(batch_range(data, b, batch)) for b in kept.before)
         counts = processes.sum(counts)
         if processes.rank:
             return None
@@ -334,13 +196,9 @@ def evaluate(
         processes.close()
 
 
-def data_range(data: Npz | Folder, number: int, batch: int) -> range:
-    return range(number * batch, min((number + 1) * batch, len(data)))
-
-
 def _work(
     snn: SNN,
-    data: Npz | Folder,
+    data: Dataset,
     kept: State,
     processes: Processes,
     batch: int,
@@ -349,14 +207,14 @@ def _work(
     progress: bool,
 ) -> None:
     """This process's share of the batches that nobody has done."""
-    count = -(-len(data) // batch)
+    count = batch_count(data, batch)
     done = kept.done()
     mine = [b for b in range(count) if b not in done][processes.rank :: processes.world]
     bar = tqdm(total=count if processes.world == 1 else len(mine), initial=len(done) if processes.world == 1 else 0,
                desc="evaluating", unit="batch", disable=not progress or processes.rank > 0)  # fmt: skip
     with bar, torch.no_grad():
         for number in mine:
-            x, y = data.batch(data_range(data, number, batch))
+            x, y = data.batch(batch_range(data, number, batch))
             out = snn(x.to(place), T=max(steps), per_step=True)
             labels = out.argmax(2).cpu()
             kept.own.right = [r + int((labels[t - 1] == y).sum()) for r, t in zip(kept.own.right, steps, strict=True)]

@@ -35,9 +35,9 @@ _kept: list[Any] = []  # a torch.library registration lasts as long as its objec
 def torchvision_models() -> Any:
     """The module torchvision.models.
 
-    torchvision's Python part registers fake kernels for two operators of its binary part, which does not load
-    beside a torch of another build (CPU torch and PyPI's torchvision, say). Models need neither; with their
-    schemas declared first the import succeeds.
+    torchvision's Python part registers fake kernels for two operators of its binary part. Beside a torch of another
+    build (a CPU build and PyPI's torchvision, for instance) the binary part does not load, and the import fails. The
+    models need neither operator, so the import is tried once more with their schemas declared.
     """
     try:
         return importlib.import_module("torchvision").models

@@ -1,61 +1,41 @@
-"""The benchmark: contenders measured in turns, in one run, and written to one JSON file.
+"""What the benchmark measures: networks, each with a batch and a number of time steps T, and single layers.
 
-A case is a network (or a layer), a batch and a number of time steps T. Its contenders (contenders.py) take turns
-within every round, so that a change of the machine's speed hits all alike; reported are the median and the
-quartiles. Slow contenders get fewer rounds, and none whose single call is expected to take more than LONGEST seconds:
-these, and those that fail, stand in the result with the reason. Before anything is timed the answers are compared:
-ours spike by spike with the float64 simulation, every simulator spike by spike with ours, each ANN with the prepared
+Before anything is timed the answers are compared, because figures mean little if contenders compute different things:
+ours with the float64 simulation, spike by spike; every simulator with ours, spike by spike; each ANN with the prepared
 network.
 
-Networks have random weights, and thresholds calibrated and then scaled so that the mean firing rate is TARGET (trained
-QCFS networks fire at 5 to 15 % a step): silent or saturated networks measure something else. The rate is part of the
-result.
-
-The result file grows: a run replaces the cases it measured and keeps the others, so that a long benchmark can be cut
-into parts. All in a file must come from one machine and one version of the software; anything else is refused.
+Networks have random weights. Their thresholds are calibrated and then scaled so that the mean firing rate is
+TARGET_RATE, because a silent or a saturated network measures something else. (Trained QCFS networks fire at 5 to 15 %
+a step.) The rate is part of the result.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import json
-import os
-import platform
-import statistics
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ... import backend
-from ...backend.information import processor, version_of
 from ...conversion.builder import convert
 from ...conversion.preparation import prepare
 from ...model.calibration import calibrate
 from ...model.simulation import simulate
-from ...network.layers import Layer as Node
-from ...network.layers import SpikingLayer
+from ...network.layers import Layer, SpikingLayer
 from ...network.recording import trace
 from ...network.snn import SNN
 from ...operators import masks, reference
 from ...operators.signature import Conv2dIf
-from ...version import __version__
+from ..spikes import count_differing, mean_rate
 from ..zoo import torchvision_network
-from .contenders import DTYPES, Contenders, activations, apart, channels_last, describe_error, quantised
+from .contenders import DTYPES, Contenders, activations, channels_last, count_differences, quantised
+from .measure import Effort, allocated_bytes, describe_error, interleaved, live_bytes
 
-NOT_MEASURED = "not measured"
-FORMAT = "qcfs_fast benchmark"
-FORMAT_VERSION = 1
-LONGEST = 20.0  # seconds of one call
-TARGET, LOWEST, HIGHEST = 0.169, 0.08, 0.18  # mean firing rate; at T = 1 random networks fire at half of it
+TARGET_RATE, MIN_RATE, MAX_RATE = 0.169, 0.08, 0.18  # mean firing rate; at T = 1 random networks fire at half of it
 CLASSES = 100
 NETWORKS = {"resnet18 224": ("resnet18", 224), "vgg16_bn 32": ("vgg16_bn", 32), "vgg16_bn 224": ("vgg16_bn", 224)}
 BATCHES = (1, 8, 32)
@@ -63,145 +43,17 @@ STEPS = (1, 2, 4, 8, 16)
 QUICK = {("resnet18 224", 1): STEPS, ("resnet18 224", 8): (4,), ("vgg16_bn 32", 1): STEPS, ("vgg16_bn 32", 32): (4,)}
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure: at most `rounds` calls, and about `seconds`, per contender; never fewer than three calls."""
-
-    rounds: int = 15
-    seconds: float = 1.0
+# ------------------------------------------------------------------------------------------ networks
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def spiking_macs(snn: SNN, images: Tensor, T: int) -> dict[str, int]:
+    """Dense multiply-accumulates of the spiking layers over all T steps, one per weight and output.
 
-
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def interleaved(
-    calls: Mapping[str, Callable[[], Any]], effort: Effort, device: torch.device, expected: Mapping[str, float]
-) -> dict[str, dict[str, Any]]:
-    """Seconds of each call, in turns: median, quartiles, least, rounds; or the error.
-
-    `expected` holds seconds of one call where they are known beforehand.
+    A kernel for 16-bit weights makes two int8 products of each.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    rounds: dict[str, int] = {}
-    for name, call in calls.items():
-        if expected.get(name, 0) > LONGEST:
-            rows[name] = {
-                "error": f"one call would take about {expected[name]:.0f} s, above the limit of {LONGEST:.0f} s"
-            }
-            continue
-        try:
-            timed(call, device)  # compiles, allocates
-            once = timed(call, device)
-        except Exception as error:
-            rows[name] = {"error": describe_error(error)}
-            continue
-        rounds[name] = max(3, min(effort.rounds, int(effort.seconds / max(once, 1e-6))))
-    times: dict[str, list[float]] = {name: [] for name in rounds}
-    most = max(rounds.values(), default=0)
-    for i in range(most):
-        for name, n in rounds.items():
-            if (i + 1) * n // most > i * n // most:  # n of `most` rounds, spread evenly
-                times[name].append(timed(calls[name], device))
-    for name, seconds in times.items():
-        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        rows[name] = {
-            "seconds": middle,
-            "quartiles": [low, high],
-            "least": min(seconds),
-            "rounds": len(seconds),
-        }
-    return rows
-
-
-# --------------------------------------------------------------------------------------- what is known
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Where and with what; results are comparable only where this is equal."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else processor(),
-        "cpu": processor(),
-        "threads": torch.get_num_threads(),
-        "kernels": backend.describe_gpu() if cuda else backend.describe(),
-        "torch sees": torch.backends.cpu.get_cpu_capability(),
-        "system": platform.system(),
-        "versions": {
-            "qcfs_fast": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **{p: version_of(p) or "not installed" for p in ("torchvision", "spikingjelly", "snntorch", "triton")},
-        },
-    }
-
-
-def matrix_peak() -> float | str:
-    """Multiply-accumulates per second of the processor's best int8 instruction, by a loop of nothing else."""
-    if backend.native.module is None:
-        return NOT_MEASURED
-    return float(backend.native.module.measure_peak(backend.settings().isa, torch.get_num_threads()))
-
-
-def live_bytes(snn: SNN, images: Tensor, T: int) -> dict[str, int]:
-    """The most bytes of activations that live at once: of ours, and of float32 tensors [T, N, ...] in their place.
-
-    What lives is what a later layer still reads, and the output being written. Float simulators keep membranes and
-    currents besides, which are not counted.
-    """
-    last = {source: name for name, layer in snn.layers.items() for source in layer.inputs}
-    ours: dict[str, int] = {}
-    floats: dict[str, int] = {}
-    most = [0, 0]
-
-    def watch(name: str, layer: Node, value: Any) -> None:
-        tensors = value if isinstance(value, tuple) else (value,)
-        ours[name] = sum(t.numel() * t.element_size() for t in tensors)
-        per_step = tensors[0].numel() // (tensors[0].shape[0] if tensors[0].dtype == torch.uint8 else 1)
-        floats[name] = 4 * per_step * (T if tensors[0].dtype == torch.uint8 else 1)
-        most[0], most[1] = max(most[0], sum(ours.values())), max(most[1], sum(floats.values()))
-        for source in layer.inputs:
-            if last[source] == name and source != name:
-                ours.pop(source, None)
-                floats.pop(source, None)
-
-    snn.run(images, T, watch=watch)
-    return {"qcfs_fast": most[0], "float32": most[1]}
-
-
-def allocated_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """The most that one call allocates through torch at once, weights and inputs not counted."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes lines of its own otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-def products(snn: SNN, images: Tensor, T: int) -> dict[str, int]:
-    """Dense multiply-accumulates of the spiking layers for all T steps, one per weight and output (per digit: times two
-    in 16 bits)."""
     total = 0
 
-    def watch(name: str, layer: Node, value: Any) -> None:
+    def watch(name: str, layer: Layer, value: Any) -> None:
         nonlocal total
         if isinstance(layer, SpikingLayer):
             pixels = value[0].numel() // value.shape[-1]
@@ -212,15 +64,8 @@ def products(snn: SNN, images: Tensor, T: int) -> dict[str, int]:
     return {"macs": total}
 
 
-# ------------------------------------------------------------------------------------------ networks
-
-
-def mean_rate(spikes: Mapping[str, Tensor]) -> float:
-    return sum(int(s.sum()) for s in spikes.values()) / sum(s.numel() for s in spikes.values())
-
-
 def firing_network(name: str, size: int) -> nn.Module:
-    """A torchvision network with random weights whose layers fire at TARGET on uniform noise, over four steps."""
+    """A torchvision network with random weights whose layers fire at TARGET_RATE on uniform noise, over four steps."""
     torch.manual_seed(0)
     model = prepare(torchvision_network(name, CLASSES), levels=4)
     images = torch.rand(4, 3, size, size)
@@ -235,14 +80,14 @@ def firing_network(name: str, size: int) -> nn.Module:
                 t.copy_(s * factor)
         found = simulate(model, images[:1], 4, torch.float32, spikes=True)
         assert not isinstance(found, Tensor)
-        if abs(mean_rate(found.spikes) - TARGET) < 0.003:
+        if abs(mean_rate(found.spikes) - TARGET_RATE) < 0.003:
             break
-        low, high = (factor, high) if mean_rate(found.spikes) > TARGET else (low, factor)
+        low, high = (factor, high) if mean_rate(found.spikes) > TARGET_RATE else (low, factor)
     return model
 
 
-class Network:
-    """One network under test, converted; contenders are made per batch."""
+class NetworkCases:
+    """One network, converted, and its cases; contenders are made per batch."""
 
     def __init__(self, label: str, device: torch.device, compiled: bool = True) -> None:
         self.label = label
@@ -260,13 +105,12 @@ class Network:
         return lambda: snn(images, T)
 
     def check_ours(self) -> float:
-        """Share of spikes apart from the float64 simulation, layer by layer; raises if they are many."""
+        """Share of spikes that differ from the float64 simulation, layer by layer; raises if it is large."""
         image = torch.rand(1, 3, self.size, self.size)
         spikes = trace(self.snns[16], image, 4)
         forced = simulate(self.model, image, 4, spikes=True, force=spikes)
         assert not isinstance(forced, Tensor)
-        wrong = sum(int((spikes[k] != forced.spikes[k]).sum()) for k in spikes)
-        return few(f"{self.label}: ours and float64", wrong, sum(s.numel() for s in spikes.values()), 1e-4)
+        return check_share(f"{self.label}: ours and float64", *count_differing(spikes, forced.spikes), 1e-4)
 
     def cases(self, batch: int, steps: tuple[int, ...], effort: Effort, only: str = "") -> Iterator[dict[str, Any]]:
         """One result per T. `only` keeps the contenders whose name contains it."""
@@ -282,7 +126,7 @@ class Network:
         for T in steps:
             spikes = trace(self.snns[16], images[:2], T)
             rate = mean_rate(spikes)
-            if not LOWEST <= rate <= HIGHEST:
+            if not MIN_RATE <= rate <= MAX_RATE:
                 raise AssertionError(f"{self.label}, T={T}: firing rate {rate:.1%} is not in 8 to 18 %")
             calls = {n: partial(c, T) for n, c in peers.calls.items()}
             expected = anns | {n: per_step * T for n, per_step in loops.items()}
@@ -304,17 +148,16 @@ class Network:
                 "firing rate": rate,
                 "check": checks,
                 "live bytes": live_bytes(self.snns[16], images, T),
-                **products(self.snns[16], images, T),
+                **spiking_macs(self.snns[16], images, T),
                 "contenders": {**rows, **{n: {"error": e} for n, e in peers.errors.items() if only in n}},
             }
             gc.collect()
 
     def check(self, peers: Contenders, images: Tensor, T: int = 4) -> dict[str, float]:
-        """Each contender against what it should compute; raises where it computes something else.
+        """Compare each contender with what it should compute; raises where it computes something else.
 
-        Spikes (of simulators) and levels (of QCFS networks) are compared layer by layer, compiled networks by their
-        logits with the eager ones: in networks with random weights one flip spreads, so logits are close only
-        loosely.
+        Spikes (of simulators) and levels (of QCFS networks) are compared layer by layer. Compiled networks are compared
+        with the eager ones by their logits, and loosely: in a network with random weights one flipped spike spreads.
         """
         found = {"qcfs_fast 16-bit, spikes apart from float64": self.check_ours()}
         spikes = trace(self.snns[16], images, T)
@@ -334,24 +177,24 @@ class Network:
                 continue
             if name in peers.networks and "ReLU" not in name:
                 wanted = levels if name.startswith("ANN") else spikes
-                wrong, total = apart(call, peers.networks[name], wanted, T)
+                wrong, total = count_differences(call, peers.networks[name], wanted, T)
                 limit = 0.05 if "bf16" in name else 1e-4
-                found[f"{name}, apart"] = few(f"{self.label}: {name}, apart", wrong, total, limit)
+                found[f"{name}, apart"] = check_share(f"{self.label}: {name}, apart", wrong, total, limit)
             elif eager != name and eager in logits:
-                found[f"{name}, logits"] = distance(out, logits[eager])
+                found[f"{name}, logits"] = relative_distance(out, logits[eager])
                 if not found[f"{name}, logits"] <= 0.5:
                     raise AssertionError(f"{self.label}: {name}: logits unlike the eager ones ({found})")
         return found
 
 
-def few(what: str, wrong: int, total: int, limit: float) -> float:
-    """The share that differs; raises if it is beyond the limit (three are allowed in any case)."""
+def check_share(what: str, wrong: int, total: int, limit: float) -> float:
+    """The share that differs; raises if it exceeds the limit (three differences are allowed in any case)."""
     if wrong > 3 + limit * total:
         raise AssertionError(f"{what}: {wrong} of {total} differ")
     return wrong / total
 
 
-def distance(a: Tensor, b: Tensor) -> float:
+def relative_distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
@@ -366,8 +209,8 @@ LAYERS: dict[str, tuple[int, int, int, int]] = {  # kernel, size, channels in an
 }
 
 
-class Layer:
-    """One spiking layer alone at batch 1, on random spikes of a trained network's rate; CPU."""
+class LayerCase:
+    """One spiking layer alone on the CPU at batch 1, on random spikes with the rate of a trained network."""
 
     def __init__(self, label: str, T: int = 4, rate: float = 0.12) -> None:
         self.label, self.T = label, T
@@ -382,7 +225,7 @@ class Layer:
         self.bias = torch.zeros(self.outputs, dtype=torch.int32)
         self.threshold = torch.full_like(self.bias, self.unit)
         self.linear = self.kernel == self.size == 1
-        # Kept: packed weights belong to a tensor, and a view made for each call would be packed for each call.
+        # Kept, because packed weights are cached per tensor: a view made for each call would be packed for each call.
         self.matrices = {bits: w.flatten(0, 2) for bits, w in self.weights.items()}
 
     def ours(self, bits: int) -> Tensor:
@@ -392,7 +235,7 @@ class Layer:
         return torch.ops.qcfs_fast.conv2d_if([self.x], [self.weights[bits]], self.geometry, *tail)
 
     def fired(self) -> Tensor:
-        """Spikes [T, 1, O, ...] by the plain-torch reference, with which ours must agree."""
+        """Spikes [T, 1, O, ...] by the plain-torch reference; raises if ours differ."""
         tail: Any = ([], [], None, self.bias, self.threshold, self.T)
         want = reference.conv2d_if(Conv2dIf.checked([self.x], [self.weights[16]], self.geometry, *tail))
         if not torch.equal(self.ours(16).reshape(want.shape), want):
@@ -415,6 +258,7 @@ class Layer:
         return layer, self.spikes.flatten(0, 1).to(dtype).permute(0, 3, 1, 2)
 
     def case(self, effort: Effort) -> dict[str, Any]:
+        """The layer's result."""
         T, fired, check = self.T, self.fired(), {}
         calls: dict[str, Callable[[], Any]] = {f"qcfs_fast {b}-bit": partial(self.ours, b) for b in self.weights}
         for name, dtype in DTYPES.items():
@@ -447,72 +291,3 @@ class Layer:
             "macs": T * self.size**2 * self.weights[16].numel(),
             "contenders": interleaved(calls, effort, torch.device("cpu"), {}),
         }
-
-
-# -------------------------------------------------------------------------------------------- results
-
-
-class Results:
-    """The result file: opened (or begun) for one machine, a case added at a time, written atomically each time."""
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path = path
-        here = machine(device)
-        if path.exists():
-            self.data = read(path)
-            there = self.data["machine"]
-            differing = [k for k in here if here[k] != there.get(k)]
-            if differing:
-                raise ValueError(
-                    f"{path} holds results of other conditions ({', '.join(differing)} differ); give another file, or "
-                    "remove this one"
-                )
-        else:
-            self.data = {"format": FORMAT, "version": FORMAT_VERSION, "machine": here, "peak": {}, "cases": []}
-        if not isinstance(self.data["peak"].get("int8 macs per second"), float):
-            self.data["peak"]["int8 macs per second"] = matrix_peak()
-
-    def add(self, case: Mapping[str, Any]) -> None:
-        keep = [c for c in self.data["cases"] if case_key(c) != case_key(case)]
-        self.data["cases"] = sorted([*keep, dict(case)], key=case_key)
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".part")
-        with os.fdopen(handle, "w") as f:
-            json.dump(self.data, f, indent=1)
-            f.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, self.path)
-
-
-def case_key(case: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (case["kind"], case["name"], case["batch"], case["T"])
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A result file, checked for its form."""
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a result file of qcfs-fast bench")
-    if data.get("version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: written in version {data.get('version')} of the result format, need {FORMAT_VERSION}"
-        )
-    return data
-
-
-def summary(case: Mapping[str, Any]) -> str:
-    """One line: times, and how many times as long each contender takes as ours in 16 bits."""
-    rows = case["contenders"]
-    ours = next((r["seconds"] for n, r in rows.items() if n.startswith("qcfs_fast 16-bit") and "error" not in r), None)
-    cells = []
-    for name, row in rows.items():
-        if "error" in row:
-            cells.append(f"{name} {NOT_MEASURED} ({row['error']})")
-        else:
-            ratio = f" (x{row['seconds'] / ours:.2f})" if ours and not name.startswith("qcfs_fast 16-bit") else ""
-            cells.append(f"{name} {1e3 * row['seconds']:.3f} ms{ratio}")
-    return f"{case['name']}, batch {case['batch']}, T={case['T']}, firing rate {case['firing rate']:.1%}: " + ", ".join(
-        cells
-    )

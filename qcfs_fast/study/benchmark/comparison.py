@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import NOT_MEASURED
+from ...files import write_text_atomically, written_atomically
+from .measure import NOT_MEASURED
 
 Case = Mapping[str, Any]
 
@@ -166,7 +167,8 @@ def plots(data: Mapping[str, Any], folder: Path, suffixes: Sequence[str] = (".pn
             for suffix in suffixes:
                 path = folder / f"{name}{suffix}"
                 metadata = {"Date": None} if suffix == ".svg" else {"Software": None}
-                figure.savefig(path, dpi=160, metadata=metadata)
+                with written_atomically(path) as temporary:
+                    figure.savefig(temporary, format=suffix.removeprefix("."), dpi=160, metadata=metadata)
                 written.append(path)
             plt.close(figure)
     return written
@@ -341,4 +343,4 @@ def write_readme(path: Path, text: str) -> None:
     if old.count(MARK[0]) != 1 or old.count(MARK[1]) != 1:
         raise ValueError(f"{path}: needs the lines {MARK[0]} and {MARK[1]} once each; between them goes the table")
     before, rest = old.split(MARK[0])
-    path.write_text(f"{before}{MARK[0]}\n\n{text}\n{MARK[1]}{rest.split(MARK[1])[1]}")
+    write_text_atomically(path, f"{before}{MARK[0]}\n\n{text}\n{MARK[1]}{rest.split(MARK[1])[1]}")

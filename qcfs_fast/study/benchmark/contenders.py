@@ -1,21 +1,22 @@
 """The contenders of a comparison: one network, with the same weights and thresholds, run in every usual way.
 
-    qcfs_fast       the converted network, 16- and 8-bit weights; on a GPU once per backend that can run
-    ANN             the network itself, one pass: with its QCFS activation, and with ReLU in its place (cheaper, and
-                    what a user who wants no spikes would run)
+    qcfs_fast       the converted network with 16- and 8-bit weights; on a GPU once per backend that can run
+    ANN             the network itself, one pass. Once with its QCFS activation, and once with ReLU in its place, which
+                    is cheaper and is what a user who wants no spikes would run
     T-loop          the plain simulator: the network with integrate-and-fire neurons, called T times
-    SpikingJelly    its multi-step IFNode on [T, N, ...]; the layers between see T * N images, the first one N. It
-                    chooses its own implementation for the device
+    SpikingJelly    its multi-step IFNode on [T, N, ...]. The layers between neurons see T * N images, the first one N.
+                    The library chooses its own implementation for the device
     snnTorch        its Leaky with beta = 1, called T times
 
-All have BatchNorm folded into the convolutions and run in channels_last; float ones in float32 and bfloat16, the ANN
-and the T-loop also under torch.compile. Every neuron starts at theta/2 and subtracts theta. SpikingJelly compares
-v >= theta, as we do. snnTorch compares v > theta, so it gets the next smaller float as its threshold, which makes the
-two the same comparison. Spikes are worth theta: one multiplication after the neuron where a library's spikes are
-worth 1.
+BatchNorm is folded into the convolutions and tensors are channels_last in all of them. The float ones run in float32
+and in bfloat16, the ANN and the T-loop also under torch.compile.
 
-Rates and times would mean little if contenders computed different things: `apart` runs each neuron on our spikes as
-input and counts where it fires otherwise.
+Every neuron starts at theta/2 and subtracts theta. SpikingJelly compares v >= theta, as we do. snnTorch compares
+v > theta, so its threshold is the next smaller float; the two comparisons are then the same. A spike is worth theta,
+so where a library's spikes are worth 1 there is one multiplication behind the neuron.
+
+Times mean little if contenders compute different things. `count_differences` therefore runs each neuron on our spikes
+as input and counts where it fires otherwise.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from ... import backend
 from ...model.qcfs import is_qcfs
 from ...network.snn import SNN
+from .measure import describe_error
 
 Call = Callable[[int], Tensor]
 Make = Callable[[str, Any], nn.Module]  # from a QCFS site's name and module to what stands in its place
@@ -41,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class _Qcfs(nn.Module):
-    """QCFS in five passes in place; the trainable one takes more."""
+    """QCFS in five passes over the data, in place; the trainable one takes more."""
 
     def __init__(self, theta: float, levels: int) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class _Neuron(nn.Module):
 
 
 class _StepNeuron(_Neuron):
-    """The simulator's neuron. The membrane is a tensor from the first call on, so that it compiles without branches."""
+    """The simulator's neuron. Its membrane is always a tensor, so that the step compiles without a branch."""
 
     v: Tensor
 
@@ -155,7 +157,7 @@ def _theta(module: Any) -> float:
 
 
 class Contenders:
-    """Calls by name for one network and one batch of images. What cannot be made stands in `errors`.
+    """Calls by name for one network and one batch of images; `errors` holds the reason where one cannot be made.
 
     Args:
         model: a prepared network with a threshold per layer.
@@ -167,7 +169,7 @@ class Contenders:
     def __init__(self, model: nn.Module, snns: Mapping[int, SNN], images: Tensor, compiled: bool = True) -> None:
         self.calls: dict[str, Call] = {}
         self.errors: dict[str, str] = {}
-        self.networks: dict[str, nn.Module] = {}  # float networks with neurons or QCFS, for `apart`
+        self.networks: dict[str, nn.Module] = {}  # float networks with neurons or QCFS, for `count_differences`
         self.images = images
         self.base = folded(model)
         device = images.device
@@ -178,8 +180,8 @@ class Contenders:
         self.first = next(iter(activations(self.base)))
         for label in DTYPES:
             for name, make in (("ReLU", _relu), ("QCFS", _qcfs)):
-                self._both(f"ANN {name} {label}", compiled, partial(self._ann, make, label))
-            self._both(f"T-loop {label}", compiled, partial(self._loop, _step_neuron, label))
+                self._eager_and_compiled(f"ANN {name} {label}", compiled, partial(self._ann, make, label))
+            self._eager_and_compiled(f"T-loop {label}", compiled, partial(self._loop, _step_neuron, label))
         for label, dtype in DTYPES.items():
             self._attempt(f"SpikingJelly {label}", partial(self._multi_step, self._spikingjelly, label))
             self._attempt(f"snnTorch {label}", partial(self._loop, partial(_snntorch, dtype), label))
@@ -196,7 +198,7 @@ class Contenders:
         except Exception as error:  # a peer that is not installed, or does not run here, is a result
             self.errors[name] = describe_error(error)
 
-    def _both(self, name: str, compiled: bool, make: Callable[..., Any]) -> None:
+    def _eager_and_compiled(self, name: str, compiled: bool, make: Callable[..., Any]) -> None:
         self._attempt(name, make)
         if compiled:
             self._attempt(f"{name} compiled", lambda: (make(compiled=True)[0], None))
@@ -263,11 +265,8 @@ def _snntorch(dtype: torch.dtype, name: str, module: Any) -> nn.Module:
     return _SnnTorch(_theta(module), dtype)
 
 
-def describe_error(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"[:300]
-
-
 def gpu_backends() -> list[str]:
+    """Backends that can run here, the preferred one first."""
     return [name for name in ("cuda", "triton") if not backend.absence[name]()]
 
 
@@ -287,11 +286,11 @@ def _shape_membranes(network: nn.Module, images: Tensor) -> None:
             handle.remove()
 
 
-def apart(call: Call, network: nn.Module, values: Mapping[str, Tensor], T: int) -> tuple[int, int]:
-    """Outputs at which a float network differs from the given ones, layer by layer, and how many were compared.
+def count_differences(call: Call, network: nn.Module, values: Mapping[str, Tensor], T: int) -> tuple[int, int]:
+    """How many outputs of a float network's neurons differ from the given ones, and how many were compared.
 
-    `values` are spikes as trace gives them, or for a network of QCFS activations their outputs. Each layer reads these
-    instead of its neighbours', so that a difference does not spread.
+    `values` are spikes as trace gives them, or for a network of QCFS activations the outputs of these. Each layer reads
+    them instead of what the layer before it made, so that a difference does not spread.
     """
     different = total = 0
     handles = []

@@ -1,35 +1,19 @@
-"""profile: firing rates, synaptic operations, energy and time of a converted network, layer by layer.
+"""profile(): runs a converted network on data and measures it, layer by layer.
 
-Every batch runs twice. The first run counts: which neurons fire at which step (exactly what `trace` returns), and
-from the running outputs accuracy by T. The second has nothing between two layers but a reading of the clock.
-Synaptic operations follow from the spikes and the exact fan-out of every position (synapses.py).
+Every batch runs twice, because counting costs time that must not be measured:
 
-What is charged, and by which convention:
+    counting run   reads which neurons fire at which step (exactly what `trace` returns), and from the running outputs
+                   the answer after each step
+    timed run      does nothing between two layers but read the clock
 
-    accumulate            one per spike and synapse it reaches. Average pools have no neurons: a spike goes on to the
-                          synapses behind the pool, once for every window that covers it, so a count of v on a count
-                          plane makes v accumulates. Residual spikes make one each, listed separately as well.
-    multiply-accumulate   the layer that reads the image, once per image, as this library computes it; T times
-                          on demand, as a step-by-step simulator does.
-    readout               one accumulate per spike and class, as event-driven hardware would. (This library runs it
-                          once per image on spike counts.)
-    ANN                   one multiply-accumulate per synapse: the same graph run densely, once.
-    not charged           in either network: biases, pools, memory traffic. In the SNN: the membrane updates,
-                          which `updates` counts (neurons times steps).
-
-Energy figures: 45 nm, 32-bit floating point, 0.9 pJ per addition and 3.7 + 0.9 pJ per multiply-accumulate; M. Horowitz,
-"Computing's energy problem (and what we can do about it)", ISSCC 2014, figure 1.1.9.
+Synaptic operations follow from the spikes and the exact fan-out of every position (synapses.py). record.py says which
+operations are charged.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,245 +25,17 @@ from ...backend.information import info
 from ...network import anytime
 from ...network.layers import EncodingLayer, ImageInput, Layer, Readout, SpikePool, SpikingLayer
 from ...network.snn import SNN
+from ...operators.masks import at_step
 from ...operators.windows import spec_from
 from . import synapses
+from .record import ACCUMULATE_PJ, MULTIPLY_ACCUMULATE_PJ, RATE_BINS, LayerProfile
+from .report import Profile
 from .synapses import Plane, Shape
 
-ACCUMULATE_PJ = 0.9
-MULTIPLY_ACCUMULATE_PJ = 4.6
-RATE_BINS = 20
 CONFIDENCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
 RASTER_IMAGES, RASTER_NEURONS = 8, 128
 
-CAVEATS = (
-    "Energy figures count arithmetic only, at the published 45 nm costs of 32-bit floating-point operations. They "
-    "leave out memory, which costs more: in the same source a 64-bit read takes 10 pJ from an 8 KiB cache and 1.3 to "
-    "2.6 nJ from DRAM. They say nothing about the energy this or any CPU or GPU uses, where an operation skipped is "
-    "not an operation saved; measure that at the power supply. They serve to compare with publications that use the "
-    "same convention.",
-    "A QCFS-trained ANN is quantised and could run in integers too (0.1 pJ per 32-bit addition, 3.1 pJ per "
-    "multiplication in the same source); the comparison with 32-bit floats flatters the SNN.",
-    "Synaptic operations leave out biases and the update, comparison and reset of each membrane at every step "
-    "('membrane updates'), as publications do. At low firing rates behind small fan-outs these can outweigh them.",
-)
-
-
-def _engine(layer: Layer, device: torch.device) -> str:
-    """What runs a layer: the layer's own statement, else the kernels that the backend chose for all."""
-    kernels = backend.describe() if device.type == "cpu" else backend.gpu_backend()
-    named = getattr(layer, "engine", "")
-    return f"{named}, {kernels}" if named else kernels
-
-
-@dataclass
-class LayerProfile:
-    """One node of the network. Counts are sums over all images (and steps) unless they say otherwise.
-
-    kind: "input", "analog" (reads the image), "spiking", "pool", "concat" or "readout".
-    shape: of one image's value, (C, H, W) or (features,).
-    synapses: per image, the multiply-accumulates of the ANN; synapses_with_padding as the usual counters count.
-    accumulates: synaptic operations of arriving spikes; residual_accumulates is the part on residual connections.
-    multiply_accumulates: of the image. updates: membrane updates.
-    energy_pj, ann_energy_pj: picojoules per image.
-    dead: neurons that never fired; saturated: neurons that fired at every step of every image.
-    rate_histogram: neurons by firing rate, in 20 equal bins from 0 to 1.
-    seconds: per image. max_T: largest T for which no membrane can overflow; threshold: smallest and largest, in units.
-    """
-
-    name: str
-    kind: str
-    ann_layers: list[str]
-    shape: tuple[int, ...]
-    engine: str
-    seconds: float
-    neurons: int = 0
-    synapses: int = 0
-    synapses_with_padding: int = 0
-    spikes: int = 0
-    spikes_by_step: list[int] = field(default_factory=list)
-    rate: float | None = None
-    rate_by_step: list[float] = field(default_factory=list)
-    accumulates: int = 0
-    accumulates_by_step: list[int] = field(default_factory=list)
-    residual_accumulates: int = 0
-    multiply_accumulates: int = 0
-    updates: int = 0
-    energy_pj: float = 0.0
-    ann_energy_pj: float = 0.0
-    dead: int = 0
-    saturated: int = 0
-    rate_histogram: list[int] = field(default_factory=list)
-    max_T: int | None = None  # noqa: N815 - the field's name
-    threshold: tuple[int, int] | None = None
-
-
-@dataclass
-class Profile:
-    """What :func:`profile` returns.
-
-    accuracy_by_step is None without labels; agreement_by_step is the share of images whose label after t steps is
-    that after T. anytime lists mean_steps, accuracy and agreement of ``snn.predict`` by confidence. Both are None
-    if the output is not class scores. raster: the firing steps of some neurons of one layer for the first images.
-    """
-
-    T: int
-    images: int
-    image_shape: tuple[int, ...]
-    weight_bits: int
-    analog_every_step: bool
-    layers: list[LayerProfile]
-    totals: dict[str, Any]
-    accuracy_by_step: list[float] | None
-    agreement_by_step: list[float] | None
-    anytime: list[dict] | None
-    raster: dict[str, Any]
-    environment: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: every field, and what the figures mean."""
-        return {
-            "format": "qcfs_fast profile 1",
-            **asdict(self),
-            "picojoules": {"accumulate": ACCUMULATE_PJ, "multiply_accumulate": MULTIPLY_ACCUMULATE_PJ},
-            "caveats": list(CAVEATS),
-        }
-
-    def to_json(self, path: Any) -> None:
-        """Write :meth:`to_dict` to a file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-    def to_html(self, path: Any) -> None:
-        """Write one self-contained page with tables and figures.
-
-        Raises:
-            ImportError: matplotlib is not installed (pip install 'qcfs-fast[report]').
-        """
-        from .page import page
-
-        Path(path).write_text(page(self), encoding="utf-8")
-
-    def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and cells of the table by layer; the last row holds the totals. Counts are per image."""
-        headings = [
-            "layer", "kind", "shape", "rate", "spikes", "accumulates", "MACs", "ANN MACs", "energy", "ANN energy",
-            "dead", "saturated", "max T", "time", "engine",
-        ]  # fmt: skip
-        body = []
-        for row in self.layers:
-            spiking = row.neurons > 0
-            body.append(
-                [
-                    row.name,
-                    row.kind,
-                    "x".join(map(str, row.shape)),
-                    f"{row.rate:.1%}" if row.rate is not None else "",
-                    count(row.spikes / self.images) if spiking else "",
-                    count(row.accumulates / self.images) if row.accumulates_by_step else "",
-                    count(row.multiply_accumulates / self.images) if row.multiply_accumulates else "",
-                    count(row.synapses) if row.synapses else "",
-                    energy(row.energy_pj) if row.accumulates_by_step else "",
-                    energy(row.ann_energy_pj) if row.synapses else "",
-                    str(row.dead) if spiking else "",
-                    str(row.saturated) if spiking else "",
-                    _bound(row.max_T) if row.max_T else "",
-                    duration(row.seconds),
-                    row.engine,
-                ]
-            )
-        t = self.totals
-        body.append(
-            [
-                "total", "", "", f"{t['rate']:.1%}", count(t["spikes_per_image"]), count(t["accumulates_per_image"]),
-                count(t["multiply_accumulates_per_image"]), count(t["synapses"]), energy(t["energy_pj"]),
-                energy(t["ann_energy_pj"]), str(t["dead"]), str(t["saturated"]), _bound(t["max_T"]),
-                duration(t["seconds"]), "",
-            ]
-        )  # fmt: skip
-        return headings, body
-
-    def summary(self) -> str:
-        """The main figures in a few sentences."""
-        t = self.totals
-        lines = [
-            f"{self.images} images, T = {self.T}: {t['neurons']} neurons fire at {t['rate']:.1%} of the steps; "
-            f"{t['dead']} never fired, {t['saturated']} always did.",
-            f"Per image: {count(t['accumulates_per_image'])} accumulates and "
-            f"{count(t['multiply_accumulates_per_image'])} multiply-accumulates, {energy(t['energy_pj'])}; the ANN "
-            f"{count(t['synapses'])} multiply-accumulates, {energy(t['ann_energy_pj'])} (arithmetic alone, 45 nm; no "
-            "statement about a CPU or GPU).",
-        ]
-        shares = self.agreement_by_step if self.accuracy_by_step is None else self.accuracy_by_step
-        if shares is not None:
-            what = "Accuracy" if self.accuracy_by_step is not None else "Images with their final label (none was given)"
-            by_step = ", ".join(f"{t}: {shares[t - 1]:.2%}" for t in anytime.doubling(self.T))
-            lines.append(f"{what} by time steps: {by_step}.")
-        return "\n".join(lines)
-
-    def table(self) -> str:
-        """The table by layer and a summary: coloured by rich, where installed, on a terminal; else plain text."""
-        headings, body = self.rows()
-        if sys.stdout.isatty():
-            try:
-                return _rich_table(headings, body) + self.summary()
-            except ImportError:
-                pass
-        widths = [max(len(r[i]) for r in [headings, *body]) for i in range(len(headings))]
-        left = {0, 1, 2, len(headings) - 1}
-        lines = [
-            "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in [headings, *body]
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), self.summary()])
-
-
-def _rich_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, header_style="bold", title="Per image, by layer", title_justify="left")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i in (0, 1, 2, len(headings) - 1) else "right", no_wrap=i == 0)
-    for i, row in enumerate(body):
-        table.add_row(
-            *(Text(c) for c in row), style="bold" if i == len(body) - 1 else "", end_section=i == len(body) - 2
-        )
-    out = io.StringIO()
-    Console(file=out, force_terminal=True, width=max(Console().width, 150)).print(table)
-    return out.getvalue()
-
-
-def _bound(max_T: int) -> str:
-    return "any" if max_T == 2**31 - 1 else str(max_T)
-
-
-def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    scale, unit = next(((s, u) for s, u in units if value >= s), units[-1])
-    shown = value / scale
-    digits = 0 if shown >= 100 else 1 if shown >= 10 else 2
-    return f"{shown:.{digits}f}{unit}"
-
-
-def count(value: float) -> str:
-    """A number of operations with three digits: 1.23M."""
-    return f"{value:.0f}" if value < 1000 else _scaled(value, [(1e9, "G"), (1e6, "M"), (1e3, "k")])
-
-
-def energy(picojoules: float) -> str:
-    return _scaled(picojoules, [(1e9, " mJ"), (1e6, " uJ"), (1e3, " nJ"), (1, " pJ")])
-
-
-def duration(seconds: float) -> str:
-    return _scaled(seconds, [(1, " s"), (1e-3, " ms"), (1e-6, " us")])
-
-
 # ------------------------------------------------------------------------------------------ counting
-
-
-def _bits(masks: Tensor, t: int, T: int) -> Tensor:
-    """The spikes of step t, uint8 0/1 [N, ...]. At T = 1 masks and counts coincide."""
-    return masks[t] if masks.shape[0] == T else (masks[t // 8] >> (t % 8)) & 1
 
 
 class _Spikes:
@@ -292,7 +48,7 @@ class _Spikes:
     def add(self, masks: Tensor) -> None:
         T = self.positions.shape[0]
         for t in range(T):
-            fired = _bits(masks, t, T).sum(0, dtype=torch.int64).reshape(self.neurons.shape)
+            fired = at_step(masks, t, T).sum(0, dtype=torch.int64).reshape(self.neurons.shape)
             self.neurons += fired
             self.positions[t] += fired.sum(2)
 
@@ -307,8 +63,8 @@ def _node_shape(value: Any, layer: Layer) -> Shape:
     return int(height), int(width), int(channels)
 
 
-class _Run:
-    """State of one profile: what the two runs of each batch add to."""
+class _Measurement:
+    """What the two runs of each batch add to, over all batches."""
 
     def __init__(self, snn: SNN, T: int, raster_layer: str) -> None:
         self.snn, self.T, self.raster_layer = snn, T, raster_layer
@@ -330,54 +86,57 @@ class _Run:
             if specs:
                 self.behind_max.append((node, specs))
 
-    def count(self, x: Tensor) -> Tensor:
-        """The counting run of a batch; returns the running outputs."""
-
-        def add(plane: Plane, masks: Tensor, shape: Shape) -> None:
-            if plane not in self.spikes:
-                self.spikes[plane] = _Spikes(self.T, shape, self.device)
-            self.spikes[plane].add(masks)
+    def counting_run(self, x: Tensor) -> Tensor:
+        """Run a batch, add its spikes, and return the running outputs."""
 
         def watch(name: str, layer: Layer, value: Any) -> None:
             if isinstance(layer, Readout):
                 self.outputs = tuple(value.shape[2:])
-                return
-            shape = _node_shape(value, layer)
-            if self.shapes.setdefault(name, shape) != shape:
-                raise ValueError(
-                    "profile: all images must have one size, since neurons are counted one by one; "
-                    f"batch {len(self.batches) + 1} differs from the first"
-                )
-            if isinstance(layer, (EncodingLayer, SpikingLayer)) or (
-                isinstance(layer, SpikePool) and layer.spec.kind == "max"
-            ):
-                add(Plane(name), value, shape)
-            for node, specs in self.behind_max:
-                if node == name:
-                    masks, behind = value, shape
-                    for spec in specs:
-                        rows, cols = spec.windows(behind[0], 0), spec.windows(behind[1], 1)
-                        masks = torch.ops.qcfs_fast.max_pool(masks, rows, cols)
-                        behind = synapses.pooled(behind, spec)
-                    add(Plane(name, specs), masks, behind)
-            if name == self.raster_layer and not self.raster:
-                self.raster = self._raster(name, value)
+            else:
+                self._add_node(name, layer, value)
 
         out = self.snn.run(x, self.T, True, watch)
         self.images += x.shape[0]
         self.batches.append(x.shape[0])
         return out
 
+    def _add_node(self, name: str, layer: Layer, value: Any) -> None:
+        """Note a node's shape and add the spikes that synapses start from."""
+        shape = _node_shape(value, layer)
+        if self.shapes.setdefault(name, shape) != shape:
+            raise ValueError(
+                "profile: all images must have one size, since neurons are counted one by one; "
+                f"batch {len(self.batches) + 1} differs from the first"
+            )
+        is_max_pool = isinstance(layer, SpikePool) and layer.spec.kind == "max"
+        if is_max_pool or isinstance(layer, (EncodingLayer, SpikingLayer)):
+            self._add_spikes(Plane(name), value, shape)
+        for node, specs in self.behind_max:
+            if node == name:
+                masks, pooled_shape = value, shape
+                for spec in specs:
+                    rows, cols = spec.windows(pooled_shape[0], 0), spec.windows(pooled_shape[1], 1)
+                    masks = torch.ops.qcfs_fast.max_pool(masks, rows, cols)
+                    pooled_shape = synapses.pooled(pooled_shape, spec)
+                self._add_spikes(Plane(name, specs), masks, pooled_shape)
+        if name == self.raster_layer and not self.raster:
+            self.raster = self._raster(name, value)
+
+    def _add_spikes(self, plane: Plane, masks: Tensor, shape: Shape) -> None:
+        if plane not in self.spikes:
+            self.spikes[plane] = _Spikes(self.T, shape, self.device)
+        self.spikes[plane].add(masks)
+
     def _raster(self, name: str, masks: Tensor) -> dict[str, Any]:
         """Firing steps of evenly spaced neurons for the first images."""
-        fired = torch.stack([_bits(masks, t, self.T)[:RASTER_IMAGES].flatten(1) for t in range(self.T)]).cpu()
+        fired = torch.stack([at_step(masks, t, self.T)[:RASTER_IMAGES].flatten(1) for t in range(self.T)]).cpu()
         neurons = fired.shape[2]
         shown = sorted({i * neurons // min(neurons, RASTER_NEURONS) for i in range(min(neurons, RASTER_NEURONS))})
         steps = [[fired[:, n, i].nonzero().flatten().tolist() for i in shown] for n in range(fired.shape[1])]
         return {"layer": name, "of_neurons": neurons, "neurons": shown, "steps": steps}
 
-    def time(self, x: Tensor) -> None:
-        """The timed run of a batch: adds each node's seconds."""
+    def timed_run(self, x: Tensor) -> None:
+        """Run a batch once more and add each node's seconds."""
 
         def clock() -> float:
             if self.device.type == "cuda":
@@ -394,7 +153,7 @@ class _Run:
 
         self.snn.run(x, self.T, False, watch)
 
-    def judge(self, running: Tensor, targets: Tensor | None) -> None:
+    def record_answers(self, running: Tensor, targets: Tensor | None) -> None:
         """Keep margins and labels of a batch's running outputs [T, N, classes]."""
         if running.dim() != 3 or running.shape[2] < 2:
             if targets is not None:
@@ -456,86 +215,110 @@ def profile(
     if raster_layer is not None and raster_layer not in names:
         raise ValueError(f"profile: no spiking layer is called {raster_layer!r}; there are {', '.join(names)}")
     every_label = None if labels is None else torch.as_tensor(labels)
-    run = _Run(snn, steps, raster_layer or names[-1])
+    m = _Measurement(snn, steps, raster_layer or names[-1])
     image_shape: tuple[int, ...] = ()
     with torch.no_grad():
         for batch in tqdm(
             [batches] if isinstance(batches, Tensor) else batches, desc="profiling", unit="batch", disable=not progress
         ):
-            x, targets = (batch[0], batch[1]) if isinstance(batch, (tuple, list)) and len(batch) > 1 else (batch, None)
-            x = x[0] if isinstance(x, (tuple, list)) and len(x) == 1 else x
-            if not isinstance(x, Tensor):
-                raise TypeError(f"profile: expected tensors or (tensor, labels) tuples, got {type(x).__name__}")
+            x, targets = _images_and_targets(batch)
             if x.shape[:1] == (0,):
                 continue
             if every_label is not None:
                 if targets is not None:
                     raise ValueError("profile: the batches hold labels and labels= is given too; give one of them")
-                targets = every_label[run.images : run.images + x.shape[0]]
-            x = x.to(run.device)
+                targets = every_label[m.images : m.images + x.shape[0]]
+            x = x.to(m.device)
             image_shape = tuple(x.shape[1:])
-            running = run.count(x)
-            run.judge(running, None if targets is None else torch.as_tensor(targets).to(run.device))
-            run.time(x)
-    if run.images == 0:
+            running = m.counting_run(x)
+            m.record_answers(running, None if targets is None else torch.as_tensor(targets).to(m.device))
+            m.timed_run(x)
+    if m.images == 0:
         raise ValueError("profile: batches is empty; give at least one batch of images")
-    if every_label is not None and len(every_label) != run.images:
-        raise ValueError(f"profile: {len(every_label)} labels for {run.images} images")
-    if run.targets and len(run.targets) != len(run.batches):
+    if every_label is not None and len(every_label) != m.images:
+        raise ValueError(f"profile: {len(every_label)} labels for {m.images} images")
+    if m.targets and len(m.targets) != len(m.batches):
         raise ValueError("profile: some batches have labels and some have none")
-    return _evaluate(run, image_shape, analog_every_step)
+    return _profile(m, image_shape, analog_every_step)
 
 
-# ---------------------------------------------------------------------------------------- evaluation
+def _images_and_targets(batch: Any) -> tuple[Tensor, Any]:
+    """A batch as the user's iterable gives it: images alone, (images,) or (images, labels)."""
+    x, targets = (batch[0], batch[1]) if isinstance(batch, (tuple, list)) and len(batch) > 1 else (batch, None)
+    x = x[0] if isinstance(x, (tuple, list)) and len(x) == 1 else x
+    if not isinstance(x, Tensor):
+        raise TypeError(f"profile: expected tensors or (tensor, labels) tuples, got {type(x).__name__}")
+    return x, targets
+
+
+# ------------------------------------------------------------------------------- from sums to a Profile
 
 _KINDS = {"ImageInput": "input", "EncodingLayer": "analog", "SpikePool": "pool", "SpikeConcat": "concat"}
 
 
-def _layer(run: _Run, name: str, layer: Layer, found: synapses.Afferents | None, analog_runs: int) -> LayerProfile:
-    T, images = run.T, run.images
+def _engine(layer: Layer, device: torch.device) -> str:
+    """What runs a layer: the layer's own statement, else the kernels that the backend chose for all."""
+    kernels = backend.describe() if device.type == "cpu" else backend.gpu_backend()
+    named = getattr(layer, "engine", "")
+    return f"{named}, {kernels}" if named else kernels
+
+
+def _layer_profile(
+    m: _Measurement, name: str, layer: Layer, found: synapses.Afferents | None, analog_runs: int
+) -> LayerProfile:
+    T, images = m.T, m.images
     kind = _KINDS.get(type(layer).__name__, "readout" if isinstance(layer, Readout) else "spiking")
     if isinstance(layer, Readout):
-        shape = run.outputs
+        shape = m.outputs
     else:
-        height, width, channels = run.shapes[name]
+        height, width, channels = m.shapes[name]
         shape = (channels,) if layer.config.get("vector") else (channels, height, width)
     row = LayerProfile(
         name=name,
         kind=kind,
         ann_layers=list(dict.fromkeys(n for n in layer.config.get("layers", ()) if n)),
         shape=shape,
-        engine=_engine(layer, run.device),
-        seconds=run.seconds[name] / images,
+        engine=_engine(layer, m.device),
+        seconds=m.seconds[name] / images,
     )
     if isinstance(layer, (EncodingLayer, SpikingLayer)):
-        spikes = run.spikes[Plane(name)]
-        by_neuron = spikes.neurons.cpu().flatten()
-        row.neurons = by_neuron.numel()
-        row.spikes_by_step = spikes.positions.sum((1, 2)).tolist()
-        row.spikes = sum(row.spikes_by_step)
-        row.rate_by_step = [n / (images * row.neurons) for n in row.spikes_by_step]
-        row.rate = row.spikes / (images * T * row.neurons)
-        row.updates = images * T * row.neurons
-        row.dead = int((by_neuron == 0).sum())
-        row.saturated = int((by_neuron == images * T).sum())
-        row.rate_histogram = torch.bincount(
-            (by_neuron * RATE_BINS // (images * T)).clamp(max=RATE_BINS - 1), minlength=RATE_BINS
-        ).tolist()
-        detail = run.snn.details[name]
+        _fill_in_neurons(row, m.spikes[Plane(name)], images, T)
+        detail = m.snn.details[name]
         row.max_T = int(detail["max_T"])
         row.threshold = int(detail["threshold_min"]), int(detail["threshold_max"])
     if found is not None:
-        row.synapses, row.synapses_with_padding = found.synapses, found.with_padding
-        row.accumulates_by_step = [0] * T
-        for bundle in found.bundles:
-            made = bundle.operations(run.spikes[bundle.plane].positions.cpu()).tolist()
-            row.accumulates_by_step = [a + b for a, b in zip(row.accumulates_by_step, made, strict=True)]
-            row.residual_accumulates += sum(made) if bundle.residual else 0
-        row.accumulates = sum(row.accumulates_by_step)
-        row.multiply_accumulates = found.analog * images * analog_runs
-        row.energy_pj = (row.accumulates * ACCUMULATE_PJ + row.multiply_accumulates * MULTIPLY_ACCUMULATE_PJ) / images
-        row.ann_energy_pj = row.synapses * MULTIPLY_ACCUMULATE_PJ
+        _fill_in_operations(row, found, m, analog_runs)
     return row
+
+
+def _fill_in_neurons(row: LayerProfile, spikes: _Spikes, images: int, T: int) -> None:
+    """Rates and counts of one layer's neurons."""
+    by_neuron = spikes.neurons.cpu().flatten()
+    row.neurons = by_neuron.numel()
+    row.spikes_by_step = spikes.positions.sum((1, 2)).tolist()
+    row.spikes = sum(row.spikes_by_step)
+    row.rate_by_step = [n / (images * row.neurons) for n in row.spikes_by_step]
+    row.rate = row.spikes / (images * T * row.neurons)
+    row.updates = images * T * row.neurons
+    row.dead = int((by_neuron == 0).sum())
+    row.saturated = int((by_neuron == images * T).sum())
+    row.rate_histogram = torch.bincount(
+        (by_neuron * RATE_BINS // (images * T)).clamp(max=RATE_BINS - 1), minlength=RATE_BINS
+    ).tolist()
+
+
+def _fill_in_operations(row: LayerProfile, found: synapses.Afferents, m: _Measurement, analog_runs: int) -> None:
+    """Synaptic operations of one layer, and the energy by convention."""
+    row.synapses, row.synapses_with_padding = found.synapses, found.with_padding
+    row.accumulates_by_step = [0] * m.T
+    for bundle in found.bundles:
+        made = bundle.operations(m.spikes[bundle.plane].positions.cpu()).tolist()
+        row.accumulates_by_step = [a + b for a, b in zip(row.accumulates_by_step, made, strict=True)]
+        row.residual_accumulates += sum(made) if bundle.residual else 0
+    row.accumulates = sum(row.accumulates_by_step)
+    row.multiply_accumulates = found.analog * m.images * analog_runs
+    row.energy_pj = (row.accumulates * ACCUMULATE_PJ + row.multiply_accumulates * MULTIPLY_ACCUMULATE_PJ) / m.images
+    row.ann_energy_pj = row.synapses * MULTIPLY_ACCUMULATE_PJ
 
 
 def _totals(layers: Sequence[LayerProfile], images: int, T: int, max_T: int) -> dict[str, Any]:
@@ -561,43 +344,43 @@ def _totals(layers: Sequence[LayerProfile], images: int, T: int, max_T: int) -> 
     }
 
 
-def _environment(run: _Run) -> dict[str, Any]:
+def _environment(m: _Measurement) -> dict[str, Any]:
     facts: Mapping[str, Any] = info()
     chosen = {k: facts[k] for k in ("qcfs_fast", "torch", "python", "processor", "threads")}
-    if run.device.type == "cuda":
-        chosen["device"] = torch.cuda.get_device_name(run.device)
+    if m.device.type == "cuda":
+        chosen["device"] = torch.cuda.get_device_name(m.device)
     else:
         chosen["device"] = "cpu"
         chosen["kernels"] = backend.describe()
         chosen["instruction sets cap"] = facts["QCFS_FAST_MAX_ISA"]
-    sizes = dict.fromkeys((min(run.batches), max(run.batches)))
-    chosen["batches"] = f"{len(run.batches)} of {' to '.join(map(str, sizes))} images"
+    sizes = dict.fromkeys((min(m.batches), max(m.batches)))
+    chosen["batches"] = f"{len(m.batches)} of {' to '.join(map(str, sizes))} images"
     return chosen
 
 
-def _evaluate(run: _Run, image_shape: tuple[int, ...], analog_every_step: bool) -> Profile:
-    found = synapses.afferents(run.snn, run.shapes)
-    analog_runs = run.T if analog_every_step else 1
-    layers = [_layer(run, name, layer, found.get(name), analog_runs) for name, layer in run.snn.layers.items()]
+def _profile(m: _Measurement, image_shape: tuple[int, ...], analog_every_step: bool) -> Profile:
+    found = synapses.afferents(m.snn, m.shapes)
+    analog_runs = m.T if analog_every_step else 1
+    layers = [_layer_profile(m, name, layer, found.get(name), analog_runs) for name, layer in m.snn.layers.items()]
     accuracy = agreement = curve = None
-    if run.answers:
-        answers, margin = torch.cat(run.answers, 1), torch.cat(run.margins, 1)
+    if m.answers:
+        answers, margin = torch.cat(m.answers, 1), torch.cat(m.margins, 1)
         agreement = (answers == answers[-1]).to(torch.float64).mean(1).tolist()
-        targets = torch.cat(run.targets) if run.targets else None
+        targets = torch.cat(m.targets) if m.targets else None
         if targets is not None:
             accuracy = (answers == targets).to(torch.float64).mean(1).tolist()
         curve = anytime.trade_off(margin, answers, targets, CONFIDENCES)
     return Profile(
-        T=run.T,
-        images=run.images,
+        T=m.T,
+        images=m.images,
         image_shape=image_shape,
-        weight_bits=run.snn.weight_bits,
+        weight_bits=m.snn.weight_bits,
         analog_every_step=analog_every_step,
         layers=layers,
-        totals=_totals(layers, run.images, run.T, run.snn.max_T),
+        totals=_totals(layers, m.images, m.T, m.snn.max_T),
         accuracy_by_step=accuracy,
         agreement_by_step=agreement,
         anytime=curve,
-        raster=run.raster,
-        environment=_environment(run),
+        raster=m.raster,
+        environment=_environment(m),
     )

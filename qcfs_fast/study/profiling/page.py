@@ -1,7 +1,8 @@
-"""The profile as one self-contained HTML page: inline style, figures as inline SVG images, no script, no request.
+"""A profile as one self-contained HTML page: the style and the figures (SVG) stand in the file.
 
-page(profile) puts together what the functions before it draw: each takes a Profile and returns a matplotlib figure,
-or None where the profile has no data for it.
+The page has no script and makes no request, so it can be mailed and archived. `page(record)` puts together what the
+functions before it draw. Each of those takes a record and returns a matplotlib figure, or None where the record has no
+data for it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ import io
 from collections.abc import Callable, Sequence
 from html import escape
 from math import nan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .measure import CAVEATS, RATE_BINS, count, duration, energy
-
-if TYPE_CHECKING:
-    from .measure import LayerProfile, Profile
+from .record import (
+    CAVEATS,
+    RATE_BINS,
+    LayerProfile,
+    Record,
+    format_count,
+    format_duration,
+    format_energy,
+    is_left_aligned,
+)
 
 BLUE, ORANGE, GREY, INK, FAINT = "#2166c4", "#d4680f", "#9aa4b2", "#1c2430", "#e3e7ed"
 KIND_COLOURS = {"analog": "#0f8b8d", "spiking": BLUE, "readout": "#7b4bb3"}  # input, pools, concatenations: grey
@@ -62,7 +69,7 @@ def _steps(n: int) -> str:
     return f"{n} step{'' if n == 1 else 's'}"
 
 
-def accuracy_by_step(p: Profile) -> Any:
+def accuracy_by_step(p: Record) -> Any:
     """Accuracy after each step; without labels, agreement with the final labels."""
     if p.agreement_by_step is None:
         return None
@@ -84,7 +91,7 @@ def accuracy_by_step(p: Profile) -> Any:
     return figure
 
 
-def anytime_curve(p: Profile) -> Any:
+def anytime_curve(p: Record) -> Any:
     """Accuracy (or agreement) against mean steps over confidence levels, beside stopping all images together."""
     if p.anytime is None or p.agreement_by_step is None:
         return None
@@ -94,15 +101,15 @@ def anytime_curve(p: Profile) -> Any:
     mean_steps, share = [q["mean_steps"] for q in p.anytime], [100 * q[key] for q in p.anytime]
     axes.plot(range(1, p.T + 1), [100 * a for a in together], color=GREY, lw=1, ls="--", label="all stop together")
     axes.plot(mean_steps, share, color=ORANGE, marker="o", ms=4, label="each stops when clear")
-    most = max(2.0, 1.12 * max(x for q, x in zip(p.anytime, mean_steps, strict=True) if q["confidence"] < 1))
+    end = max(2.0, 1.12 * max(x for q, x in zip(p.anytime, mean_steps, strict=True) if q["confidence"] < 1))
     shown_at = -1.0
     for q, x, y in reversed(list(zip(p.anytime, mean_steps, share, strict=True))):
-        if q["confidence"] in (0.5, 0.9, 0.99, 0.999) and abs(x - shown_at) > 0.06 * most:
+        if q["confidence"] in (0.5, 0.9, 0.99, 0.999) and abs(x - shown_at) > 0.06 * end:
             axes.annotate(
                 f"{q['confidence']:g}", (x, y), (4, -11), textcoords="offset points", fontsize=8, color=ORANGE
             )
             shown_at = x
-    axes.set_xlim(1 - 0.04 * most, most)
+    axes.set_xlim(1 - 0.04 * end, end)
     axes.set_xlabel("mean time steps per image (numbers: confidence)")
     axes.set_ylabel("accuracy (%)" if key == "accuracy" else f"same label as after {_steps(p.T)} (%)")
     _percent_axis(axes)
@@ -120,11 +127,11 @@ def _name_rows(axes: Any, rows: Sequence[LayerProfile]) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def _short(name: str, most: int = 26) -> str:
-    return name if len(name) <= most else "..." + name[3 - most :]
+def _short(name: str, max_length: int = 26) -> str:
+    return name if len(name) <= max_length else "..." + name[3 - max_length :]
 
 
-def time_by_layer(p: Profile) -> Any:
+def time_by_layer(p: Record) -> Any:
     from matplotlib.patches import Patch
 
     figure, axes = _figure(_rows_height(len(p.layers)))
@@ -141,7 +148,7 @@ def time_by_layer(p: Profile) -> Any:
     return figure
 
 
-def energy_by_layer(p: Profile) -> Any:
+def energy_by_layer(p: Record) -> Any:
     rows = [r for r in p.layers if r.accumulates_by_step]
     figure, axes = _figure(_rows_height(len(rows)))
     places = range(len(rows))
@@ -157,7 +164,7 @@ def energy_by_layer(p: Profile) -> Any:
     return figure
 
 
-def rate_by_layer_and_step(p: Profile) -> Any:
+def rate_by_layer_and_step(p: Record) -> Any:
     rows = [r for r in p.layers if r.neurons]
     figure, axes = _figure(_rows_height(len(rows)))
     image = axes.imshow(
@@ -172,7 +179,7 @@ def rate_by_layer_and_step(p: Profile) -> Any:
     return figure
 
 
-def rate_histogram(p: Profile) -> Any:
+def rate_histogram(p: Record) -> Any:
     figure, axes = _figure(3.1)
     total = p.totals["neurons"]
     bins = [sum(r.rate_histogram[i] for r in p.layers if r.neurons) / total for i in range(RATE_BINS)]
@@ -192,7 +199,7 @@ def rate_histogram(p: Profile) -> Any:
     return figure
 
 
-def raster(p: Profile) -> Any:
+def raster(p: Record) -> Any:
     """Spikes of some neurons of one layer, image after image; a dash is one step."""
     steps = p.raster["steps"]
     neurons = len(p.raster["neurons"])
@@ -272,34 +279,35 @@ li { margin-bottom: 6px; }
 """
 
 
-def _cards(p: Profile) -> str:
+def _cards(p: Record) -> str:
     t = p.totals
     cards = []
     if p.accuracy_by_step is not None:
         cards.append((f"{p.accuracy_by_step[-1]:.2%}", f"accuracy after {_steps(p.T)}"))
     cards += [
-        (f"{t['rate']:.1%}", f"of {count(t['neurons'])} neurons fire per step"),
+        (f"{t['rate']:.1%}", f"of {format_count(t['neurons'])} neurons fire per step"),
         (
-            count(t["accumulates_per_image"]),
-            f"accumulates and {count(t['multiply_accumulates_per_image'])} MACs per image; the ANN takes "
-            f"{count(t['synapses'])} MACs",
+            format_count(t["accumulates_per_image"]),
+            f"accumulates and {format_count(t['multiply_accumulates_per_image'])} MACs per image; the ANN takes "
+            f"{format_count(t['synapses'])} MACs",
         ),
         (
             f"{t['energy_pj'] / t['ann_energy_pj']:.2f}",
-            f"of the ANN's energy: {energy(t['energy_pj'])} to {energy(t['ann_energy_pj'])}, arithmetic alone",
+            f"of the ANN's energy: {format_energy(t['energy_pj'])} to {format_energy(t['ann_energy_pj'])}, arithmetic "
+            "alone",
         ),
-        (duration(t["seconds"]), "per image, the sum over layers"),
+        (format_duration(t["seconds"]), "per image, the sum over layers"),
         (f"{t['dead']:,}", f"neurons never fired; {t['saturated']:,} fired at every step"),
     ]
     return "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)
 
 
-def _figures(p: Profile) -> str:
+def _figures(p: Record) -> str:
     r = p.raster
     labelled = p.accuracy_by_step is not None
     neurons, layer = len(r["neurons"]), r["layer"]
     some = f"{neurons} of {r['of_neurons']} neurons, evenly spaced" if neurons < r["of_neurons"] else "all neurons"
-    plots: list[tuple[str, Callable[[Profile], Any], str, str, str]] = [
+    plots: list[tuple[str, Callable[[Record], Any], str, str, str]] = [
         (
             "figure-accuracy", accuracy_by_step, "",
             "Accuracy by time steps" if labelled else "Settling of the labels",
@@ -310,7 +318,7 @@ def _figures(p: Profile) -> str:
             "figure-anytime", anytime_curve, "", "Anytime use",
             "snn.predict stops an image once its softmax margin reaches the confidence.",
         ),
-        ("figure-time", time_by_layer, "", "Time by layer", f"Sum {duration(p.totals['seconds'])} per image."),
+        ("figure-time", time_by_layer, "", "Time by layer", f"Sum {format_duration(p.totals['seconds'])} per image."),
         (
             "figure-energy", energy_by_layer, "", "Energy by layer, as published",
             "0.9 pJ an accumulate, 4.6 pJ a multiply-accumulate; no measurement (see below).",
@@ -336,20 +344,20 @@ def _figures(p: Profile) -> str:
     return "".join(parts)
 
 
-def _layer_table(p: Profile) -> str:
+def _layer_table(p: Record) -> str:
     headings, body = p.rows()
-    left = {0, 1, 2, len(headings) - 1}
 
     def cells(tag: str, row: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=left' if i in left else ''}>{escape(cell)}</{tag}>" for i, cell in enumerate(row)
+            f"<{tag}{' class=left' if is_left_aligned(i, len(row)) else ''}>{escape(cell)}</{tag}>"
+            for i, cell in enumerate(row)
         )
 
     rows = "".join(f"<tr>{cells('td', row)}</tr>" for row in body)
     return f'<table class="layers"><thead><tr>{cells("th", headings)}</tr></thead><tbody>{rows}</tbody></table>'
 
 
-def _method(p: Profile) -> list[str]:
+def _method(p: Record) -> list[str]:
     t = p.totals
     once = f"{p.T} times per image" if p.analog_every_step else "once per image, since the image does not change"
     return [
@@ -357,10 +365,11 @@ def _method(p: Profile) -> list[str]:
         "image and step, none estimated.",
         "Accumulates: one per spike and synapse it reaches, with borders, strides, groups and dilation as they are. A "
         "spike passes an average pool into every window that covers it. Residual spikes make one each, "
-        f"{count(t['residual_accumulates_per_image'])} per image in all. The readout is charged per spike.",
+        f"{format_count(t['residual_accumulates_per_image'])} per image in all. The readout is charged per spike.",
         f"MACs: multiply-accumulates of the layer that reads the image, charged {once}. ANN MACs: the same synapses "
-        f"visited once; {count(t['synapses_with_padding'])} if taps into the padding count, as usual counters do.",
-        f"Membrane updates, not part of the figures: {count(t['updates_per_image'])} per image.",
+        f"visited once; {format_count(t['synapses_with_padding'])} if taps into the padding count, as usual counters "
+        "do.",
+        f"Membrane updates, not part of the figures: {format_count(t['updates_per_image'])} per image.",
         "Dead and saturated: neurons that never fired, or fired at every step, over all images of this profile.",
         "max T: steps up to which no 32-bit membrane of the layer can overflow, whatever the input.",
         "Time: each batch runs once to count and once more with nothing between two layers but a reading of the "
@@ -368,7 +377,7 @@ def _method(p: Profile) -> list[str]:
     ]
 
 
-def page(p: Profile) -> str:
+def page(p: Record) -> str:
     """The whole page as a string.
 
     Raises:

@@ -1,16 +1,21 @@
-"""Which synapses a spike reaches: exact fan-outs, from which synaptic operations are counted.
+"""How many synapses a spike reaches: exact fan-outs, from which synaptic operations are counted.
 
-A spike at row y, column x of the input of a convolution reaches
+A convolution. A spike at row y, column x of its input reaches
 
     rows[y] * cols[x] * (output channels / groups)
 
-synapses, where rows[y] is the number of pairs (output row o, tap k) with o*stride - padding + k*dilation = y, and
-cols[x] alike: fewer at borders, none where a stride skips a pixel. Both factors are the same for all channels. An
-average pool has no neurons. It is linear, so a spike passes through it into every window that covers it, and the
-fan-outs of those windows add up (one pulls the fan-out back through the pool). A residual connection has one synapse
-per spike. What a maximum pool lets through counts as the spikes of the plane behind it.
+synapses. rows[y] is the number of pairs (output row o, tap k) with o*stride - padding + k*dilation = y; cols[x] is the
+same for columns. Border pixels have fewer pairs, and a pixel that the stride skips has none. Both factors are the same
+for all channels, so it is enough to count spikes per position.
 
-Synapses whose weight is zero count; positions in the padding do not exist and do not count.
+An average pool has no neurons and is linear, so a spike passes through it into every window that covers it. As in
+backpropagation, the fan-out of a window is added to each input it covers (`_pull_back`).
+
+A maximum pool lets one spike of a window through. Its outputs count as the spikes of the plane behind it.
+
+A residual connection is one synapse per spike.
+
+A synapse whose weight is zero counts. A position in the padding does not exist and does not count.
 """
 
 from __future__ import annotations
@@ -56,16 +61,15 @@ class Bundle:
 class Afferents:
     """All that a layer receives.
 
-    synapses is the number of multiply-accumulates that one dense pass takes, those of the ANN; with_padding counts
-    the taps that fall into the padding as well, as the usual counters do. analog is the part of each that reads the
-    image itself. Residual connections are in neither.
+    synapses: multiply-accumulates of one dense pass, those of the ANN. Residual connections are not in it.
+    with_padding: the same with the taps that fall into the padding, as the usual counters count.
+    analog: the part of `synapses` that reads the image itself.
     """
 
     bundles: list[Bundle] = field(default_factory=list)
     synapses: int = 0
     with_padding: int = 0
     analog: int = 0
-    analog_with_padding: int = 0
 
 
 def _taps(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
@@ -88,6 +92,7 @@ def _pull_back(fan: Tensor, windows: Sequence[int], size: int) -> Tensor:
 
 
 def pooled(shape: Shape, spec: PoolSpec) -> Shape:
+    """The shape behind a pool."""
     return len(spec.windows(shape[0], 0)) // 3, len(spec.windows(shape[1], 1)) // 3, shape[2]
 
 
@@ -128,7 +133,6 @@ class _Counter:
         found.synapses += synapses
         found.with_padding += padded
         found.analog += synapses
-        found.analog_with_padding += padded
 
     def encoding(self, layer: Layer) -> Afferents:
         found = Afferents()
@@ -201,8 +205,3 @@ def afferents(snn: SNN, shapes: Mapping[str, Shape]) -> dict[str, Afferents]:
         elif isinstance(layer, Readout):
             found[name] = counter.readout(layer)
     return found
-
-
-def weighted_planes(synapses: Mapping[str, Afferents]) -> set[Plane]:
-    """Every plane that some synapse starts from."""
-    return {bundle.plane for found in synapses.values() for bundle in found.bundles}

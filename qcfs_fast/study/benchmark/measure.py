@@ -1,0 +1,234 @@
+"""The one timing harness: contenders are called in turns, so that a change of the machine's speed hits all alike.
+
+    round 1    A B C
+    round 2    A B C      ... each contender's figure is the median over its rounds
+    round 3    A B
+
+A slow contender takes part in fewer rounds, spread evenly over all. Each is called twice before the first round: the
+first call compiles and allocates, the second tells how many rounds fit the effort. What fails is reported as a result.
+
+Beside time stand memory, the processor's peak rate, and the facts of the machine without which figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import backend
+from ...backend.information import processor, version_of
+from ...network.layers import Layer
+from ...network.snn import SNN
+from ...version import __version__
+
+NOT_MEASURED = "not measured"
+MAX_SECONDS = 20.0  # of one call; slower contenders are not measured
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure each contender.
+
+    rounds: the most readings of the clock.
+    seconds: about how long all of them may take together.
+    min_rounds: the fewest readings, however slow the contender is.
+    reading: a reading takes at least about so many seconds; a shorter call is repeated within it, up to 50 times.
+    """
+
+    rounds: int = 15
+    seconds: float = 1.0
+    min_rounds: int = 3
+    reading: float = 0.0
+
+    def rounds_of(self, once: float) -> int:
+        """Rounds of a contender whose call takes `once` seconds."""
+        fitting = min(self.rounds, self.seconds / max(once, 1e-6))
+        return max(self.min_rounds, int(fitting))
+
+    def calls_of(self, once: float) -> int:
+        """Calls within one reading."""
+        return max(1, min(50, int(self.reading / max(once, 1e-6))))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; nothing elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Seconds per call, read over one or several calls.
+
+    By default the host's clock until the device is idle again: what a caller waits for. With `events` a GPU's own clock
+    between the calls, without the way to the device and back; the host's clock where there is no GPU.
+    """
+
+    def __init__(self, device: torch.device, events: bool = False) -> None:
+        self.device = device
+        self.events = events and device.type == "cuda"
+
+    def __call__(self, call: Callable[[], Any], calls: int = 1) -> float:
+        if self.events:
+            return self._by_events(call, calls)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(self.device)
+        return (time.perf_counter() - start) / calls
+
+    def _by_events(self, call: Callable[[], Any], calls: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        synchronize(self.device)
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / calls
+
+
+def take_turns(
+    contenders: Mapping[str, Callable[[], Any]], effort: Effort, clock: Clock
+) -> tuple[dict[str, list[float]], dict[str, Exception]]:
+    """Seconds per call of each contender, one entry a round; and the error of each that failed."""
+    rounds: dict[str, int] = {}
+    calls: dict[str, int] = {}
+    errors: dict[str, Exception] = {}
+    for name, contender in contenders.items():
+        try:
+            clock(contender)  # compiles, allocates
+            once = clock(contender)
+        except Exception as error:  # whatever a library, a compiler or a device raises is a result
+            errors[name] = error
+        else:
+            rounds[name], calls[name] = effort.rounds_of(once), effort.calls_of(once)
+    seconds: dict[str, list[float]] = {name: [] for name in rounds}
+    all_rounds = max(rounds.values(), default=0)
+    for i in range(all_rounds):
+        for name, n in rounds.items():
+            takes_part = (i + 1) * n // all_rounds > i * n // all_rounds
+            if takes_part and name not in errors:
+                try:
+                    seconds[name].append(clock(contenders[name], calls[name]))
+                except Exception as error:
+                    errors[name] = error
+    return {name: found for name, found in seconds.items() if name not in errors}, errors
+
+
+def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each contender over so many rounds; raises what a contender raises."""
+    seconds, errors = take_turns(contenders, Effort(rounds, math.inf, min_rounds=1), Clock(device))
+    for error in errors.values():
+        raise error
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], effort: Effort, device: torch.device, expected: Mapping[str, float]
+) -> dict[str, dict[str, Any]]:
+    """Each contender's row of a result: seconds (median), quartiles, least, rounds; or the error.
+
+    `expected` holds seconds of one call where they are known beforehand.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name in contenders:
+        if (once := expected.get(name, 0)) > MAX_SECONDS:
+            rows[name] = {"error": f"one call would take about {once:.0f} s, above the limit of {MAX_SECONDS:.0f} s"}
+    seconds, errors = take_turns({n: c for n, c in contenders.items() if n not in rows}, effort, Clock(device))
+    rows |= {name: {"error": describe_error(error)} for name, error in errors.items()}
+    for name, found in seconds.items():
+        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+        rows[name] = {"seconds": middle, "quartiles": [low, high], "least": min(found), "rounds": len(found)}
+    return rows
+
+
+def describe_error(error: BaseException) -> str:
+    """One line of at most 300 characters."""
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"[:300]
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+def live_bytes(snn: SNN, images: Tensor, T: int) -> dict[str, int]:
+    """The largest number of bytes of activations that live at once: ours, and float32 tensors [T, N, ...] instead.
+
+    A value lives while it is written and while a later layer still has to read it. Float simulators also keep membranes
+    and currents, which are not counted.
+    """
+    last = {source: name for name, layer in snn.layers.items() for source in layer.inputs}
+    ours: dict[str, int] = {}
+    floats: dict[str, int] = {}
+    peaks = {"qcfs_fast": 0, "float32": 0}
+
+    def watch(name: str, layer: Layer, value: Any) -> None:
+        tensors = value if isinstance(value, tuple) else (value,)
+        ours[name] = sum(t.numel() * t.element_size() for t in tensors)
+        per_step = tensors[0].numel() // (tensors[0].shape[0] if tensors[0].dtype == torch.uint8 else 1)
+        floats[name] = 4 * per_step * (T if tensors[0].dtype == torch.uint8 else 1)
+        peaks["qcfs_fast"] = max(peaks["qcfs_fast"], sum(ours.values()))
+        peaks["float32"] = max(peaks["float32"], sum(floats.values()))
+        for source in layer.inputs:
+            if last[source] == name and source != name:
+                ours.pop(source, None)
+                floats.pop(source, None)
+
+    snn.run(images, T, watch=watch)
+    return peaks
+
+
+def allocated_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """The largest number of bytes that one call holds through torch's allocator, without weights and inputs."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints lines of its own
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+# -------------------------------------------------------------------------------------- machine
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine and the software; results are comparable only where these are equal."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
+        "cpu": processor(),
+        "threads": torch.get_num_threads(),
+        "kernels": backend.describe_gpu() if cuda else backend.describe(),
+        "torch sees": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.system(),
+        "versions": {
+            "qcfs_fast": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{p: version_of(p) or "not installed" for p in ("torchvision", "spikingjelly", "snntorch", "triton")},
+        },
+    }
+
+
+def matrix_peak() -> float | str:
+    """Multiply-accumulates per second of the processor's best int8 instruction in a loop of nothing else."""
+    if backend.native.module is None:
+        return NOT_MEASURED
+    return float(backend.native.module.measure_peak(backend.settings().isa, torch.get_num_threads()))

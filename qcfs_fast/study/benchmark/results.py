@@ -1,0 +1,82 @@
+"""The result file of the benchmark.
+
+The file grows: a run replaces the cases it measured and keeps the others, so a long benchmark can be cut into parts.
+All results in a file come from one machine and one version of the software; others are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...files import write_text_atomically
+from .measure import NOT_MEASURED, machine, matrix_peak
+
+FORMAT = "qcfs_fast benchmark"
+FORMAT_VERSION = 1
+
+
+class Results:
+    """The result file of one machine: opened or begun; each added case is on disk when `add` returns."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        here = machine(device)
+        if path.exists():
+            self.data = read(path)
+            there = self.data["machine"]
+            differing = [k for k in here if here[k] != there.get(k)]
+            if differing:
+                raise ValueError(
+                    f"{path} holds results of other conditions ({', '.join(differing)} differ); give another file, or "
+                    "remove this one"
+                )
+        else:
+            self.data = {"format": FORMAT, "version": FORMAT_VERSION, "machine": here, "peak": {}, "cases": []}
+        if not isinstance(self.data["peak"].get("int8 macs per second"), float):
+            self.data["peak"]["int8 macs per second"] = matrix_peak()
+
+    def add(self, case: Mapping[str, Any]) -> None:
+        keep = [c for c in self.data["cases"] if case_key(c) != case_key(case)]
+        self.data["cases"] = sorted([*keep, dict(case)], key=case_key)
+        write_text_atomically(self.path, json.dumps(self.data, indent=1) + "\n")
+
+
+def case_key(case: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells one case from another: a new result replaces the old one of the same key."""
+    return (case["kind"], case["name"], case["batch"], case["T"])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file, checked for its form."""
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON ({error})") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a result file of qcfs-fast bench")
+    if data.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: written in version {data.get('version')} of the result format, need {FORMAT_VERSION}"
+        )
+    return data
+
+
+def summary(case: Mapping[str, Any]) -> str:
+    """One line: times, and how many times as long each contender takes as ours in 16 bits."""
+    rows = case["contenders"]
+    ours = next((r["seconds"] for n, r in rows.items() if n.startswith("qcfs_fast 16-bit") and "error" not in r), None)
+    cells = []
+    for name, row in rows.items():
+        if "error" in row:
+            cells.append(f"{name} {NOT_MEASURED} ({row['error']})")
+        else:
+            ratio = f" (x{row['seconds'] / ours:.2f})" if ours and not name.startswith("qcfs_fast 16-bit") else ""
+            cells.append(f"{name} {1e3 * row['seconds']:.3f} ms{ratio}")
+    return f"{case['name']}, batch {case['batch']}, T={case['T']}, firing rate {case['firing rate']:.1%}: " + ", ".join(
+        cells
+    )

@@ -1,0 +1,52 @@
+"""How files are written: whole or not at all, through links, and into pipes."""
+
+import os
+import stat
+import threading
+
+import pytest
+
+from qcfs_fast.files import write_text_atomically, written_atomically
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    def interrupted(path):
+        with written_atomically(path) as temporary:
+            temporary.write_text("half of the n")
+            raise KeyboardInterrupt
+
+    target = tmp_path / "result.json"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(target)
+    assert target.read_text() == "old"
+    write_text_atomically(target, "new")
+    assert target.read_text() == "new"
+    assert os.listdir(tmp_path) == ["result.json"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    link = tmp_path / "link.txt"
+    link.symlink_to(tmp_path / "real" / "file.txt")
+    for text in ("one", "two"):
+        write_text_atomically(link, text)
+        assert link.is_symlink()
+        assert (tmp_path / "real" / "file.txt").read_text() == text
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_text_atomically(pipe, "page")
+    reader.join(10)
+    assert read == ["page"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_the_folder_must_exist(tmp_path):
+    with pytest.raises(FileNotFoundError, match="create it first"):
+        write_text_atomically(tmp_path / "no" / "file", "text")
