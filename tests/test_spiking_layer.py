@@ -123,19 +123,9 @@ def test_layers_larger_than_a_wave(O, size):
 def test_linear(engine):
     evidence = Evidence()
     for seed in range(40):
-        rng = np.random.default_rng(seed)
-        T, N, K, O = (
-            int(v) for v in (rng.integers(1, 20), rng.integers(1, 5), rng.integers(1, 70), rng.integers(1, 70))
-        )
-        x = random_spikes(rng, (N, K), T, seed % 3 == 0)
-        w = (rng.integers(-4, 5, (K, O)) * 64).astype(np.int16)
-        bias = (rng.integers(-2, 3, O) * 64).astype(np.int32)
-        total = oracle.unpack(x, T) @ w.astype(np.int64) + bias
-        threshold = np.maximum(128 * np.rint(np.abs(total).mean((0, 1)) / 128), 128).astype(np.int32)
-        want = oracle.integrate_and_fire(total, threshold)
-        evidence.add(want)
-        out = torch.ops.qcfs_fast.linear_if([tensor(x)], [tensor(w)], [], [], None, tensor(bias), tensor(threshold), T)
-        assert np.array_equal(out.numpy(), want.masks)
+        case = random_case(seed, max_T=20, linear=True)
+        evidence.add(case.want)
+        assert np.array_equal(torch.ops.qcfs_fast.linear_if(*case.args).numpy(), case.want.masks), f"seed {seed}"
     evidence.check()
 
 
@@ -225,7 +215,7 @@ def test_a_mask_beyond_this_processor_is_refused():
 def test_threads_and_batch_splits_do_not_matter():
     evidence = Evidence()
     for seed in range(30):
-        case = random_case(1000 + seed, most_pixels=12)
+        case = random_case(1000 + seed, max_pixels=12)
         evidence.add(case.want)
         outputs = []
         for threads in (1, 2, 3, 7):

@@ -49,7 +49,7 @@ def samples():
     yield "conv2d_encode", (*analog, n, 9)
     yield "encode", (tensor(rng.integers(-40, 90, (2, 3, 4)).astype(np.int32)), n, 9)
     for seed in range(4):
-        yield "conv2d_if", random_case(seed, 1 + 7 * seed, most_channels=9, most_pixels=4).args
+        yield "conv2d_if", random_case(seed, 1 + 7 * seed, max_channels=9, max_pixels=4).args
     x, w = tensor(random_spikes(rng, (2, 7), 9, False)), torch.ones(7, 4, dtype=torch.int16)
     yield "linear_if", ([x], [w], [], [], None, n // 2, n, 9)
     yield "pool", (masks, [0, 2, 2, 2, 4, 2], [0, 2, 2], 4, 9)
