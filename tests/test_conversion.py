@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from networks import converted, images, lively
 from torch import nn
 from torchvision_models import models
 
@@ -16,17 +17,6 @@ from qcfs_fast import QCFS, ConversionError
 
 KINDS = list(networks.SHAPES)
 IDS = [k.__name__ for k in KINDS]
-
-
-def images(shape, n=3, seed=1, grid=None):
-    x = torch.randn((n, *shape), generator=torch.Generator().manual_seed(seed))
-    return x if grid is None else torch.round(x.clamp(-2, 2) * grid) / grid
-
-
-def lively(model, shape, levels=4, **options):
-    """A prepared network whose thresholds fit its random weights."""
-    prepared = qcfs_fast.prepare(model, levels=levels, **options)
-    return qcfs_fast.calibrate(prepared, [images(shape, 8, seed=7)], progress=False)
 
 
 def compare_layers(prepared, snn, x, T):
@@ -255,8 +245,8 @@ def test_one_call_for_every_T():
 
 
 def test_no_state_leaks_and_batches_do_not_mix():
+    snn, _ = converted(networks.Small, T=5)
     shape = networks.SHAPES[networks.Small]
-    snn = qcfs_fast.convert(lively(networks.randomize(networks.Small()), shape), T=5)
     x = images(shape, 6)
     first = snn(x)
     snn(images(shape, 4, seed=9) * 100)
@@ -268,9 +258,7 @@ def test_no_state_leaks_and_batches_do_not_mix():
 
 
 def test_reference_network_gives_the_same_bytes():
-    shape = networks.SHAPES[networks.Small]
-    snn = qcfs_fast.convert(lively(networks.randomize(networks.Small()), shape), T=9)
-    x = images(shape)
+    snn, x = converted(networks.Small, T=9)
     native = snn(x, per_step=True)
     with qcfs_fast.backend.force(reference=True):
         assert torch.equal(native, snn(x, per_step=True))
@@ -341,7 +329,7 @@ def test_per_channel_thresholds():
 
 
 def test_print_reads_like_the_network():
-    text = str(qcfs_fast.convert(lively(networks.randomize(networks.Small()), networks.SHAPES[networks.Small])))
+    text = str(converted(networks.Small)[0])
     for line in (
         "(stem): Group(",
         "block1.conv2: 8 -> 8, kernel 3x3, padding 1x1, 16-bit + avgpool_1",
@@ -352,7 +340,7 @@ def test_print_reads_like_the_network():
 
 
 def test_report_states_the_bound():
-    snn = qcfs_fast.convert(lively(networks.randomize(networks.Small()), networks.SHAPES[networks.Small]), T=4)
+    snn, _ = converted(networks.Small)
     assert f"No 32-bit sum can overflow for T <= {snn.max_T}" in snn.report()
     assert snn.max_T >= 32
     assert all(name in snn.report() for name in snn.spiking_layers)
@@ -382,9 +370,7 @@ def test_the_overflow_bound_holds_and_is_tight():
 
 
 def test_half_and_double_leave_the_grid_alone():
-    shape = networks.SHAPES[networks.Small]
-    snn = qcfs_fast.convert(lively(networks.randomize(networks.Small()), shape), T=4)
-    x = images(shape)
+    snn, x = converted(networks.Small, T=4)
     want = snn(x)
     for convert_ in (lambda m: m.half(), lambda m: m.double(), lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu")):
         assert torch.equal(convert_(copy.deepcopy(snn))(x), want)

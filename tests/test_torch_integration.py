@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from layers import random_case, random_spikes, tensor
+from networks import converted
 
-import qcfs_fast
 from qcfs_fast.backend import registration as ops
 from qcfs_fast.operators.geometry import POINTWISE
 
@@ -21,14 +21,6 @@ OPS = torch.ops.qcfs_fast
 def fresh_compiler():
     """Dynamo counts recompilations of SNN.forward over all networks of a process."""
     torch._dynamo.reset()
-
-
-def converted(kind, T=4):
-    shape = networks.SHAPES[kind]
-    g = torch.Generator().manual_seed(0)
-    prepared = qcfs_fast.prepare(networks.randomize(kind()), levels=4)
-    qcfs_fast.calibrate(prepared, [torch.randn((8, *shape), generator=g)], progress=False)
-    return qcfs_fast.convert(prepared, T=T), torch.randn((3, *shape), generator=g)
 
 
 def samples():

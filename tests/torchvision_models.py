@@ -1,17 +1,5 @@
-"""torchvision's models beside a CPU build of torch.
+"""torchvision's models, also beside a CPU build of torch (qcfs_fast/study/zoo.py says how)."""
 
-torchvision from PyPI registers fake kernels for two operators of its binary part, which does not load beside
-such a build; declaring their schemas first makes the models importable. For tests only.
-"""
+from qcfs_fast.study import zoo
 
-import torch
-
-try:
-    import torchvision
-except RuntimeError:
-    _library = torch.library.Library("torchvision", "DEF")
-    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import torchvision
-
-models = torchvision.models
+models = zoo.torchvision_models()
