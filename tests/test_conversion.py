@@ -131,7 +131,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def slow_but(quick, names):
+    """The quick ones stand for all in `make quick`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_but(("resnet18", "squeezenet1_1"), FAMILIES))
 def test_torchvision_families(name, record_property):
     size, options = FAMILIES[name]
     torch.manual_seed(0)
@@ -155,16 +160,19 @@ def test_torchvision_families(name, record_property):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "mobilenet_v2",
-        "densenet121",
-        "shufflenet_v2_x1_0",
-        "efficientnet_b0",
-        "vit_b_16",
-        "regnet_x_400mf",
-        "mnasnet1_0",
-        "inception_v3",
-    ],
+    slow_but(
+        ("mobilenet_v2", "shufflenet_v2_x1_0"),
+        [
+            "mobilenet_v2",
+            "densenet121",
+            "shufflenet_v2_x1_0",
+            "efficientnet_b0",
+            "vit_b_16",
+            "regnet_x_400mf",
+            "mnasnet1_0",
+            "inception_v3",
+        ],
+    ),
 )
 def test_other_families_convert_or_say_what_they_lack(name):
     torch.manual_seed(0)
@@ -199,7 +207,13 @@ def their_networks():
         yield f"resnet{depth}-imagenet", lambda depth=depth: networks.TheirResNet(depth, 1000, imagenet=True), 64
 
 
-@pytest.mark.parametrize(("make", "size"), [pytest.param(m, s, id=n) for n, m, s in their_networks()])
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        pytest.param(m, s, id=n, marks=() if n in ("vgg11", "resnet20") else pytest.mark.slow)
+        for n, m, s in their_networks()
+    ],
+)
 def test_the_authors_networks(make, size):
     model = networks.randomize(make())
     x = images((3, size, size), 2)

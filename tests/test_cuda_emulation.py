@@ -22,7 +22,11 @@ import qcfs_fast
 from qcfs_fast import backend
 from qcfs_fast.backend import cuda as cuda_backend
 
-pytestmark = pytest.mark.skipif(emulated_cuda.compiler is None, reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.native,
+    pytest.mark.skipif(emulated_cuda.compiler is None, reason="g++ is not installed"),
+]
 SANITIZER = {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
@@ -47,6 +51,7 @@ def checked(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_kernels_against_plain_loops(checked):
     totals = {}
     for seed in (1, 2):
@@ -97,6 +102,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutations_are_noticed(mutation, plain_objects, tmp_path):
     path, old, new = MUTATIONS[mutation]
@@ -116,6 +122,7 @@ def test_mutations_are_noticed(mutation, plain_objects, tmp_path):
     assert (("FAILED: analog" if path == IMAGE else "FAILED: conv_if") in result.stdout) == (mutation != "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutated", [False, True])
 def test_hopper_products_of_four_warps(mutated, plain_objects, tmp_path):
     """The option QCFS_FAST_WGMMA, with the weights behind a descriptor; a wrong distance in it must be noticed."""

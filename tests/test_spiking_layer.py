@@ -65,6 +65,7 @@ def test_random_layers(engine):
         assert {"depthwise", "grouped"} <= used
 
 
+@pytest.mark.slow
 def test_many_layers_agree_between_engines():
     """Beyond what the slow oracle can afford: larger layers, all engines against each other."""
     spikes = neurons = 0
@@ -97,6 +98,7 @@ def _wide_layer(rng):
     return [tensor(x)], [tensor(w)], g, [], [], None, tensor(bias), tensor(threshold), T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("O", "size"), [(8, (2, 112, 64, 64)), (600, (40, 14, 14, 64)), (9, (1, 2, 3000, 64))])
 def test_layers_larger_than_a_wave(O, size):
     """Samples and rows in turns, weights beyond the cache, strips of wide rows: as each sample alone, T = 8."""

@@ -27,6 +27,7 @@ from qcfs_fast.operators import masks, reference
 from qcfs_fast.operators.geometry import POINTWISE
 from qcfs_fast.operators.windows import PoolSpec
 
+pytestmark = pytest.mark.triton
 OPS = torch.ops.qcfs_fast
 SMALL = {"max_T": 20, "max_batch": 2, "max_channels": 33, "max_pixels": 5}
 
@@ -358,6 +359,7 @@ def test_pooling(spec, launched):
     assert {"pool", "pool_counts", "max_pool", "count"} == set(launched)
 
 
+@pytest.mark.slow
 def test_readout(launched):
     for seed in range(12):
         rng = np.random.default_rng(seed)
