@@ -6,12 +6,14 @@ import numpy as np
 import oracle
 import torch
 
+from qcfs_fast.operators.geometry import POINTWISE
+
 ODD = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 
 
 @dataclass
 class Case:
-    """Arguments of torch.ops.qcfs_fast.conv2d_if and what they must give."""
+    """Arguments of torch.ops.qcfs_fast.conv2d_if (or linear_if) and what they must give."""
 
     args: tuple
     want: oracle.Fired
@@ -46,56 +48,63 @@ def random_weights(rng, shape, bits, extreme):
     return (rng.integers(-4, 5, shape) * 64).astype(np.int16)
 
 
-def random_case(seed, T=None, most_channels=65, most_pixels=9):
-    """A layer with one to three products, up to two residuals, maybe a constant current, any groups."""
+def random_case(
+    seed, T=None, *, max_T=40, max_batch=3, max_channels=65, max_pixels=9, plain=False, linear=False,
+    bits=None, channels=None, outputs=None, products=None, residuals=None,
+):  # fmt: skip
+    """A layer with one to three products, up to two residuals, maybe a constant current, any groups.
+
+    What is given is not drawn: T, the bits of a weight, the number of input channels and of outputs, of products and of
+    residuals. A plain layer has no groups; of a linear one the arguments are those of linear_if.
+    """
     rng = np.random.default_rng(seed)
-    T = int(rng.integers(1, 41)) if T is None else T
-    bits = int(rng.choice([8, 16]))
+    T = int(rng.integers(1, max_T + 1)) if T is None else T
+    bits = bits or int(rng.choice([8, 16]))
     extreme = rng.random() < 0.25
-    channels = [c for c in ODD if c <= most_channels]
-    O = int(rng.choice(channels))
-    N = int(rng.integers(1, 4))
-    size = 2 + int(rng.integers(0, most_pixels - 1)), 2 + int(rng.integers(0, most_pixels - 1))
-    kind = rng.choice(["plain", "grouped", "depthwise"], p=[0.7, 0.15, 0.15])
-    groups = (
-        O
-        if kind == "depthwise"
-        else int(rng.choice([g for g in range(1, O + 1) if O % g == 0]))
-        if kind == "grouped"
-        else 1
-    )
-    per_group = (
-        1 if kind == "depthwise" else int(rng.integers(1, 9)) if kind == "grouped" else int(rng.choice(channels))
-    )
-    while True:
+    sizes = [c for c in ODD if c <= max_channels]
+    O = outputs or int(rng.choice(sizes))
+    N = int(rng.integers(1, max_batch + 1))
+    size = 2 + int(rng.integers(0, max_pixels - 1)), 2 + int(rng.integers(0, max_pixels - 1))
+    kind = "plain" if plain or linear else rng.choice(["plain", "grouped", "depthwise"], p=[0.7, 0.15, 0.15])
+    groups, C = 1, channels or int(rng.choice(sizes))
+    if kind == "depthwise":
+        groups = C = O
+    elif kind == "grouped":
+        groups = int(rng.choice([g for g in range(1, O + 1) if O % g == 0]))
+        C = groups * int(rng.integers(1, 9))
+    oh = ow = 0
+    while oh <= 0 or ow <= 0:
         g = random_geometry(rng, groups)
         oh, ow = ((size[a] + 2 * g[4 + a] - g[6 + a] * (g[a] - 1) - 1) // g[2 + a] + 1 for a in (0, 1))
-        if oh > 0 and ow > 0:
-            break
-    products = [(random_spikes(rng, (N, *size, per_group * groups), T, rng.random() < 0.3), None, g)]
-    while len(products) < 3 and rng.random() < 0.3:  # further products: pointwise, on maps of the output's size
-        products.append((random_spikes(rng, (N, oh, ow, int(rng.choice(channels))), T, rng.random() < 0.3), None,
-                         (1, 1, 1, 1, 0, 0, 1, 1, 1)))  # fmt: skip
-    products = [
-        (x, random_weights(rng, (g[0], g[1], x.shape[-1] // g[8], O), bits, extreme), g) for x, _, g in products
-    ]
+    if linear:
+        g, size, oh, ow = POINTWISE, (1, 1), 1, 1
+    sources = [(random_spikes(rng, (N, *size, C), T, rng.random() < 0.3), g)]
+    # Further products: pointwise, on maps of the output's size.
+    while len(sources) < products if products else len(sources) < 3 and rng.random() < 0.3:
+        x = random_spikes(rng, (N, oh, ow, int(rng.choice(sizes))), T, rng.random() < 0.3)
+        sources.append((x, POINTWISE))
+    summed = [(x, random_weights(rng, (g[0], g[1], x.shape[-1] // g[8], O), bits, extreme), g) for x, g in sources]
     unit = 256 if bits == 8 else 64
-    residuals = [
+    added = [
         (random_spikes(rng, (N, oh, ow, O), T, rng.random() < 0.3), (rng.integers(0, 5, O) * unit).astype(np.int32))
-        for _ in range(int(rng.integers(0, 3)))
+        for _ in range(int(rng.integers(0, 3)) if residuals is None else residuals)
     ]
     constant = (rng.integers(-3, 4, (N, oh, ow, O)) * unit).astype(np.int32) if rng.random() < 0.2 else None
     bias = (rng.integers(-2, 3, O) * unit).astype(np.int32)
-    total = oracle.currents(products, residuals, constant, bias, T)
+    total = oracle.currents(summed, added, constant, bias, T)
     # A threshold of the size of the currents, on their grid, makes neurons fire at some steps and tie at some.
     typical = np.abs(total).mean(axis=(0, 1, 2, 3)) * rng.choice([0.5, 1.0, 2.0])
     threshold = np.maximum(2 * unit * np.rint(typical / (2 * unit)), 2 * unit).astype(np.int32)
-    x, w = [tensor(p[0]) for p in products], [tensor(p[1]) for p in products]
-    args = (
-        x, w, [v for p in products for v in p[2]], [tensor(r[0]) for r in residuals], [tensor(r[1]) for r in residuals],
-        None if constant is None else tensor(constant), tensor(bias), tensor(threshold), T,
-    )  # fmt: skip
-    return Case(args, oracle.integrate_and_fire(total, threshold))
+    want = oracle.integrate_and_fire(total, threshold)
+    x, w = [tensor(p[0]) for p in summed], [tensor(p[1]) for p in summed]
+    r, amplitude = [tensor(p[0]) for p in added], [tensor(p[1]) for p in added]
+    current = None if constant is None else tensor(constant)
+    settings = tensor(bias), tensor(threshold), T
+    if not linear:
+        return Case((x, w, [v for p in summed for v in p[2]], r, amplitude, current, *settings), want)
+    x, r = ([t[:, :, 0, 0] for t in maps] for maps in (x, r))
+    want.masks = want.masks[:, :, 0, 0]
+    return Case((x, [t[0, 0] for t in w], r, amplitude, None if current is None else current[:, 0, 0], *settings), want)
 
 
 class Evidence:
@@ -108,7 +117,8 @@ class Evidence:
         self.rates.append(fired.rate)
         self.ties += fired.ties
 
-    def check(self):
+    def check(self, ties=True):
+        """`ties=False`: of few neurons, none may hit its threshold; other tests show exact hits."""
         rate = float(np.mean(self.rates))
         assert 0.05 < rate < 0.95, f"firing rate {rate}: the test is void"
-        assert self.ties > 0, "no membrane hit its threshold exactly: >= and > were not told apart"
+        assert self.ties > 0 or not ties, "no membrane hit its threshold exactly: >= and > were not told apart"

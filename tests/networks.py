@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import qcfs_fast
 from qcfs_fast import QCFS
 
 
@@ -190,6 +191,24 @@ def on_grid(model, seed=0):
         if isinstance(m, QCFS):
             m.thresh.data = 2.0 ** pick(m.thresh.shape, -1, 1, 1).float()
     return model.eval()
+
+
+def images(shape, n=3, seed=1, grid=None):
+    """Random images, on multiples of 1 / grid where a grid is given."""
+    x = torch.randn((n, *shape), generator=torch.Generator().manual_seed(seed))
+    return x if grid is None else torch.round(x.clamp(-2, 2) * grid) / grid
+
+
+def lively(model, shape, levels=4, **options):
+    """A prepared network whose thresholds fit its random weights."""
+    prepared = qcfs_fast.prepare(model, levels=levels, **options)
+    return qcfs_fast.calibrate(prepared, [images(shape, 8, seed=7)], progress=False)
+
+
+def converted(kind, T=4, **options):
+    """A lively network of this kind as an SNN, and images for it."""
+    shape = SHAPES[kind]
+    return qcfs_fast.convert(lively(randomize(kind()), shape), T=T, **options), images(shape)
 
 
 # ------------------------------------------------------------ the shapes of the authors' own models

@@ -336,7 +336,6 @@ def test_eval_errors(place, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------- profile
 
 
-@pytest.mark.skipif(not hasattr(qcfs_fast, "profile"), reason="this version has no profile")
 def test_profile(place, tmp_path, capsys):
     folder, _ = place
     files = [folder / "net.safetensors", folder / "data.npz", "--html", tmp_path / "report.html"]

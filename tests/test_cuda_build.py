@@ -20,6 +20,7 @@ spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "tools/cuda_
 cuda_report = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cuda_report)
 
+pytestmark = [pytest.mark.cuda, pytest.mark.native]
 needs_module = pytest.mark.skipif(
     cuda_report.find_module() is None, reason="the package was built without nvcc, so it has no CUDA module"
 )
@@ -39,6 +40,7 @@ def report():
 
 @needs_module
 @needs_cuobjdump
+@pytest.mark.slow
 def test_every_kernel_is_there_for_every_architecture_without_spills(report):
     rows = report["kernels"]
     kernels = {r["kernel"] for r in rows}
@@ -66,6 +68,7 @@ def test_every_kernel_is_there_for_every_architecture_without_spills(report):
 
 @needs_module
 @needs_cuobjdump
+@pytest.mark.slow
 def test_the_product_loops_multiply_every_step_once(report):
     """A stage is two 32-byte steps of K: T x parts x cols/8 products each, four times as many on Turing."""
     seen = 0
@@ -81,6 +84,7 @@ def test_the_product_loops_multiply_every_step_once(report):
 
 
 @needs_cuobjdump
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 def test_hopper_products_of_four_warps_compile(tmp_path):
     """The option QCFS_FAST_WGMMA: asynchronous products from registers, for all T of one load; no spills."""

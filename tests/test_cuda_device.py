@@ -14,7 +14,7 @@ from qcfs_fast import backend
 from qcfs_fast.backend import cuda as cuda_backend
 
 problem = "torch sees no GPU" if not torch.cuda.is_available() else cuda_backend.unavailable()
-pytestmark = pytest.mark.skipif(problem != "", reason=problem or "runs")
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(problem != "", reason=problem or "runs")]
 
 
 @pytest.fixture(autouse=True)

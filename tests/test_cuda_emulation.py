@@ -25,7 +25,11 @@ from qcfs_fast.backend import cuda as cuda_backend
 from qcfs_fast.backend.packing import PackedWeights
 from qcfs_fast.operators.signature import Operator, QuantizeInput
 
-pytestmark = pytest.mark.skipif(emulated_cuda.compiler is None, reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.native,
+    pytest.mark.skipif(emulated_cuda.compiler is None, reason="g++ is not installed"),
+]
 SANITIZER = {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
@@ -50,6 +54,7 @@ def checked(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_kernels_against_plain_loops(checked):
     totals = {}
     for seed in (1, 2):
@@ -100,6 +105,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_mutations_are_noticed(mutation, plain_objects, tmp_path):
     path, old, new = MUTATIONS[mutation]
@@ -119,6 +125,7 @@ def test_mutations_are_noticed(mutation, plain_objects, tmp_path):
     assert (("FAILED: analog" if path == IMAGE else "FAILED: conv_if") in result.stdout) == (mutation != "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutated", [False, True])
 def test_hopper_products_of_four_warps(mutated, plain_objects, tmp_path):
     """The option QCFS_FAST_WGMMA, with the weights behind a descriptor; a wrong distance in it must be noticed."""
@@ -194,7 +201,7 @@ def test_random_layers_against_the_oracle(on_cuda):
     evidence = Evidence()
     with on_cuda() as calls:
         for seed in range(40):
-            case = random_case(seed, most_pixels=6)
+            case = random_case(seed, max_pixels=6)
             got = torch.ops.qcfs_fast.conv2d_if(*case.args)
             assert np.array_equal(got.numpy(), case.want.masks), f"seed {seed}"
             evidence.add(case.want)

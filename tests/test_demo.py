@@ -8,6 +8,8 @@ import torch
 import qcfs_fast
 from qcfs_fast.study import demo
 
+pytestmark = pytest.mark.slow  # two trainings
+
 
 @pytest.fixture(scope="module")
 def trained():

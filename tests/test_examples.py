@@ -49,6 +49,7 @@ def test_train_convert_and_resume(script, folder, capsys):
     assert snn(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_cifar10(script, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:

@@ -42,11 +42,19 @@ CODE = "import qcfs_fast, sys; print(qcfs_fast.info()['kernels in use (cpu)'])"
 
 
 def test_instruction_set_cap():
-    runs = {level: python("-W", "error", "-c", CODE, QCFS_FAST_MAX_ISA=level) for level in ("portable",)}
-    assert runs["portable"].stdout.strip() == "portable", runs["portable"].stderr
+    """`portable` is the set that any processor of the family runs: of the name portable on x86-64, neon on arm64."""
+    capped = python("-W", "error", "-c", CODE, QCFS_FAST_MAX_ISA="portable")
+    assert capped.stdout.strip() == backend.native.kernel_sets()[-1][0], capped.stderr
+    assert capped.stdout.strip() in ("portable", "neon")
     bad = python("-c", CODE, QCFS_FAST_MAX_ISA="avx9000")
     assert bad.returncode != 0
     assert "known levels: portable, avx2, avxvnni, avx512, avx512vnni, amx, neon, neondot" in bad.stderr
+
+
+def test_a_cap_leaves_the_set_of_its_name():
+    host = backend.native.host_isa()
+    for name, _ in backend.kernel_sets():
+        assert backend.native.chosen_kernel_set(backend.capped_isa(name, host)) == name
 
 
 def test_backend_variable():
@@ -62,20 +70,6 @@ def test_cap_above_the_host_warns():
     everything = native.level_mask("avx512")
     assert choice.capped_isa("", everything) == everything
     assert choice.capped_isa("avx2", everything) == native.level_mask("avx2")
-
-
-def test_kernels_are_chosen_by_mask():
-    """The choice for processors nobody here has: the mask is an argument."""
-    choose = backend.native.module.chosen_kernel_set
-    sets = dict(backend.native.module.kernel_sets())
-    assert choose(0) == "portable"
-    for name, mask in sets.items():
-        assert choose(mask) == name
-    if "avx512" in sets:
-        assert choose(backend.native.module.ISA_AVX512) == "portable"  # AVX-512 without AVX2 is no known level
-        assert choose(sets["avx512"] | 1 << 31) == "avx512"
-    with pytest.raises(ValueError, match="lacks some of the instruction sets"), backend.force(1 << 31):
-        pass
 
 
 def test_import_without_the_native_module():
@@ -106,16 +100,6 @@ def test_core_knows_no_torch():
         text = path.read_text(encoding="ascii")
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", text), path
     assert "torch" not in re.findall(r"^import (\w+)|^from (\w+)", (SOURCE / "setup.py").read_text(), re.M)
-
-
-def test_no_shared_code_carries_instruction_set_flags():
-    """Files compiled with wide flags define nothing with external linkage but their table (see kernel_set.h)."""
-    for path in (SOURCE / "csrc/cpu/kernels").glob("*.cpp"):
-        text = path.read_text()
-        assert re.findall(r"#include <(\w+)>", text) in ([], ["immintrin"]) or "#include <vector>" not in text
-        algorithms = re.search(r'#include "cpu/kernels/(x86_256|x86_512|four_lanes)\.h"', text)
-        assert algorithms
-        assert text.index("namespace {") < algorithms.start() < text.index("}    // namespace")
 
 
 def test_a_missing_compiler_gives_one_clear_line(tmp_path):

@@ -1,39 +1,43 @@
-"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (tests/native/cpu.cpp)."""
+"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (tests/native/cpu.cpp).
 
+And what files with instruction-set flags may not do. Of an inline function or a template that several files use, the
+linker keeps any one copy: by the one-definition rule all are equal. If it keeps a copy that was compiled for AVX-512,
+the other files call that one, and an older processor stops there. So such a file may define nothing but its table.
+"""
+
+import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from qcfs_fast import backend
 
+pytestmark = pytest.mark.native
 SOURCE = Path(__file__).resolve().parent.parent
 ARM_COMPILER = "aarch64-linux-gnu-g++"
 
 
-def build(tmp_path_factory, sanitizer, *options):
-    """Build the test program through the project's CMake with the given sanitizers."""
+def cmake(*arguments):
     if shutil.which("cmake") is None:
         pytest.fail("these tests build with cmake; make test installs it")
+    done = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def configure(folder, sanitizer, *options):
+    """The project's own CMake, with the test program in place of the Python modules."""
+    cmake("-S", SOURCE, "-B", folder, f"-DQCFS_FAST_SANITIZE={sanitizer}", "-DQCFS_FAST_CUDA=off", *options)
+
+
+def build(tmp_path_factory, sanitizer, *options):
     folder = tmp_path_factory.mktemp(sanitizer.replace(",", "-"))
-    for command in (
-        [
-            "cmake",
-            "-S",
-            str(SOURCE),
-            "-B",
-            str(folder),
-            f"-DQCFS_FAST_SANITIZE={sanitizer}",
-            "-DQCFS_FAST_WERROR=ON",
-            "-DQCFS_FAST_CUDA=off",
-            *options,
-        ],
-        ["cmake", "--build", str(folder), "--target", "differential", "-j2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    configure(folder, sanitizer, "-DQCFS_FAST_WERROR=ON", *options)
+    cmake("--build", folder, "--target", "differential", "-j2")
     return folder / "differential"
 
 
@@ -54,16 +58,19 @@ def host_kernels():
     return names | {"amx"} if "avx512vnni" in names else names  # tiles are emulated
 
 
+@pytest.mark.slow
 def test_address_and_undefined_behaviour(tmp_path_factory):
     program = build(tmp_path_factory, "address,undefined")
     run([program], seed=1, cases=400, threads=1, kernels=host_kernels())
     run([program], seed=2, cases=100, threads=3, kernels=host_kernels())
 
 
+@pytest.mark.slow
 def test_threads(tmp_path_factory):
     run([build(tmp_path_factory, "thread")], seed=3, cases=150, threads=4, kernels=host_kernels())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which(ARM_COMPILER) is None or shutil.which("qemu-aarch64") is None,
     reason=f"needs {ARM_COMPILER} and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)",
@@ -76,3 +83,65 @@ def test_arm64(tmp_path_factory):
     )  # fmt: skip
     run(["qemu-aarch64", "-cpu", "max", program], seed=4, cases=300, threads=2, kernels={"neondot", "neon"})
     run(["qemu-aarch64", "-cpu", "cortex-a53", program], seed=5, cases=100, threads=1, kernels={"neon"})
+
+
+# ------------------------------------------------------------------------- files with instruction-set flags
+
+# Types, macros and intrinsics: nothing of which the program could keep a copy.
+HARMLESS = {"arm_neon.h", "cassert", "cstddef", "cstdint", "emmintrin.h", "immintrin.h", "type_traits"}
+
+
+@pytest.fixture(scope="module")
+def flagged(tmp_path_factory):
+    """The files that CMake compiles with flags of an instruction set, each with its command."""
+    folder = tmp_path_factory.mktemp("commands")
+    configure(folder, "none", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON")
+    listed = json.loads((folder / "compile_commands.json").read_text())
+    commands = {Path(c["file"]): shlex.split(c["command"]) for c in listed}
+    found = {path: words for path, words in commands.items() if any(re.match("-m(avx|amx|arch)", w) for w in words)}
+    # One a kernel set, but for the one that any processor of the family runs.
+    assert {path.stem for path in found} == {name for name, _ in backend.native.kernel_sets()[:-1]}
+    return found
+
+
+def includes(path):
+    """Names in angle brackets, of a file and of all that it includes."""
+    seen, names, left = set(), set(), [path]
+    while left:
+        path = left.pop()
+        if path not in seen:
+            seen.add(path)
+            text = path.read_text()
+            names |= set(re.findall(r"#include\s*<([^>]+)>", text))
+            left += [SOURCE / "csrc" / name for name in re.findall(r'#include\s*"([^"]+)"', text)]
+    return names
+
+
+def test_files_with_instruction_set_flags_include_no_library_code(flagged, tmp_path):
+    for path in flagged:
+        names = includes(path)
+        assert names & {"immintrin.h", "arm_neon.h"}  # includes were found
+        assert names <= HARMLESS, path
+    for header in ("vector", "string", "algorithm"):
+        (tmp_path / "set.cpp").write_text(f"#include <immintrin.h>\n#include <{header}>\n")
+        assert not includes(tmp_path / "set.cpp") <= HARMLESS
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="needs nm of GNU binutils")
+def test_files_with_instruction_set_flags_define_only_their_table(flagged, tmp_path):
+    """Without optimisation, so that nothing is inlined: every function that could be shared shows."""
+
+    def symbols(words, source, name):
+        out = tmp_path / f"{name}.o"
+        words = [w for w in words if w != "-DQCFS_EMULATE_TILES"]
+        words[words.index("-o") + 1], words[words.index("-c") + 1] = str(out), str(source)
+        subprocess.run([*words, "-O0", "-w"], check=True, timeout=300)
+        nm = ["nm", "-C", "--defined-only", "--extern-only", str(out)]
+        listed = subprocess.run(nm, capture_output=True, text=True, check=True).stdout
+        return [line.split(maxsplit=2)[2] for line in listed.splitlines()]
+
+    for path, words in flagged.items():
+        assert symbols(words, path, path.stem) == [f"qcfs::cpu::{path.stem}_kernels"]
+    wrong = tmp_path / "wrong.cpp"
+    wrong.write_text(path.read_text() + "inline int shared(int x) { return x + 1; }\nint (*use)(int) = shared;\n")
+    assert "shared(int)" in symbols(words, wrong, "wrong")

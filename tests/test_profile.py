@@ -29,12 +29,9 @@ NAMES = [*networks.SHAPES, MAX_POOLS]
 @functools.cache
 def converted(which, images=5):
     """A lively network of tests/networks.py, its model, and images."""
-    cls = networks.Small if which == MAX_POOLS else which
-    model = networks.randomize(cls())
-    model = qcfs_fast.prepare(model, levels=4, max_pool="keep" if which == MAX_POOLS else "avg")
-    x = torch.randn(images, *networks.SHAPES[cls], generator=torch.Generator().manual_seed(0))
-    model(x[:1])
-    qcfs_fast.calibrate(model, [x], progress=False)
+    kind, options = (networks.Small, {"max_pool": "keep"}) if which == MAX_POOLS else (which, {})
+    model = networks.lively(networks.randomize(kind()), networks.SHAPES[kind], **options)
+    x = networks.images(networks.SHAPES[kind], images)
     return qcfs_fast.convert(model, T=4), model, x
 
 

@@ -8,22 +8,15 @@ import warnings
 import networks
 import pytest
 import torch
+from networks import converted
 
 import qcfs_fast
 from qcfs_fast import FormatError
 
 
-def make(kind, bits=16):
-    shape = networks.SHAPES[kind]
-    g = torch.Generator().manual_seed(0)
-    prepared = qcfs_fast.prepare(networks.randomize(kind()), levels=4)
-    qcfs_fast.calibrate(prepared, [torch.randn((8, *shape), generator=g)], progress=False)
-    return qcfs_fast.convert(prepared, T=5, weight_bits=bits), torch.randn((3, *shape), generator=g)
-
-
 @pytest.fixture
 def saved(tmp_path):
-    snn, x = make(networks.Small)
+    snn, x = converted(networks.Small, T=5)
     snn.save(tmp_path / "net.safetensors")
     return tmp_path / "net.safetensors", snn, x
 
@@ -31,7 +24,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("kind", list(networks.SHAPES), ids=lambda k: k.__name__)
 @pytest.mark.parametrize("bits", [8, 16])
 def test_round_trip(kind, bits, tmp_path):
-    snn, x = make(kind, bits)
+    snn, x = converted(kind, T=5, weight_bits=bits)
     path = tmp_path / "net.safetensors"
     snn.save(path)
     again = qcfs_fast.load(path)
@@ -49,7 +42,7 @@ def test_round_trip(kind, bits, tmp_path):
 def test_eight_bits_take_half_the_room(tmp_path):
     sizes = {}
     for bits in (8, 16):
-        make(networks.Small, bits)[0].save(tmp_path / f"{bits}")
+        converted(networks.Small, weight_bits=bits)[0].save(tmp_path / f"{bits}")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             snn = qcfs_fast.load(tmp_path / f"{bits}")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from layers import random_case, random_spikes, tensor
+from networks import converted
 
-import qcfs_fast
 from qcfs_fast.backend import registration as ops
 from qcfs_fast.operators.geometry import POINTWISE
 
@@ -21,14 +21,6 @@ OPS = torch.ops.qcfs_fast
 def fresh_compiler():
     """Dynamo counts recompilations of SNN.forward over all networks of a process."""
     torch._dynamo.reset()
-
-
-def converted(kind, T=4):
-    shape = networks.SHAPES[kind]
-    g = torch.Generator().manual_seed(0)
-    prepared = qcfs_fast.prepare(networks.randomize(kind()), levels=4)
-    qcfs_fast.calibrate(prepared, [torch.randn((8, *shape), generator=g)], progress=False)
-    return qcfs_fast.convert(prepared, T=T), torch.randn((3, *shape), generator=g)
 
 
 def samples():
@@ -49,7 +41,7 @@ def samples():
     yield "conv2d_encode", (*analog, n, 9)
     yield "encode", (tensor(rng.integers(-40, 90, (2, 3, 4)).astype(np.int32)), n, 9)
     for seed in range(4):
-        yield "conv2d_if", random_case(seed, 1 + 7 * seed, most_channels=9, most_pixels=4).args
+        yield "conv2d_if", random_case(seed, 1 + 7 * seed, max_channels=9, max_pixels=4).args
     x, w = tensor(random_spikes(rng, (2, 7), 9, False)), torch.ones(7, 4, dtype=torch.int16)
     yield "linear_if", ([x], [w], [], [], None, n // 2, n, 9)
     yield "pool", (masks, [0, 2, 2, 2, 4, 2], [0, 2, 2], 4, 9)

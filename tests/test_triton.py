@@ -13,7 +13,10 @@ if importlib.util.find_spec("triton") is None:
 
 from math import lcm
 
+import numpy as np
+import oracle
 import torch
+from layers import ODD, Evidence, random_case, random_geometry, random_spikes, random_weights, tensor
 from torch import nn
 
 import qcfs_fast
@@ -21,11 +24,12 @@ from qcfs_fast import backend
 from qcfs_fast.backend.triton import launch as tb
 from qcfs_fast.backend.triton import tiles as triton_tiles
 from qcfs_fast.operators import masks, reference
+from qcfs_fast.operators.geometry import POINTWISE
 from qcfs_fast.operators.windows import PoolSpec
 
+pytestmark = pytest.mark.triton
 OPS = torch.ops.qcfs_fast
-ODD = (1, 3, 7, 8, 9, 15, 16, 17, 31, 33)
-POINTWISE = [1, 1, 1, 1, 0, 0, 1, 1, 1]
+SMALL = {"max_T": 20, "max_batch": 2, "max_channels": 33, "max_pixels": 5}
 
 
 @pytest.fixture
@@ -65,107 +69,12 @@ def same(name, *args):
     return got
 
 
-class Random:
-    def __init__(self, seed):
-        self.g = torch.Generator().manual_seed(seed)
-
-    def integers(self, low, high, shape=(), dtype=torch.int64):
-        """low .. high inclusive."""
-        return torch.randint(low, high + 1, tuple(shape), generator=self.g, dtype=torch.int64).to(dtype)
-
-    def one(self, low, high):
-        return int(self.integers(low, high))
-
-    def pick(self, options):
-        return options[self.one(0, len(options) - 1)]
-
-    def chance(self, p):
-        return float(torch.rand((), generator=self.g)) < p
-
-    def spikes(self, shape, T, count):
-        s = torch.rand((T, *shape), generator=self.g) < self.pick((0.1, 0.3, 0.6))
-        if count:
-            return (s * self.integers(1, 255, (T, *shape))).to(torch.uint8)
-        return masks.pack(s)
-
-    def weights(self, shape, bits, extreme):
-        """Coarse grids, so that sums collide with thresholds; or the limits of the digits."""
-        if bits == 8:
-            limits = torch.tensor([-127, 127], dtype=torch.int8)
-            return limits[self.integers(0, 1, shape)] if extreme else self.integers(-3, 3, shape, torch.int8)
-        limits = torch.tensor([-32639, 32639, 127, -128, 128], dtype=torch.int16)
-        return limits[self.integers(0, 4, shape)] if extreme else self.integers(-4, 4, shape, torch.int16) * 64
-
-
-class Evidence:
-    """Firing rates and exact hits of the thresholds: silent neurons would agree trivially."""
-
-    def __init__(self):
-        self.fired = self.neurons = self.ties = 0
-
-    def add(self, total, threshold):
-        n = threshold.to(torch.int64)
-        v = (n // 2).expand(total.shape[1:])
-        for current in total:
-            v = v + current
-            assert int(v.abs().max()) < 2**31
-            s = v >= n
-            self.ties += int((v == n).sum())
-            self.fired, self.neurons = self.fired + int(s.sum()), self.neurons + s.numel()
-            v = v - n * s
-
-    def check(self, ties=True):
-        assert 0.05 < self.fired / self.neurons < 0.95
-        assert self.ties > 0 or not ties
-
-
-def currents(x, weight, geometry, residual, amplitude, current, bias, T):
-    total = bias.to(torch.int64)
-    for i, (xi, wi) in enumerate(zip(x, weight, strict=True)):
-        steps = masks.unpack(xi, T)
-        part = reference.convolve(steps.flatten(0, 1), wi, geometry[9 * i : 9 * i + 9]).to(torch.int64)
-        total = total + part.unflatten(0, (T, xi.shape[1])) * (256 if wi.dtype == torch.int8 else 1)
-    for r, a in zip(residual, amplitude, strict=True):
-        total = total + masks.unpack(r, T) * a
-    if current is not None:
-        total = total + current
-    return total.expand(T, *total.shape[-4:])
-
-
-def layer(seed, evidence, T=None, channels=None, outputs=None, bits=None, products=None, residuals=None, plain=False):
-    """Arguments of conv2d_if for a random layer whose neurons fire."""
-    r = Random(seed)
-    T = T or r.one(1, 20)
-    bits = bits or r.pick((8, 16))
-    extreme = r.chance(0.25)
-    O = outputs or r.pick(ODD)
-    groups = 1 if plain else r.pick((1, 1, 1, O, r.pick([g for g in range(1, O + 1) if O % g == 0])))
-    C = channels or (r.pick(ODD) if groups == 1 else groups * (1 if groups == O else r.one(1, 9)))
-    size = r.one(2, 5), r.one(2, 5)
-    N = r.one(1, 2)
-    while True:
-        g = [r.one(1, 3), r.one(1, 3), r.one(1, 2), r.one(1, 2), r.one(0, 2), r.one(0, 2), r.one(1, 2), r.one(1, 2)]
-        oh, ow = ((size[i] + 2 * g[4 + i] - g[6 + i] * (g[i] - 1) - 1) // g[2 + i] + 1 for i in (0, 1))
-        if oh > 0 and ow > 0 and oh * ow <= 25:
-            break
-    x = [r.spikes((N, *size, C), T, r.chance(0.3))]
-    w = [r.weights((g[0], g[1], C // groups, O), bits, extreme)]
-    geometry = [*g, groups]
-    while len(x) < (products or 1 + r.chance(0.3)):
-        C = r.pick(ODD)
-        x.append(r.spikes((N, oh, ow, C), T, r.chance(0.3)))
-        w.append(r.weights((1, 1, C, O), bits, extreme))
-        geometry += POINTWISE
-    unit = 256 if bits == 8 else 64
-    extra = [r.spikes((N, oh, ow, O), T, r.chance(0.3)) for _ in range(r.one(0, 2) if residuals is None else residuals)]
-    amplitude = [r.integers(0, 4, (O,), torch.int32) * unit for _ in extra]
-    constant = r.integers(-3, 3, (N, oh, ow, O), torch.int32) * unit if r.chance(0.3) else None
-    bias = r.integers(-2, 2, (O,), torch.int32) * unit
-    total = currents(x, w, geometry, extra, amplitude, constant, bias, T)
-    typical = total.double().abs().mean((0, 1, 2, 3)) * r.pick((0.5, 1.0, 2.0))
-    threshold = (2 * unit * (typical / (2 * unit)).round()).clamp_min(2 * unit).to(torch.int32)
-    evidence.add(total, threshold)
-    return x, w, geometry, extra, amplitude, constant, bias, threshold, T
+def check(name, evidence, seed, *args, **options):
+    """A random layer, small enough for the interpreter, on all of them and against plain integers."""
+    case = random_case(seed, *args, **{**SMALL, **options})
+    assert np.array_equal(same(name, *case.args).numpy(), case.want.masks), f"seed {seed}"
+    evidence.add(case.want)
+    return case.args
 
 
 def test_the_interpreter_runs():
@@ -179,7 +88,7 @@ def test_the_interpreter_runs():
 def test_random_layers(part, launched):
     evidence = Evidence()
     for seed in range(100 * part, 100 * part + 12):
-        same("conv2d_if", *layer(seed, evidence))
+        check("conv2d_if", evidence, seed)
     evidence.check()
     assert {"spiking_dot", "spiking_direct"} <= set(launched)
 
@@ -188,17 +97,17 @@ def test_random_layers(part, launched):
 def test_steps(T, launched):
     evidence = Evidence()
     for bits in (8, 16):
-        same("conv2d_if", *layer(T, evidence, T=T, channels=17, outputs=9, bits=bits, plain=True))
+        check("conv2d_if", evidence, T, T, channels=17, outputs=9, bits=bits, plain=True)
     assert "spiking_dot" in launched
     evidence.check(ties=False)  # few neurons here; the larger tests show ties
 
 
-@pytest.mark.parametrize("size", ODD)
+@pytest.mark.parametrize("size", [size for size in ODD if size <= 33])
 def test_odd_sizes(size, launched):
     evidence = Evidence()
     for other in (1, 33):
-        same("conv2d_if", *layer(1000 + size, evidence, T=2, channels=size, outputs=other, plain=True))
-        same("conv2d_if", *layer(2000 + size, evidence, T=3, channels=other, outputs=size, plain=True))
+        check("conv2d_if", evidence, 1000 + size, 2, channels=size, outputs=other, plain=True)
+        check("conv2d_if", evidence, 2000 + size, 3, channels=other, outputs=size, plain=True)
     evidence.check(ties=False)
     assert {"spiking_dot", "spiking_direct"} <= set(launched)
 
@@ -207,8 +116,8 @@ def test_many_sources(launched):
     """More products and residuals than one launch takes: partial sums pass through memory."""
     evidence = Evidence()
     for seed in range(3):
-        same("conv2d_if", *layer(seed, evidence, products=5, residuals=4, channels=16, plain=True))
-        same("conv2d_if", [], [], [], *layer(seed, evidence, residuals=3)[3:])
+        check("conv2d_if", evidence, seed, products=5, residuals=4, channels=16, plain=True)
+        same("conv2d_if", [], [], [], *check("conv2d_if", evidence, seed, residuals=3)[3:])
     evidence.check()
     assert len(launched) > 3 * 4
 
@@ -217,7 +126,7 @@ def test_without_matrix_units(launched, monkeypatch):
     monkeypatch.setattr(tb, "_matrix_units", lambda device: False)
     evidence = Evidence()
     for seed in range(4):
-        same("conv2d_if", *layer(seed, evidence, channels=7 + seed, outputs=9, plain=True))
+        check("conv2d_if", evidence, seed, channels=7 + seed, outputs=9, plain=True)
     evidence.check()
     assert set(launched) == {"spiking_direct"}
 
@@ -227,7 +136,7 @@ def test_tiles_do_not_matter(tile, monkeypatch, launched):
     monkeypatch.setattr(triton_tiles, "INTERPRETER", triton_tiles.Tile(*tile, 4, 1))
     evidence = Evidence()
     for seed in range(8):
-        same("conv2d_if", *layer(seed, evidence, channels=33, plain=True))
+        check("conv2d_if", evidence, seed, channels=33, plain=True)
     evidence.check()
     assert "spiking_dot" in launched
 
@@ -237,12 +146,12 @@ def test_digits_apart_from_a_depth_on(launched, monkeypatch):
     evidence = Evidence()
     monkeypatch.setattr(tb, "HORNER_DEPTH", 1)
     for seed in range(6):
-        same("conv2d_if", *layer(seed, evidence, channels=17, plain=True))
+        check("conv2d_if", evidence, seed, channels=17, plain=True)
     assert "spiking_dot" in launched
     launched.clear()
     monkeypatch.setattr(tb, "MASK_DEPTH", 1)
     monkeypatch.setattr(tb, "COUNT_DEPTH", 1)
-    same("conv2d_if", *layer(0, evidence, channels=17, plain=True))
+    check("conv2d_if", evidence, 0, channels=17, plain=True)
     assert "spiking_dot" not in launched
     evidence.check()
 
@@ -274,22 +183,13 @@ def test_extreme_counts_and_weights(launched):
 def test_linear(launched):
     evidence = Evidence()
     for seed in range(12):
-        r = Random(seed)
-        x, w, _, residual, amplitude, current, bias, n, T = layer(
-            seed, evidence, channels=r.pick((9, 33)), plain=True, products=1
-        )
-        K = x[0].shape[-1]
-        flat = [x[0][:, :, 0, 0]], [w[0][0, 0]]
-        rest = [t[:, :, 0, 0] for t in residual], amplitude, None if current is None else current[:, 0, 0]
-        assert flat[1][0].shape[0] == K
-        same("linear_if", *flat, *rest, bias, n, T)
+        check("linear_if", evidence, seed, channels=(9, 33)[seed % 2], linear=True)
     evidence.check()
     assert "spiking_dot" in launched
 
 
 def test_weights_changed_in_place_are_seen():
-    evidence = Evidence()
-    args = layer(3, evidence, T=4, channels=16, outputs=16, bits=16, plain=True, products=1)
+    args = random_case(3, 4, channels=16, outputs=16, bits=16, plain=True, products=1, **SMALL).args
     before = same("conv2d_if", *args)
     args[1][0].neg_()
     assert not torch.equal(before, same("conv2d_if", *args))
@@ -299,7 +199,6 @@ def test_weights_changed_in_place_are_seen():
 
 def test_any_strides():
     """Operands need not be contiguous."""
-    evidence = Evidence()
 
     def spread(t):
         wide = torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
@@ -307,9 +206,8 @@ def test_any_strides():
         return wide
 
     for T, channels in ((4, 5), (9, 17)):
-        x, w, g, r, a, current, bias, n, _ = layer(
-            T, evidence, T=T, channels=channels, outputs=9, residuals=1, plain=True
-        )
+        case = random_case(T, T, channels=channels, outputs=9, residuals=1, plain=True, **SMALL)
+        x, w, g, r, a, current, bias, n, _ = case.args
         operands = [spread(t) for t in x], [spread(t) for t in w], g, [spread(t) for t in r], [spread(t) for t in a]
         got = same("conv2d_if", *operands, None if current is None else spread(current), spread(bias), spread(n), T)
         assert torch.equal(got, same("conv2d_if", x, w, g, r, a, current, bias, n, T))
@@ -344,23 +242,23 @@ def test_more_rows_than_a_launch_can_count():
 def test_first_layer(launched):
     evidence = Evidence()
     for seed in range(16):
-        r = Random(seed)
-        T = r.one(1, 20)
-        groups = r.pick((1, 1, 2, 3))
-        C, O, N = groups * r.one(1, 4), groups * r.one(1, 11), r.one(1, 2)
-        g = [r.one(1, 3), r.one(1, 3), r.one(1, 2), r.one(1, 2), r.one(0, 1), r.one(0, 1), 1, 1, groups]
-        x = r.integers(-32767, 32767, (N, 5, 6, C), torch.int16)
-        e = r.integers(-21, 3, (N,), torch.int32)
-        w = r.weights((g[0], g[1], C // groups, O), 16, seed % 2 == 0)
+        rng = np.random.default_rng(seed)
+        T, groups, N = int(rng.integers(1, 21)), int(rng.choice((1, 1, 2, 3))), int(rng.integers(1, 3))
+        C, O = groups * int(rng.integers(1, 5)), groups * int(rng.integers(1, 12))
+        g = [*random_geometry(rng, groups)[:6], 1, 1, groups]
+        x = tensor(rng.integers(-32767, 32768, (N, 5, 6, C), dtype=np.int16))
+        e = tensor(rng.integers(-21, 4, N, dtype=np.int32))
+        w = tensor(random_weights(rng, (g[0], g[1], C // groups, O), 16, seed % 2 == 0))
         acc = reference.convolve(x, w, g) * torch.exp2(e.double())[:, None, None, None]
         gain = 1000.0 / acc.abs().mean((0, 1, 2)).clamp_min(1e-9)
         n = torch.full((O,), 2048, dtype=torch.int32)
-        low = torch.zeros_like(n) if r.chance(0.5) else -n
-        args = (x, e, w, g, gain, torch.randn(O, generator=r.g, dtype=torch.float64) * 100, low, n)
+        low = torch.zeros_like(n) if rng.random() < 0.5 else -n
+        args = (x, e, w, g, gain, tensor(rng.standard_normal(O) * 100), low, n)
         current = same("conv2d_current", *args)
         same("conv2d_encode", *args, n, T)
         same("encode", current, n, T)
-        evidence.add(current.to(torch.int64).expand(T, *current.shape), n)
+        steps = np.broadcast_to(current.numpy().astype(np.int64), (T, *current.shape))
+        evidence.add(oracle.integrate_and_fire(steps, n.numpy()))
     evidence.check(ties=False)
     assert set(launched) == {"analog", "encode"}
 
@@ -371,7 +269,7 @@ def test_first_layer_rounds_halves_to_even():
     for exponent, gain, offset in ((-1, 1.0, 0.0), (0, 0.5, 1e9), (7, 2.0**-8, -(2.0**30)), (-300, 2.0**299, 0.0)):
         e = torch.tensor([exponent], dtype=torch.int32)
         vectors = torch.tensor([gain], dtype=torch.float64), torch.tensor([offset], dtype=torch.float64)
-        out = same("conv2d_current", x, e, torch.ones((1, 1, 1, 1), dtype=torch.int16), POINTWISE, *vectors, *limits)
+        out = same("conv2d_current", x, e, torch.ones((1, 1, 1, 1), dtype=torch.int16), [*POINTWISE], *vectors, *limits)
         halves = x.double().flatten() / 2 + offset
         assert torch.equal(out.flatten().double(), halves.round())
         assert bool((halves != halves.floor()).any())
@@ -390,12 +288,12 @@ def test_constant_current_gives_qcfs_counts():
 
 def test_quantize_input(launched):
     for seed in range(10):
-        r = Random(seed)
-        N, C, H, W = (r.one(1, 5) for _ in range(4))
-        scales = 10.0 ** r.integers(-30, 30, (N, 1, 1, 1)).double()
-        x = (torch.randn((N, C, H, W), generator=r.g) * scales).float()
-        source = r.integers(0, C - 1, (C + 1,))
-        scale, shift = torch.randn((2, C + 1), generator=r.g)
+        rng = np.random.default_rng(seed)
+        N, C, H, W = (int(v) for v in rng.integers(1, 6, 4))
+        scales = 10.0 ** rng.integers(-30, 31, (N, 1, 1, 1))
+        x = tensor((rng.standard_normal((N, C, H, W)) * scales).astype(np.float32))
+        source = tensor(rng.integers(0, C, C + 1))
+        scale, shift = tensor(rng.standard_normal((2, C + 1)).astype(np.float32))
         same("quantize_input", x, source, scale, shift)
         same("quantize_input", x.contiguous(memory_format=torch.channels_last), source, scale, shift * 0)
     one = torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.zeros(1)
@@ -404,7 +302,7 @@ def test_quantize_input(launched):
     edges = (0.0, 1.0, -1.0, 32767.0, 32767.002, 32768.0, 65534.0, 2.0**-140, 1e-45, 3.4e38, -3.4e38)
     same("quantize_input", torch.tensor(edges).reshape(-1, 1, 1, 1), *one)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        x = torch.randn((2, 3, 5, 5), generator=Random(0).g, dtype=torch.float64).to(dtype)
+        x = tensor(np.random.default_rng(0).standard_normal((2, 3, 5, 5))).to(dtype)
         same("quantize_input", x, torch.arange(3), torch.tensor([0.3, 1.7, -2.9]), torch.tensor([0.1, -0.7, 1.3]))
     assert {"largest_input", "quantize"} == set(launched)
     for bad in (float("nan"), float("inf"), -float("inf")):
@@ -428,8 +326,7 @@ def test_pooling(spec, launched):
     rows, cols = spec.windows(5, 0), spec.windows(7, 1)
     multiple = lcm(*spec.divisors())
     for T, count in ((1, True), (3, True), (10, False)):
-        r = Random(T)
-        x = r.spikes((1, 5, 7, 17), T, count)
+        x = tensor(random_spikes(np.random.default_rng(T), (1, 5, 7, 17), T, count))
         small = x.clamp_max(2) if count else x
         for m in (multiple, 0):
             if m <= 100:
@@ -441,18 +338,17 @@ def test_pooling(spec, launched):
     assert {"pool", "pool_counts", "max_pool", "count"} == set(launched)
 
 
+@pytest.mark.slow
 def test_readout(launched):
     for seed in range(12):
-        r = Random(seed)
-        T, N, O = r.one(1, 4), r.one(1, 2), r.one(1, 19)
-        groups = r.pick([g for g in (1, 2, 3) if O % g == 0])
-        S = T if r.chance(0.5) else 1
-        K = r.one(1, 20)
-        counts = [r.integers(0, 500, (S, N, 1, 3, K * groups), torch.int32)]
-        counts.append(r.integers(0, 2**31 - 1, (S, N, 2, 2, O), torch.int32))
-        weights = [r.weights((2, 3, K, O), 16, r.chance(0.5)), torch.zeros(0, dtype=torch.int16)]
-        gains = list(torch.randn((2, O), generator=r.g, dtype=torch.float64))
-        offset = torch.randn(O, generator=r.g, dtype=torch.float64)
+        rng = np.random.default_rng(seed)
+        T, N, O, K = (int(rng.integers(1, end)) for end in (5, 3, 20, 21))
+        groups = int(rng.choice([g for g in (1, 2, 3) if O % g == 0]))
+        S = T if rng.random() < 0.5 else 1
+        counts = [tensor(rng.integers(0, 501, (S, N, 1, 3, K * groups), dtype=np.int32))]
+        counts.append(tensor(rng.integers(0, 2**31 - 1, (S, N, 2, 2, O), dtype=np.int32, endpoint=True)))
+        weights = [tensor(random_weights(rng, (2, 3, K, O), 16, rng.random() < 0.5)), torch.zeros(0, dtype=torch.int16)]
+        gains, offset = list(tensor(rng.standard_normal((2, O)))), tensor(rng.standard_normal(O))
         geometry = [2, 3, 1, 2, 1, 1, 1, 1, groups, *POINTWISE]
         if seed == 0:  # sums that are -0 only where the first term is not added to 0
             counts, gains, offset = [c * 0 for c in counts], [-g.abs() for g in gains], torch.full_like(offset, -0.0)

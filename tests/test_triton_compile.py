@@ -19,6 +19,7 @@ import triton
 
 from qcfs_fast import backend
 
+pytestmark = pytest.mark.triton
 WARP_MMA = "mma.sync.aligned.m16n8k32"
 MATRIX = {
     "cuda:80": WARP_MMA,
@@ -57,6 +58,7 @@ def compiled(target, folder):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", MATRIX)
 def test_compiles(target, tmp_path):
     found = compiled(target, tmp_path)
