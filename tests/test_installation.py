@@ -109,10 +109,10 @@ def test_core_knows_no_torch():
 
 def test_no_shared_code_carries_instruction_set_flags():
     """Files compiled with wide flags define nothing with external linkage but their table (see kernel_set.h)."""
-    for path in (SOURCE / "csrc/cpu/kernels").glob("*.cpp"):
+    for path in (SOURCE / "csrc/cpu/sets").glob("*.cpp"):
         text = path.read_text()
         assert re.findall(r"#include <(\w+)>", text) in ([], ["immintrin"]) or "#include <vector>" not in text
-        algorithms = re.search(r'#include "cpu/kernels/(x86_256|x86_512|four_lanes)\.h"', text)
+        algorithms = re.search(r'#include "cpu/sets/(x86_256|x86_512|four_lanes)\.h"', text)
         assert algorithms
         assert text.index("namespace {") < algorithms.start() < text.index("}    // namespace")
 

@@ -100,9 +100,13 @@ int conv_if(const std::vector<ProductTuple>& products, const std::vector<PackedT
     for (std::size_t i = 0; i < p.size(); ++i) {
       p[i].packed = at<const void>(chosen == Engine::dense ? std::get<1>(packed.at(i)) : std::get<0>(packed.at(i)));
     }
+    for (int i = 0; i < a.product_count; ++i) {
+      if (p[static_cast<std::size_t>(i)].packed == nullptr && qcfs::cpu::packed_bytes(a, i, chosen, isa) > 0) {
+        return -static_cast<int>(chosen);
+      }
+    }
     s = qcfs::cpu::conv_if(a, Options{isa, threads, chosen});
   }
-  if (s == Status::not_packed) return -static_cast<int>(chosen);
   check(s, "conv2d_if");
   return static_cast<int>(chosen);
 }

@@ -7,14 +7,14 @@
 #include <immintrin.h>
 
 #include "cpu/isa.h"
-#include "cpu/kernels/kernel_set.h"
+#include "cpu/kernel_set.h"
 
 namespace qcfs::cpu {
 namespace {
 
 #if defined(QCFS_EMULATE_TILES)
 
-#include "cpu/kernels/tile_emulation.h"
+#include "cpu/sets/tile_emulation.h"
 
 #else
 
@@ -36,11 +36,10 @@ constexpr TileConfiguration tile_configuration;
 
 #endif
 
-#include "cpu/kernels/x86_512.h"
+#include "cpu/sets/x86_512.h"
 
 }    // namespace
 
-extern const KernelSet amx_kernels;
 const KernelSet amx_kernels = make_kernel_set("amx", isa_avx2 | isa_avx512 | isa_avx512vnni | isa_amx);
 
 }    // namespace qcfs::cpu

@@ -1,6 +1,6 @@
 // The register block of dense.h on vector registers: dense_rows positions times dense_vectors vectors of columns. Four
 // input channels of a position are broadcast to all lanes and multiplied by dot4 with four packed bytes of each column.
-// The including file defines dense_vectors, dense_rows, dense_most and dot4.
+// The including file defines dense_vectors, dense_rows, max_dense_input and dot4.
 
 constexpr int dense_columns = dense_vectors * lanes;
 constexpr int dense_depth = 4;

@@ -38,7 +38,7 @@ constexpr int panel_place(int channel) {
 }
 
 template <int vectors>
-inline void add_rows(const std::int16_t*, const char* rows, const EventRun& s, int, Int (&acc)[vectors]) {
+inline void add_rows(const std::int16_t*, const char* rows, const MergedList& s, int, Int (&acc)[vectors]) {
   Int more[vectors];
   QCFS_UNROLL
   for (int j = 0; j < vectors; ++j) more[j] = Int{};
@@ -69,7 +69,7 @@ inline void add_rows(const std::int16_t*, const char* rows, const EventRun& s, i
 }
 
 template <int vectors>
-inline void add_rows(const std::int8_t*, const char* rows, const EventRun& s, int most, Int (&acc)[vectors]) {
+inline void add_rows(const std::int8_t*, const char* rows, const MergedList& s, int most, Int (&acc)[vectors]) {
   const auto row = [&](std::int64_t k) { return reinterpret_cast<const std::int8_t*>(rows + s.position[k]); };
   constexpr int groups = vectors / 4;    // registers of one row
   using Sums = Int[2 * groups];
@@ -138,7 +138,7 @@ constexpr int panel_place(int channel) {
 }
 
 template <typename Weight, int vectors>
-inline void add_rows(const Weight*, const char* rows, const EventRun& s, int, Int (&acc)[vectors]) {
+inline void add_rows(const Weight*, const char* rows, const MergedList& s, int, Int (&acc)[vectors]) {
   const auto row = [&](std::int64_t k) { return reinterpret_cast<const Weight*>(rows + s.position[k]); };
   if (s.value == nullptr) {
     for (std::int64_t k = 0; k < s.count; ++k) {

@@ -6,7 +6,7 @@
 //        offset. A strided convolution reads every stride-th row and column, so rows and columns are sorted by
 //        their remainder (phase) and each phase is a grid of its own; output (r, c) and tap (kh, kw) meet at
 //
-//            phase (kh*dh mod sh, kw*dw mod sw), position (r + kh*dh / sh) * grid_w + c + kw*dw / sw
+//            phase (kh*dh mod sh, kw*dw mod sw), position (r + kh*dh / sh) * plane_w + c + kw*dw / sw
 //
 //        Consecutive positions are consecutive rows of the left matrix, also across the end of an image row; what
 //        falls into the padding is computed and thrown away.
@@ -30,7 +30,7 @@
 using Wide = std::uint8_t __attribute__((vector_size(4 * lanes)));
 using WidePairs = std::uint16_t __attribute__((vector_size(4 * lanes)));
 
-void expand(const DenseLayer& layer, int product, std::int64_t sample, std::int64_t grid_row) {
+void expand(const DenseLayer& layer, int product, std::int64_t sample, std::int64_t plane_row) {
   const ConvIf& a = *layer.a;
   const Product& p = a.products[product];
   const DenseProduct& d = layer.product[product];
@@ -39,11 +39,11 @@ void expand(const DenseLayer& layer, int product, std::int64_t sample, std::int6
   const bool mask = p.x.coding == Coding::mask;
   const std::int64_t phases_h = d.sample_bytes / d.phase_bytes / d.phases_w;
   for (std::int64_t ph = 0; ph < phases_h; ++ph) {
-    const std::int64_t r = (layer.wave.row0 + grid_row) * p.g.stride_h + ph - p.g.pad_h;
+    const std::int64_t r = (layer.wave.row0 + plane_row) * p.g.stride_h + ph - p.g.pad_h;
     for (std::int64_t pw = 0; pw < d.phases_w; ++pw) {
       std::uint8_t* out = d.plane + (sample - layer.wave.sample0) * d.sample_bytes +
-                          (ph * d.phases_w + pw) * d.phase_bytes + grid_row * layer.grid_w * d.depth;
-      for (std::int64_t j = 0; j < layer.grid_w; ++j, out += d.depth) {
+                          (ph * d.phases_w + pw) * d.phase_bytes + plane_row * layer.plane_w * d.depth;
+      for (std::int64_t j = 0; j < layer.plane_w; ++j, out += d.depth) {
         const std::int64_t c = j * p.g.stride_w + pw - p.g.pad_w;
         if (r < 0 || r >= p.x.height || c < 0 || c >= p.x.width) {
           for (std::int64_t t = 0; t < steps; ++t) {
@@ -119,13 +119,13 @@ void pack_dense(const Product& p, std::int64_t out_channels, std::int64_t block_
 constexpr std::int64_t dense_block = dense_rows * dense_columns;    // sums of one block and step
 
 template <int digits, bool full>
-void fire_positions(const DenseLayer& layer, std::int64_t column_block, std::int64_t sample, std::int64_t q0,
+void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sample, std::int64_t q0,
                     const std::int32_t* sums) {
   constexpr int vectors = dense_columns / digits / lanes;
   const ConvIf& a = *layer.a;
-  const std::int64_t channel = column_block * (dense_columns / digits);
+  const std::int64_t channel = panel * (dense_columns / digits);
   for (std::int64_t i = 0; i < dense_rows; ++i, sums += dense_columns) {
-    const std::int64_t r = (q0 + i) / layer.grid_w, c = (q0 + i) % layer.grid_w;
+    const std::int64_t r = (q0 + i) / layer.plane_w, c = (q0 + i) % layer.plane_w;
     if (r >= layer.wave.row1 - layer.wave.row0 || c >= a.out_w) continue;
     const std::int64_t pixel = (sample * a.out_h + layer.wave.row0 + r) * a.out_w + c;
     Membranes<vectors, full> membranes(a, layer.neurons, channel, pixel);
@@ -146,13 +146,13 @@ void fire_positions(const DenseLayer& layer, std::int64_t column_block, std::int
 
 // Positions from the first output of a sample to the last.
 inline std::int64_t positions_of(const DenseLayer& layer) {
-  return (layer.wave.row1 - layer.wave.row0 - 1) * layer.grid_w + layer.a->out_w;
+  return (layer.wave.row1 - layer.wave.row0 - 1) * layer.plane_w + layer.a->out_w;
 }
 
 // Whether a block holds any output, or only padding at the end of rows.
 inline bool holds_output(const DenseLayer& layer, std::int64_t q0) {
-  const std::int64_t c = q0 % layer.grid_w;
-  return c < layer.a->out_w || c + dense_rows > layer.grid_w;
+  const std::int64_t c = q0 % layer.plane_w;
+  return c < layer.a->out_w || c + dense_rows > layer.plane_w;
 }
 
 std::size_t fire_dense_workspace(const DenseLayer& layer, std::int64_t blocks) {
@@ -164,9 +164,9 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
   const ConvIf& a = *layer.a;
   const std::int64_t positions = positions_of(layer);
   const std::int64_t per_sample = (positions + dense_rows - 1) / dense_rows;
-  const std::int8_t* packed = layer.packed + tile.column_block * layer.block_bytes;
+  const std::int8_t* packed = layer.packed + tile.panel * layer.panel_bytes;
   const int digits = a.products[0].weight_bytes;
-  const bool full = (tile.column_block + 1) * (dense_columns / digits) <= a.out_channels;
+  const bool full = (tile.panel + 1) * (dense_columns / digits) <= a.out_channels;
   const auto fire = digits == 2 ? full ? fire_positions<2, true> : fire_positions<2, false>
                     : full      ? fire_positions<1, true>
                                 : fire_positions<1, false>;
@@ -183,11 +183,11 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
         multiply(segments, count, sample, t, q0, positions - q0, packed, sums + t * dense_block, c == 0);
       }
       if (c + 1 < layer.chunks) continue;
-      fire(layer, tile.column_block, layer.wave.sample0 + sample, q0, sums);
+      fire(layer, tile.panel, layer.wave.sample0 + sample, q0, sums);
     }
     for (int i = 0; i < count; ++i) packed += segments[i].blocks * dense_depth * dense_columns;
   }
   end_multiply();
 }
 
-constexpr DenseShape dense_shape = {dense_rows, dense_columns, dense_depth, dense_most};
+constexpr DenseShape dense_shape = {dense_rows, dense_columns, dense_depth, max_dense_input};

@@ -2,16 +2,15 @@
 #include <immintrin.h>
 
 #include "cpu/isa.h"
-#include "cpu/kernels/kernel_set.h"
+#include "cpu/kernel_set.h"
 
 namespace qcfs::cpu {
 namespace {
 
-#include "cpu/kernels/x86_512.h"
+#include "cpu/sets/x86_512.h"
 
 }    // namespace
 
-extern const KernelSet avx512_kernels;
 const KernelSet avx512_kernels = make_kernel_set("avx512", isa_avx2 | isa_avx512);
 
 }    // namespace qcfs::cpu

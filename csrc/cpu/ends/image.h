@@ -201,7 +201,7 @@ std::size_t analog_workspace(const AnalogConv& a) {
                                   slack);
 }
 
-void analog(const AnalogConv& a, const Tile& tile, const void* packed, void* workspace) {
+void analog(const AnalogConv& a, const RowSpan& tile, const void* packed, void* workspace) {
   const AnalogSizes s = analog_sizes(a);
   const std::int64_t O = a.out_channels;
   char* space = static_cast<char*>(workspace);

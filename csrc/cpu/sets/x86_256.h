@@ -33,7 +33,7 @@ inline Int dot_bytes(Int u, Int s) { return (Int)_mm256_maddubs_epi16((__m256i)u
 inline Int dot2(Int acc, Int a, Int b) { return (Int)_mm256_dpwssd_avx_epi32((__m256i)acc, (__m256i)a, (__m256i)b); }
 inline Int dot4(Int acc, Int u, Int s) { return (Int)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)u, (__m256i)s); }
 constexpr int dot2_chains = 2;
-constexpr int dense_most = 255;
+constexpr int max_dense_input = 255;
 #else
 inline Int dot2(Int acc, Int a, Int b) { return acc + (Int)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 // Words saturate: right for inputs up to 127.
@@ -41,9 +41,9 @@ inline Int dot4(Int acc, Int u, Int s) {
   return acc + (Int)_mm256_madd_epi16((__m256i)dot_bytes(u, s), _mm256_set1_epi16(1));
 }
 constexpr int dot2_chains = 1;
-constexpr int dense_most = 127;
+constexpr int max_dense_input = 127;
 #endif
 constexpr int dense_vectors = 2;
 constexpr int dense_rows = 6;
 
-#include "cpu/kernels/generic.h"
+#include "cpu/sets/generic.h"

@@ -1,6 +1,6 @@
 // Any processor: vectors of four lanes, which compilers map to SSE2 or NEON.
 #include "cpu/isa.h"
-#include "cpu/kernels/kernel_set.h"
+#include "cpu/kernel_set.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -11,11 +11,10 @@
 namespace qcfs::cpu {
 namespace {
 
-#include "cpu/kernels/four_lanes.h"
+#include "cpu/sets/four_lanes.h"
 
 }    // namespace
 
-extern const KernelSet portable_kernels;
 const KernelSet portable_kernels = make_kernel_set(portable_name, isa_portable);
 
 }    // namespace qcfs::cpu

@@ -1,17 +1,20 @@
 // The CPU algorithms, written once over vectors of `lanes` int32 and included by one file for each instruction set,
 // inside that file's unnamed namespace. Each part says what the including file must define before.
 // clang-format off: the order matters
-#include "cpu/kernels/vector.h"
-#include "cpu/kernels/add_rows.h"
-#include "cpu/kernels/events.h"
+#include "cpu/vector.h"
+#include "cpu/events/add_rows.h"
+#include "cpu/events/list.h"
+#include "cpu/events/merge.h"
+#include "cpu/events/fire.h"
+#include "cpu/events/grouped.h"
 #if defined(QCFS_TILES)
-#include "cpu/kernels/dense_tiles.h"
+#include "cpu/dense/dense_tiles.h"
 #else
-#include "cpu/kernels/dense_vector.h"
+#include "cpu/dense/dense_vector.h"
 #endif
-#include "cpu/kernels/dense.h"
-#include "cpu/kernels/analog.h"
-#include "cpu/kernels/elementwise.h"
+#include "cpu/dense/dense.h"
+#include "cpu/ends/image.h"
+#include "cpu/ends/elementwise.h"
 // clang-format on
 
 constexpr KernelSet make_kernel_set(const char* name, std::uint32_t isa) {

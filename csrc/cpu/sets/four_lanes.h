@@ -26,7 +26,7 @@ inline Int dot4(Int acc, Int u, Int s) {
   return acc;
 }
 #endif
-constexpr int dense_most = 127;
+constexpr int max_dense_input = 127;
 constexpr int dense_vectors = 4;
 constexpr int dense_rows = 6;
 
@@ -36,4 +36,4 @@ constexpr const char* portable_name = "neon";
 constexpr const char* portable_name = "portable";
 #endif
 
-#include "cpu/kernels/generic.h"
+#include "cpu/sets/generic.h"

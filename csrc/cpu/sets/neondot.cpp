@@ -3,16 +3,15 @@
 #include <arm_neon.h>
 
 #include "cpu/isa.h"
-#include "cpu/kernels/kernel_set.h"
+#include "cpu/kernel_set.h"
 
 namespace qcfs::cpu {
 namespace {
 
-#include "cpu/kernels/four_lanes.h"
+#include "cpu/sets/four_lanes.h"
 
 }    // namespace
 
-extern const KernelSet neondot_kernels;
 const KernelSet neondot_kernels = make_kernel_set("neondot", isa_neondot);
 
 }    // namespace qcfs::cpu

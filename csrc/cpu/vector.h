@@ -43,7 +43,6 @@ inline Int widen(const std::int16_t* w, std::int64_t count = lanes) {
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
-inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
 // -------------------------------------------------------------------------- integrate, fire, reset
 //

@@ -25,7 +25,7 @@ inline Int dot_bytes(Int u, Int s) { return (Int)_mm512_maddubs_epi16((__m512i)u
 inline Int dot2(Int acc, Int a, Int b) { return (Int)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
 inline Int dot4(Int acc, Int u, Int s) { return (Int)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s); }
 constexpr int dot2_chains = 2;
-constexpr int dense_most = 255;
+constexpr int max_dense_input = 255;
 #else
 inline Int dot2(Int acc, Int a, Int b) { return acc + (Int)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 // Words saturate: right for inputs up to 127.
@@ -33,7 +33,7 @@ inline Int dot4(Int acc, Int u, Int s) {
   return acc + (Int)_mm512_madd_epi16((__m512i)dot_bytes(u, s), _mm512_set1_epi16(1));
 }
 constexpr int dot2_chains = 2;
-constexpr int dense_most = 127;
+constexpr int max_dense_input = 127;
 #endif
 #if !defined(QCFS_TILES)
 constexpr int dense_vectors = 4;
@@ -69,4 +69,4 @@ inline std::uint16_t* list_bytes(const std::uint8_t* x, std::int64_t n, std::uin
   return out;
 }
 
-#include "cpu/kernels/generic.h"
+#include "cpu/sets/generic.h"
