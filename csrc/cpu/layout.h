@@ -177,6 +177,11 @@ struct DenseLayer {
   std::int64_t panel_bytes;
 };
 
+// Positions from the first output of a sample to the last.
+static inline std::int64_t positions_of(const DenseLayer& layer) {
+  return (rows_of(layer.wave) - 1) * layer.plane_w + layer.a->out_w;
+}
+
 // Position blocks [block0, block1) of the wave (samples in turn) and one panel.
 struct DenseTile {
   std::int64_t block0, block1, panel;

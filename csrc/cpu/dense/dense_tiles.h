@@ -7,82 +7,95 @@
 //     positions 4      sums 0         sums 1             of the same 16 channels
 //     positions 5      sums 2         sums 3
 //
-// The including file defines TILE_* (the instructions, or their emulation in tests) and tile_configuration.
+// `Tiles` is the tile instructions (sets/amx.cpp) or their emulation in tests (sets/tile_emulation.h).
+#pragma once
 
-constexpr int dense_rows = 32;
-constexpr int dense_columns = 32;
-constexpr int dense_depth = 64;
+#include <cstdint>
 
-constexpr int dense_place(int k, int column) { return column / 16 * 1024 + k / 4 * 64 + column % 16 * 4 + k % 4; }
+#include "cpu/layout.h"
 
-inline void begin_multiply() { TILE_CONFIGURE(); }
-inline void end_multiply() { TILE_RELEASE(); }
+namespace qcfs::cpu {
+namespace {
 
-inline void multiply(const Segment* segments, int count, std::int64_t sample, std::int64_t t, std::int64_t q0,
-                     std::int64_t rows, const std::int8_t* packed, std::int32_t* sums, bool first) {
-  // The tile instructions of some compilers do not say that they read memory.
-  __asm__ volatile("" ::: "memory");
-  constexpr std::int64_t sum_bytes = dense_columns * sizeof(std::int32_t);
-  const bool both = rows > 16;
-  if (first) {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-  } else {
-    TILE_LOAD(0, sums, sum_bytes);
-    TILE_LOAD(1, sums + 16, sum_bytes);
-    TILE_LOAD(2, sums + 16 * dense_columns, sum_bytes);
-    TILE_LOAD(3, sums + 16 * dense_columns + 16, sum_bytes);
-  }
-  for (int s = 0; s < count; ++s) {
-    const Segment& segment = segments[s];
-    const std::int64_t pitch = segment.row_bytes;
-    const std::uint8_t* x = segment.a + sample * segment.sample_bytes + t * segment.step_bytes + q0 * pitch;
-    if (both) {
-      for (std::int64_t k = 0; k < segment.blocks; ++k, x += 64, packed += 2048) {
-        TILE_LOAD(6, packed, 64);
-        TILE_LOAD(4, x, pitch);
-        TILE_LOAD(7, packed + 1024, 64);
-        TILE_DOT(0, 4, 6);
-        TILE_LOAD(5, x + 16 * pitch, pitch);
-        TILE_DOT(1, 4, 7);
-        TILE_DOT(2, 5, 6);
-        TILE_DOT(3, 5, 7);
-      }
+template <class Tiles>
+struct TileBlock {
+  static constexpr int rows = 32;
+  static constexpr int columns = 32;
+  static constexpr int depth = 64;
+
+  static constexpr int place(int k, int column) { return column / 16 * 1024 + k / 4 * 64 + column % 16 * 4 + k % 4; }
+
+  static void begin() { Tiles::configure(); }
+  static void end() { Tiles::release(); }
+
+  static void multiply(const Segment* segments, int count, std::int64_t sample, std::int64_t t, std::int64_t q0,
+                       std::int64_t positions, const std::int8_t* packed, std::int32_t* sums, bool first) {
+    __asm__ volatile("" ::: "memory");    // what tiles load has been written: see sets/amx.cpp
+    constexpr std::int64_t sum_bytes = columns * sizeof(std::int32_t);
+    const bool both = positions > 16;
+    if (first) {
+      Tiles::template zero<0>();
+      Tiles::template zero<1>();
+      Tiles::template zero<2>();
+      Tiles::template zero<3>();
     } else {
-      for (std::int64_t k = 0; k < segment.blocks; ++k, x += 64, packed += 2048) {
-        TILE_LOAD(6, packed, 64);
-        TILE_LOAD(4, x, pitch);
-        TILE_LOAD(7, packed + 1024, 64);
-        TILE_DOT(0, 4, 6);
-        TILE_DOT(1, 4, 7);
+      Tiles::template load<0>(sums, sum_bytes);
+      Tiles::template load<1>(sums + 16, sum_bytes);
+      Tiles::template load<2>(sums + 16 * columns, sum_bytes);
+      Tiles::template load<3>(sums + 16 * columns + 16, sum_bytes);
+    }
+    for (int s = 0; s < count; ++s) {
+      const Segment& segment = segments[s];
+      const std::int64_t pitch = segment.row_bytes;
+      const std::uint8_t* x = segment.a + sample * segment.sample_bytes + t * segment.step_bytes + q0 * pitch;
+      if (both) {
+        for (std::int64_t k = 0; k < segment.blocks; ++k, x += 64, packed += 2048) {
+          Tiles::template load<6>(packed, 64);
+          Tiles::template load<4>(x, pitch);
+          Tiles::template load<7>(packed + 1024, 64);
+          Tiles::template dot<0, 4, 6>();
+          Tiles::template load<5>(x + 16 * pitch, pitch);
+          Tiles::template dot<1, 4, 7>();
+          Tiles::template dot<2, 5, 6>();
+          Tiles::template dot<3, 5, 7>();
+        }
+      } else {
+        for (std::int64_t k = 0; k < segment.blocks; ++k, x += 64, packed += 2048) {
+          Tiles::template load<6>(packed, 64);
+          Tiles::template load<4>(x, pitch);
+          Tiles::template load<7>(packed + 1024, 64);
+          Tiles::template dot<0, 4, 6>();
+          Tiles::template dot<1, 4, 7>();
+        }
       }
     }
+    Tiles::template store<0>(sums, sum_bytes);
+    Tiles::template store<1>(sums + 16, sum_bytes);
+    Tiles::template store<2>(sums + 16 * columns, sum_bytes);
+    Tiles::template store<3>(sums + 16 * columns + 16, sum_bytes);
   }
-  TILE_STORE(0, sums, sum_bytes);
-  TILE_STORE(1, sums + 16, sum_bytes);
-  TILE_STORE(2, sums + 16 * dense_columns, sum_bytes);
-  TILE_STORE(3, sums + 16 * dense_columns + 16, sum_bytes);
-}
 
-// A loop of tile products alone.
-double matrix_loop(std::int64_t rounds) {
-  TILE_CONFIGURE();
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
-  TILE_ZERO(4);
-  TILE_ZERO(5);
-  TILE_ZERO(6);
-  TILE_ZERO(7);
-  for (std::int64_t r = 0; r < rounds; ++r) {
-    TILE_DOT(0, 4, 6);
-    TILE_DOT(1, 4, 7);
-    TILE_DOT(2, 5, 6);
-    TILE_DOT(3, 5, 7);
+  // A loop of tile products alone.
+  static double matrix_loop(std::int64_t rounds) {
+    Tiles::configure();
+    Tiles::template zero<0>();
+    Tiles::template zero<1>();
+    Tiles::template zero<2>();
+    Tiles::template zero<3>();
+    Tiles::template zero<4>();
+    Tiles::template zero<5>();
+    Tiles::template zero<6>();
+    Tiles::template zero<7>();
+    for (std::int64_t r = 0; r < rounds; ++r) {
+      Tiles::template dot<0, 4, 6>();
+      Tiles::template dot<1, 4, 7>();
+      Tiles::template dot<2, 5, 6>();
+      Tiles::template dot<3, 5, 7>();
+    }
+    Tiles::release();
+    return 4.0 * 16 * 16 * 64 * static_cast<double>(rounds);
   }
-  TILE_RELEASE();
-  return 4.0 * 16 * 16 * 64 * static_cast<double>(rounds);
-}
+};
+
+}    // namespace
+}    // namespace qcfs::cpu

@@ -124,8 +124,7 @@ void expand_wave(const KernelSet& k, const DenseLayer& layer, int threads) {
 Status fire_wave(const KernelSet& k, const DenseLayer& layer, int threads) {
   const ConvIf& a = *layer.a;
   const std::int64_t panels = panels_of(k, a);
-  const std::int64_t positions = (rows_of(layer.wave) - 1) * layer.plane_w + a.out_w;
-  const std::int64_t blocks = samples_of(layer.wave) * ceil_div(positions, k.dense.rows);
+  const std::int64_t blocks = samples_of(layer.wave) * ceil_div(positions_of(layer), k.dense.rows);
   const std::int64_t wanted = threads > 1 ? ceil_div(tasks_per_thread * threads, panels) : 1;
   std::int64_t per_task = ceil_div(blocks, std::min(wanted, blocks));
   if (layer.chunks > 1) {
@@ -170,7 +169,7 @@ void pack_dense_weights(const KernelSet& k, const ConvIf& a, std::int8_t* out) {
 
 Status run_dense(const KernelSet& k, const LinearAsImage& owner, int threads) {
   const ConvIf& a = owner.a;
-  assert(dense_allowed(k, a) && a.products[0].packed != nullptr);
+  assert(a.product_count > 0 && a.products[0].packed != nullptr);
   DenseLayer layer{};
   layer.a = &a;
   layer.packed = static_cast<const std::int8_t*>(a.products[0].packed);

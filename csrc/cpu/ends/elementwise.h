@@ -1,30 +1,43 @@
 // Pooling, counting, the readout and the quantisation of the image: small work, cut by rows.
+#pragma once
+
+#include <cassert>
+#include <cstdint>
+
+#include "core/contract.h"
+#include "core/neuron.h"
+#include "cpu/vector.h"
+
+namespace qcfs::cpu {
+namespace {
 
 // ------------------------------------------------------------------------- pooling and counting
 
 // Sums (or, with `any`, ORs) up to one register of channels over a window; step t of masks, or counts as they are.
-inline Wide window(const Pool& a, const std::uint8_t* x, const std::int64_t* h, const std::int64_t* w,
+template <class Isa>
+inline Bytes<Isa> window(const Pool& a, const std::uint8_t* x, const std::int64_t* h, const std::int64_t* w,
                    std::int64_t width, bool masks, int t) {
-  WidePairs sum{};
+  Words<Isa> sum{};
   for (std::int64_t r = h[0]; r < h[1]; ++r) {
     const std::uint8_t* p = x + (r * a.in_w + w[0]) * a.channels;
     for (std::int64_t c = w[0]; c < w[1]; ++c, p += a.channels) {
-      const WidePairs v =
-          width == static_cast<std::int64_t>(sizeof(Wide)) ? load<WidePairs>(p) : (WidePairs)load_some<Wide>(p, width);
+      const Words<Isa> v =
+          width == register_bytes<Isa> ? load<Words<Isa>>(p) : (Words<Isa>)load_some<Bytes<Isa>>(p, width);
       if (a.any) {
         sum |= v;
       } else if (masks) {
-        sum = (WidePairs)((Wide)sum + (Wide)(v >> t & 0x0101));
+        sum = (Words<Isa>)((Bytes<Isa>)sum + (Bytes<Isa>)(v >> t & 0x0101));
       } else {
-        sum = (WidePairs)((Wide)sum + (Wide)v);
+        sum = (Words<Isa>)((Bytes<Isa>)sum + (Bytes<Isa>)v);
       }
     }
   }
-  return (Wide)sum;
+  return (Bytes<Isa>)sum;
 }
 
 // Rows are numbered over input planes, samples and output rows together; an input plane of masks gives up to eight
 // planes of counts.
+template <class Isa>
 void pool(const Pool& a, std::int64_t row0, std::int64_t row1) {
   const std::int64_t C = a.channels, plane = a.batch * a.in_h * a.in_w * C;
   const std::int64_t out_plane = a.batch * a.out_h * a.out_w * C;
@@ -40,10 +53,10 @@ void pool(const Pool& a, std::int64_t row0, std::int64_t row1) {
       const std::int64_t* w = a.cols + 3 * col;
       const std::uint8_t factor = a.multiple == 0 ? 1 : static_cast<std::uint8_t>(a.multiple / (h[2] * w[2]));
       std::uint8_t* out = a.out + t0 * out_plane + ((sample * a.out_h + row) * a.out_w + col) * C;
-      for (std::int64_t c = 0; c < C; c += static_cast<std::int64_t>(sizeof(Wide))) {
-        const std::int64_t width = smaller(static_cast<std::int64_t>(sizeof(Wide)), C - c);
+      for (std::int64_t c = 0; c < C; c += register_bytes<Isa>) {
+        const std::int64_t width = smaller(register_bytes<Isa>, C - c);
         for (int t = 0; t < steps; ++t) {
-          Wide sum = window(a, x + c, h, w, width, masks, t);
+          Bytes<Isa> sum = window<Isa>(a, x + c, h, w, width, masks, t);
           if (factor != 1) sum *= factor;
           __builtin_memcpy(out + t * out_plane + c, &sum, static_cast<std::size_t>(width));
         }
@@ -52,7 +65,7 @@ void pool(const Pool& a, std::int64_t row0, std::int64_t row1) {
   }
 }
 
-void pool_counts(const PoolCounts& a, std::int64_t row0, std::int64_t row1) {
+inline void pool_counts(const PoolCounts& a, std::int64_t row0, std::int64_t row1) {
   const std::int64_t C = a.channels;
   for (std::int64_t i = row0; i < row1; ++i) {
     const std::int64_t row = i % a.out_h, image = i / a.out_h;
@@ -74,7 +87,7 @@ void pool_counts(const PoolCounts& a, std::int64_t row0, std::int64_t row1) {
   }
 }
 
-void count(const Count& a, std::int64_t element0, std::int64_t element1) {
+inline void count(const Count& a, std::int64_t element0, std::int64_t element1) {
   constexpr int block = 64;
   for (std::int64_t e0 = element0; e0 < element1; e0 += block) {
     const int width = static_cast<int>(smaller(block, element1 - e0));
@@ -97,7 +110,7 @@ void count(const Count& a, std::int64_t element0, std::int64_t element1) {
 
 // --------------------------------------------------------------------------------------- readout
 
-void add_counts(const Readout& a, const ReadoutTerm& term, std::int64_t image, std::int64_t row, std::int64_t col,
+inline void add_counts(const Readout& a, const ReadoutTerm& term, std::int64_t image, std::int64_t row, std::int64_t col,
                 double* acc) {
   const Geometry& g = term.g;
   const std::int64_t O = a.out_channels, C = term.channels;
@@ -121,7 +134,7 @@ void add_counts(const Readout& a, const ReadoutTerm& term, std::int64_t image, s
   }
 }
 
-void readout(const Readout& a, std::int64_t row0, std::int64_t row1, double* workspace) {
+inline void readout(const Readout& a, std::int64_t row0, std::int64_t row1, double* workspace) {
   const std::int64_t O = a.out_channels;
   double* sum = workspace;
   double* acc = workspace + O;
@@ -155,8 +168,8 @@ inline float transformed(const Quantize& a, const float* x, std::int64_t c) {
 }
 
 // Magnitudes of floats order like their bits, NaN and infinity last.
-std::int32_t largest(const Quantize& a, std::int64_t sample, std::int64_t row0, std::int64_t row1) {
-  std::int32_t most = 0;
+inline std::int32_t largest(const Quantize& a, std::int64_t sample, std::int64_t row0, std::int64_t row1) {
+  std::int32_t found = 0;
   for (std::int64_t c = 0; c < a.channels; ++c) {
     for (std::int64_t h = row0; h < row1; ++h) {
       const float* p = a.x + sample * a.stride_n + a.source[c] * a.stride_c + h * a.stride_h;
@@ -165,14 +178,14 @@ std::int32_t largest(const Quantize& a, std::int64_t sample, std::int64_t row0, 
         std::int32_t bits;
         __builtin_memcpy(&bits, &z, sizeof(bits));
         bits &= 0x7fffffff;
-        most = bits > most ? bits : most;
+        found = bits > found ? bits : found;
       }
     }
   }
-  return most;
+  return found;
 }
 
-void quantize(const Quantize& a, std::int64_t sample, std::int64_t row0, std::int64_t row1) {
+inline void quantize(const Quantize& a, std::int64_t sample, std::int64_t row0, std::int64_t row1) {
   const double scale = __builtin_ldexp(1.0, -a.exponent[sample]);
   for (std::int64_t h = row0; h < row1; ++h) {
     std::int16_t* out = a.out + (sample * a.height + h) * a.width * a.channels;
@@ -185,3 +198,6 @@ void quantize(const Quantize& a, std::int64_t sample, std::int64_t row0, std::in
     }
   }
 }
+
+}    // namespace
+}    // namespace qcfs::cpu

@@ -1,4 +1,20 @@
-// Layers with groups.
+// Layers with groups. Depthwise ones (one input and one output channel to a group) need no lists: a vector holds
+// neighbouring channels, and every tap adds its weights where the mask has the bit. The others read the lists of list.h,
+// unmerged, and plain weights: each event adds the weights to the outputs of its group.
+#pragma once
+
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/contract.h"
+#include "core/neuron.h"
+#include "cpu/layout.h"
+#include "cpu/membranes.h"
+#include "cpu/vector.h"
+
+namespace qcfs::cpu {
+namespace {
 
 // Adds what one product gives to one pixel at one step.
 template <typename Weight>
@@ -38,25 +54,25 @@ void add_grouped(const EventLayer& layer, int product, std::int64_t sample, std:
   }
 }
 
-// Any groups: sums in memory, one row segment (the outputs of the input's group) per event, plain weights.
+// Sums are in memory, because an event adds to the outputs of its own group alone.
 template <typename Weight>
-void fire_grouped_as(const EventLayer& layer, const RowSpan& tile, std::int32_t* acc) {
+void fire_grouped_as(const EventLayer& layer, const RowSpan& span, std::int32_t* acc) {
   const ConvIf& a = *layer.a;
   const std::int64_t O = a.out_channels;
   const std::int64_t plane = a.batch * a.out_h * a.out_w * O;
   const std::int32_t scale = sizeof(Weight) == 1 ? 256 : 1;
   std::int32_t* v = acc + round_up(O, 16);
   std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(v + round_up(O, 16));
-  for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
+  for (std::int64_t row = span.row0; row < span.row1; ++row) {
     for (std::int64_t col = 0; col < a.out_w; ++col) {
-      const std::int64_t pixel = (tile.sample * a.out_h + row) * a.out_w + col;
+      const std::int64_t pixel = (span.sample * a.out_h + row) * a.out_w + col;
       for (std::int64_t o = 0; o < O; ++o) {
         v[o] = a.threshold[o] / 2;
         bits[o] = 0;
       }
       for (std::int64_t t = 0; t < a.steps; ++t) {
         for (std::int64_t o = 0; o < O; ++o) acc[o] = 0;
-        for (int i = 0; i < a.product_count; ++i) add_grouped<Weight>(layer, i, tile.sample, row, col, t, acc);
+        for (int i = 0; i < a.product_count; ++i) add_grouped<Weight>(layer, i, span.sample, row, col, t, acc);
         for (std::int64_t o = 0; o < O; ++o) acc[o] = acc[o] * scale + a.bias[o];
         for (int i = 0; i < a.residual_count; ++i) {
           const Residual& r = a.residuals[i];
@@ -82,58 +98,62 @@ void fire_grouped_as(const EventLayer& layer, const RowSpan& tile, std::int32_t*
   }
 }
 
-std::size_t fire_grouped_workspace(const ConvIf& a) {
+inline std::size_t fire_grouped_workspace(const ConvIf& a) {
   return 3 * static_cast<std::size_t>(round_up(a.out_channels, 16)) * sizeof(std::int32_t);
 }
 
-void fire_grouped(const EventLayer& layer, const RowSpan& tile, void* workspace) {
+inline void fire_grouped(const EventLayer& layer, const RowSpan& span, void* workspace) {
   if (layer.a->products[0].weight_bytes == 1) {
-    fire_grouped_as<std::int8_t>(layer, tile, static_cast<std::int32_t*>(workspace));
+    fire_grouped_as<std::int8_t>(layer, span, static_cast<std::int32_t*>(workspace));
   } else {
-    fire_grouped_as<std::int16_t>(layer, tile, static_cast<std::int32_t*>(workspace));
+    fire_grouped_as<std::int16_t>(layer, span, static_cast<std::int32_t*>(workspace));
   }
 }
 
-// Depthwise layers (one input and one output channel to a group) need no lists: a vector holds neighbouring channels
-// and every tap adds its weights where the mask has the bit.
-template <typename Weight>
-void fire_depthwise_as(const ConvIf& a, const Neurons& neurons, const RowSpan& tile) {
+// Adds what one product gives to `width` channels of one pixel at up to eight steps from t0.
+template <class Isa, typename Weight>
+inline void add_depthwise(const ConvIf& a, const Product& p, std::int64_t sample, std::int64_t row, std::int64_t col,
+                          std::int64_t channel, std::int64_t width, std::int64_t t0, int steps, Int<Isa> (&acc)[8][1]) {
+  const Geometry& g = p.g;
+  const bool mask = p.x.coding == Coding::mask;
+  const std::int64_t C = a.out_channels, plane = a.batch * p.x.height * p.x.width * C;
+  for (std::int64_t kh = 0; kh < g.kernel_h; ++kh) {
+    const std::int64_t r = row * g.stride_h - g.pad_h + kh * g.dilation_h;
+    if (r < 0 || r >= p.x.height) continue;
+    for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
+      const std::int64_t c = col * g.stride_w - g.pad_w + kw * g.dilation_w;
+      if (c < 0 || c >= p.x.width) continue;
+      const Weight* w = static_cast<const Weight*>(p.weight) + (kh * g.kernel_w + kw) * C + channel;
+      const Int<Isa> weight = widen<Isa>(w, width);
+      const std::uint8_t* x =
+          p.x.data + ((sample * p.x.height + r) * p.x.width + c) * C + channel + (mask ? t0 / 8 : t0) * plane;
+      if (mask) {
+        const Int<Isa> m = __builtin_convertvector(load_some<LaneBytes<Isa>>(x, width), Int<Isa>);
+        for (int t = 0; t < steps; ++t) acc[t][0] += (((m >> t) & 1) != 0) & weight;
+      } else {
+        for (int t = 0; t < steps; ++t) {
+          acc[t][0] += __builtin_convertvector(load_some<LaneBytes<Isa>>(x + t * plane, width), Int<Isa>) * weight;
+        }
+      }
+    }
+  }
+}
+
+template <class Isa, typename Weight>
+void fire_depthwise_as(const ConvIf& a, const Neurons& neurons, const RowSpan& span) {
+  constexpr int lanes = Isa::lanes;
   const int shift = sizeof(Weight) == 1 ? 8 : 0;
-  const std::int64_t C = a.out_channels;
-  for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
+  for (std::int64_t row = span.row0; row < span.row1; ++row) {
     for (std::int64_t col = 0; col < a.out_w; ++col) {
-      for (std::int64_t channel = 0; channel < C; channel += lanes) {
-        const std::int64_t width = smaller(lanes, C - channel);
-        Membranes<1, false> membranes(a, neurons, channel, (tile.sample * a.out_h + row) * a.out_w + col);
+      for (std::int64_t channel = 0; channel < a.out_channels; channel += lanes) {
+        const std::int64_t width = smaller(lanes, a.out_channels - channel);
+        Membranes<Isa, 1, false> membranes(a, neurons, channel, (span.sample * a.out_h + row) * a.out_w + col);
         for (std::int64_t t0 = 0; t0 < a.steps; t0 += 8) {
           const int steps = static_cast<int>(smaller(8, a.steps - t0));
-          Int acc[8][1];
-          for (int t = 0; t < 8; ++t) acc[t][0] = Int{};
+          Int<Isa> acc[8][1];
+          for (int t = 0; t < 8; ++t) acc[t][0] = Int<Isa>{};
           for (int i = 0; i < a.product_count; ++i) {
-            const Product& p = a.products[i];
-            const Geometry& g = p.g;
-            const bool mask = p.x.coding == Coding::mask;
-            const std::int64_t plane = a.batch * p.x.height * p.x.width * C;
-            for (std::int64_t kh = 0; kh < g.kernel_h; ++kh) {
-              const std::int64_t r = row * g.stride_h - g.pad_h + kh * g.dilation_h;
-              if (r < 0 || r >= p.x.height) continue;
-              for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
-                const std::int64_t c = col * g.stride_w - g.pad_w + kw * g.dilation_w;
-                if (c < 0 || c >= p.x.width) continue;
-                const Weight* w = static_cast<const Weight*>(p.weight) + (kh * g.kernel_w + kw) * C + channel;
-                const Int weight = widen(w, width);
-                const std::uint8_t* x = p.x.data + ((tile.sample * p.x.height + r) * p.x.width + c) * C + channel +
-                                        (mask ? t0 / 8 : t0) * plane;
-                if (mask) {
-                  const Int m = __builtin_convertvector(load_some<Byte>(x, width), Int);
-                  for (int t = 0; t < steps; ++t) acc[t][0] += (((m >> t) & 1) != 0) & weight;
-                } else {
-                  for (int t = 0; t < steps; ++t) {
-                    acc[t][0] += __builtin_convertvector(load_some<Byte>(x + t * plane, width), Int) * weight;
-                  }
-                }
-              }
-            }
+            add_depthwise<Isa, Weight>(a, a.products[i], span.sample, row, col, channel, width, t0, steps, acc);
           }
           for (int t = 0; t < steps; ++t) {
             acc[t][0] <<= shift;
@@ -145,10 +165,14 @@ void fire_depthwise_as(const ConvIf& a, const Neurons& neurons, const RowSpan& t
   }
 }
 
-void fire_depthwise(const ConvIf& a, const Neurons& neurons, const RowSpan& tile) {
+template <class Isa>
+void fire_depthwise(const ConvIf& a, const Neurons& neurons, const RowSpan& span) {
   if (a.products[0].weight_bytes == 1) {
-    fire_depthwise_as<std::int8_t>(a, neurons, tile);
+    fire_depthwise_as<Isa, std::int8_t>(a, neurons, span);
   } else {
-    fire_depthwise_as<std::int16_t>(a, neurons, tile);
+    fire_depthwise_as<Isa, std::int16_t>(a, neurons, span);
   }
 }
+
+}    // namespace
+}    // namespace qcfs::cpu

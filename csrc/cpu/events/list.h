@@ -1,63 +1,21 @@
-// Event lists, step 1 of fire.h.
+// Step 1 of the event engine (fire.h): the inputs of each image row that fired, step by step.
+//
+// Reads masks or counts [planes, N, H, W, C], row by row; writes for each row and step t
+//
+//     start     [W * blocks + 1]   the entry at which each column's block of channels begins; the last is the end
+//     position  row_bytes * channel of the block, plus row_bytes * column * channels if positions span columns
+//     value     the inputs themselves, for counts
+#pragma once
 
-#if !defined(QCFS_OWN_LISTING)
-using Places = std::uint16_t __attribute__((vector_size(16)));
+#include <cassert>
+#include <cstdint>
 
-struct PlaceTable {
-  std::uint16_t place[256][8];
-};
+#include "core/contract.h"
+#include "cpu/layout.h"
+#include "cpu/vector.h"
 
-constexpr PlaceTable make_place_table() {
-  PlaceTable t{};
-  for (int mask = 0; mask < 256; ++mask) {
-    int n = 0;
-    for (int b = 0; b < 8; ++b) {
-      if (mask >> b & 1) t.place[mask][n++] = static_cast<std::uint16_t>(row_bytes * b);
-    }
-  }
-  return t;
-}
-
-constexpr PlaceTable place_table = make_place_table();
-
-#if !defined(QCFS_FIRED)
-constexpr int fired_bytes = 8;
-
-// Bit k says whether x[k] & wanted is not zero; a multiplication gathers the lowest bits of eight bytes.
-inline std::uint32_t fired(const std::uint8_t* x, std::uint8_t wanted) {
-  const std::uint64_t word = load<std::uint64_t>(x) & 0x0101010101010101ull * wanted;
-  const std::uint64_t low7 = 0x7f7f7f7f7f7f7f7full;
-  const std::uint64_t set = (((word & low7) + low7) | word) >> 7 & 0x0101010101010101ull;
-  return static_cast<std::uint32_t>(set * 0x0102040810204080ull >> 56);
-}
-#endif
-
-// Writes first + 64 * k for every k of [0, n) with x[k] & wanted, and those bytes where `value` is not null; returns
-// the end. Writes up to 8 entries past it. A table turns eight bits into places, without a branch on the spikes.
-inline std::uint16_t* list_bytes(const std::uint8_t* x, std::int64_t n, std::uint8_t wanted, std::uint16_t first,
-                                 std::uint16_t* out, std::uint16_t* value) {
-  std::uint8_t rest[fired_bytes] = {};
-  for (std::int64_t k = 0; k < n; k += fired_bytes) {
-    const std::uint8_t* bytes = x + k;
-    if (n - k < fired_bytes) {
-      __builtin_memcpy(rest, bytes, static_cast<std::size_t>(n - k));
-      bytes = rest;
-    }
-    std::uint32_t set = fired(bytes, wanted);
-    for (int part = 0; part < fired_bytes; part += 8, set >>= 8) {
-      const std::uint16_t* place = place_table.place[set & 0xff];
-      store(out, load<Places>(place) + static_cast<std::uint16_t>(first + row_bytes * (k + part)));
-      const int found = __builtin_popcount(set & 0xff);
-      if (value != nullptr) {
-        for (int j = 0; j < found; ++j) value[j] = bytes[part + place[j] / row_bytes];
-        value += found;
-      }
-      out += found;
-    }
-  }
-  return out;
-}
-#endif
+namespace qcfs::cpu {
+namespace {
 
 // Whether any tap of any output reads this input coordinate (strided 1x1 shortcuts skip most).
 inline bool is_read(std::int64_t i, std::int64_t pad, std::int64_t stride, std::int64_t dilation, std::int64_t kernel) {
@@ -75,11 +33,13 @@ inline std::int64_t fill_up(const EventCut& cut, std::int64_t n, std::uint16_t* 
 }
 
 // Lists input row lists.in.row0 + row of one sample of the wave.
+template <class Isa>
 void list_events(const ConvIf& a, int product, const Wave& wave, const EventLists& lists, std::int64_t sample,
                  std::int64_t row) {
   const Product& p = a.products[product];
   const std::int64_t width = p.x.width, channels = p.x.channels, steps = a.steps;
   const std::int64_t blocks = lists.cut.blocks, block = lists.cut.block_channels;
+  assert(row >= 0 && row < lists.in.rows && sample >= wave.sample0 && sample < wave.sample1);
   const std::int64_t region = (sample - wave.sample0) * lists.in.rows + row;
   std::uint32_t* start = lists.start + region * steps * (width * blocks + 1);
   std::uint16_t* const position = lists.position + region * lists.capacity;
@@ -104,12 +64,17 @@ void list_events(const ConvIf& a, int product, const Wave& wave, const EventList
         if (!read) continue;
         std::uint16_t* const begin = out;
         std::uint16_t* const values = value == nullptr ? nullptr : value + (out - position);
-        const std::uint16_t first = static_cast<std::uint16_t>(lists.positions_span_columns ? row_bytes * c * block : 0);
-        out = list_bytes(bytes + c * channels + b * block, smaller(block, channels - b * block), wanted, first, out,
-                         values);
+        const std::uint16_t first =
+            static_cast<std::uint16_t>(lists.positions_span_columns ? row_bytes * c * block : 0);
+        out = Isa::list_bytes(bytes + c * channels + b * block, smaller(block, channels - b * block), wanted, first,
+                              out, values);
         if (lists.used_in_place) out = begin + fill_up(lists.cut, out - begin, begin, values);
       }
     }
     *start++ = static_cast<std::uint32_t>(out - position);
   }
+  assert(out - position + list_slack <= lists.capacity);
 }
+
+}    // namespace
+}    // namespace qcfs::cpu

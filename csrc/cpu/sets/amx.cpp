@@ -2,21 +2,19 @@
 //
 // With QCFS_EMULATE_TILES the tile instructions are plain loops over arrays, so that tests run these kernels on
 // machines without AMX; everything but the instructions is the same.
-#define QCFS_VNNI
-#define QCFS_TILES
-#include <immintrin.h>
-
+#include "cpu/dense/dense_tiles.h"
 #include "cpu/isa.h"
-#include "cpu/kernel_set.h"
+#include "cpu/sets/generic.h"
+#include "cpu/sets/x86_512_vnni.h"
+
+#if defined(QCFS_EMULATE_TILES)
+#include "cpu/sets/tile_emulation.h"
+#endif
 
 namespace qcfs::cpu {
 namespace {
 
-#if defined(QCFS_EMULATE_TILES)
-
-#include "cpu/sets/tile_emulation.h"
-
-#else
+#if !defined(QCFS_EMULATE_TILES)
 
 // Palette 1, eight tiles of 16 rows of 64 bytes. In constant storage: compilers may think that the instruction reads
 // eight bytes only and drop stores to the rest.
@@ -27,19 +25,39 @@ struct alignas(64) TileConfiguration {
 };
 constexpr TileConfiguration tile_configuration;
 
-#define TILE_CONFIGURE() _tile_loadconfig(&tile_configuration)
-#define TILE_RELEASE() _tile_release()
-#define TILE_ZERO(tile) _tile_zero(tile)
-#define TILE_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
-#define TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
-#define TILE_DOT(sums, positions, weights) _tile_dpbusd(sums, positions, weights)
+// In assembly, because GCC's intrinsics take the tile as a literal, not as a template parameter. A load does not say which
+// memory it reads: TileBlock::multiply begins with a barrier for the compiler.
+struct Tiles {
+  static void configure() { _tile_loadconfig(&tile_configuration); }
+  static void release() { _tile_release(); }
+
+  template <int tile>
+  static void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" : : "i"(tile));
+  }
+  template <int tile>
+  static void load(const void* from, std::int64_t stride) {
+    __asm__ volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(tile), "r"(from), "r"(stride));
+  }
+  template <int tile>
+  static void store(void* to, std::int64_t stride) {
+    __asm__ volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(tile), "r"(to), "r"(stride) : "memory");
+  }
+  // Adds positions (16 x 64 unsigned bytes) times weights (64 x 16 signed bytes) to sums (16 x 16 int32).
+  template <int sums, int positions, int weights>
+  static void dot() {
+    __asm__ volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(positions), "i"(weights));
+  }
+};
 
 #endif
 
-#include "cpu/sets/x86_512.h"
+struct Amx : X86Vectors512Vnni {
+  using DenseBlock = TileBlock<Tiles>;
+};
 
 }    // namespace
 
-const KernelSet amx_kernels = make_kernel_set("amx", isa_avx2 | isa_avx512 | isa_avx512vnni | isa_amx);
+constexpr KernelSet amx_kernels = make_kernel_set<Amx>("amx", isa_avx2 | isa_avx512 | isa_avx512vnni | isa_amx);
 
 }    // namespace qcfs::cpu

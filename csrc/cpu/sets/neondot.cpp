@@ -1,17 +1,21 @@
 // NEON with the dot products of ARMv8.2.
-#define QCFS_NEON_DOT
 #include <arm_neon.h>
 
 #include "cpu/isa.h"
-#include "cpu/kernel_set.h"
+#include "cpu/sets/four_lanes.h"
+#include "cpu/sets/generic.h"
 
 namespace qcfs::cpu {
 namespace {
 
-#include "cpu/sets/four_lanes.h"
+struct NeonDot : FourLanes {
+  using DenseBlock = VectorBlock<NeonDot>;
+  // Both operands are signed, which is right for inputs up to 127.
+  static Int dot4(Int acc, Int u, Int s) { return (Int)vdotq_s32((int32x4_t)acc, (int8x16_t)u, (int8x16_t)s); }
+};
 
 }    // namespace
 
-const KernelSet neondot_kernels = make_kernel_set("neondot", isa_neondot);
+constexpr KernelSet neondot_kernels = make_kernel_set<NeonDot>("neondot", isa_neondot);
 
 }    // namespace qcfs::cpu
