@@ -27,11 +27,15 @@
 
 namespace qcfs {
 
-enum class Status : int { ok = 0, out_of_memory, not_finite, not_packed };
+enum class Status : int { ok = 0, out_of_memory, not_finite, too_many_sources };
+
+// Sources of one spiking layer, at most.
+constexpr int max_products = 64;
+constexpr int max_residuals = 64;
 
 enum class Coding : int { mask = 0, count = 1 };
 
-// A spike tensor; `image` is the distance in bytes between planes (N * H * W * C).
+// A spike tensor [planes, N, H, W, C], dense. Consecutive planes lie N*H*W*C bytes apart; N is ConvIf::batch.
 struct Spikes {
   const std::uint8_t* data;
   Coding coding;

@@ -35,8 +35,9 @@ void check(Status s, const std::string& op) {
       throw py::error_already_set();
     case Status::not_finite:
       throw py::value_error(op + ": the input holds NaN or infinity; clean the data before it enters the network");
-    default:
-      throw std::runtime_error(op + ": unknown status " + std::to_string(static_cast<int>(s)));
+    case Status::too_many_sources:
+      throw py::value_error(op + ": at most " + std::to_string(qcfs::max_products) + " inputs and " +
+                            std::to_string(qcfs::max_residuals) + " residuals can be summed in one layer");
   }
 }
 

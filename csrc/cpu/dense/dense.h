@@ -1,0 +1,222 @@
+// Spiking convolution as an integer matrix product, for machines with matrix or dot-product instructions (u8 x s8 ->
+// s32) and for inputs that fire too often for event lists.
+//
+// clang-format off
+//     1. expand: copy the input into one byte plane per step (0/1, or counts), with zero padding. After that, reading
+//        under another kernel tap only means adding an offset. A strided convolution reads every stride-th row and
+//        column, so the plane is rearranged by the remainder of row and column modulo the stride (space-to-depth). Each
+//        pair of remainders is a phase, and output (r, c) meets tap (kh, kw) at
+//
+//            phase (kh*dh mod sh, kw*dw mod sw), position (r + kh*dh / sh) * plane_w + c + kw*dw / sw
+//
+//        Consecutive positions are consecutive rows of the left matrix, also across the end of an image row; what
+//        falls into the padding is computed and thrown away.
+//     2. fire_dense: multiply blocks of `rows` positions by `columns` packed columns, over all taps and channels, for
+//        each step; then integrate, fire, reset.
+//
+//               columns: 16-bit weights  [ high digits of the panel | low digits of the panel ]
+//                         8-bit weights  [ weights of the panel                               ]
+//        position q   x
+//        position q+1 x    one step's bytes [depth]  times  packed [depth, columns]  ->  int32 sums [rows, columns]
+//        ..           x
+//
+//        Sums of a step wait in a small buffer until all steps are there; high * 256 + low is the current. Where a
+//        panel's weights exceed the second-level cache, segments are cut into chunks, as in fire.h.
+// clang-format on
+//
+// The register block is Isa::DenseBlock (dense_vector.h, dense_tiles.h):
+//
+//     rows, columns, depth    positions and columns of a block; inputs are padded to a multiple of depth
+//     place(k, column)        the byte that holds input k of a column, in the packed weights of `depth` inputs
+//     begin(), end()          around the blocks of a task
+//     multiply(..)            one block of one step, of which `positions` matter; adds to the sums unless `first`
+//     matrix_loop(rounds)     the inner instruction alone, to measure the machine's peak; returns its products of bytes
+#pragma once
+
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/contract.h"
+#include "cpu/layout.h"
+#include "cpu/membranes.h"
+#include "cpu/vector.h"
+
+namespace qcfs::cpu {
+namespace {
+
+// Step 1: row `plane_row` of every phase, of one product and sample, at all steps.
+template <class Isa>
+void expand(const DenseLayer& layer, int product, std::int64_t sample, std::int64_t plane_row) {
+  const ConvIf& a = *layer.a;
+  assert(plane_row >= 0 && plane_row < layer.plane_h && sample >= layer.wave.sample0 && sample < layer.wave.sample1);
+  const Product& p = a.products[product];
+  const DenseProduct& d = layer.product[product];
+  const std::int64_t channels = p.x.channels, steps = a.steps;
+  const std::int64_t plane = a.batch * p.x.height * p.x.width * channels;
+  const bool mask = p.x.coding == Coding::mask;
+  constexpr std::int64_t some = register_bytes<Isa>;    // channels at a time
+  for (std::int64_t ph = 0; ph < d.phases_h; ++ph) {
+    const std::int64_t r = (layer.wave.row0 + plane_row) * p.g.stride_h + ph - p.g.pad_h;
+    for (std::int64_t pw = 0; pw < d.phases_w; ++pw) {
+      std::uint8_t* out = d.plane + (sample - layer.wave.sample0) * d.sample_bytes +
+                          (ph * d.phases_w + pw) * d.phase_bytes + plane_row * layer.plane_w * d.depth;
+      for (std::int64_t j = 0; j < layer.plane_w; ++j, out += d.depth) {
+        const std::int64_t c = j * p.g.stride_w + pw - p.g.pad_w;
+        if (r < 0 || r >= p.x.height || c < 0 || c >= p.x.width) {
+          for (std::int64_t t = 0; t < steps; ++t) {
+            __builtin_memset(out + t * d.step_bytes, 0, static_cast<std::size_t>(d.depth));
+          }
+          continue;
+        }
+        const std::uint8_t* x = p.x.data + ((sample * p.x.height + r) * p.x.width + c) * channels;
+        for (std::int64_t k = 0; k < d.depth; k += some) {
+          const std::int64_t in = smaller(some, channels - k);
+          const std::int64_t width = smaller(some, d.depth - k);
+          Bytes<Isa> m{};
+          for (std::int64_t t = 0; t < steps; ++t) {
+            if (!mask || t % 8 == 0) {
+              const std::uint8_t* bytes = x + (mask ? t / 8 : t) * plane + k;
+              m = in >= some ? load<Bytes<Isa>>(bytes)
+                                                                : load_some<Bytes<Isa>>(bytes, larger(in, 0));
+            }
+            const Words<Isa> shifted = reinterpret_cast<const Words<Isa>&>(m) >> static_cast<int>(mask ? t % 8 : 0);
+            const Words<Isa> bits = mask ? shifted & 0x0101 : shifted;
+            std::uint8_t* to = out + t * d.step_bytes + k;
+            if (width == some) {
+              store(to, bits);
+            } else {
+              __builtin_memcpy(to, &bits, static_cast<std::size_t>(width));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Packed weights of one product: [panels][taps, blocks of depth][place(k, column)], panels `panel_bytes` apart.
+template <class Isa, typename Weight>
+void pack_columns(const Product& p, std::int64_t out_channels, std::int64_t panel_bytes, std::int8_t* out) {
+  using Block = typename Isa::DenseBlock;
+  constexpr int digits = static_cast<int>(sizeof(Weight));
+  constexpr std::int64_t panel_channels = Block::columns / digits;
+  const Weight* weight = static_cast<const Weight*>(p.weight);
+  const std::int64_t channels = p.x.channels, depth = round_up(channels, Block::depth);
+  const std::int64_t taps = p.g.kernel_h * p.g.kernel_w;
+  for (std::int64_t panel = 0; panel * panel_channels < out_channels; ++panel) {
+    std::int8_t* to = out + panel * panel_bytes;
+    __builtin_memset(to, 0, static_cast<std::size_t>(taps * depth * Block::columns));
+    for (std::int64_t tap = 0; tap < taps; ++tap) {
+      for (std::int64_t k = 0; k < channels; ++k) {
+        const Weight* row = weight + (tap * channels + k) * out_channels + panel * panel_channels;
+        std::int8_t* depth_block = to + (tap * depth + k / Block::depth * Block::depth) * Block::columns;
+        const int within = static_cast<int>(k % Block::depth);
+        for (std::int64_t c = 0; c < smaller(panel_channels, out_channels - panel * panel_channels); ++c) {
+          const int w = row[c];
+          const int column = static_cast<int>(c);
+          if (digits == 2) {
+            const int low = static_cast<std::int8_t>(w & 0xff);
+            depth_block[Block::place(within, column)] = static_cast<std::int8_t>((w - low) / 256);
+            depth_block[Block::place(within, column + static_cast<int>(panel_channels))] = static_cast<std::int8_t>(low);
+          } else {
+            depth_block[Block::place(within, column)] = static_cast<std::int8_t>(w);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Isa>
+void pack_dense(const Product& p, std::int64_t out_channels, std::int64_t panel_bytes, std::int8_t* out) {
+  if (p.weight_bytes == 1) {
+    pack_columns<Isa, std::int8_t>(p, out_channels, panel_bytes, out);
+  } else {
+    pack_columns<Isa, std::int16_t>(p, out_channels, panel_bytes, out);
+  }
+}
+
+// Sums of one block and step.
+template <class Isa>
+constexpr std::int64_t block_sums = std::int64_t{Isa::DenseBlock::rows} * Isa::DenseBlock::columns;
+
+// The neurons of one block of positions, from position q0 of a sample; sums [T, rows, columns].
+template <class Isa, int digits, bool full>
+void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sample, std::int64_t q0,
+                    const std::int32_t* sums) {
+  using Block = typename Isa::DenseBlock;
+  constexpr int lanes = Isa::lanes, vectors = Block::columns / digits / lanes;
+  static_assert(digits * vectors * lanes == Block::columns, "a column belongs to a whole vector");
+  const ConvIf& a = *layer.a;
+  const std::int64_t channel = panel * (Block::columns / digits);
+  for (std::int64_t i = 0; i < Block::rows; ++i, sums += Block::columns) {
+    const std::int64_t r = (q0 + i) / layer.plane_w, c = (q0 + i) % layer.plane_w;
+    if (r >= rows_of(layer.wave) || c >= a.out_w) continue;
+    const std::int64_t pixel = (sample * a.out_h + layer.wave.row0 + r) * a.out_w + c;
+    Membranes<Isa, vectors, full> membranes(a, layer.neurons, channel, pixel);
+    for (std::int64_t t = 0; t < a.steps; ++t) {
+      const std::int32_t* sum = sums + t * block_sums<Isa>;
+      Int<Isa> current[vectors];
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        // Modulo 2^32: the total fits, its high digits alone may not.
+        Unsigned<Isa> total = load<Unsigned<Isa>>(sum + j * lanes) << 8;
+        if (digits == 2) total += load<Unsigned<Isa>>(sum + (vectors + j) * lanes);
+        current[j] = reinterpret_cast<const Int<Isa>&>(total);
+      }
+      membranes.step(t, current);
+    }
+  }
+}
+
+// Whether a block holds any output, or only padding at the end of rows.
+template <class Isa>
+inline bool holds_output(const DenseLayer& layer, std::int64_t q0) {
+  using Block = typename Isa::DenseBlock;
+  const std::int64_t c = q0 % layer.plane_w;
+  return c < layer.a->out_w || c + Block::rows > layer.plane_w;
+}
+
+template <class Isa>
+std::size_t fire_dense_workspace(const DenseLayer& layer, std::int64_t blocks) {
+  const std::int64_t kept = layer.chunks > 1 ? blocks : 1;
+  return static_cast<std::size_t>(kept * layer.a->steps * block_sums<Isa>) * sizeof(std::int32_t);
+}
+
+// Step 2: the position blocks of one panel.
+template <class Isa>
+void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace) {
+  using Block = typename Isa::DenseBlock;
+  const ConvIf& a = *layer.a;
+  const std::int64_t positions = positions_of(layer);
+  const std::int64_t per_sample = ceil_div(positions, Block::rows);
+  const std::int8_t* packed = layer.packed + tile.panel * layer.panel_bytes;
+  const int digits = a.products[0].weight_bytes;
+  const bool full = (tile.panel + 1) * (Block::columns / digits) <= a.out_channels;
+  const auto fire = digits == 2 ? full ? fire_positions<Isa, 2, true> : fire_positions<Isa, 2, false>
+                    : full      ? fire_positions<Isa, 1, true>
+                                : fire_positions<Isa, 1, false>;
+  assert(tile.block0 < tile.block1 && tile.block1 <= samples_of(layer.wave) * per_sample);
+  Block::begin();
+  for (int c = 0; c < layer.chunks; ++c) {
+    const Segment* segments = layer.segments + layer.chunk[c];
+    const int count = layer.chunk[c + 1] - layer.chunk[c];
+    for (std::int64_t block = tile.block0; block < tile.block1; ++block) {
+      const std::int64_t sample = block / per_sample, q0 = block % per_sample * Block::rows;
+      if (!holds_output<Isa>(layer, q0)) continue;
+      std::int32_t* sums = static_cast<std::int32_t*>(workspace) +
+                           (layer.chunks > 1 ? (block - tile.block0) * a.steps * block_sums<Isa> : 0);
+      for (std::int64_t t = 0; t < a.steps; ++t) {
+        Block::multiply(segments, count, sample, t, q0, positions - q0, packed, sums + t * block_sums<Isa>, c == 0);
+      }
+      if (c + 1 < layer.chunks) continue;
+      fire(layer, tile.panel, layer.wave.sample0 + sample, q0, sums);
+    }
+    for (int i = 0; i < count; ++i) packed += segments[i].blocks * Block::depth * Block::columns;
+  }
+  Block::end();
+}
+
+}    // namespace
+}    // namespace qcfs::cpu

@@ -1,0 +1,178 @@
+// Layers with groups. Depthwise ones (one input and one output channel to a group) need no lists: a vector holds
+// neighbouring channels, and every tap adds its weights where the mask has the bit. The others read the lists of list.h,
+// unmerged, and plain weights: each event adds the weights to the outputs of its group.
+#pragma once
+
+#include <cassert>
+#include <cstddef>
+#include <cstdint>
+
+#include "core/contract.h"
+#include "core/neuron.h"
+#include "cpu/layout.h"
+#include "cpu/membranes.h"
+#include "cpu/vector.h"
+
+namespace qcfs::cpu {
+namespace {
+
+// Adds what one product gives to one pixel at one step.
+template <typename Weight>
+void add_grouped(const EventLayer& layer, int product, std::int64_t sample, std::int64_t row, std::int64_t col,
+                 std::int64_t t, std::int32_t* acc) {
+  const ConvIf& a = *layer.a;
+  const Product& p = a.products[product];
+  const Geometry& g = p.g;
+  const EventLists& lists = layer.lists[product];
+  const std::int64_t O = a.out_channels, blocks = lists.cut.blocks;
+  const std::int64_t group_in = p.x.channels / g.groups, group_out = O / g.groups;
+  for (std::int64_t kh = 0; kh < g.kernel_h; ++kh) {
+    const std::int64_t r = row * g.stride_h - g.pad_h + kh * g.dilation_h;
+    if (r < 0 || r >= p.x.height) continue;
+    const std::int64_t region = (sample - layer.wave.sample0) * lists.in.rows + (r - lists.in.row0);
+    const std::uint32_t* start = lists.start + (region * a.steps + t) * (p.x.width * blocks + 1);
+    const std::uint16_t* position = lists.position + region * lists.capacity;
+    const std::uint16_t* value = lists.value == nullptr ? nullptr : lists.value + region * lists.capacity;
+    for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
+      const std::int64_t c = col * g.stride_w - g.pad_w + kw * g.dilation_w;
+      if (c < 0 || c >= p.x.width) continue;
+      const Weight* tap = static_cast<const Weight*>(p.weight) + (kh * g.kernel_w + kw) * group_in * O;
+      std::int64_t first_in = 0, first_out = 0;    // of the current group: channels ascend
+      for (std::int64_t b = 0; b < blocks; ++b) {
+        for (std::uint32_t k = start[c * blocks + b]; k != start[c * blocks + b + 1]; ++k) {
+          const std::int64_t channel = b * lists.cut.block_channels + position[k] / row_bytes;
+          while (channel >= first_in + group_in) {
+            first_in += group_in;
+            first_out += group_out;
+          }
+          const Weight* w = tap + (channel - first_in) * O;
+          const std::int32_t x = value == nullptr ? 1 : value[k];
+          for (std::int64_t o = first_out; o < first_out + group_out; ++o) acc[o] += w[o] * x;
+        }
+      }
+    }
+  }
+}
+
+// Sums are in memory, because an event adds to the outputs of its own group alone.
+template <typename Weight>
+void fire_grouped_as(const EventLayer& layer, const RowSpan& span, std::int32_t* acc) {
+  const ConvIf& a = *layer.a;
+  const std::int64_t O = a.out_channels;
+  const std::int64_t plane = a.batch * a.out_h * a.out_w * O;
+  const std::int32_t scale = sizeof(Weight) == 1 ? 256 : 1;
+  std::int32_t* v = acc + round_up(O, 16);
+  std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(v + round_up(O, 16));
+  for (std::int64_t row = span.row0; row < span.row1; ++row) {
+    for (std::int64_t col = 0; col < a.out_w; ++col) {
+      const std::int64_t pixel = (span.sample * a.out_h + row) * a.out_w + col;
+      for (std::int64_t o = 0; o < O; ++o) {
+        v[o] = a.threshold[o] / 2;
+        bits[o] = 0;
+      }
+      for (std::int64_t t = 0; t < a.steps; ++t) {
+        for (std::int64_t o = 0; o < O; ++o) acc[o] = 0;
+        for (int i = 0; i < a.product_count; ++i) add_grouped<Weight>(layer, i, span.sample, row, col, t, acc);
+        for (std::int64_t o = 0; o < O; ++o) acc[o] = acc[o] * scale + a.bias[o];
+        for (int i = 0; i < a.residual_count; ++i) {
+          const Residual& r = a.residuals[i];
+          const bool mask = r.coding == Coding::mask;
+          const std::uint8_t* x = r.data + (mask ? t / 8 : t) * plane + pixel * O;
+          for (std::int64_t o = 0; o < O; ++o) acc[o] += r.amplitude[o] * (mask ? (x[o] >> (t % 8)) & 1 : x[o]);
+        }
+        if (a.current != nullptr) {
+          for (std::int64_t o = 0; o < O; ++o) acc[o] += a.current[pixel * O + o];
+        }
+        for (std::int64_t o = 0; o < O; ++o) {
+          bits[o] |= static_cast<std::uint8_t>(fire(v[o], acc[o], a.threshold[o]) << (t % 8));
+        }
+        if (t % 8 == 7 || t + 1 == a.steps) {
+          std::uint8_t* out = a.out + (t / 8) * plane + pixel * O;
+          for (std::int64_t o = 0; o < O; ++o) {
+            out[o] = bits[o];
+            bits[o] = 0;
+          }
+        }
+      }
+    }
+  }
+}
+
+inline std::size_t fire_grouped_workspace(const ConvIf& a) {
+  return 3 * static_cast<std::size_t>(round_up(a.out_channels, 16)) * sizeof(std::int32_t);
+}
+
+inline void fire_grouped(const EventLayer& layer, const RowSpan& span, void* workspace) {
+  if (layer.a->products[0].weight_bytes == 1) {
+    fire_grouped_as<std::int8_t>(layer, span, static_cast<std::int32_t*>(workspace));
+  } else {
+    fire_grouped_as<std::int16_t>(layer, span, static_cast<std::int32_t*>(workspace));
+  }
+}
+
+// Adds what one product gives to `width` channels of one pixel at up to eight steps from t0.
+template <class Isa, typename Weight>
+inline void add_depthwise(const ConvIf& a, const Product& p, std::int64_t sample, std::int64_t row, std::int64_t col,
+                          std::int64_t channel, std::int64_t width, std::int64_t t0, int steps, Int<Isa> (&acc)[8][1]) {
+  const Geometry& g = p.g;
+  const bool mask = p.x.coding == Coding::mask;
+  const std::int64_t C = a.out_channels, plane = a.batch * p.x.height * p.x.width * C;
+  for (std::int64_t kh = 0; kh < g.kernel_h; ++kh) {
+    const std::int64_t r = row * g.stride_h - g.pad_h + kh * g.dilation_h;
+    if (r < 0 || r >= p.x.height) continue;
+    for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
+      const std::int64_t c = col * g.stride_w - g.pad_w + kw * g.dilation_w;
+      if (c < 0 || c >= p.x.width) continue;
+      const Weight* w = static_cast<const Weight*>(p.weight) + (kh * g.kernel_w + kw) * C + channel;
+      const Int<Isa> weight = widen<Isa>(w, width);
+      const std::uint8_t* x =
+          p.x.data + ((sample * p.x.height + r) * p.x.width + c) * C + channel + (mask ? t0 / 8 : t0) * plane;
+      if (mask) {
+        const Int<Isa> m = __builtin_convertvector(load_some<LaneBytes<Isa>>(x, width), Int<Isa>);
+        for (int t = 0; t < steps; ++t) acc[t][0] += (((m >> t) & 1) != 0) & weight;
+      } else {
+        for (int t = 0; t < steps; ++t) {
+          acc[t][0] += __builtin_convertvector(load_some<LaneBytes<Isa>>(x + t * plane, width), Int<Isa>) * weight;
+        }
+      }
+    }
+  }
+}
+
+template <class Isa, typename Weight>
+void fire_depthwise_as(const ConvIf& a, const Neurons& neurons, const RowSpan& span) {
+  constexpr int lanes = Isa::lanes;
+  const int shift = sizeof(Weight) == 1 ? 8 : 0;
+  for (std::int64_t row = span.row0; row < span.row1; ++row) {
+    for (std::int64_t col = 0; col < a.out_w; ++col) {
+      for (std::int64_t channel = 0; channel < a.out_channels; channel += lanes) {
+        const std::int64_t width = smaller(lanes, a.out_channels - channel);
+        Membranes<Isa, 1, false> membranes(a, neurons, channel, (span.sample * a.out_h + row) * a.out_w + col);
+        for (std::int64_t t0 = 0; t0 < a.steps; t0 += 8) {
+          const int steps = static_cast<int>(smaller(8, a.steps - t0));
+          Int<Isa> acc[8][1];
+          for (int t = 0; t < 8; ++t) acc[t][0] = Int<Isa>{};
+          for (int i = 0; i < a.product_count; ++i) {
+            add_depthwise<Isa, Weight>(a, a.products[i], span.sample, row, col, channel, width, t0, steps, acc);
+          }
+          for (int t = 0; t < steps; ++t) {
+            acc[t][0] <<= shift;
+            membranes.step(t0 + t, acc[t]);
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Isa>
+void fire_depthwise(const ConvIf& a, const Neurons& neurons, const RowSpan& span) {
+  if (a.products[0].weight_bytes == 1) {
+    fire_depthwise_as<Isa, std::int8_t>(a, neurons, span);
+  } else {
+    fire_depthwise_as<Isa, std::int16_t>(a, neurons, span);
+  }
+}
+
+}    // namespace
+}    // namespace qcfs::cpu
