@@ -1,4 +1,4 @@
-"""Reports what nvcc made of the CUDA kernels. It reads the built module with cuobjdump and needs neither nvcc nor a GPU.
+"""Reports what nvcc made of the CUDA kernels. It reads the built module with cuobjdump; it needs no nvcc and no GPU.
 
     python tools/cuda_report.py [--module qcfs_fast/_cuda....so] [--output report.json]
 
