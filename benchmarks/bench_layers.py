@@ -1,4 +1,4 @@
-"""One spiking layer at T = 4, batch 1, against the ANN's layer and the step loop: qcfs_fast/study/benchmark."""
+"""One spiking layer at T = 4, batch 1, beside the ANN's layer and the step loop (qcfs_fast/study/benchmark)."""
 
 import pytest
 

@@ -1,7 +1,7 @@
-"""Whole networks against their ANN, the step-loop simulator, SpikingJelly and snnTorch: qcfs_fast/study/benchmark.
+"""Whole networks beside their ANN, the step-loop simulator, SpikingJelly and snnTorch (qcfs_fast/study/benchmark).
 
-One benchmark per network and batch; within it all contenders take turns at each T. pytest-benchmark's own figure is our
-16-bit network at the last T.
+There is one benchmark per network and batch. Within it all contenders take turns at each T. The figure that
+pytest-benchmark itself prints is that of our 16-bit network at the last T.
 """
 
 import pytest

@@ -1,11 +1,12 @@
-"""Reports what nvcc made of the CUDA kernels, from the built module; needs cuobjdump, no nvcc and no GPU.
+"""Reports what nvcc made of the CUDA kernels. It reads the built module with cuobjdump; it needs no nvcc and no GPU.
 
     python tools/cuda_report.py [--module qcfs_fast/_cuda....so] [--output report.json]
 
-For each kernel and architecture: registers, stack and local memory (a spill shows there), shared memory, and the
-machine instructions that matter. For the spiking layers' kernels also the instructions of the loop around the
-tensor-core products, counted by kind. A spill, or the lack of an instruction that should be there (tensor-core
-products, matrix loads, asynchronous copies, 16-byte accesses), is a problem and makes the exit status 1.
+The report gives for each kernel and architecture the registers, stack and local memory (where a spill shows), shared
+memory, and the machine instructions that matter. For the kernels of spiking layers it also counts, by kind, the
+instructions of the loop around the tensor-core products. A spill is a problem, and so is the lack of an instruction
+that should be there (tensor-core products, matrix loads, asynchronous copies, 16-byte accesses). A problem makes the
+exit status 1.
 
 cuobjdump comes with the CUDA toolkit and with the Triton wheel.
 """

@@ -2,8 +2,8 @@
 
     python tools/draw_neuron.py [FOLDER]
 
-Left, the recursion itself is run on a constant current, not sketched. Right, spike counts over T steps for many
-currents lie on the staircase of the activation with L = T.
+On the left the neuron is not sketched: its recursion is run on a constant current. On the right the spike counts over T
+steps, for many currents, lie on the staircase of the activation with L = T.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""Networks by name or from a file, for the command line: what `qcfs-fast convert` turns into a spiking network.
+"""Networks by name or from a file: what `qcfs-fast convert` turns into a spiking network.
 
-    torchvision's classifiers   by name, prepared (ReLU -> QCFS), weights from a checkpoint or as torchvision has them
-    the authors' checkpoints    state dicts of Bu et al.'s published code (VGG and ResNet for CIFAR and ImageNet). The
-                                file holds tensors only, so the network is rebuilt from their names and shapes:
+    torchvision's classifiers   by name, prepared (ReLU -> QCFS); weights from a checkpoint or as torchvision has them
+    the authors' checkpoints    state dicts of Bu et al.'s published code (VGG and ResNet for CIFAR and ImageNet). Such
+                                a file holds tensors only, so the network is rebuilt from their names and shapes:
 
         VGG      layer1 .. layer5   per convolution: i.weight, i+1.* (BatchNorm), i+2.thresh, i+3 is dropout
                  classifier         1.weight, 2.thresh, 4.weight, 5.thresh, 7.weight
@@ -10,7 +10,7 @@
                  conv2_x .. conv5_x per block: residual_function.0, .1, .2, .3, .4, shortcut.0, .1, act
                  fc
 
-Files are read with weights_only=True: a checkpoint can hold nothing that runs.
+Files are read with weights_only=True, so reading a checkpoint runs no code of its author.
 """
 
 from __future__ import annotations
@@ -139,6 +139,8 @@ def prepared_torchvision(
 
 
 class _Vgg(nn.Module):
+    """`stages` holds the widths of each stage, `linear` the inputs and outputs of each layer of the head."""
+
     def __init__(self, stages: list[list[int]], linear: list[tuple[int, int]], channels: int, levels: int) -> None:
         super().__init__()
         for number, widths in enumerate(stages, 1):
@@ -165,6 +167,8 @@ class _Vgg(nn.Module):
 
 
 class _Block(nn.Module):
+    """A residual block; `projection` puts a 1x1 convolution on the shortcut."""
+
     def __init__(self, inputs: int, outputs: int, stride: int, projection: bool, levels: int) -> None:
         super().__init__()
         self.residual_function = nn.Sequential(
@@ -184,6 +188,8 @@ class _Block(nn.Module):
 
 
 class _ResNet(nn.Module):
+    """`stages` holds for each block its width and whether its shortcut has a projection."""
+
     def __init__(self, channels: int, width: int, stages: list[list[tuple[int, bool]]], classes: int, levels: int):
         super().__init__()
         self.conv1 = nn.Sequential(

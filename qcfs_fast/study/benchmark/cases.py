@@ -265,7 +265,7 @@ class LayerCase:
             layer, steps = self.floats(dtype)
             image = steps[:1].contiguous(memory_format=torch.contiguous_format if self.linear else torch.channels_last)
 
-            def loop(layer: nn.Module = layer, steps: Tensor = steps) -> Tensor:
+            def loop(layer: nn.Module = layer, steps: Tensor = steps) -> Tensor:  # currents of all T at once
                 currents = layer(steps).unflatten(0, (T, 1))
                 v, spikes = torch.full_like(currents[0], 0.5), []
                 for current in currents:

@@ -1,7 +1,7 @@
-"""What a result file of the benchmark says: a table, plots, and the part of the README that holds both.
+"""What a result file of the benchmark says: tables, plots, and the part of the README that holds both.
 
-The table has a line per contender and a column per case; the plots are latency by T, by batch and by network, and
-memory by T. Only what was measured is drawn; contenders that did not run are listed with their reason.
+A table has a line per contender and a column per case. The plots are latency by T, by batch and by network, and memory
+by T. Only what was measured is drawn; contenders that did not run are listed with their reason.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from .measure import NOT_MEASURED
 
 Case = Mapping[str, Any]
 
-# The lines of the plots: name, the contenders of which the fastest counts, colour, marker. The ANN's is the fastest of
-# its forms with either activation, eager or compiled; a peer's the faster of float32 and bfloat16.
+# The curves of the plots: name, the contenders of which the fastest counts, colour, marker. The ANN's is the fastest of
+# its forms, with either activation, eager or compiled. A peer's is the faster of float32 and bfloat16.
 SERIES: tuple[tuple[str, str, str, str], ...] = (
     ("qcfs_fast 16-bit", r"qcfs_fast 16-bit.*", "#c1121f", "o"),
     ("qcfs_fast 8-bit", r"qcfs_fast 8-bit.*", "#f4845f", "o"),
@@ -29,17 +30,24 @@ SERIES: tuple[tuple[str, str, str, str], ...] = (
     ("SpikingJelly", r"SpikingJelly.*", "#2a9d8f", "D"),
     ("snnTorch", r"snnTorch.*", "#8ab17d", "v"),
 )
+MEMORY = "most memory allocated in a call (MiB)"
 MARK = "<!-- benchmark: written by `make readme-figures` -->", "<!-- end of benchmark -->"
 
 
 def title(case: Case) -> str:
+    """A case in words."""
     if case["kind"] == "layer":
         return f"{case['name']}, T = {case['T']}"
-    name, size = case["name"].rsplit(" ", 1)
-    return f"{name}, {size} px, batch {case['batch']}, T = {case['T']}"
+    return ", ".join((*_network_and_size(case["name"]), f"batch {case['batch']}", f"T = {case['T']}"))
+
+
+def _network_and_size(name: str) -> tuple[str, str]:
+    network, size = name.rsplit(" ", 1)
+    return network, f"{size} px"
 
 
 def fastest(case: Case, pattern: str, key: str = "seconds") -> float | None:
+    """The least figure among the contenders whose names match; None if none was measured."""
     rows = [r for n, r in case["contenders"].items() if re.fullmatch(pattern, n) and r.get(key) is not None]
     return min((float(r[key]) for r in rows), default=None)
 
@@ -54,6 +62,7 @@ def utilisation(data: Mapping[str, Any], case: Case, bits: int) -> str:
 
 
 def conditions(data: Mapping[str, Any]) -> str:
+    """The machine and the versions, in one line."""
     m = data["machine"]
     v = m["versions"]
     kernels = m["kernels"] if isinstance(m["kernels"], str) else m["kernels"].get("in use")
@@ -155,10 +164,10 @@ def plots(data: Mapping[str, Any], folder: Path, suffixes: Sequence[str] = (".pn
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(style):
         for name, draw in (
-            ("latency-by-T", _latency_by_steps),
-            ("latency-by-batch", _latency_by_batch),
+            ("latency-by-T", partial(_along, along="T", what="latency (ms)", scale=1e3)),
+            ("latency-by-batch", partial(_along, along="batch", what="time per image (ms)", scale=1e3, per="batch")),
             ("latency-by-network", _latency_by_network),
-            ("memory-by-T", _memory_by_steps),
+            ("memory-by-T", partial(_along, along="T", what=MEMORY, scale=2.0**-20, key="allocated")),
         ):
             figure = draw(plt, cases)
             if figure is None:
@@ -175,6 +184,7 @@ def plots(data: Mapping[str, Any], folder: Path, suffixes: Sequence[str] = (".pn
 
 
 def _panels(plt: Any, titles: Sequence[str], what: str, height: float = 3.9) -> tuple[Any, list[Any]]:
+    """A figure of panels side by side, with room for the conditions below."""
     figure, axes = plt.subplots(
         1, len(titles), figsize=(max(5.2, 3.7 * len(titles)), height), squeeze=False, layout="constrained"
     )
@@ -187,6 +197,7 @@ def _panels(plt: Any, titles: Sequence[str], what: str, height: float = 3.9) -> 
 
 
 def _curves(axis: Any, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """One curve per contender, on logarithmic axes."""
     for name, _, colour, marker in SERIES:
         if points.get(name):
             x, y = zip(*points[name], strict=True)
@@ -215,15 +226,8 @@ def _legend(figure: Any, axis: Any) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
 
 
-def _grouped(cases: Sequence[Case], by: tuple[str, ...], along: str) -> dict[tuple[Any, ...], list[Case]]:
-    """Groups of cases that differ in `along` only; those with one member are dropped."""
-    groups: dict[tuple[Any, ...], list[Case]] = {}
-    for case in cases:
-        groups.setdefault(tuple(case[k] for k in by), []).append(case)
-    return {k: sorted(g, key=lambda c: c[along]) for k, g in groups.items() if len(g) > 1}
-
-
 def _series(cases: Sequence[Case], along: str, scale: float, key: str = "seconds", per: str = "") -> dict[str, Any]:
+    """Points (case[along], figure) of each contender; `per` divides a figure by that entry of its case."""
     points: dict[str, list[tuple[float, float]]] = {}
     for name, pattern, _, _ in SERIES:
         for case in cases:
@@ -233,31 +237,26 @@ def _series(cases: Sequence[Case], along: str, scale: float, key: str = "seconds
     return points
 
 
-def _network_title(key: tuple[Any, ...], tail: str) -> str:
-    name, size = key[0].rsplit(" ", 1)
-    return f"{name}, {size} px, {tail}"
-
-
-def _latency_by_steps(plt: Any, cases: Sequence[Case]) -> Any:
-    groups = {k: g for k, g in _grouped(cases, ("name", "batch"), "T").items() if k[1] == 1}
-    if not groups:
+def _along(
+    plt: Any, cases: Sequence[Case], along: str, what: str, scale: float, key: str = "seconds", per: str = ""
+) -> Any:
+    """A panel per network: curves along T at batch 1, or along the batch at T = 4."""
+    fixed, value, tail, label = {
+        "T": ("batch", 1, "batch 1", "time steps T"),
+        "batch": ("T", 4, "T = 4", "images per batch"),
+    }[along]
+    panels: dict[str, list[Case]] = {}
+    for case in cases:
+        if case[fixed] == value:
+            panels.setdefault(case["name"], []).append(case)
+    panels = {n: sorted(group, key=lambda c: c[along]) for n, group in panels.items() if len(group) > 1}
+    if not panels:
         return None
-    figure, axes = _panels(plt, [_network_title(k, f"batch {k[1]}") for k in groups], "latency (ms)")
-    for axis, group in zip(axes, groups.values(), strict=True):
-        _curves(axis, _series(group, "T", 1e3))
-        axis.set_xlabel("time steps T")
-    _legend(figure, axes[0])
-    return figure
-
-
-def _latency_by_batch(plt: Any, cases: Sequence[Case]) -> Any:
-    groups = {k: g for k, g in _grouped(cases, ("name", "T"), "batch").items() if k[1] == 4}
-    if not groups:
-        return None
-    figure, axes = _panels(plt, [_network_title(k, f"T = {k[1]}") for k in groups], "time per image (ms)")
-    for axis, group in zip(axes, groups.values(), strict=True):
-        _curves(axis, _series(group, "batch", 1e3, per="batch"))
-        axis.set_xlabel("images per batch")
+    titles = [", ".join((*_network_and_size(name), tail)) for name in panels]
+    figure, axes = _panels(plt, titles, what)
+    for axis, group in zip(axes, panels.values(), strict=True):
+        _curves(axis, _series(group, along, scale, key, per))
+        axis.set_xlabel(label)
     _legend(figure, axes[0])
     return figure
 
@@ -288,20 +287,6 @@ def _latency_by_network(plt: Any, cases: Sequence[Case]) -> Any:
     axis.set_ylim(len(chosen) - 0.5, -0.5)
     axis.set_xlabel("left of 1: faster than qcfs_fast 16-bit (whose time is in brackets)")
     _legend(figure, axis)
-    return figure
-
-
-def _memory_by_steps(plt: Any, cases: Sequence[Case]) -> Any:
-    groups = {k: g for k, g in _grouped(cases, ("name", "batch"), "T").items() if k[1] == 1}
-    if not groups:
-        return None
-    figure, axes = _panels(
-        plt, [_network_title(k, f"batch {k[1]}") for k in groups], "most memory allocated in a call (MiB)"
-    )
-    for axis, group in zip(axes, groups.values(), strict=True):
-        _curves(axis, _series(group, "T", 2.0**-20, "allocated"))
-        axis.set_xlabel("time steps T")
-    _legend(figure, axes[0])
     return figure
 
 

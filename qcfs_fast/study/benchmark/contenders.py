@@ -24,8 +24,8 @@ from __future__ import annotations
 import copy
 import importlib
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -84,6 +84,8 @@ class _StepNeuron(_Neuron):
 
 
 class _SpikingJelly(_Neuron):
+    """SpikingJelly's neuron. The first one of a network gets the image's current [N, ...] and repeats it T times."""
+
     def __init__(self, theta: float, first: bool) -> None:
         super().__init__(theta)
         neuron = importlib.import_module("spikingjelly.activation_based.neuron")
@@ -101,6 +103,8 @@ class _SpikingJelly(_Neuron):
 
 
 class _SnnTorch(_Neuron):
+    """snnTorch's neuron; its membrane gets a shape at the first call after `restart`."""
+
     def __init__(self, theta: float, dtype: torch.dtype) -> None:
         super().__init__(theta)
         snntorch = importlib.import_module("snntorch")
@@ -203,6 +207,8 @@ class Contenders:
         if compiled:
             self._attempt(f"{name} compiled", lambda: (make(compiled=True)[0], None))
 
+    # The four ways to run: each returns the call, and the float network to compare with ours (None for ours).
+
     def _ours(self, snn: SNN, gpu: str | None) -> tuple[Call, None]:
         placed = copy.deepcopy(snn).to(self.images.device)
         images = self.images
@@ -270,20 +276,26 @@ def gpu_backends() -> list[str]:
     return [name for name in ("cuda", "triton") if not backend.absence[name]()]
 
 
+@contextmanager
+def _removed_after(handles: Iterable[Any]) -> Iterator[None]:
+    """Removes hooks when the block ends."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _shape_membranes(network: nn.Module, images: Tensor) -> None:
     """Give every step neuron a membrane of its input's shape and layout."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, _StepNeuron):
-            module.v = torch.zeros_like(args[0])
+        module.v = torch.zeros_like(args[0])
 
-    handles = [m.register_forward_pre_hook(hook) for m in network.modules() if isinstance(m, _StepNeuron)]
-    try:
-        with torch.no_grad():
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    neurons = [m for m in network.modules() if isinstance(m, _StepNeuron)]
+    with _removed_after(m.register_forward_pre_hook(hook) for m in neurons), torch.no_grad():
+        network(images)
 
 
 def count_differences(call: Call, network: nn.Module, values: Mapping[str, Tensor], T: int) -> tuple[int, int]:
@@ -293,7 +305,6 @@ def count_differences(call: Call, network: nn.Module, values: Mapping[str, Tenso
     them instead of what the layer before it made, so that a difference does not spread.
     """
     different = total = 0
-    handles = []
 
     def hook(name: str) -> Any:
         step = 0
@@ -314,14 +325,9 @@ def count_differences(call: Call, network: nn.Module, values: Mapping[str, Tenso
 
         return run
 
-    for name, module in network.named_modules():
-        if isinstance(module, (_Neuron, _Qcfs)):
-            handles.append(module.register_forward_hook(hook(name)))
-    try:
+    compared = {n: m for n, m in network.named_modules() if isinstance(m, (_Neuron, _Qcfs))}
+    with _removed_after(m.register_forward_hook(hook(n)) for n, m in compared.items()):
         call(T)
-    finally:
-        for handle in handles:
-            handle.remove()
     return different, total
 
 
@@ -335,10 +341,6 @@ def quantised(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
         return run
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in activations(model).items()]
-    try:
+    with _removed_after(m.register_forward_hook(hook(n)) for n, m in activations(model).items()):
         model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found

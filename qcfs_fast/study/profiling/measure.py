@@ -54,6 +54,7 @@ class _Spikes:
 
 
 def _node_shape(value: Any, layer: Layer) -> Shape:
+    """Height, width and channels of a node's value."""
     if isinstance(layer, ImageInput):
         _, height, width, channels = value[0].shape
     elif value.dim() == 3:

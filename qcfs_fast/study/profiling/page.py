@@ -132,6 +132,7 @@ def _short(name: str, max_length: int = 26) -> str:
 
 
 def time_by_layer(p: Record) -> Any:
+    """Microseconds per image, a bar per layer."""
     from matplotlib.patches import Patch
 
     figure, axes = _figure(_rows_height(len(p.layers)))
@@ -149,6 +150,7 @@ def time_by_layer(p: Record) -> Any:
 
 
 def energy_by_layer(p: Record) -> Any:
+    """Picojoules by convention, SNN beside ANN, for the layers that have synapses."""
     rows = [r for r in p.layers if r.accumulates_by_step]
     figure, axes = _figure(_rows_height(len(rows)))
     places = range(len(rows))
@@ -165,6 +167,7 @@ def energy_by_layer(p: Record) -> Any:
 
 
 def rate_by_layer_and_step(p: Record) -> Any:
+    """A map of firing rates: a row per layer, a column per step."""
     rows = [r for r in p.layers if r.neurons]
     figure, axes = _figure(_rows_height(len(rows)))
     image = axes.imshow(
@@ -180,6 +183,7 @@ def rate_by_layer_and_step(p: Record) -> Any:
 
 
 def rate_histogram(p: Record) -> Any:
+    """Neurons by firing rate, with those that never or always fire in colours of their own."""
     figure, axes = _figure(3.1)
     total = p.totals["neurons"]
     bins = [sum(r.rate_histogram[i] for r in p.layers if r.neurons) / total for i in range(RATE_BINS)]
@@ -200,7 +204,7 @@ def rate_histogram(p: Record) -> Any:
 
 
 def raster(p: Record) -> Any:
-    """Spikes of some neurons of one layer, image after image; a dash is one step."""
+    """Spikes of some neurons of one layer, image after image; each step is one dash wide."""
     steps = p.raster["steps"]
     neurons = len(p.raster["neurons"])
     figure, axes = _figure(min(4.2, 1.2 + 0.035 * neurons), 2 * WIDTH + 0.3)
@@ -280,6 +284,7 @@ li { margin-bottom: 6px; }
 
 
 def _cards(p: Record) -> str:
+    """The main figures, large, at the top."""
     t = p.totals
     cards = []
     if p.accuracy_by_step is not None:
@@ -303,6 +308,7 @@ def _cards(p: Record) -> str:
 
 
 def _figures(p: Record) -> str:
+    """All figures with title and caption."""
     r = p.raster
     labelled = p.accuracy_by_step is not None
     neurons, layer = len(r["neurons"]), r["layer"]
@@ -358,6 +364,7 @@ def _layer_table(p: Record) -> str:
 
 
 def _method(p: Record) -> list[str]:
+    """What each figure means, as sentences."""
     t = p.totals
     once = f"{p.T} times per image" if p.analog_every_step else "once per image, since the image does not change"
     return [

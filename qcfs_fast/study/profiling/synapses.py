@@ -97,6 +97,8 @@ def pooled(shape: Shape, spec: PoolSpec) -> Shape:
 
 
 class _Counter:
+    """Counts the synapses of each kind of layer."""
+
     def __init__(self, snn: SNN, shapes: Mapping[str, Shape]) -> None:
         self.layers = snn.layers
         self.shapes = shapes
@@ -135,11 +137,13 @@ class _Counter:
         found.analog += synapses
 
     def encoding(self, layer: Layer) -> Afferents:
+        """The layer that reads nothing but the image."""
         found = Afferents()
         self._add_analog(found, layer, layer.weight, layer.config["geometry"])
         return found
 
     def spiking(self, layer: Layer) -> Afferents:
+        """Products with spikes, residual connections, and the image where the layer reads it too."""
         found, index, vector = Afferents(), layer.config["weight_index"], layer.config["vector"]
         for i, node in enumerate(layer.inputs[: len(index)]):
             g = layer.config["geometry"][GEOMETRY * i : GEOMETRY * (i + 1)]
@@ -158,6 +162,7 @@ class _Counter:
         return found
 
     def readout(self, layer: Layer) -> Afferents:
+        """Products with spikes behind the readout's own pools; maximum pools come before average pools."""
         found = Afferents()
         for i, (node, pools, vector) in enumerate(
             zip(layer.inputs, layer.config["pools"], layer.config["vectors"], strict=True)
