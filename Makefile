@@ -1,5 +1,6 @@
-# make demo   train, convert and evaluate a network on real data     make test   run the tests
-# make check  format, lint and types                                 make bench  compare latencies (5 minutes)
+# make demo   train, convert and evaluate a network on real data     make test   all tests (10 minutes)
+# make check  format, lint and types, without a change               make quick  the tests of the inner loop (2 minutes)
+# make format rewrite files as `make check` wants them               make bench  compare latencies (5 minutes)
 # make readme-figures  measure what the README shows, and write its table and pictures (a quarter of an hour)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
 # make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
@@ -10,19 +11,23 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml CMakeLists.txt README.md $(shell find csrc qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc' -o -name '*.py')
+SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell find csrc qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc' -o -name '*.py' -o -name 'py.typed')
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
-.PHONY: demo test test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
+.PHONY: demo test quick test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
 demo: $(VENV)/.installed
 	cd $(VENV) && bin/python -m qcfs_fast demo --output ../demo-output
 
+TESTS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests -n 2 --dist loadfile
 test: $(VENV)/.installed $(VENV)/.tools
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(TESTS) $(PYTEST_ARGS)
+
+quick: $(VENV)/.installed $(VENV)/.tools
+	$(TESTS) -m 'not slow' $(PYTEST_ARGS)
 
 # Laid over the environment for this one run: the packages in it stay as they are. The interpreter of early releases
 # makes scalars of arrays in a way that NumPy 2.4 ended.

@@ -8,8 +8,6 @@ import torch
 import qcfs_fast
 from qcfs_fast.study import demo
 
-pytestmark = pytest.mark.slow  # two trainings
-
 
 @pytest.fixture(scope="module")
 def trained():
@@ -17,6 +15,7 @@ def trained():
     return data, demo.train(data, progress=False)
 
 
+@pytest.mark.slow
 def test_trained_network_agrees_with_float64_at_every_T(trained):
     data, model = trained
     snn = qcfs_fast.convert(model, T=4)
@@ -29,6 +28,7 @@ def test_trained_network_agrees_with_float64_at_every_T(trained):
         assert abs(accuracy[0] - accuracy[1]) <= 0.003
 
 
+@pytest.mark.slow
 def test_accuracy_reaches_the_ann(trained):
     data, model = trained
     snn = qcfs_fast.convert(model, T=4)
@@ -41,6 +41,7 @@ def test_accuracy_reaches_the_ann(trained):
     assert accuracy[16] > ann - 0.01
 
 
+@pytest.mark.slow
 def test_anytime_use_keeps_the_accuracy_in_fewer_steps(trained):
     data, model = trained
     snn = qcfs_fast.convert(model, T=16)
@@ -59,12 +60,14 @@ def test_anytime_use_keeps_the_accuracy_in_fewer_steps(trained):
     assert text.endswith(f"accuracy {full:.2%}")
 
 
+@pytest.mark.slow
 def test_eight_bits_keep_the_labels(trained):
     data, model = trained
     labels = [qcfs_fast.convert(model, T=8, weight_bits=b)(data.test_x).argmax(1) for b in (8, 16)]
     assert (labels[0] == labels[1]).float().mean() > 0.99
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     rows = demo.demo(tmp_path / "out", epochs=2, progress=False, as_json=True)
     printed = json.loads(capsys.readouterr().out)
@@ -77,7 +80,7 @@ def test_command(tmp_path, capsys):
     assert snn(demo.digits().test_x[:5]).shape == (5, 10)
 
 
-def test_table(trained, capsys):
+def test_table(capsys):
     from rich.console import Console
 
     row = demo.Row(4, 0.99, 0.993, 0.998, 1e-5, 0.18, 4e-5, 3e-5, 1e-4)

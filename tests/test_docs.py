@@ -18,7 +18,12 @@ import torchvision_models  # noqa: F401 - makes torchvision importable here
 from qcfs_fast.study import command_line
 
 SOURCE = Path(__file__).resolve().parent.parent
-PAGES = [SOURCE / "README.md", SOURCE / "CONTRIBUTING.md", *sorted((SOURCE / "docs").glob("*.md"))]
+PAGES = [
+    SOURCE / "README.md",
+    SOURCE / "CONTRIBUTING.md",
+    SOURCE / "CHANGELOG.md",
+    *sorted((SOURCE / "docs").glob("*.md")),
+]
 BLOCK = re.compile(r"(?:<!-- not run by the tests: ([^>]+) -->\n)?```(\w+)\n(.*?)^```", re.S | re.M)
 
 

@@ -1,8 +1,7 @@
-"""The operators as citizens of torch: opcheck, compile, export, devices, other threads, forked processes."""
+"""The operators as citizens of torch: opcheck, compile, export, devices, forked processes."""
 
 import copy
 import multiprocessing
-import threading
 
 import networks
 import numpy as np
@@ -114,24 +113,6 @@ def test_deepcopy_and_state_dict():
     assert torch.equal(other(x), snn(x))
     other.load_state_dict(snn.state_dict())
     assert torch.equal(other(x), snn(x))
-
-
-def test_callers_in_several_threads():
-    snn, x = converted(networks.Small, T=9)
-    want = snn(x)
-    wrong = []
-
-    def work():
-        for _ in range(20):
-            if not torch.equal(snn(x), want):
-                wrong.append(1)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not wrong
 
 
 def _in_child(snn, x, queue):

@@ -7,7 +7,8 @@ call site the same name: the module's path, with _1, _2, ... for further calls o
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +18,21 @@ from torch import fx, nn
 from ..errors import ConversionError
 from .qcfs import is_qcfs
 
+# While torch.fx traces, it replaces nn.Module.__call__ for the whole process. So traces go one after another, and a
+# module that another thread calls meanwhile runs as it is.
+_one_at_a_time = threading.Lock()
+
 
 class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_qcfs(m) or super().is_leaf_module(m, module_qualified_name)
 
@@ -34,7 +48,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
     was_training = model.training
     model.eval()
     try:
-        graph = tracer.trace(model)
+        with _one_at_a_time:
+            graph = tracer.trace(model)
     except Exception as error:  # a model's own code can raise anything when run on proxies
         raise ConversionError(
             f"{tracer.current_path()}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "

@@ -1,0 +1,90 @@
+"""Networks made and called in several threads at once give what they give one after another."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import networks
+import torch
+from networks import converted
+from torch import nn
+
+import qcfs_fast
+
+KINDS = [networks.Small, networks.Branches, networks.Groups, networks.Image]
+
+
+def test_callers_of_one_network():
+    snn, x = converted(networks.Small, T=9)
+    want = {T: snn(x, T=T, per_step=True) for T in (1, 9, 12)}
+    traced, found = qcfs_fast.trace(snn, x), snn.predict(x, 0.5)
+
+    def work(T):
+        for _ in range(3):
+            assert torch.equal(snn(x, T=T, per_step=True), want[T])
+        assert all(torch.equal(s, traced[name]) for name, s in qcfs_fast.trace(snn, x).items())
+        assert torch.equal(snn.predict(x, 0.5).logits, found.logits)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, [*want] * 2))
+
+
+def test_networks_are_made_while_others_run(tmp_path):
+    """From the model to the loaded file, each thread its own, beside calls of a network that all share."""
+
+    def make(kind, path=None):
+        snn, x = converted(kind, T=5)
+        if path:
+            snn.save(path)
+            snn = qcfs_fast.load(path)
+        return snn.state_dict(), snn(x, per_step=True)
+
+    shared, images = converted(networks.Small)
+    logits, want = shared(images), {kind: make(kind) for kind in KINDS}
+
+    def work(i):
+        kind = KINDS[i % len(KINDS)]
+        for made, first in zip(make(kind, tmp_path / f"{i}.safetensors"), want[kind], strict=True):
+            if isinstance(made, dict):
+                assert list(made) == list(first)
+                assert all(torch.equal(made[name], first[name]) for name in first)
+            else:
+                assert torch.equal(made, first)
+        assert all(torch.equal(shared(images), logits) for _ in range(3))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(6)))
+
+
+def test_a_network_runs_while_another_thread_traces():
+    """torch.fx patches the call of every module in the process as long as it traces one."""
+    snn, images = converted(networks.Small)
+    want, seen = snn(images), []
+
+    class Watched(nn.Module):
+        def __init__(self, meanwhile):
+            super().__init__()
+            self.a, self.b, self.relu, self.meanwhile = nn.Linear(4, 4), nn.Linear(4, 2), nn.ReLU(), meanwhile
+
+        def forward(self, x):
+            x = self.relu(self.a(x))
+            self.meanwhile()  # at a known place within the trace
+            return self.b(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        qcfs_fast.prepare(Watched(lambda: seen.append(pool.submit(snn, images).result(timeout=60))))
+        assert len(seen) >= 1
+        assert all(torch.equal(logits, want) for logits in seen)
+
+        # A second trace begins within the first, and ends after it.
+        first_goes_on, others = threading.Event(), []
+
+        def begin_another():
+            others.append(pool.submit(qcfs_fast.prepare, Watched(lambda: first_goes_on.wait(1))))
+
+        plain, call = qcfs_fast.prepare(Watched(lambda: None)), nn.Module.__call__
+        first = qcfs_fast.prepare(Watched(begin_another))
+        first_goes_on.set()
+        assert [str(other.result(timeout=60).graph) for other in others] == [str(plain.graph)] * len(others)
+        assert str(first.graph) == str(plain.graph)
+        assert others
+        assert nn.Module.__call__ is call
