@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import ADD_FUNCTIONS, call_sites, describe, is_relu, trace
+from ..model.graph import ADD_FUNCTIONS, call_sites, describe, is_relu, symbolic_trace
 from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
 from ..operators.windows import PoolSpec
@@ -548,7 +548,7 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
     was_training = model.training
     model.eval()
     try:
-        gm = trace(model)
+        gm = symbolic_trace(model)
         known = input_shape or getattr(model, "input_shape", None)
         if known is None:
             lowering = Lowering(gm, None)
