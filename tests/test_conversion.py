@@ -345,7 +345,7 @@ def test_per_channel_thresholds():
 def test_print_reads_like_the_network():
     text = str(converted(networks.Small)[0])
     for line in (
-        "(stem): Group(",
+        "(stem): Branch(",
         "block1.conv2: 8 -> 8, kernel 3x3, padding 1x1, 16-bit + avgpool_1",
         "(head): Readout(head: 16 -> 5",
         "block2.down.0: 8 -> 16, kernel 1x1, stride 2x2",

@@ -1,9 +1,11 @@
 """convert: a QCFS-trained network -> a spiking network of integers.
 
-    trace and lower (lowering.py)  ->  choose each layer's grid (units.py)  ->  modules (snn.py)
+    trace and lower (lowering.py)  ->  round each layer to its integer grid (units.py)  ->  nodes (network/layers.py)
 
-Amplitudes of the inputs, pool divisors and BatchNorm are folded into each layer's weights; what remains between
-layers is spikes. Source: Bu et al., ICLR 2022; the integer grid is described in units.py.
+Lowering says what each neuron integrates, as a sum of signals with float64 weights. Only integers travel between nodes,
+so the amplitudes of the signals and the divisors of their pools are folded into those weights here; then the weights
+become integers as well. A pool in front of a spiking layer becomes a node of its own, shared by all that read it; pools
+in front of the readout work on counts and belong to it. Source: Bu et al., ICLR 2022.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from ..network.layers import (
 from ..network.schema import Geometry
 from ..network.snn import SNN, check_graph
 from ..operators.geometry import POINTWISE
-from ..operators.limits import ANALOG_RANGE, MAX_COUNT
+from ..operators.limits import ANALOG_RANGE, MAX_COUNT, MAX_SUM
 from ..operators.windows import PoolSpec
 from . import units
 from .lowering import lower
@@ -124,6 +126,8 @@ def _geometry(product: Product) -> Geometry:
 
 
 class _Builder:
+    """Makes the nodes of a lowered network in order. `made` are pools and concatenations by what they compute."""
+
     def __init__(self, lowered: Lowered, weight_bits: int, max_T: int) -> None:
         self.lowered = lowered
         self.weight_bits = weight_bits
@@ -133,6 +137,7 @@ class _Builder:
         self.details: dict[str, dict[str, Any]] = {}
 
     def build(self, T: int, shape: tuple[int, ...] | None) -> SNN:
+        """The network: the image, then a node per activation (pools and concatenations before it), then the readout."""
         image = self.lowered.image
         self._add(
             INPUT,
@@ -148,6 +153,7 @@ class _Builder:
         )
         for node in self.lowered.layers:
             products = node.current.products
+            # The image is not spikes: its current is computed once, in double, and the same at every step.
             analog = [p for p in products if p.part.is_image] + [
                 s for s in node.current.identities if any(q.is_image for q in s.parts)
             ]
@@ -253,9 +259,10 @@ class _Builder:
         tensors["high"] = tensors["threshold"].clone()
         config = EncodingConfig(geometry, node.current.vector, (layer,))
         self._add(node.name, EncodingLayer([INPUT], config, tensors))
-        self.details[node.name] = self._detail(node, n, exact, 16.0, 2**31 - 1)
+        self.details[node.name] = self._detail(node, n, exact, 16.0, MAX_SUM)
 
-    def _detail(self, node: FireNode, n: np.ndarray, lossless: int, bits: float, max_T: int) -> dict[str, Any]:
+    @staticmethod
+    def _detail(node: FireNode, n: np.ndarray, lossless: int, bits: float, max_T: int) -> dict[str, Any]:
         return {
             "channels": n.size,
             "lossless": lossless,
@@ -274,18 +281,21 @@ class _Builder:
         weights = [_fold(p, part.amplitude) for p, part in zip(spiking, parts, strict=True)]
         sources = [self._sources(p) for p in parts]
         residuals = [r for s in current.identities if s is not analog for r in self._residuals(s, node.name)]
-        grid = self._grid(node, weights, [sum(peak for _, peak in s) for s in sources], residuals, analog is not None)
+        peaks = [sum(peak for _, peak in s) for s in sources]  # all sections of a pool meet the same weight
+        layer = self._quantized(node, weights, peaks, residuals, analog is not None)
+
         dtype = np.int16 if self.weight_bits == 16 else np.int8
         tensors: dict[str, Tensor] = {}
-        for i, w in enumerate(grid.weights):
+        for i, w in enumerate(layer.weights):
             whole = w if self.weight_bits == 16 else w // 256
             tensors[f"weight_{i}"] = torch.from_numpy(whole.astype(dtype).reshape(weights[i].shape))
             if current.vector:
                 tensors[f"weight_{i}"] = tensors[f"weight_{i}"][0, 0].contiguous()
-        for i, a in enumerate(grid.amplitudes):
+        for i, a in enumerate(layer.amplitudes):
             tensors[f"amplitude_{i}"] = torch.from_numpy(a.astype(np.int32))
-        tensors["bias"] = torch.from_numpy(grid.bias.astype(np.int32))
-        tensors["threshold"] = torch.from_numpy(grid.threshold.astype(np.int32))
+        tensors["bias"] = torch.from_numpy(layer.bias.astype(np.int32))
+        tensors["threshold"] = torch.from_numpy(layer.threshold.astype(np.int32))
+
         inputs = [name for s in sources for name, _ in s] + [name for name, _, _ in residuals]
         config = SpikingConfig(
             weight_index=tuple(i for i, s in enumerate(sources) for _ in s),
@@ -294,75 +304,50 @@ class _Builder:
             layers=tuple(p.layer for p in spiking),
             peaks=(*(peak for s in sources for _, peak in s), *(peak for _, _, peak in residuals)),
         )
-        if analog is not None:
+        if analog is not None:  # it shares the unit of the spikes' weights, so that both add up
             weight, geometry, _ = self._analog_operands(analog)
             config = replace(config, analog_geometry=geometry)
-            made, _ = self._analog_tensors(weight, grid.unit, node.name)
+            made, _ = self._analog_tensors(weight, layer.unit, node.name)
             tensors["analog_weight"], tensors["gain"] = made["weight"], made["gain"]
             tensors["offset"] = torch.zeros(current.channels, dtype=torch.float64)
-            high = (ANALOG_RANGE * grid.threshold).astype(np.int32)
+            high = (ANALOG_RANGE * layer.threshold).astype(np.int32)
             tensors["high"], tensors["low"] = torch.from_numpy(high), torch.from_numpy(-high)
             inputs.append(INPUT)
         self._add(node.name, SpikingLayer(inputs, config, tensors))
-        used = grid.weight_levels[grid.weight_levels > 0]
+
+        used = layer.weight_levels[layer.weight_levels > 0]
         bits = float(np.log2(used.min()) + 1) if used.size else 0.0
         self.details[node.name] = self._detail(
-            node, grid.threshold, int(grid.lossless.sum()), bits, min(grid.max_steps, 2**31 - 1)
+            node, layer.threshold, int(layer.lossless.sum()), bits, min(layer.max_steps, MAX_SUM)
         )
 
-    def _grid(
+    def _quantized(
         self,
         node: FireNode,
         weights: list[np.ndarray],
         peaks: list[int],
         residuals: list[tuple[str, Tensor, int]],
         analog: bool,
-    ) -> units.Grid:
+    ) -> units.QuantizedLayer:
         """units.choose over blocks of output channels, to bound the memory it takes."""
         flat = [w.reshape(-1, w.shape[3]) for w in weights]
         theta, bias = node.theta.numpy(), node.current.bias.numpy()
         inputs = max(1, sum(w.shape[0] for w in flat))
         block = max(1, CHUNK // inputs)
-        grids = []
+        parts = []
         for c in range(0, theta.size, block):
             s = slice(c, c + block)
-            grids.append(
-                units.choose(
-                    node.name,
-                    theta[s],
-                    [w[:, s] for w in flat],
-                    peaks,
-                    [a.numpy()[s] for _, a, _ in residuals],
-                    [peak for _, _, peak in residuals],
-                    bias[s],
-                    self.weight_bits,
-                    self.max_T,
-                    analog,
-                )
-            )
-
-        narrow = max((g.narrow for g in grids), key=lambda n: -n if n else -99.0)
-        if narrow:
+            own = [(w[:, s], peak) for w, peak in zip(flat, peaks, strict=True)]
+            added = [(a.numpy()[s], peak) for _, a, peak in residuals]
+            parts.append(units.choose(node.name, theta[s], own, added, bias[s], self.weight_bits, self.max_T, analog))
+        layer = units.join(parts)
+        if layer.scarce_bits is not None:
             warnings.warn(
-                f"{node.name}: 32 bits leave only {narrow:.1f} bits for the weights of one channel "
+                f"{node.name}: 32 bits leave only {layer.scarce_bits:.1f} bits for the weights of one channel "
                 f"at max_T={self.max_T} (the bound is n/2 + T*sum|w| < 2^31); convert with a smaller max_T for more",
                 stacklevel=5,
             )
-
-        def joined(get: Any) -> np.ndarray:
-            return np.concatenate([get(g) for g in grids], axis=-1)
-
-        return units.Grid(
-            joined(lambda g: g.threshold),
-            joined(lambda g: g.unit),
-            [joined(lambda g, i=i: g.weights[i]) for i in range(len(flat))],
-            [joined(lambda g, i=i: g.amplitudes[i]) for i in range(len(residuals))],
-            joined(lambda g: g.bias),
-            joined(lambda g: g.lossless),
-            joined(lambda g: g.weight_levels),
-            min(g.max_steps for g in grids),
-            narrow,
-        )
+        return layer
 
     def _readout(self) -> None:
         current = self.lowered.output

@@ -1,16 +1,12 @@
 """From a traced network to spiking layers: symbolic execution of the graph.
 
-Between two activations a network is linear, so every value is one of
+Between two activations a network is linear, so every value there is a Signal or a Current (values.py). Convolution and
+linear layers turn a Signal into a Current, BatchNorm and scalar factors rescale one, addition joins them, an activation
+turns a Current into the Signal of a new spiking layer. What does not fit (two convolutions without an activation
+between them, a product of two activations) has no spiking meaning and raises ConversionError with the module path and a
+remedy.
 
-    Signal   spikes (or their window sums, or the image): integers times an amplitude per channel; a list of
-             parts, concatenated along the channels
-    Current  what a neuron integrates: a sum of products (convolution or linear layer of a part) and identities
-             (residual signals), plus a bias per channel
-
-Convolution and linear layers turn a Signal into a Current, BatchNorm and scalar factors rescale one, addition
-joins them, an activation turns a Current into the Signal of a new spiking layer. What does not fit (two
-convolutions without an activation between them, a product of two activations) has no spiking meaning and
-raises ConversionError with the module path and a remedy.
+Lowering has a method for each kind of operation; FUNCTIONS and METHODS at the end say which calls of torch they are.
 
 Source of the construction: Bu et al., ICLR 2022, sections 3 and 4; BatchNorm folding as in its appendix.
 """
@@ -27,17 +23,29 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import ADD_FUNCTIONS, call_sites, describe, is_relu, trace
+from ..model.graph import ADD_FUNCTIONS, call_sites, describe, is_relu, symbolic_trace
 from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
+from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .values import Current, FireNode, Image, Lowered, Part, Product, Signal, affine, identity_current, scaled
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 
+_NO_THRESHOLD = "is a ReLU, which has no threshold; call qcfs_fast.prepare(model) first and train or calibrate it"
+
 
 class _Shape:
     """A size taken from a tensor's shape: only ever used to flatten."""
+
+
+def _float64(x: Tensor | None, default: Tensor) -> Tensor:
+    """A parameter of the model in the arithmetic of conversion, or its default where the layer has none."""
+    return default if x is None else x.detach().to("cpu", torch.float64)
+
+
+def _zeros(channels: int) -> Tensor:
+    return torch.zeros(channels, dtype=torch.float64)
 
 
 def _pair(x: Any) -> tuple[int, int]:
@@ -53,12 +61,11 @@ class Lowering:
         self.needs_shapes = False
         self.sites = {node: (name, module) for name, node, module in call_sites(gm)}
         self.values: dict[fx.Node, Any] = {}
-        self.node: fx.Node | None = None
+        self.node: fx.Node  # the one being executed
         self.result = Lowered(Image((), (), ()))
         self.image: Image | None = None
 
     def fail(self, why: str) -> ConversionError:
-        assert self.node is not None
         return ConversionError(f"{describe(self.node)}: {why}")
 
     def run(self) -> Lowered:
@@ -93,9 +100,7 @@ class Lowering:
         if node.op == "call_module":
             return self._module(self.gm.get_submodule(str(node.target)), args, kwargs)
         if is_relu(self.gm, node):
-            raise self.fail(
-                "is a ReLU, which has no threshold; call qcfs_fast.prepare(model) first and train or calibrate it"
-            )
+            raise self.fail(_NO_THRESHOLD)
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
         if handler is None:
             raise self.fail(
@@ -107,7 +112,6 @@ class Lowering:
     # ------------------------------------------------------------------------------------- modules
 
     def _module(self, m: nn.Module, args: tuple, kwargs: dict) -> Any:
-        assert self.node is not None
         x = args[0] if args else next(iter(kwargs.values()))
         if is_qcfs(m):
             return self.fire(x, m)
@@ -130,9 +134,7 @@ class Lowering:
         if isinstance(m, nn.MaxPool2d):
             return self.max_pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
         if isinstance(m, (nn.ReLU, nn.ReLU6)):
-            raise self.fail(
-                "is a ReLU, which has no threshold; call qcfs_fast.prepare(model) first and train or calibrate it"
-            )
+            raise self.fail(_NO_THRESHOLD)
         raise self.fail(
             f"{type(m).__name__} has no spiking counterpart. Supported: Conv2d, Linear, BatchNorm, Dropout, Flatten, "
             "AvgPool2d, AdaptiveAvgPool2d, MaxPool2d and QCFS. Remedy: replace the module by one of these (an "
@@ -140,13 +142,8 @@ class Lowering:
         )
 
     def fire(self, x: Any, m: Any) -> Signal:
-        assert self.node is not None
         name = self.sites[self.node][0]
-        if isinstance(x, Image):
-            x = self._read_image(x, None)
-        current = identity_current(x) if isinstance(x, Signal) else x
-        if not isinstance(current, Current):
-            raise self.fail("activates something that is not a layer's output")
+        current = self._current(x, None, "activates something that is not a layer's output")
         parts = [p.part for p in current.products] + [p for s in current.identities for p in s.parts]
         self.needs_shapes |= any(p.needs_size for p in parts)
         theta = thresholds(m, name, current.channels)
@@ -159,7 +156,6 @@ class Lowering:
             raise self.fail("reads a single channel taken out of the image; keep the channel dimension (x[:, i:i+1])")
         if not x.source:
             if channels is None:
-                assert self.node is not None
                 shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
                 self.needs_shapes |= shape is None
                 channels = 1 if shape is None else shape[0]
@@ -170,6 +166,16 @@ class Lowering:
             )
         self.image = x
         return Signal((Part(INPUT, torch.ones(len(x.source), dtype=torch.float64)),), x.vector)
+
+    def _current(self, x: Any, channels: int | None, why_not: str) -> Current:
+        """The value as what a neuron may integrate: spikes stand for the current that they are."""
+        if isinstance(x, Image):
+            x = self._read_image(x, channels)
+        if isinstance(x, Signal):
+            x = identity_current(x)
+        if not isinstance(x, Current):
+            raise self.fail(why_not)
+        return x
 
     def _sources(self, x: Any, what: str, channels: int) -> list[Signal]:
         """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one)."""
@@ -206,17 +212,12 @@ class Lowering:
                 raise self.fail(
                     "is a grouped convolution of a concatenation; put an activation after the concatenation"
                 )
-            at = 0
+            at = 0  # a concatenation is a sum: each part meets its own slice of the weight
             for p in signal.parts:
                 w = weight if m.groups > 1 else weight[:, at : at + p.channels]
-                products.append(Product(p, w, geometry, False, str(self.node.target) if self.node else ""))
+                products.append(Product(p, w, geometry, False, str(self.node.target)))
                 at += p.channels
-        bias = (
-            torch.zeros(m.out_channels, dtype=torch.float64)
-            if m.bias is None
-            else m.bias.detach().to("cpu", torch.float64)
-        )
-        return Current(bias, tuple(products))
+        return Current(_float64(m.bias, _zeros(m.out_channels)), tuple(products))
 
     def linear(self, x: Any, weight: Tensor, bias: Tensor | None) -> Current:
         weight = weight.detach().to("cpu", torch.float64)
@@ -229,7 +230,9 @@ class Lowering:
                 raise self.fail("is a linear layer on a feature map; flatten it first")
             if features % signal.channels:
                 raise self.fail(f"expects {features} features, gets a multiple of {signal.channels}")
-            area = features // signal.channels  # the map's pixels; flattened channel-first, stored channel-last
+            # The model flattens maps with the channel first, spikes are stored with it last: the weight becomes
+            # [O, C, pixels, 1], a kernel as high as the map has pixels, and _fold moves the channel behind them.
+            area = features // signal.channels
             at = 0
             for p in signal.parts:
                 block = weight[:, at * area : (at + p.channels) * area].reshape(out, p.channels, area)
@@ -239,39 +242,34 @@ class Lowering:
                         block.unsqueeze(3),
                         (area, 1, 1, 1, 0, 0, 1, 1, 1),
                         True,
-                        str(self.node.target) if self.node else "",
+                        str(self.node.target),
                     )
                 )
                 at += p.channels
-        b = torch.zeros(out, dtype=torch.float64) if bias is None else bias.detach().to("cpu", torch.float64)
-        return Current(b, tuple(products), (), True)
+        return Current(_float64(bias, _zeros(out)), tuple(products), (), True)
 
     def batch_norm(self, x: Any, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Current:
         if m.running_mean is None or m.running_var is None:
             raise self.fail("BatchNorm without running statistics cannot be folded; use track_running_stats=True")
         mean, var = m.running_mean.to("cpu", torch.float64), m.running_var.to("cpu", torch.float64)
-        gamma = torch.ones_like(mean) if m.weight is None else m.weight.detach().to("cpu", torch.float64)
-        beta = torch.zeros_like(mean) if m.bias is None else m.bias.detach().to("cpu", torch.float64)
+        gamma, beta = _float64(m.weight, torch.ones_like(mean)), _float64(m.bias, torch.zeros_like(mean))
         scale = gamma / torch.sqrt(var + m.eps)
         if not bool(torch.isfinite(scale).all()):
             raise self.fail("BatchNorm statistics are not finite; train or reset them")
-        if isinstance(x, Image):
-            x = self._read_image(x, mean.numel())
-        if isinstance(x, Signal):
-            x = identity_current(x)
-        if not isinstance(x, Current) or x.channels != mean.numel():
-            raise self.fail("BatchNorm of a value it does not fit")
-        return affine(x, scale, beta - mean * scale)
+        why_not = "BatchNorm of a value it does not fit"
+        current = self._current(x, mean.numel(), why_not)
+        if current.channels != mean.numel():
+            raise self.fail(why_not)
+        return affine(current, scale, beta - mean * scale)
 
     # ------------------------------------------------------------------------------------- pooling
 
     def _pooled(self, x: Any, spec: PoolSpec) -> Signal | Current:
-        assert self.node is not None
         if isinstance(x, Image):
             raise self.fail("pools the image itself; resize images before they enter the network")
         if isinstance(x, Current) and x.products and not spec.pads:
             # Averaging commutes with a pointwise convolution.
-            pointwise = all(p.geometry == (1, 1, 1, 1, 0, 0, 1, 1, 1) and not p.part.is_image for p in x.products)
+            pointwise = all(p.geometry == POINTWISE and not p.part.is_image for p in x.products)
             if pointwise and not x.vector and spec.kind == "avg":
                 products = tuple(replace(p, part=self._pooled_part(p.part, spec)) for p in x.products)
                 identities = tuple(
@@ -291,7 +289,6 @@ class Lowering:
         return replace(x, identities=tuple(out))
 
     def _pooled_part(self, part: Part, spec: PoolSpec) -> Part:
-        assert self.node is not None
         shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
         return replace(part, pools=(*part.pools, replace(spec, size=None if shape is None else (shape[-2], shape[-1]))))
 
@@ -394,16 +391,7 @@ class Lowering:
             return replace(x, shift=tuple(s + y for s in x.shift))
         if alpha != 1 or isinstance(y, (int, float)):
             raise self.fail("adds a scaled value or a constant; put it into a layer's bias")
-        currents = []
-        for v in (x, y):
-            if isinstance(v, Image):
-                v = self._read_image(v, None)
-            if isinstance(v, Signal):
-                v = identity_current(v)
-            if not isinstance(v, Current):
-                raise self.fail("adds something that is not a layer's output")
-            currents.append(v)
-        a, b = currents
+        a, b = (self._current(v, None, "adds something that is not a layer's output") for v in (x, y))
         if a.channels != b.channels or a.vector != b.vector:
             raise self.fail(f"adds values of {a.channels} and {b.channels} channels; broadcasting is not supported")
         return Current(
@@ -427,7 +415,7 @@ class Lowering:
         return affine(
             x,
             torch.full((x.channels,), float(factor), dtype=torch.float64),
-            torch.zeros(x.channels, dtype=torch.float64),
+            _zeros(x.channels),
         )
 
     def divide(self, x: Any, factor: Any) -> Any:
@@ -548,7 +536,8 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
     was_training = model.training
     model.eval()
     try:
-        gm = trace(model)
+        gm = symbolic_trace(model)
+        # Without a shape: one pass that finds out whether any is needed, and how many channels the image has.
         known = input_shape or getattr(model, "input_shape", None)
         if known is None:
             lowering = Lowering(gm, None)
@@ -559,6 +548,7 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
             guesses: list[tuple[int, ...]] = [(channels, side, side) for side in (224, 32)]
         else:
             guesses = [tuple(int(d) for d in known)]
+        # With a shape: its sizes at every node are found by running the graph on fake tensors.
         error: Exception | None = None
         for shape in guesses:
             try:

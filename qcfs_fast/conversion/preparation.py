@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import call_sites, describe, is_relu, owner_path, trace
+from ..model.graph import call_sites, describe, is_relu, owner_path, symbolic_trace
 from ..model.qcfs import QCFS
 from .lowering import lower
 
@@ -52,7 +52,7 @@ def prepare(
     if max_pool not in MAX_POOL_CHOICES:
         raise ValueError(f"prepare: max_pool must be one of {', '.join(MAX_POOL_CHOICES)}, got {max_pool!r}")
     training = model.training
-    gm = trace(copy.deepcopy(model))
+    gm = symbolic_trace(copy.deepcopy(model))
     QCFS(levels, threshold)  # validates both before anything is changed
     taken = {name for name, _ in gm.named_modules()}
     # Found before any is replaced: two calls of one module are two sites.

@@ -1,15 +1,17 @@
 """The integer grid of a spiking layer: which unit each output channel counts in.
 
-For every output channel the threshold is n units, n even, and weights, bias and residual amplitudes are rounded
-to whole units. n is as large as three limits allow:
+Everything that a neuron integrates is rounded to whole units of its channel, so that its membrane is an integer. For
+every output channel the threshold theta is n units, n even, and the more units, the finer the weights. n is as large as
+three limits allow (operators/limits.py):
 
     digits    |w| <= 32639 = 127 * 256 + 127, two signed base-256 digits
     overflow  n/2 + T * (sum_k |w_k| peak_k + |b| + residuals) < 2^31 for T up to max_T
     2^24      beyond which nothing is gained
 
-If all values of a channel are multiples of theta/n for some such n (powers of two first, then odd multiples
-of them), that n is taken and conversion changes nothing: it is lossless, ties included. With 8-bit weights
-the grid is the same and a weight is a multiple of 256 units, of which the int8 keeps the quotient.
+Rounding is not always needed. If all values of a channel are multiples of theta/n for some n within the limits (powers
+of two are tried first, then odd multiples of them), that n is taken and conversion changes nothing: the channel is
+lossless, ties of a membrane with its threshold included. With 8-bit weights the grid is the same and a weight is a
+multiple of 256 units, of which the int8 keeps the quotient.
 """
 
 from __future__ import annotations
@@ -20,12 +22,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ConversionError
-from ..operators.limits import ANALOG_RANGE, MAX_BYTE_WEIGHT, MAX_SUM, MAX_THRESHOLD, MAX_WEIGHT, overflow_free_steps
+from ..operators.limits import (
+    ANALOG_RANGE,
+    MAX_BYTE_WEIGHT,
+    MAX_SUM,
+    MAX_THRESHOLD,
+    MAX_WEIGHT,
+    overflow_free_steps,
+)
+
+Operand = tuple[np.ndarray, int]  # weights [K, O] or amplitudes [O], and the largest integer (peak) that meets them
 
 
 @dataclass
-class Grid:
-    """Quantised layer: per product weights [K, O] and per identity amplitudes [O], all int64."""
+class QuantizedLayer:
+    """A layer in units of its channels: weights [K, O] per product and amplitudes [O] per residual, all int64."""
 
     threshold: np.ndarray  # int64 [O], n
     unit: np.ndarray  # float64 [O], theta / n
@@ -35,7 +46,26 @@ class Grid:
     lossless: np.ndarray  # bool [O]
     weight_levels: np.ndarray  # largest |w| in units [O]
     max_steps: int  # largest T for which overflow is impossible
-    narrow: float  # bits of the worst channel's weights where the overflow limit costs more than three, else 0
+    scarce_bits: float | None  # bits left for the weights of the worst channel, if overflow took more than three
+
+
+def join(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
+    """One layer of blocks of its output channels."""
+
+    def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(arrays, axis=-1)
+
+    return QuantizedLayer(
+        threshold=joined([p.threshold for p in parts]),
+        unit=joined([p.unit for p in parts]),
+        weights=[joined(w) for w in zip(*(p.weights for p in parts), strict=True)],
+        amplitudes=[joined(a) for a in zip(*(p.amplitudes for p in parts), strict=True)],
+        bias=joined([p.bias for p in parts]),
+        lossless=joined([p.lossless for p in parts]),
+        weight_levels=joined([p.weight_levels for p in parts]),
+        max_steps=min(p.max_steps for p in parts),
+        scarce_bits=min((p.scarce_bits for p in parts if p.scarce_bits is not None), default=None),
+    )
 
 
 def _odd_bases() -> list[int]:
@@ -52,28 +82,72 @@ def _is_whole(values: np.ndarray, step: np.ndarray, exact: bool) -> np.ndarray:
 def choose(
     name: str,
     theta: np.ndarray,
-    weights: Sequence[np.ndarray],
-    weight_peaks: Sequence[int],
-    amplitudes: Sequence[np.ndarray],
-    amplitude_peaks: Sequence[int],
+    weights: Sequence[Operand],
+    amplitudes: Sequence[Operand],
     bias: np.ndarray,
     weight_bits: int,
     max_T: int,
     analog: bool,
-) -> Grid:
+) -> QuantizedLayer:
     """Quantise one layer. Weights are effective (input amplitude folded in), float64 [K, O]; all else [O]."""
-    O = theta.size
-    largest = np.zeros(O)
-    reach = np.abs(bias).astype(np.float64)
-    inputs = 1.0 + len(amplitudes)
-    for w, peak in zip(weights, weight_peaks, strict=True):
+    # The largest n: what a step can add to a membrane must fit, and the largest weight must fit its digits.
+    largest = np.zeros(theta.size)
+    for w, _ in weights:
         if not np.isfinite(w).all():
             raise ConversionError(f"{name}: weights are not finite (NaN or infinity); check the trained model")
         if w.shape[0]:
             largest = np.maximum(largest, np.abs(w).max(0))
+    limit = _largest_threshold(name, theta, largest, weights, amplitudes, bias, weight_bits, max_T, analog)
+
+    # The n taken: one that makes the channel lossless, or else simply the largest even one.
+    values = [(w, weight_bits == 8) for w, _ in weights]
+    values += [(v[None], False) for v in (*(a for a, _ in amplitudes), bias)]
+    exact, lossless = _lossless_thresholds(theta, values, limit)
+    threshold = np.where(lossless, exact, 2 * np.floor(limit / 2))
+
+    # Everything in units of theta / n.
+    step = threshold / theta
+    digit, max_weight = (256, MAX_BYTE_WEIGHT) if weight_bits == 8 else (1, MAX_WEIGHT)
+    whole = [
+        (np.clip(np.rint(w * (step / digit)), -max_weight, max_weight) * digit).astype(np.int64) for w, _ in weights
+    ]
+    whole_amplitudes = [np.rint(a * step).astype(np.int64) for a, _ in amplitudes]
+    whole_bias = np.rint(bias * step).astype(np.int64)
+    n = threshold.astype(np.int64)
+    levels = np.rint(largest * step).astype(np.int64)
+
+    # The promise is made of the rounded integers, since loading checks it with these.
+    peaks = [peak for _, peak in [*weights, *amplitudes]]
+    max_steps = overflow_free_steps(n, whole_bias, zip([*whole, *whole_amplitudes], peaks, strict=True), analog)
+    if max_steps < max_T:
+        raise ConversionError(f"{name}: overflow is possible from T={max_steps + 1} on; use a smaller max_T")
+
+    # A channel that reaches 2^20 has bits enough, and one that is lossless needs no more.
+    used = levels[(levels > 0) & ~lossless & (n < 2**20)]
+    bits = float(np.log2(max(int(used.min()), 1)) + 1) if used.size else None
+    scarce_bits = bits if bits is not None and bits < weight_bits - 3 else None
+    return QuantizedLayer(n, theta / n, whole, whole_amplitudes, whole_bias, lossless, levels, max_steps, scarce_bits)
+
+
+def _largest_threshold(
+    name: str,
+    theta: np.ndarray,
+    largest: np.ndarray,
+    weights: Sequence[Operand],
+    amplitudes: Sequence[Operand],
+    bias: np.ndarray,
+    weight_bits: int,
+    max_T: int,
+    analog: bool,
+) -> np.ndarray:
+    """The largest n that the three limits allow, float64 [O]; `largest` is the largest |w| of each channel."""
+    # reach: the most that one step can add to a membrane, in the unit of theta. inputs: how many terms are rounded.
+    reach = np.abs(bias).astype(np.float64)
+    inputs = 1.0 + len(amplitudes)
+    for w, peak in weights:
         reach += np.abs(w).sum(0) * peak
         inputs += w.shape[0] * peak
-    for a, peak in zip(amplitudes, amplitude_peaks, strict=True):
+    for a, peak in amplitudes:
         reach += np.abs(a) * peak
     if not np.isfinite(reach).all():
         raise ConversionError(f"{name}: bias or amplitudes are not finite (NaN or infinity); check the trained model")
@@ -81,13 +155,13 @@ def choose(
         reach += ANALOG_RANGE * theta
     # Each rounded term may exceed its exact value by half a unit (128 units at 8 bits).
     slack = inputs * (0.5 if weight_bits == 16 else 128.0)
+    # n/2 + max_T * (n * reach / theta + slack) <= 2^31 - 1, solved for n.
     limit = (MAX_SUM - max_T * slack) / (0.5 + max_T * reach / theta)
     if weight_bits == 8 and slack * max_T > MAX_SUM / 2:
         raise ConversionError(f"{name}: {inputs:.0f} inputs over {max_T} steps do not fit 32 bits; use a smaller max_T")
     with np.errstate(divide="ignore"):
-        limit = np.minimum(
-            np.minimum(limit, MAX_THRESHOLD), np.where(largest > 0, MAX_WEIGHT * theta / largest, np.inf)
-        )
+        by_digits = np.where(largest > 0, MAX_WEIGHT * theta / largest, np.inf)
+    limit = np.minimum(np.minimum(limit, MAX_THRESHOLD), by_digits)
     if (limit < 2).any():
         c = int(np.argmin(limit))
         raise ConversionError(
@@ -95,49 +169,44 @@ def choose(
             f"{reach[c]:.3g} a step; over {max_T} steps that leaves no resolution in 32 bits. "
             "Use a smaller max_T, or train with a larger threshold"
         )
+    return limit
 
-    everything = [*weights, *(a[None] for a in amplitudes), bias[None]]
-    probe = [v[:: max(1, v.shape[0] // 16)] for v in everything]
-    threshold = 2 * np.floor(limit / 2)
-    lossless = np.zeros(O, dtype=bool)
+
+def _lossless_thresholds(
+    theta: np.ndarray, values: Sequence[tuple[np.ndarray, bool]], limit: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per channel an n up to `limit` for which no value needs rounding, and whether there is one.
+
+    `values` are [K, O], each with whether it has to be a multiple of 256 units and not of one.
+    """
+    chosen, lossless = np.zeros(theta.size), np.zeros(theta.size, dtype=bool)
+    # Some sixteen rows rule out almost every channel that has to be rounded; all rows are read for the others alone.
+    probe = [(v[:: max(1, v.shape[0] // 16)], coarse) for v, coarse in values]
     for base in [1, *_odd_bases()]:
+        # The largest base * 2^k within the limit: a multiple of all smaller ones, so no other k need be tried.
         with np.errstate(divide="ignore"):
             n = base * 2.0 ** np.floor(np.log2(limit / base))
         n = np.where(base == 1, np.maximum(n, 2), n)
         candidates = ~lossless & (n >= 2 * base) & (n <= limit)
-        for values in (probe, everything):
-            for i, v in enumerate(values):
-                if not candidates.any():
-                    break
-                step = n / theta / (256 if weight_bits == 8 and i < len(weights) else 1)
-                candidates[candidates] = _is_whole(v[:, candidates], step[candidates], base == 1)
-        threshold = np.where(candidates, n, threshold)
+        for v, coarse in [*probe, *values]:
+            if not candidates.any():
+                break
+            step = n / theta / (256 if coarse else 1)
+            candidates[candidates] = _is_whole(v[:, candidates], step[candidates], base == 1)
+        chosen = np.where(candidates, n, chosen)
         lossless |= candidates
         if lossless.all():
             break
-
-    step = threshold / theta
-    digit = 256 if weight_bits == 8 else 1
-    most = MAX_BYTE_WEIGHT if weight_bits == 8 else MAX_WEIGHT
-    whole = [(np.clip(np.rint(w * (step / digit)), -most, most) * digit).astype(np.int64) for w in weights]
-    whole_amplitudes = [np.rint(a * step).astype(np.int64) for a in amplitudes]
-    whole_bias = np.rint(bias * step).astype(np.int64)
-    n = threshold.astype(np.int64)
-    levels = np.rint(largest * step).astype(np.int64)
-
-    sources = [*zip(whole, weight_peaks, strict=True), *zip(whole_amplitudes, amplitude_peaks, strict=True)]
-    max_steps = overflow_free_steps(n, whole_bias, sources, analog)
-    if max_steps < max_T:
-        raise ConversionError(f"{name}: overflow is possible from T={max_steps + 1} on; use a smaller max_T")
-    used = levels[(levels > 0) & ~lossless & (n < 2**20)]
-    bits = float(np.log2(max(int(used.min()), 1)) + 1) if used.size else 0.0
-    narrow = bits if used.size and bits < weight_bits - 3 else 0.0
-    return Grid(n, theta / n, whole, whole_amplitudes, whole_bias, lossless, levels, max_steps, narrow)
+    return chosen, lossless
 
 
 def choose_weight_scale(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unit of 16-bit weights [K, O] for the analog first layer and the readout, per channel: a power of two
-    where that is exact, else largest / 32639; and where it is exact."""
+    """The unit of 16-bit weights [K, O] per channel, and whether it is exact.
+
+    It is for the analog first layer and the readout: their sums are scaled in double, so the unit need not divide a
+    threshold. A power of two is taken where all
+    weights are multiples of it, and largest / 32639 elsewhere.
+    """
     largest = np.abs(w).max(0) if w.shape[0] else np.zeros(w.shape[1])
     safe = np.where(largest > 0, largest, 1.0)
     dyadic = 2.0 ** -np.floor(np.log2(MAX_WEIGHT / safe))

@@ -4,6 +4,9 @@ Signal   spikes (or their window sums, or the image): integers times an amplitud
          parts, concatenated along the channels
 Current  what a neuron integrates: a sum of products (convolution or linear layer of a part) and identities
          (residual signals), plus a bias per channel
+
+The amplitude of a layer's spikes is its threshold theta: a spike stands for theta in the network that was trained. All
+values here are float64; rounding to integers comes later (units.py).
 """
 
 from __future__ import annotations
@@ -49,17 +52,11 @@ class Part:
             part = replace(part, pools=pools, amplitude=part.amplitude / multiple)
         return part
 
-    @property
-    def peak(self) -> int:
-        """The largest integer of a settled part (1 for a spike)."""
-        most = 1
-        for spec in self.pools:
-            most *= spec.largest_value() if spec.kind == "avg" else 1
-        return most
-
 
 @dataclass(frozen=True)
 class Signal:
+    """Parts that are concatenated along the channels."""
+
     parts: tuple[Part, ...]
     vector: bool = False  # flattened to [N, features]
 
@@ -81,6 +78,8 @@ class Image:
 
 @dataclass(frozen=True)
 class Product:
+    """A convolution of a part, or a linear layer: then the kernel covers the whole map."""
+
     part: Part
     weight: Tensor  # float64 [O, C/groups, KH, KW], amplitude not yet folded in
     geometry: tuple[int, ...]
@@ -90,6 +89,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Current:
+    """A sum of products and identities, and a bias."""
+
     bias: Tensor  # float64 [O]
     products: tuple[Product, ...] = ()
     identities: tuple[Signal, ...] = ()
@@ -121,10 +122,12 @@ class Lowered:
 
 
 def identity_current(signal: Signal) -> Current:
+    """The current that a signal is by itself, as in a residual connection."""
     return Current(torch.zeros(signal.channels, dtype=torch.float64), (), (signal,), signal.vector)
 
 
 def scaled(signal: Signal, factor: Tensor) -> Signal:
+    """A signal times a factor per channel."""
     parts, at = [], 0
     for p in signal.parts:
         parts.append(replace(p, amplitude=p.amplitude * factor[at : at + p.channels]))
@@ -133,6 +136,7 @@ def scaled(signal: Signal, factor: Tensor) -> Signal:
 
 
 def affine(current: Current, scale: Tensor, shift: Tensor) -> Current:
+    """current * scale + shift, per channel; scaling a product scales the rows of its weight."""
     return replace(
         current,
         bias=current.bias * scale + shift,

@@ -40,7 +40,7 @@ class _Tracer(fx.Tracer):
         return str(self.scope.module_path) or "the model's own forward"
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     """Trace in eval mode (the path inference takes); the result shares the model's parameters."""
     if isinstance(model, fx.GraphModule):
         return model

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .graph import call_sites, trace
+from .graph import call_sites, symbolic_trace
 from .qcfs import is_qcfs, over_channels
 
 
@@ -66,7 +66,7 @@ def step_network(
     """
     was_training = model.training
     model.eval()
-    gm = copy.deepcopy(trace(model)).to(dtype)
+    gm = copy.deepcopy(symbolic_trace(model)).to(dtype)
     model.train(was_training)
     gm._forward_pre_hooks.clear()
     neurons: dict[str, IF] = {}

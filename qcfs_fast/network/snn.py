@@ -13,7 +13,7 @@ from . import anytime, saving
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikingLayer, Values
 
 
-class Group(nn.Module):
+class Branch(nn.Module):
     """A level of the original network's module tree."""
 
     def extra_repr(self) -> str:
@@ -50,7 +50,7 @@ class SNN(nn.Module):
             *path, leaf = name.split(".")
             parent: Any = self
             for step in path:  # not by add_module: a module may be called `predict` or `report`
-                parent = parent._modules.setdefault(step, Group())
+                parent = parent._modules.setdefault(step, Branch())
             parent._modules[leaf] = layer
         self._program = list(layers)
         last_use = {source: name for name, layer in layers for source in layer.inputs}

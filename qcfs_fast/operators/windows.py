@@ -1,7 +1,11 @@
-"""Pooling windows as PyTorch defines them, as explicit integer lists.
+"""Pooling windows as PyTorch defines them, as explicit integers.
 
-An output row i of a pool covers input rows [first, end) and is divided by `divisor`; columns alike, and the
-average's divisor is the product of both. Windows are lists of ints, three per output: first, end, divisor.
+Row i of a pool's output covers the input rows [first, end) and has a divisor; columns alike, and an average divides by
+the product of both. The operators take the windows of an axis as one sequence, three integers per output: first, end,
+divisor. So no operator has to know about padding, ceil mode or adaptive pools.
+
+Averages stay integers: with m a common multiple of all divisors, a window counts sum * (m / divisor), and the factor
+1/m is folded into the weights that read the pool.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ import torch
 class PoolSpec:
     """Geometry of an average ("avg") or maximum ("max") pool; `output` is set for adaptive pools.
 
-    `multiple` is the common multiple of the window divisors: the integer value of a window is
-    sum * multiple / divisor, so that one factor, 1/multiple, serves all positions. `size` is the height and
-    width of the input it was settled for, where that matters. `section` = (i, m, j, n) sums only the i-th of m
-    parts of each window's rows and the j-th of n parts of its columns: windows too large for a byte are cut.
+    `multiple` is the common multiple of the divisors, 0 as long as none has been chosen. `size` is the height and width
+    of the input for which it was chosen, where that matters. `section` = (i, m, j, n) keeps only the i-th of m parts of
+    each window's rows and the j-th of n parts of its columns: a window whose sum does not fit a byte is cut into
+    sections, and the layer that reads them adds them up.
     """
 
     kind: str
@@ -40,8 +44,9 @@ class PoolSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PoolSpec:
         """Read a pool from JSON values; raises ValueError, TypeError or KeyError where they are none."""
-        found = {name: values[name] for name in _STORED}
-        spec = cls(**{name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in found.items()})
+        found: dict[str, Any] = {name: values[name] for name in _STORED}
+        found = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in found.items()}
+        spec = cls(**found)
         if spec.kind not in ("avg", "max") or (spec.kernel is None) == (spec.output is None):
             raise ValueError(f"kind {spec.kind!r}, kernel {spec.kernel}, output {spec.output}")
         if not (isinstance(spec.ceil_mode, bool) and isinstance(spec.count_include_pad, bool)):
@@ -97,13 +102,13 @@ class PoolSpec:
         assert self.size is not None
         return largest_value(self.windows(self.size[0], 0), self.windows(self.size[1], 1), self.multiple)
 
-    def sections(self, most: int) -> list[PoolSpec]:
-        """This pool cut into sections whose window values are at most `most` on inputs of one."""
+    def sections(self, limit: int) -> list[PoolSpec]:
+        """This pool cut into sections whose window values are at most `limit` on inputs of one."""
         for m, n in [(m, 1) for m in range(1, 33)] + [(m, m) for m in range(2, 33)]:
             cut = [replace(self, section=(i, m, j, n)) for i in range(m) for j in range(n)]
-            if max(c.largest_value() for c in cut) <= most:
+            if max(c.largest_value() for c in cut) <= limit:
                 return cut
-        raise ValueError(f"a pool over inputs that need {most} units each has no sections small enough")
+        raise ValueError(f"no sections of this pool have values of at most {limit}")
 
 
 def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,11 +180,11 @@ _STORED = (
 
 def largest_value(rows: Sequence[int], cols: Sequence[int], multiple: int) -> int:
     """Largest value of a pool over inputs of one; multiple = 0 takes bare sums."""
-    most = 0
+    largest = 0
     for h, hd in {(e - s, d) for s, e, d in zip(rows[0::3], rows[1::3], rows[2::3], strict=True)}:
         for w, wd in {(e - s, d) for s, e, d in zip(cols[0::3], cols[1::3], cols[2::3], strict=True)}:
-            most = max(most, h * w * (multiple // (hd * wd) if multiple else 1))
-    return most
+            largest = max(largest, h * w * (multiple // (hd * wd) if multiple else 1))
+    return largest
 
 
 def spec_to(spec: PoolSpec) -> dict[str, Any]:
