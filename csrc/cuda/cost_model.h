@@ -50,21 +50,22 @@ struct Plan {
 constexpr int stage_bytes = 64;    // of K in one pipeline stage
 constexpr int piece_bytes = 16;    // one asynchronous copy: channels of one tap are padded to this
 
-// Steps handled in one launch: a power of two up to 8, of which `steps` may leave some unused.
-constexpr int group_of(std::int64_t steps) { return steps > 4 ? 8 : steps > 2 ? 4 : steps > 1 ? 2 : 1; }
+// T of the kernel for a launch of `steps` <= 8 steps: kernels are compiled for powers of two, so some of T may be
+// unused.
+constexpr int compiled_steps(std::int64_t steps) { return steps > 4 ? 8 : steps > 2 ? 4 : steps > 1 ? 2 : 1; }
 
 // The accumulators, row_parts * cols/8 * T * 4 registers a thread, are 128 at most.
-constexpr TileShape tile_shape(int group, Tile tile) {
+constexpr TileShape tile_shape(int T, Tile tile) {
   if (tile == Tile::small) {
-    return group == 8 ? TileShape{64, 16, 4, 1, 4, 1} : TileShape{64, 32, 4, 1, 4, 1};
+    return T == 8 ? TileShape{64, 16, 4, 1, 4, 1} : TileShape{64, 32, 4, 1, 4, 1};
   }
-  if (tile == Tile::counts && group > 1) {
-    if (group == 8) return {32, 32, 2, 1, 3, 8};
-    if (group == 4) return {64, 64, 4, 1, 3, 4};
+  if (tile == Tile::counts && T > 1) {
+    if (T == 8) return {32, 32, 2, 1, 3, 8};
+    if (T == 4) return {64, 64, 4, 1, 3, 4};
     return {128, 64, 4, 2, 3, 2};
   }
-  if (group == 8) return {64, 32, 4, 1, 4, 1};
-  if (group == 4) return {64, 64, 4, 1, 4, 1};
+  if (T == 8) return {64, 32, 4, 1, 4, 1};
+  if (T == 4) return {64, 64, 4, 1, 4, 1};
   return {128, 64, 4, 2, 4, 1};
 }
 
@@ -97,9 +98,9 @@ struct Work {
 };
 
 inline double estimate_cycles(const Work& w, const Device& d, Tile tile, int splits) {
-  const int group = group_of(w.steps);
-  const TileShape s = tile_shape(group, tile);
-  const double tile_macs = static_cast<double>(s.rows) * s.cols * stage_bytes * group;
+  const int T = compiled_steps(w.steps);
+  const TileShape s = tile_shape(T, tile);
+  const double tile_macs = static_cast<double>(s.rows) * s.cols * stage_bytes * T;
   const double product = tile_macs / macs_per_cycle(d.capability);
   const double traffic = static_cast<double>(s.rows * s.a_planes + s.cols) * stage_bytes / 32;
   // A block alone on an SM cannot use all four tensor units unless it has at least four warps.
@@ -119,7 +120,7 @@ inline double estimate_cycles(const Work& w, const Device& d, Tile tile, int spl
 }
 
 constexpr int split_choices[] = {1, 2, 3, 4, 6, 8, 12, 16};
-constexpr std::int64_t most_partial_bytes = std::int64_t{64} << 20;
+constexpr std::int64_t max_partial_bytes = std::int64_t{64} << 20;
 
 struct Choice {
   Tile tile;
@@ -130,14 +131,14 @@ inline Choice choose_tile(const Work& w, const Device& d) {
   Choice best{w.counts ? Tile::counts : Tile::small, 1};
   double least = -1;
   for (const Tile tile : {Tile::wide, Tile::small, Tile::counts}) {
-    const int group = group_of(w.steps);
+    const int T = compiled_steps(w.steps);
     // At one step a count plane is loaded as a mask plane is, so every tile serves.
-    if (group > 1 && (tile == Tile::counts) != w.counts) continue;
-    if (group == 1 && tile == Tile::counts) continue;
-    if (tile_shared_bytes(tile_shape(group, tile)) > static_cast<std::size_t>(d.shared_bytes)) continue;
+    if (T > 1 && (tile == Tile::counts) != w.counts) continue;
+    if (T == 1 && tile == Tile::counts) continue;
+    if (tile_shared_bytes(tile_shape(T, tile)) > static_cast<std::size_t>(d.shared_bytes)) continue;
     for (const int splits : split_choices) {
       if (splits > 1 &&
-          (splits * 2 > w.stages || splits * w.pixels * w.out_channels * w.steps * 4 > most_partial_bytes)) {
+          (splits * 2 > w.stages || splits * w.pixels * w.out_channels * w.steps * 4 > max_partial_bytes)) {
         break;
       }
       const double cycles = estimate_cycles(w, d, tile, splits);

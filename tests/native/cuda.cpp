@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "cuda/cuda.h"
-#include "cuda/kernels/layer.h"
+#include "cuda/kernels/tensor_layout.h"
 
 namespace {
 
@@ -266,7 +266,7 @@ void spiking_layer(i64 steps) {
                  got.data()};
   const cuda::Launch launch = launch_settings();
   cuda::Plan plan = cuda::plan_conv_if(a, launch.device);
-  const int group = cuda::group_of(std::min<i64>(T, 8));
+  const int group = cuda::compiled_steps(std::min<i64>(T, 8));
   if (plan.path == Path::tensor_cores) {
     // Every tile and every split must give the same bytes, not only the one that the model prefers.
     if (chance(0.6) && plan.tile != Tile::counts) plan.tile = chance(0.5) ? Tile::wide : Tile::small;
@@ -690,7 +690,7 @@ void plans() {
         for (const i64 pixels : {1, 49, 12544, 802816}) {
           const cuda::Work w{pixels, any_of<i64>({16, 64, 512}), any_of<i64>({1, 9, 72}), steps, 2, counts};
           const cuda::Choice c = cuda::choose_tile(w, d);
-          const auto shape = cuda::tile_shape(cuda::group_of(steps), c.tile);
+          const auto shape = cuda::tile_shape(cuda::compiled_steps(steps), c.tile);
           if (cuda::tile_shared_bytes(shape) > static_cast<std::size_t>(d.shared_bytes))
             fail("a tile beyond shared memory");
           if (c.splits > w.stages) fail("a split without work");

@@ -10,13 +10,16 @@
 // Operands as in conv_if.h, but weights int16 or int8 [KH, KW, C/groups, O] as in the contract. Exact: 32-bit integers.
 #pragma once
 
+#include <cstdint>
+
 #include "cuda/device.h"
-#include "cuda/kernels/layer.h"
+#include "cuda/kernels/epilogue.h"
+#include "cuda/kernels/parameters.h"
 
 namespace qcfs::cuda {
 
 template <int T>
-__global__ void __launch_bounds__(128, 4) direct_kernel(const __grid_constant__ LayerParams p) {
+__global__ void __launch_bounds__(128, 4) conv_if_direct_kernel(const __grid_constant__ LayerParams p) {
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (index >= static_cast<std::int64_t>(p.pixels) * p.out_channels) return;
   const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
@@ -56,12 +59,12 @@ __global__ void __launch_bounds__(128, 4) direct_kernel(const __grid_constant__ 
       }
     }
   }
-  p.out[index] = static_cast<std::uint8_t>(integrate<T, 1>(p, index, o, acc));
+  p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, acc));
 }
 
 // Adds the slices of a split K (none for a layer without products) and ends the layer.
 template <int T>
-__global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ LayerParams p) {
+__global__ void __launch_bounds__(128, 4) epilogue_kernel(const __grid_constant__ LayerParams p) {
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x;
   if (index >= plane) return;
@@ -75,19 +78,19 @@ __global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ 
     }
   }
   const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
-  p.out[index] = static_cast<std::uint8_t>(integrate<T, 1>(p, index, o, acc));
+  p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, acc));
 }
 
 template <int T>
 int launch_direct(const LayerParams& p, void* stream) {
   const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, 128)};
-  return launch_kernel(direct_kernel<T>, grid, 128, 0, stream, p);
+  return launch_kernel(conv_if_direct_kernel<T>, grid, 128, 0, stream, p);
 }
 
 template <int T>
-int launch_finish(const LayerParams& p, void* stream) {
+int launch_epilogue(const LayerParams& p, void* stream) {
   const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, 128)};
-  return launch_kernel(finish_kernel<T>, grid, 128, 0, stream, p);
+  return launch_kernel(epilogue_kernel<T>, grid, 128, 0, stream, p);
 }
 
 }    // namespace qcfs::cuda

@@ -11,7 +11,7 @@
 //
 // none of which can reach 2^31 while K <= 43000. This path does not depend on T and runs once.
 //
-// Operands: q int16 [N, H, W, C]; weights packed as in layer.h as if K were the channels of one tap: int8
+// Operands: q int16 [N, H, W, C]; weights packed as in tensor_layout.h as if K were the channels of one tap: int8
 // [2, stages, O rounded up to 64, 64]; result as in the contract, T in the bits of the mask bytes.
 //
 // A block computes 64 pixels x 64 channels, a warp 16 pixels. An image has few channels, so its rows of K are no
@@ -25,23 +25,27 @@
 //         +----------+                  +-------------+
 #pragma once
 
+#include <cstdint>
+
+#include "core/contract.h"
 #include "cuda/device.h"
-#include "cuda/kernels/analog.h"
-#include "cuda/kernels/layer.h"
+#include "cuda/kernels/epilogue.h"
+#include "cuda/kernels/tensor_layout.h"
 
 namespace qcfs::cuda {
 
-constexpr int image_rows = 64, image_cols = 64, image_threads = 128;
+constexpr int image_rows = 64, image_cols = 64, image_tensor_threads = 128;
 constexpr int image_plane = 64 * stage_bytes;    // one digit of one tile
-constexpr std::int64_t image_most_k = 43000;
+constexpr std::int64_t max_image_k = 43000;
 
-struct ImageParams {
+struct ImageTensorParams {
   AnalogConv a;
   const std::int8_t* packed;
   std::int32_t stages, k, padded_out, quads;
 };
 
-static __global__ void __launch_bounds__(image_threads) image_kernel(const __grid_constant__ ImageParams p) {
+static __global__ void __launch_bounds__(image_tensor_threads)
+    image_tensor_kernel(const __grid_constant__ ImageTensorParams p) {
   QCFS_SHARED(shared);
   const AnalogConv& a = p.a;
   const std::int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -74,7 +78,7 @@ static __global__ void __launch_bounds__(image_threads) image_kernel(const __gri
   for (std::int32_t stage = 0; stage < p.stages; ++stage) {
     unsigned char* const tiles = shared + stage % 2 * (4 * image_plane);
     QCFS_UNROLL
-    for (int i = 0; i < 2 * image_plane / 16; i += image_threads) {
+    for (int i = 0; i < 2 * image_plane / 16; i += image_tensor_threads) {
       const std::int32_t piece = i + thread, digit = piece / (image_plane / 16), row = piece % (image_plane / 16) / 4;
       const std::int64_t at =
           (static_cast<std::int64_t>(digit) * p.stages + stage) * p.padded_out + first_channel + row;
@@ -168,13 +172,13 @@ static __global__ void __launch_bounds__(image_threads) image_kernel(const __gri
       if (at >= pixels || o >= O) continue;
       if (p.quads) {
         std::int32_t currents[4];
-        load_quad(currents, own + row * 16 + col);
-        encode_point<4>(a, at, o, currents);
+        load_values<4>(currents, own + row * 16 + col);
+        image_epilogue<4>(a, at, o, currents);
       } else {
         QCFS_ROLLED
         for (int j = 0; j < 4 && o + j < O; ++j) {
           const std::int32_t current[1] = {own[row * 16 + col + j]};
-          encode_point<1>(a, at, o + j, current);
+          image_epilogue<1>(a, at, o + j, current);
         }
       }
     }
