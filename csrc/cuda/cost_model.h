@@ -1,14 +1,15 @@
-// Which kernel, tile and split-K a spiking layer gets: a few lines of arithmetic, host code only, the same for the
-// device build and the emulation. It never changes a result, only how long it takes.
+// Which tile and split of K a spiking layer gets: an estimate of the cycles of every candidate, of which the least is
+// taken. Host code only, the same for the device build and the emulation. It never changes a result, only how long it
+// takes.
 //
 // Estimated cycles of one launch, per streaming multiprocessor (SM):
 //
-//     block  = digits * stages / splits * max(BM * BN * 64 * T / macs, (BM + BN) * 64 / 32) + 1500
+//     block  = digits * stages / splits * max(BM * BN * 64 * T / macs, (BM + BN) * 64 / l2_bytes) + block_overhead
 //     layer  = ceil(blocks / (SMs * resident)) * resident * block
-//              + split-K: 4000 for the second launch and its partial sums over 16 bytes a cycle and SM
+//              + split-K: second_launch, and its partial sums over memory_bytes a cycle and SM
 //
-// `macs` are the int8 multiply-adds a cycle and SM of mma.sync, 32 the bytes a cycle and SM the L2 cache gives, 1500
-// the pipeline's filling and the epilogue. The figures are data-sheet rates, not measurements.
+// `macs` are the int8 multiply-adds that mma.sync does in a cycle on an SM. Rates come from data sheets and overheads are
+// estimates; none is measured.
 #pragma once
 
 #include <cstddef>
@@ -25,8 +26,8 @@ struct Device {
 
 enum class Path : int { direct = 0, tensor_cores = 1 };
 
-// `wide`: enough work to fill the GPU; `small`: little; `counts`: some input is count planes (T of them in shared
-// memory).
+// `wide`: for layers with enough work to fill the GPU; `small`: for the others; `counts`: for layers some input of
+// which is count planes, T of them in shared memory.
 enum class Tile : int { wide = 0, small = 1, counts = 2 };
 
 struct TileShape {
@@ -77,6 +78,11 @@ constexpr int resident = 2;    // blocks on an SM: what registers allow the wide
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+// Per cycle and SM: bytes that the L2 cache gives, and bytes that partial sums go to memory with.
+constexpr double l2_bytes = 32, memory_bytes = 16;
+// Cycles: filling the pipeline and the epilogue of a block; launching the second kernel of a split K.
+constexpr double block_overhead = 1500, second_launch = 4000;
+
 inline double macs_per_cycle(int capability) {
   switch (capability) {
     case 75:
@@ -102,19 +108,19 @@ inline double estimate_cycles(const Work& w, const Device& d, Tile tile, int spl
   const TileShape s = tile_shape(T, tile);
   const double tile_macs = static_cast<double>(s.rows) * s.cols * stage_bytes * T;
   const double product = tile_macs / macs_per_cycle(d.capability);
-  const double traffic = static_cast<double>(s.rows * s.a_planes + s.cols) * stage_bytes / 32;
+  const double traffic = static_cast<double>(s.rows * s.a_planes + s.cols) * stage_bytes / l2_bytes;
   // A block alone on an SM cannot use all four tensor units unless it has at least four warps.
   const double sharing = s.warps >= 4 ? 1.0 : 4.0 / s.warps / resident;
   const double block =
       static_cast<double>(w.digits * ceil_div(w.stages, splits)) * (product > traffic ? product : traffic) * sharing +
-      1500;
+      block_overhead;
   const std::int64_t blocks = ceil_div(w.pixels, s.rows) * ceil_div(w.out_channels, s.cols) * splits;
   const std::int64_t on_sm = ceil_div(blocks, d.multiprocessors);
   const std::int64_t waves = on_sm <= resident ? on_sm : ceil_div(on_sm, resident) * resident;
   double cycles = static_cast<double>(waves) * block;
   if (splits > 1) {
     const double partial = 8.0 * static_cast<double>(w.pixels * w.out_channels * w.steps * splits);
-    cycles += 4000 + partial / (16.0 * d.multiprocessors);
+    cycles += second_launch + partial / (memory_bytes * d.multiprocessors);
   }
   return cycles;
 }

@@ -40,8 +40,9 @@ bool suits_tensor_cores(const ConvIf& a) {
   return inputs >= 32 && a.out_channels >= 8;
 }
 
-// What the kernels count in 32 bits: pixels, depth (inputs x taps), channels. Addresses are 64 bits wide.
-constexpr std::int64_t max_pixels = std::int64_t{1} << 30;
+// The kernels count these in 32 bits: pixels, K (inputs x taps), channels. Addresses have 64 bits.
+constexpr std::int64_t max_pixels = std::int64_t{1} << 30, max_k = std::int64_t{1} << 30;
+constexpr std::int64_t max_channels = std::int64_t{1} << 19;
 
 bool fits(const Geometry& g) {
   for (const std::int64_t n :
@@ -51,17 +52,34 @@ bool fits(const Geometry& g) {
   return true;
 }
 
+// The arrays of LayerParams, the 32-bit counters, and the one weight width that a launch has.
 bool fits(const ConvIf& a) {
-  if (a.product_count > max_products || a.residual_count > max_residuals) return false;
-  std::int64_t most = a.batch * a.out_h * a.out_w, depth = 0;
+  if (a.product_count > max_products || a.residual_count > max_residuals || a.out_channels >= max_channels)
+    return false;
+  std::int64_t k = 0;
   for (int i = 0; i < a.product_count; ++i) {
-    const Geometry& g = a.products[i].g;
-    if (!fits(g)) return false;
-    const Spikes& x = a.products[i].x;
-    most = most > x.height * x.width * 4 ? most : x.height * x.width * 4;
-    depth += g.kernel_h * g.kernel_w * ceil_div(x.channels, piece_bytes) * piece_bytes + stage_bytes;
+    const Product& p = a.products[i];
+    if (!fits(p.g) || p.weight_bytes != a.products[0].weight_bytes) return false;
+    // The factor leaves room for coordinates under taps that lie in the padding.
+    if (p.x.height * p.x.width * 4 >= max_pixels) return false;
+    k += p.g.kernel_h * p.g.kernel_w * ceil_div(p.x.channels, piece_bytes) * piece_bytes + stage_bytes;
   }
-  return most < max_pixels && depth < max_pixels && a.out_channels < (1 << 19);
+  return a.batch * a.out_h * a.out_w < max_pixels && k < max_k;
+}
+
+// Whether the plan is one of this layer's: another layer's could mean too small a workspace or weights in another
+// order.
+bool fits(const ConvIf& a, const Plan& plan) {
+  const std::int64_t outputs = a.batch * a.out_h * a.out_w * a.out_channels, steps = a.steps < 8 ? a.steps : 8;
+  std::int64_t stages = 0;
+  for (int i = 0; i < a.product_count; ++i) {
+    stages += stages_of(a.products[i].g.kernel_h * a.products[i].g.kernel_w, a.products[i].x.channels);
+  }
+  if (plan.splits < 1 || plan.slices != (plan.splits > 1 ? plan.splits : 0)) return false;
+  if (plan.membrane_bytes < (a.steps > 8 ? outputs * 4 : 0)) return false;
+  if (plan.partial_bytes < plan.slices * steps * outputs * 4) return false;
+  if (plan.path == Path::direct) return plan.splits == 1;
+  return suits_tensor_cores(a) && (plan.splits - 1) * ceil_div(stages, plan.splits) < stages;    // no split is empty
 }
 
 std::uint8_t widest_copy(const void* data, std::int64_t channels) {
@@ -106,6 +124,7 @@ Plan plan_conv_if(const ConvIf& a, const Device& device) {
 int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan, void* workspace,
             const Launch& launch) {
   if (!fits(a)) return unsupported;
+  if (!fits(a, plan)) return wrong_plan;
   if (a.batch == 0) return ok;
   LayerParams p{};
   p.batch = static_cast<std::int32_t>(a.batch);
@@ -194,6 +213,7 @@ std::size_t packed_bytes(const Geometry& g, std::int64_t channels, std::int64_t 
 
 int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes,
                 const void* weight, std::int8_t* packed, const Launch& launch) {
+  if (!fits(g) || g.kernel_h * g.kernel_w * channels >= max_k || out_channels >= max_k) return unsupported;
   PackParams p{weight,
                packed,
                static_cast<std::int32_t>(g.kernel_h * g.kernel_w),
@@ -220,7 +240,8 @@ int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch)
                          launch.stream, p);
   }
   const std::int64_t k = a.g.kernel_h * a.g.kernel_w * a.in_channels, pixels = a.batch * a.out_h * a.out_w;
-  if (pixels >= max_pixels || a.in_h * a.in_w >= max_pixels || a.out_channels >= max_pixels) return unsupported;
+  if (!analog_on_tensor_cores(a.g, a.in_channels, a.out_channels)) return unsupported;
+  if (pixels >= max_pixels || a.in_h * a.in_w >= max_pixels || a.out_channels >= max_k) return unsupported;
   if (a.batch == 0) return ok;
   const std::int32_t* words = a.steps > 0 ? a.threshold : a.out_current;
   const ImageTensorParams p{a,
@@ -229,7 +250,7 @@ int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch)
                             static_cast<std::int32_t>(k),
                             static_cast<std::int32_t>(padded_channels(a.out_channels)),
                             quads_are_aligned(a.out_channels, {words}, {a.out_mask})};
-  const Grid grid{ceil_div(pixels, image_rows), static_cast<int>(ceil_div(a.out_channels, image_cols))};
+  const Grid grid{ceil_div(pixels, image_rows), ceil_div(a.out_channels, image_cols)};
   return launch_kernel(image_tensor_kernel, grid, image_tensor_threads, 8 * image_plane, launch.stream, p);
 }
 
@@ -265,7 +286,7 @@ int readout(const Readout& a, const Launch& launch) {
   p.offset = a.offset;
   p.out = a.out;
   for (int i = 0; i < a.term_count; ++i) p.terms[i] = a.terms[i];
-  const Grid grid{a.images * a.out_h * a.out_w, static_cast<int>(ceil_div(a.out_channels, readout_channels))};
+  const Grid grid{a.images * a.out_h * a.out_w, ceil_div(a.out_channels, readout_channels)};
   constexpr int threads = readout_channels * readout_parts;
   return launch_kernel(readout_kernel, grid, threads, threads * sizeof(std::int64_t), launch.stream, p);
 }
@@ -279,13 +300,18 @@ int quantize(const Quantize& a, std::uint32_t* workspace, const Launch& launch) 
   return code;
 }
 
-#if defined(__CUDACC__)
-
 const char* describe(int code) {
-  if (code == unsupported) return "more sources or larger sizes than the CUDA kernels take";
-  if (code == no_kernel) return "no kernel for this plan";
+  if (code == ok) return "no error";
+  if (code == unsupported) return "more sources, larger sizes or other weights than the CUDA kernels take";
+  if (code == wrong_plan) return "the plan is not one of this layer";
+#if defined(__CUDACC__)
   return cudaGetErrorString(static_cast<cudaError_t>(code));
+#else
+  return "an error of the CUDA runtime";
+#endif
 }
+
+#if defined(__CUDACC__)
 
 int device_count(int* count) { return cudaGetDeviceCount(count); }
 
@@ -307,8 +333,6 @@ int query_device(int index, Device* device) {
 }
 
 #else
-
-const char* describe(int code) { return code == unsupported ? "unsupported" : "no kernel"; }
 
 int device_count(int* count) {
   *count = 1;

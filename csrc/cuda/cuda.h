@@ -21,7 +21,7 @@ constexpr int max_terms = 24;
 constexpr int most_products = max_products, most_residuals = max_residuals, most_terms = max_terms;
 
 // Own codes are negative, those of the CUDA runtime positive.
-enum Code : int { ok = 0, unsupported = -1, no_kernel = -2 };
+enum Code : int { ok = 0, unsupported = -1, wrong_plan = -2 };
 
 struct Launch {
   void* stream;    // cudaStream_t of the current device

@@ -180,8 +180,7 @@ QCFS_DEVICE std::uint32_t bits_of(float x) { return __float_as_uint(x); }
 QCFS_DEVICE float float_of(std::uint32_t x) { return __uint_as_float(x); }
 
 struct Grid {
-  std::int64_t x;
-  int y = 1, z = 1;
+  std::int64_t x, y = 1, z = 1;
 };
 
 // Queues one kernel whose only parameter is a struct; returns the runtime's code.
@@ -189,7 +188,7 @@ template <typename Params>
 int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t shared, void* stream,
                   const Params& params) {
   if (grid.x == 0 || grid.y == 0) return 0;
-  if (grid.x > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) return cudaErrorInvalidConfiguration;
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared > 48 * 1024) {
     const cudaError_t e =
@@ -197,8 +196,8 @@ int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t sh
     if (e != cudaSuccess) return e;
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid.x), grid.y, grid.z), dim3(threads), arguments,
-                          shared, static_cast<cudaStream_t>(stream));
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  return cudaLaunchKernel(function, blocks, dim3(threads), arguments, shared, static_cast<cudaStream_t>(stream));
 }
 
 inline int clear_words(std::uint32_t* words, std::size_t count, void* stream) {

@@ -222,8 +222,8 @@ void wait_copies(int pending) {
 void run_grid(Grid grid, int threads, std::size_t bytes, const std::function<void()>& kernel) {
   body = &kernel;
   shared_bytes = bytes;
-  for (int z = 0; z < grid.z; ++z) {
-    for (int y = 0; y < grid.y; ++y) {
+  for (std::int64_t z = 0; z < grid.z; ++z) {
+    for (std::int64_t y = 0; y < grid.y; ++y) {
       for (std::int64_t x = 0; x < grid.x; ++x) {
         shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024)));
         std::memset(shared.get(), 0xa5, bytes);

@@ -32,8 +32,7 @@
 namespace qcfs::cuda {
 
 struct Grid {
-  std::int64_t x;
-  int y = 1, z = 1;
+  std::int64_t x, y = 1, z = 1;
 };
 
 namespace emulation {

@@ -330,12 +330,12 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
   const std::int32_t remaining = p.stages - split_begin;
   const std::int32_t digit_stages = remaining < p.split_stages ? remaining : p.split_stages;
   const std::int32_t total = digit_stages * p.digits;
-  std::int32_t first_product = 0, product_stage = split_begin;    // where the split begins
+  std::int32_t first_product = 0, first_stage = split_begin;    // with which the split begins
   for (;; ++first_product) {
     const ProductParams& q = p.products[first_product];
     const std::int32_t n = stages_of(q.kernel_h * q.kernel_w, q.channels);
-    if (product_stage < n) break;
-    product_stage -= n;
+    if (first_stage < n) break;
+    first_stage -= n;
   }
   CopyCursor<Conv::loads> cursor;
   cursor.product = -1;
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
     if (loaded < total) {
       if (cursor.stages_left == 0 || loaded == digit_stages) {
         const bool begins = loaded == 0 || loaded == digit_stages;
-        cursor.enter(p, begins ? first_product : cursor.product + 1, begins ? product_stage : 0,
+        cursor.enter(p, begins ? first_product : cursor.product + 1, begins ? first_stage : 0,
                      loaded >= digit_stages ? 1 : 0, first_pixel, first_channel, Conv::threads);
       } else {
         cursor.advance(p);
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
       if (product_left == 0 || done == digit_stages) {
         product = done == digit_stages ? first_product : product + 1;
         const ProductParams& q = p.products[product];
-        product_left = stages_of(q.kernel_h * q.kernel_w, q.channels) - (product == first_product ? product_stage : 0);
+        product_left = stages_of(q.kernel_h * q.kernel_w, q.channels) - (product == first_product ? first_stage : 0);
       }
       --product_left;
     }
@@ -449,7 +449,7 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
 template <int T, Tile tile, bool any_width>
 int launch_conv_if_tile(const LayerParams& p, int splits, void* stream) {
   constexpr TileShape s = tile_shape(T, tile);
-  const Grid grid{ceil_div(p.pixels, s.rows), static_cast<int>(ceil_div(p.out_channels, s.cols)), splits};
+  const Grid grid{ceil_div(p.pixels, s.rows), ceil_div(p.out_channels, s.cols), splits};
   return launch_kernel(conv_if_kernel<T, s.row_parts, s.cols, s.warps, s.stages, s.a_planes, any_width>, grid,
                        s.warps * 32, tile_shared_bytes(s), stream, p);
 }

@@ -1,5 +1,5 @@
-// Everything around the spiking layers: weight packing, encoding, pooling, counting, quantisation of the image. All of
-// it is bound by memory: a thread handles one output position and, where bytes are involved, 4 neighbouring channels.
+// Everything around the layers: weight packing, encoding, pooling, counting, quantisation of the image. All of it is
+// bound by memory: a thread has one output position and, where operands are bytes, 4 neighbouring channels.
 //
 //     encode       v[-1] = n/2; v += current; s = v >= n; v -= n*s     current int32 [P, C] -> masks [ceil(T/8), P, C]
 //     pool         window sums of bits or counts -> counts [T, N, OH, OW, C]; with `any` the OR of masks

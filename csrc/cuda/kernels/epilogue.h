@@ -13,6 +13,7 @@
 
 #include "core/contract.h"
 #include "core/neuron.h"
+#include "cuda/cost_model.h"
 #include "cuda/device.h"
 #include "cuda/kernels/parameters.h"
 
@@ -107,6 +108,34 @@ QCFS_DEVICE std::uint32_t integrate_and_fire(const LayerParams& p, std::int64_t 
   }
   if (p.membrane_out != nullptr) store_values<width>(p.membrane_out + index, v);
   return bits;
+}
+
+constexpr int epilogue_threads = 128;
+
+// The epilogue as a kernel of its own, one thread a neuron: adds the partial sums of a split K (none in a layer without
+// products), then ends the layer.
+template <int T>
+__global__ void __launch_bounds__(epilogue_threads, 4) epilogue_kernel(const __grid_constant__ LayerParams p) {
+  const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * epilogue_threads + threadIdx.x;
+  if (index >= plane) return;
+  std::int32_t acc[T][1];
+  QCFS_UNROLL
+  for (int t = 0; t < T; ++t) {
+    acc[t][0] = 0;
+    if (t < p.steps) {
+      for (std::int32_t i = 0; i < p.slices; ++i)
+        acc[t][0] = wrapping_add(acc[t][0], p.partial[(i * p.steps + t) * plane + index]);
+    }
+  }
+  const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
+  p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, acc));
+}
+
+template <int T>
+int launch_epilogue(const LayerParams& p, void* stream) {
+  const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, epilogue_threads)};
+  return launch_kernel(epilogue_kernel<T>, grid, epilogue_threads, 0, stream, p);
 }
 
 // All steps of `width` neurons on a constant current. `threshold` is that of the first neuron's channel; its mask byte
