@@ -120,6 +120,7 @@ template <int T, int parts, int cols, int warps, int stages, int planes, bool an
 struct ConvTile {
   static constexpr int rows = 16 * parts * warps;
   static constexpr int threads = 32 * warps;
+  static constexpr int plane_bytes = planes > 1 ? rows * stage_bytes : 0;    // from one count plane to the next
   static constexpr int a_bytes = rows * planes * stage_bytes;
   static constexpr int bytes = a_bytes + cols * stage_bytes;
   static constexpr int pairs = cols / 16;                       // of 8-channel fragments
@@ -144,8 +145,7 @@ struct ConvTile {
       } else {
         const std::int64_t plane = static_cast<std::int64_t>(p.batch) * k.height * k.width * q.channels;
         const std::int32_t count = q.count ? p.steps : 1;
-        for (std::int32_t t = 0; t < count; ++t)
-          copy_piece(q, k, place + t * rows * stage_bytes, from + t * plane, valid);
+        for (std::int32_t t = 0; t < count; ++t) copy_piece(q, k, place + t * plane_bytes, from + t * plane, valid);
       }
     }
     // Weights: cols * 64 consecutive bytes, padded with zeros where needed when they were packed.
@@ -190,19 +190,11 @@ struct ConvTile {
     }
   }
 
-  // The A fragment of step t: bit t of the loaded masks, or the counts of plane t at `at`, zeros where the launch has
-  // no such plane. Masks have bits for all T: nobody reads the sums of steps that the launch does not have.
-  QCFS_DEVICE static void fragment(std::uint32_t (&a)[4], const std::uint32_t (&masks)[4], const unsigned char* at,
-                                   int t, bool count, std::int32_t steps) {
-    if (!count) {
-      QCFS_UNROLL
-      for (int r = 0; r < 4; ++r) a[r] = (masks[r] >> t) & 0x01010101u;
-    } else if (t < steps) {
-      load_matrices(a, at + (planes > 1 ? t : 0) * rows * stage_bytes);
-    } else {
-      QCFS_UNROLL
-      for (int r = 0; r < 4; ++r) a[r] = 0;
-    }
+  // The A fragment of step t: bit t of the masks. Masks have bits for all T, and nobody reads the sums of steps that
+  // the launch does not have.
+  QCFS_DEVICE static void extract_spikes(std::uint32_t (&a)[4], const std::uint32_t (&masks)[4], int t) {
+    QCFS_UNROLL
+    for (int r = 0; r < 4; ++r) a[r] = (masks[r] >> t) & 0x01010101u;
   }
 
   // acc += A * B of one stage, for all T steps. `a_lane` and `b_lane` are the lane's row addresses for ldmatrix in the
@@ -224,8 +216,12 @@ struct ConvTile {
         QCFS_UNROLL
         for (int t = 0; t < T; ++t) {
           std::uint32_t a[4];
-          if (count && t >= steps) break;
-          fragment(a, masks, at, t, count, steps);
+          if (count) {
+            if (t >= steps) break;
+            load_matrices(a, at + t * plane_bytes);
+          } else {
+            extract_spikes(a, masks, t);
+          }
           QCFS_UNROLL
           for (int j = 0; j < pairs; ++j) {
             multiply(acc[t][i][2 * j], a, b[j][0], b[j][1]);
@@ -249,7 +245,16 @@ struct ConvTile {
         std::uint32_t masks[4];
         if (!count) load_matrices(masks, at);
         QCFS_UNROLL
-        for (int t = 0; t < T; ++t) fragment(a[half][i][t], masks, at, t, count, steps);
+        for (int t = 0; t < T; ++t) {
+          if (!count) {
+            extract_spikes(a[half][i][t], masks, t);
+          } else if (t < steps) {
+            load_matrices(a[half][i][t], at + t * plane_bytes);
+          } else {
+            QCFS_UNROLL
+            for (int r = 0; r < 4; ++r) a[half][i][t][r] = 0;
+          }
+        }
       }
     }
     wgmma_begin();
