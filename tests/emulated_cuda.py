@@ -23,11 +23,11 @@ def _run(command):
 
 
 def compile_all(sources, folder, flags, csrc=CSRC):
-    """One object of each source, two at a time; returns them by the sources' stems."""
+    """One object of each source, two at a time; returns them by the sources' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    objects = {Path(s).stem: folder / f"{Path(s).stem}.o" for s in sources}
+    objects = {Path(s).name: folder / f"{Path(s).name}.o" for s in sources}
     commands = [
-        [compiler, *FLAGS, *flags, f"-I{csrc}", "-x", "c++", "-c", s, "-o", objects[Path(s).stem]] for s in sources
+        [compiler, *FLAGS, *flags, f"-I{csrc}", "-x", "c++", "-c", s, "-o", objects[Path(s).name]] for s in sources
     ]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(_run, commands))

@@ -46,10 +46,10 @@ def test_every_kernel_is_there_for_every_architecture_without_spills(report):
     kernels = {r["kernel"] for r in rows}
     for name in (
         "conv_if",
-        "direct",
-        "finish",
-        "image",
-        "analog",
+        "conv_if_direct",
+        "epilogue",
+        "image_tensor",
+        "image_direct",
         "encode",
         "pool",
         "count",

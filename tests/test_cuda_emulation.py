@@ -81,7 +81,7 @@ def plain_objects(tmp_path_factory):
 
 
 # One line of the kernels changed, as a slip of the pen would.
-CONV, IMAGE = "cuda/kernels/conv_if.h", "cuda/kernels/image.h"
+CONV, IMAGE = "cuda/kernels/conv_if_tensor.h", "cuda/kernels/image_tensor.h"
 MUTATIONS = {
     "none": (CONV, "copies_wait<0>();", "copies_wait<0>();"),
     "swizzle of the copy only": (CONV, "shared + chunk_offset(thread / 4, thread % 4);", "shared + thread * 16;"),
@@ -90,14 +90,14 @@ MUTATIONS = {
     "no wait for the copies": (CONV, "copies_wait<stages - 2>();", "copies_wait<stages - 1>();"),
     "no barrier": (CONV, "    __syncthreads();    // everyone's", "    // everyone's"),
     "slot refilled while it is read": (CONV, "load_next(slot == 0 ? stages - 1 : slot - 1)", "load_next(slot)"),
-    "no barrier within the warp": (CONV, "      sync_warp();\n      Tile::finish", "      Tile::finish"),
+    "no barrier within the warp": (CONV, "      sync_warp();\n      Conv::epilogue", "      Conv::epilogue"),
     "pixel column past the edge": (CONV, "(k.x[i] + k.dx) < static", "(k.x[i] + k.dx) <= static"),
     "weights of the next stage": (
         CONV,
         "weight += static_cast<std::int64_t>(p.padded_out)",
         "weight += (p.padded_out + 1)",
     ),
-    "second digit without its shift": (CONV, "if (done == once) for_each", "if (done == once + 1) for_each"),
+    "second digit without its shift": (CONV, "if (done == digit_stages) Conv", "if (done == digit_stages + 1) Conv"),
     "slices of a split": (CONV, "p.partial + (blockIdx.z * p.steps + t)", "p.partial + (blockIdx.z / 2 * p.steps + t)"),
     "digits of the image": (IMAGE, "high[i] |= (q >> 8)", "high[i] |= (q >> 7)"),
     "pixels of the image": (IMAGE, "first_pixel + first_row + 8 * i", "first_pixel + first_row + 7 * i"),

@@ -1,10 +1,10 @@
-// Spiking layers, groups of at most 1 time step(s).
-#include "cuda/kernels/conv_if.h"
-#include "cuda/kernels/direct.h"
-#include "cuda/kernels/groups.h"
+// Spiking layers, launches of at most 1 time step.
+#include "cuda/kernels/conv_if_direct.h"
+#include "cuda/kernels/conv_if_tensor.h"
+#include "cuda/kernels/step_kernels.h"
 
 namespace qcfs::cuda {
 
-const GroupKernels group_1 = {launch_conv_if<1>, launch_direct<1>, launch_finish<1>};
+const StepKernels steps_1 = {launch_conv_if<1>, launch_direct<1>, launch_epilogue<1>};
 
 }    // namespace qcfs::cuda

@@ -1,10 +1,10 @@
-// Spiking layers, groups of at most 4 time step(s).
-#include "cuda/kernels/conv_if.h"
-#include "cuda/kernels/direct.h"
-#include "cuda/kernels/groups.h"
+// Spiking layers, launches of at most 4 time steps.
+#include "cuda/kernels/conv_if_direct.h"
+#include "cuda/kernels/conv_if_tensor.h"
+#include "cuda/kernels/step_kernels.h"
 
 namespace qcfs::cuda {
 
-const GroupKernels group_4 = {launch_conv_if<4>, launch_direct<4>, launch_finish<4>};
+const StepKernels steps_4 = {launch_conv_if<4>, launch_direct<4>, launch_epilogue<4>};
 
 }    // namespace qcfs::cuda

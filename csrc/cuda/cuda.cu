@@ -1,26 +1,31 @@
 // The native CUDA API: turns the contract's structs into kernel parameters and queues the launches. The same file,
 // compiled by g++ over emulation/, runs them on the CPU.
+#include <initializer_list>
+
 #include "cuda/cuda.h"
 #include "cuda/device.h"
-#include "cuda/kernels/analog.h"
 #include "cuda/kernels/elementwise.h"
-#include "cuda/kernels/groups.h"
-#include "cuda/kernels/image.h"
+#include "cuda/kernels/image_direct.h"
+#include "cuda/kernels/image_tensor.h"
+#include "cuda/kernels/parameters.h"
+#include "cuda/kernels/readout.h"
+#include "cuda/kernels/step_kernels.h"
+#include "cuda/kernels/tensor_layout.h"
 
 namespace qcfs::cuda {
 
 namespace {
 
-const GroupKernels& kernels_of(int group) {
-  switch (group) {
+const StepKernels& step_kernels(int T) {
+  switch (T) {
     case 1:
-      return group_1;
+      return steps_1;
     case 2:
-      return group_2;
+      return steps_2;
     case 4:
-      return group_4;
+      return steps_4;
     default:
-      return group_8;
+      return steps_8;
   }
 }
 
@@ -35,8 +40,9 @@ bool suits_tensor_cores(const ConvIf& a) {
   return inputs >= 32 && a.out_channels >= 8;
 }
 
-// What the kernels count in 32 bits: pixels, depth (inputs x taps), channels. Addresses are 64 bits wide.
-constexpr std::int64_t most_pixels = std::int64_t{1} << 30;
+// The kernels count these in 32 bits: pixels, K (inputs x taps), channels. Addresses have 64 bits.
+constexpr std::int64_t max_pixels = std::int64_t{1} << 30, max_k = std::int64_t{1} << 30;
+constexpr std::int64_t max_channels = std::int64_t{1} << 19;
 
 bool fits(const Geometry& g) {
   for (const std::int64_t n :
@@ -46,17 +52,34 @@ bool fits(const Geometry& g) {
   return true;
 }
 
+// The arrays of LayerParams, the 32-bit counters, and the one weight width that a launch has.
 bool fits(const ConvIf& a) {
-  if (a.product_count > most_products || a.residual_count > most_residuals) return false;
-  std::int64_t most = a.batch * a.out_h * a.out_w, depth = 0;
+  if (a.product_count > max_products || a.residual_count > max_residuals || a.out_channels >= max_channels)
+    return false;
+  std::int64_t k = 0;
   for (int i = 0; i < a.product_count; ++i) {
-    const Geometry& g = a.products[i].g;
-    if (!fits(g)) return false;
-    const Spikes& x = a.products[i].x;
-    most = most > x.height * x.width * 4 ? most : x.height * x.width * 4;
-    depth += g.kernel_h * g.kernel_w * ceil_div(x.channels, piece_bytes) * piece_bytes + stage_bytes;
+    const Product& p = a.products[i];
+    if (!fits(p.g) || p.weight_bytes != a.products[0].weight_bytes) return false;
+    // The factor leaves room for coordinates under taps that lie in the padding.
+    if (p.x.height * p.x.width * 4 >= max_pixels) return false;
+    k += p.g.kernel_h * p.g.kernel_w * ceil_div(p.x.channels, piece_bytes) * piece_bytes + stage_bytes;
   }
-  return most < most_pixels && depth < most_pixels && a.out_channels < (1 << 19);
+  return a.batch * a.out_h * a.out_w < max_pixels && k < max_k;
+}
+
+// Whether the plan is one of this layer's: another layer's could mean too small a workspace or weights in another
+// order.
+bool fits(const ConvIf& a, const Plan& plan) {
+  const std::int64_t outputs = a.batch * a.out_h * a.out_w * a.out_channels, steps = a.steps < 8 ? a.steps : 8;
+  std::int64_t stages = 0;
+  for (int i = 0; i < a.product_count; ++i) {
+    stages += stages_of(a.products[i].g.kernel_h * a.products[i].g.kernel_w, a.products[i].x.channels);
+  }
+  if (plan.splits < 1 || plan.slices != (plan.splits > 1 ? plan.splits : 0)) return false;
+  if (plan.membrane_bytes < (a.steps > 8 ? outputs * 4 : 0)) return false;
+  if (plan.partial_bytes < plan.slices * steps * outputs * 4) return false;
+  if (plan.path == Path::direct) return plan.splits == 1;
+  return suits_tensor_cores(a) && (plan.splits - 1) * ceil_div(stages, plan.splits) < stages;    // no split is empty
 }
 
 std::uint8_t widest_copy(const void* data, std::int64_t channels) {
@@ -65,8 +88,8 @@ std::uint8_t widest_copy(const void* data, std::int64_t channels) {
 }
 
 // Whether four neighbouring channels lie together in all of these [.., C]: int32 on 16 bytes, uint8 on 4.
-bool fit_quads(std::int64_t channels, std::initializer_list<const std::int32_t*> words,
-               std::initializer_list<const std::uint8_t*> bytes) {
+bool quads_are_aligned(std::int64_t channels, std::initializer_list<const std::int32_t*> words,
+                       std::initializer_list<const std::uint8_t*> bytes) {
   std::uintptr_t low = 0;
   for (const void* p : words) low |= reinterpret_cast<std::uintptr_t>(p) % 16;
   for (const void* p : bytes) low |= reinterpret_cast<std::uintptr_t>(p) % 4;
@@ -101,6 +124,7 @@ Plan plan_conv_if(const ConvIf& a, const Device& device) {
 int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan, void* workspace,
             const Launch& launch) {
   if (!fits(a)) return unsupported;
+  if (!fits(a, plan)) return wrong_plan;
   if (a.batch == 0) return ok;
   LayerParams p{};
   p.batch = static_cast<std::int32_t>(a.batch);
@@ -156,25 +180,26 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
       // Every plane of a launch must be as aligned as the first; in_plane is a multiple of C.
       p.products[i].copy_bytes = widest_copy(p.products[i].x, x.channels);
     }
-    p.quads = fit_quads(a.out_channels, {p.current, p.bias, p.threshold, membrane, partial}, {p.out});
+    p.quads = quads_are_aligned(a.out_channels, {p.current, p.bias, p.threshold, membrane, partial}, {p.out});
     for (int i = 0; i < a.residual_count; ++i) {
       const Residual& r = a.residuals[i];
       const bool count = r.coding == Coding::count;
       p.residuals[i] = {r.data + (count ? t : t / 8) * plane, r.amplitude, count};
-      p.quads = p.quads && fit_quads(a.out_channels, {r.amplitude}, {p.residuals[i].data});
+      p.quads = p.quads && quads_are_aligned(a.out_channels, {r.amplitude}, {p.residuals[i].data});
     }
-    const int group = group_of(p.steps);
-    const GroupKernels& k = kernels_of(group);
+    const int T = compiled_steps(p.steps);
+    const StepKernels& k = step_kernels(T);
     int code = ok;
     if (a.product_count == 0) {
-      code = k.finish(p, launch.stream);
+      code = k.epilogue(p, launch.stream);
     } else if (plan.path == Path::direct) {
       code = k.direct(p, launch.stream);
     } else {
-      // The last group of a layer with counts may have one step, where all tiles load one plane.
-      const Tile tile = group == 1 && plan.tile == Tile::counts ? Tile::wide : plan.tile;
-      code = k.conv_if(p, tile, plan.splits, launch.stream);
-      if (code == ok && plan.slices > 0) code = k.finish(p, launch.stream);
+      // The last launch of a layer with counts may have one step. Every tile then loads one plane, and `counts` is
+      // none.
+      const Tile tile = T == 1 && plan.tile == Tile::counts ? Tile::wide : plan.tile;
+      code = k.tensor(p, tile, plan.splits, launch.stream);
+      if (code == ok && plan.slices > 0) code = k.epilogue(p, launch.stream);
     }
     if (code != ok) return code;
   }
@@ -188,6 +213,7 @@ std::size_t packed_bytes(const Geometry& g, std::int64_t channels, std::int64_t 
 
 int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes,
                 const void* weight, std::int8_t* packed, const Launch& launch) {
+  if (!fits(g) || g.kernel_h * g.kernel_w * channels >= max_k || out_channels >= max_k) return unsupported;
   PackParams p{weight,
                packed,
                static_cast<std::int32_t>(g.kernel_h * g.kernel_w),
@@ -202,28 +228,30 @@ int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_chann
 
 bool analog_on_tensor_cores(const Geometry& g, std::int64_t channels, std::int64_t out_channels) {
   const std::int64_t k = g.kernel_h * g.kernel_w * channels;
-  return fits(g) && g.groups == 1 && out_channels >= 8 && k >= 8 && k <= image_most_k;
+  return fits(g) && g.groups == 1 && out_channels >= 8 && k >= 8 && k <= max_image_k;
 }
 
 int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch) {
   if (packed == nullptr) {
-    const AnalogParams p{a, ceil_div(a.out_w, analog_pixels),
-                         ceil_div(a.out_channels / a.g.groups, analog_channels) * a.g.groups};
+    const ImageDirectParams p{a, ceil_div(a.out_w, direct_pixels),
+                              ceil_div(a.out_channels / a.g.groups, direct_channels) * a.g.groups};
     const std::int64_t threads = a.batch * a.out_h * p.col_blocks * p.channel_blocks;
-    return launch_kernel(analog_kernel, Grid{ceil_div(threads, analog_threads)}, analog_threads, 0, launch.stream, p);
+    return launch_kernel(image_direct_kernel, Grid{ceil_div(threads, image_direct_threads)}, image_direct_threads, 0,
+                         launch.stream, p);
   }
   const std::int64_t k = a.g.kernel_h * a.g.kernel_w * a.in_channels, pixels = a.batch * a.out_h * a.out_w;
-  if (pixels >= most_pixels || a.in_h * a.in_w >= most_pixels || a.out_channels >= most_pixels) return unsupported;
+  if (!analog_on_tensor_cores(a.g, a.in_channels, a.out_channels)) return unsupported;
+  if (pixels >= max_pixels || a.in_h * a.in_w >= max_pixels || a.out_channels >= max_k) return unsupported;
   if (a.batch == 0) return ok;
   const std::int32_t* words = a.steps > 0 ? a.threshold : a.out_current;
-  const ImageParams p{a,
-                      packed,
-                      stages_of(1, k),
-                      static_cast<std::int32_t>(k),
-                      static_cast<std::int32_t>(padded_channels(a.out_channels)),
-                      fit_quads(a.out_channels, {words}, {a.out_mask})};
-  const Grid grid{ceil_div(pixels, image_rows), static_cast<int>(ceil_div(a.out_channels, image_cols))};
-  return launch_kernel(image_kernel, grid, image_threads, 8 * image_plane, launch.stream, p);
+  const ImageTensorParams p{a,
+                            packed,
+                            stages_of(1, k),
+                            static_cast<std::int32_t>(k),
+                            static_cast<std::int32_t>(padded_channels(a.out_channels)),
+                            quads_are_aligned(a.out_channels, {words}, {a.out_mask})};
+  const Grid grid{ceil_div(pixels, image_rows), ceil_div(a.out_channels, image_cols)};
+  return launch_kernel(image_tensor_kernel, grid, image_tensor_threads, 8 * image_plane, launch.stream, p);
 }
 
 int encode(const Encode& a, const Launch& launch) {
@@ -232,8 +260,8 @@ int encode(const Encode& a, const Launch& launch) {
 
 int pool(const Pool& a, const Launch& launch) {
   const std::int64_t planes = a.coding == Coding::mask ? ceil_div(a.steps, 8) : a.steps;
-  const PoolParams p{a, quads(a.channels, a.x, a.out), planes};
-  return launch_elements(pool_kernel, planes * a.batch * a.out_h * a.out_w * p.quad.count, launch.stream, p);
+  const PoolParams p{a, byte_row(a.channels, a.x, a.out), planes};
+  return launch_elements(pool_kernel, planes * a.batch * a.out_h * a.out_w * p.channels.quads, launch.stream, p);
 }
 
 int pool_counts(const PoolCounts& a, const Launch& launch) {
@@ -241,12 +269,12 @@ int pool_counts(const PoolCounts& a, const Launch& launch) {
 }
 
 int count(const Count& a, const Launch& launch) {
-  const CountParams p{a, quads(a.elements, a.x, a.x)};
-  return launch_elements(count_kernel, p.quad.count, launch.stream, p);
+  const CountParams p{a, byte_row(a.elements, a.x, a.x)};
+  return launch_elements(count_kernel, p.row.quads, launch.stream, p);
 }
 
 int readout(const Readout& a, const Launch& launch) {
-  if (a.term_count > most_terms) return unsupported;
+  if (a.term_count > max_terms) return unsupported;
   ReadoutParams p{};
   p.images = a.images;
   p.samples = a.samples;
@@ -258,7 +286,7 @@ int readout(const Readout& a, const Launch& launch) {
   p.offset = a.offset;
   p.out = a.out;
   for (int i = 0; i < a.term_count; ++i) p.terms[i] = a.terms[i];
-  const Grid grid{a.images * a.out_h * a.out_w, static_cast<int>(ceil_div(a.out_channels, readout_channels))};
+  const Grid grid{a.images * a.out_h * a.out_w, ceil_div(a.out_channels, readout_channels)};
   constexpr int threads = readout_channels * readout_parts;
   return launch_kernel(readout_kernel, grid, threads, threads * sizeof(std::int64_t), launch.stream, p);
 }
@@ -272,13 +300,18 @@ int quantize(const Quantize& a, std::uint32_t* workspace, const Launch& launch) 
   return code;
 }
 
-#if defined(__CUDACC__)
-
 const char* describe(int code) {
-  if (code == unsupported) return "more sources or larger sizes than the CUDA kernels take";
-  if (code == no_kernel) return "no kernel for this plan";
+  if (code == ok) return "no error";
+  if (code == unsupported) return "more sources, larger sizes or other weights than the CUDA kernels take";
+  if (code == wrong_plan) return "the plan is not one of this layer";
+#if defined(__CUDACC__)
   return cudaGetErrorString(static_cast<cudaError_t>(code));
+#else
+  return "an error of the CUDA runtime";
+#endif
 }
+
+#if defined(__CUDACC__)
 
 int device_count(int* count) { return cudaGetDeviceCount(count); }
 
@@ -300,8 +333,6 @@ int query_device(int index, Device* device) {
 }
 
 #else
-
-const char* describe(int code) { return code == unsupported ? "unsupported" : "no kernel"; }
 
 int device_count(int* count) {
   *count = 1;

@@ -14,12 +14,14 @@
 
 namespace qcfs::cuda {
 
-constexpr int most_products = 64;
-constexpr int most_residuals = 16;
-constexpr int most_terms = 24;
+// Arrays inside kernel parameters have these sizes; an operator with more of them is `unsupported`.
+constexpr int max_products = 64;
+constexpr int max_residuals = 16;
+constexpr int max_terms = 24;
+constexpr int most_products = max_products, most_residuals = max_residuals, most_terms = max_terms;
 
 // Own codes are negative, those of the CUDA runtime positive.
-enum Code : int { ok = 0, unsupported = -1, no_kernel = -2 };
+enum Code : int { ok = 0, unsupported = -1, wrong_plan = -2 };
 
 struct Launch {
   void* stream;    // cudaStream_t of the current device

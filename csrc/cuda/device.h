@@ -18,10 +18,11 @@ QCFS_HD static inline std::int32_t shift_left(std::int32_t a, int bits) {
   return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) << bits);
 }
 
-// Rows of 64 bytes with the swizzle of chunk_offset() (layer.h), which is the hardware's "64 byte" mode: bits 4 and 5
-// of an address are combined with bits 7 and 8. Fields: address / 16; a distance this mode ignores; 512 bytes / 16 from
-// eight rows to the next; mode 2. Shared memory is aligned to 512.
-QCFS_HD static inline std::uint64_t group_descriptor(std::uint32_t address) {
+// Where wgmma finds a matrix in shared memory: rows of 64 bytes with the swizzle of chunk_offset() (tensor_layout.h),
+// which is the hardware's "64 byte" mode: bits 4 and 5 of an address are XORed with bits 7 and 8. Fields, low to high:
+// address / 16; a stride that this mode ignores; the stride from eight rows to the next, 512 bytes / 16; the mode, 2.
+// Shared memory is aligned to 512.
+QCFS_HD static inline std::uint64_t wgmma_descriptor(std::uint32_t address) {
   return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | std::uint64_t{512 >> 4} << 32 | std::uint64_t{2} << 62;
 }
 
@@ -116,67 +117,55 @@ QCFS_DEVICE void multiply_signed(std::int32_t (&acc)[4], const std::uint32_t (&a
 #undef QCFS_MULTIPLY
 #undef QCFS_MULTIPLY_8816
 
-// Hopper's products of four warps: acc[64 x cols] += a[64x32, u8] * b[32 x cols, s8], a in the registers of mma.sync
-// (16 rows a warp), b in shared memory behind a descriptor, asynchronously. Only with QCFS_FAST_WGMMA, see
+// Hopper's asynchronous products of a warpgroup (four warps): acc[64 x cols] += a[64x32, u8] * b[32 x cols, s8]. a is
+// in registers as for mma.sync (16 rows a warp), b in shared memory behind a descriptor. Only with QCFS_FAST_WGMMA, see
 // docs/cuda.md.
 #if defined(QCFS_FAST_WGMMA) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define QCFS_GROUPS 1
+#define QCFS_HAS_WGMMA 1
 #endif
-#if defined(QCFS_GROUPS)
-// Writes to shared memory before this are seen by asynchronous products after the next barrier.
+#if defined(QCFS_HAS_WGMMA)
+// Makes what was written to shared memory before this visible to asynchronous products after the next barrier.
 QCFS_DEVICE void publish_shared() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
-QCFS_DEVICE void group_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+QCFS_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+// Waits for the products. The empty asm then names every accumulator, so that none is read before.
 template <typename Accumulators>
-QCFS_DEVICE void group_end(Accumulators&& for_each_accumulator) {
+QCFS_DEVICE void wgmma_wait(Accumulators&& for_each_accumulator) {
   asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;\n" ::: "memory");
-  for_each_accumulator([](std::int32_t& a) { asm volatile("" : "+r"(a)::"memory"); });    // not to be read before
+  for_each_accumulator([](std::int32_t& a) { asm volatile("" : "+r"(a)::"memory"); });
 }
+
+// `d`, `a` and `b` name the asm operands, which have numbers only: the accumulators (the variadic arguments, four
+// registers a fragment), the four registers of a, the descriptor of b.
+#define QCFS_FRAGMENT(i) "+r"(acc[i][0]), "+r"(acc[i][1]), "+r"(acc[i][2]), "+r"(acc[i][3])
+#define QCFS_WGMMA(columns, d, a_names, b_name, ...)                                                                   \
+  asm volatile(                                                                                                        \
+      "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, 1, 0;\n"                                                     \
+      "wgmma.mma_async.sync.aligned.m64n" columns "k32.s32.u8.s8 {" d "}, {" a_names "}, " b_name ", accumulate;\n}\n" \
+      : __VA_ARGS__                                                                                                    \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights))
+#define QCFS_0_TO_7 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define QCFS_0_TO_15 QCFS_0_TO_7 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define QCFS_0_TO_31 QCFS_0_TO_15 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 template <int fragments>
-QCFS_DEVICE void multiply_group(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4],
+QCFS_DEVICE void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4],
                                 const unsigned char* shared) {
-  const std::uint64_t weights = group_descriptor(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)));
+  const std::uint64_t weights = wgmma_descriptor(static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)));
   static_assert(fragments == 2 || fragments == 4 || fragments == 8, "16, 32 or 64 columns");
-  if constexpr (fragments == 8) {
-    asm volatile(
-        "{\n"
-        ".reg .pred accumulate;\n"
-        "setp.ne.b32 accumulate, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
-        "%14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, "
-        "%35}, %36, accumulate;\n"
-        "}\n"
-        : "+r"(acc[0][0]), "+r"(acc[0][1]), "+r"(acc[0][2]), "+r"(acc[0][3]), "+r"(acc[1][0]), "+r"(acc[1][1]),
-          "+r"(acc[1][2]), "+r"(acc[1][3]), "+r"(acc[2][0]), "+r"(acc[2][1]), "+r"(acc[2][2]), "+r"(acc[2][3]),
-          "+r"(acc[3][0]), "+r"(acc[3][1]), "+r"(acc[3][2]), "+r"(acc[3][3]), "+r"(acc[4][0]), "+r"(acc[4][1]),
-          "+r"(acc[4][2]), "+r"(acc[4][3]), "+r"(acc[5][0]), "+r"(acc[5][1]), "+r"(acc[5][2]), "+r"(acc[5][3]),
-          "+r"(acc[6][0]), "+r"(acc[6][1]), "+r"(acc[6][2]), "+r"(acc[6][3]), "+r"(acc[7][0]), "+r"(acc[7][1]),
-          "+r"(acc[7][2]), "+r"(acc[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights));
+  if constexpr (fragments == 2) {
+    QCFS_WGMMA("16", QCFS_0_TO_7, "%8, %9, %10, %11", "%12", QCFS_FRAGMENT(0), QCFS_FRAGMENT(1));
   } else if constexpr (fragments == 4) {
-    asm volatile(
-        "{\n"
-        ".reg .pred accumulate;\n"
-        "setp.ne.b32 accumulate, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
-        "%14, %15}, {%16, %17, %18, %19}, %20, accumulate;\n"
-        "}\n"
-        : "+r"(acc[0][0]), "+r"(acc[0][1]), "+r"(acc[0][2]), "+r"(acc[0][3]), "+r"(acc[1][0]), "+r"(acc[1][1]),
-          "+r"(acc[1][2]), "+r"(acc[1][3]), "+r"(acc[2][0]), "+r"(acc[2][1]), "+r"(acc[2][2]), "+r"(acc[2][3]),
-          "+r"(acc[3][0]), "+r"(acc[3][1]), "+r"(acc[3][2]), "+r"(acc[3][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights));
+    QCFS_WGMMA("32", QCFS_0_TO_15, "%16, %17, %18, %19", "%20", QCFS_FRAGMENT(0), QCFS_FRAGMENT(1), QCFS_FRAGMENT(2),
+               QCFS_FRAGMENT(3));
   } else {
-    asm volatile(
-        "{\n"
-        ".reg .pred accumulate;\n"
-        "setp.ne.b32 accumulate, 1, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, "
-        "accumulate;\n"
-        "}\n"
-        : "+r"(acc[0][0]), "+r"(acc[0][1]), "+r"(acc[0][2]), "+r"(acc[0][3]), "+r"(acc[1][0]), "+r"(acc[1][1]),
-          "+r"(acc[1][2]), "+r"(acc[1][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(weights));
+    QCFS_WGMMA("64", QCFS_0_TO_31, "%32, %33, %34, %35", "%36", QCFS_FRAGMENT(0), QCFS_FRAGMENT(1), QCFS_FRAGMENT(2),
+               QCFS_FRAGMENT(3), QCFS_FRAGMENT(4), QCFS_FRAGMENT(5), QCFS_FRAGMENT(6), QCFS_FRAGMENT(7));
   }
 }
+#undef QCFS_FRAGMENT
+#undef QCFS_WGMMA
+#undef QCFS_0_TO_7
+#undef QCFS_0_TO_15
+#undef QCFS_0_TO_31
 #endif
 
 QCFS_DEVICE void sync_warp() { __syncwarp(); }
@@ -191,8 +180,7 @@ QCFS_DEVICE std::uint32_t bits_of(float x) { return __float_as_uint(x); }
 QCFS_DEVICE float float_of(std::uint32_t x) { return __uint_as_float(x); }
 
 struct Grid {
-  std::int64_t x;
-  int y = 1, z = 1;
+  std::int64_t x, y = 1, z = 1;
 };
 
 // Queues one kernel whose only parameter is a struct; returns the runtime's code.
@@ -200,7 +188,7 @@ template <typename Params>
 int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t shared, void* stream,
                   const Params& params) {
   if (grid.x == 0 || grid.y == 0) return 0;
-  if (grid.x > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) return cudaErrorInvalidConfiguration;
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared > 48 * 1024) {
     const cudaError_t e =
@@ -208,8 +196,8 @@ int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t sh
     if (e != cudaSuccess) return e;
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid.x), grid.y, grid.z), dim3(threads), arguments,
-                          shared, static_cast<cudaStream_t>(stream));
+  const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  return cudaLaunchKernel(function, blocks, dim3(threads), arguments, shared, static_cast<cudaStream_t>(stream));
 }
 
 inline int clear_words(std::uint32_t* words, std::size_t count, void* stream) {

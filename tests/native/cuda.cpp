@@ -1,7 +1,7 @@
 // Runs the CUDA backend's kernels on the CPU (csrc/cuda/emulation) and compares every byte with plain loops over int64
 // and double. Usage: emulation_test SEED SPIKING_LAYERS [T]; prints one line of totals. Every operand is a heap block
 // of exactly its size, so that ASan sees an index that strays.
-#include "cuda/emulation/emulation.h"
+#include "cuda/cuda.h"
 
 #include <sys/mman.h>
 
@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/cuda.h"
-#include "cuda/kernels/layer.h"
+#include "cuda/emulation/emulation.h"
+#include "cuda/kernels/tensor_layout.h"
 
 namespace {
 
@@ -266,7 +266,7 @@ void spiking_layer(i64 steps) {
                  got.data()};
   const cuda::Launch launch = launch_settings();
   cuda::Plan plan = cuda::plan_conv_if(a, launch.device);
-  const int group = cuda::group_of(std::min<i64>(T, 8));
+  const int compiled = cuda::compiled_steps(std::min<i64>(T, 8));
   if (plan.path == Path::tensor_cores) {
     // Every tile and every split must give the same bytes, not only the one that the model prefers.
     if (chance(0.6) && plan.tile != Tile::counts) plan.tile = chance(0.5) ? Tile::wide : Tile::small;
@@ -315,7 +315,7 @@ void spiking_layer(i64 steps) {
     ++totals.tensor;
     totals.split += plan.splits > 1;
     totals.several += products > 1;
-    ++totals.tiles[group == 1 && plan.tile == Tile::counts ? 0 : static_cast<int>(plan.tile)];
+    ++totals.tiles[compiled == 1 && plan.tile == Tile::counts ? 0 : static_cast<int>(plan.tile)];
   } else {
     ++totals.direct;
   }
@@ -669,16 +669,67 @@ void large_input(Path path) {
   expect_equal(want, got, "large input");
 }
 
-// What 32-bit counters cannot hold is refused before any launch.
+// What the kernels' counters and parameter arrays cannot hold is refused before any launch, and so is a plan that was
+// made for another layer.
 void refusals() {
+  const auto refused = [](int code, int want, const char* what) {
+    if (code != want) fail(std::string(what) + " were not refused, or with another code");
+  };
   const Product product{{nullptr, Coding::mask, 1, 1, 64}, nullptr, 2, {1, 1, 1, 1, 0, 0, 1, 1, 1}};
-  ConvIf a{1 << 28, 2, 2, 64, 4, &product, 1, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
-  if (cuda::conv_if(a, nullptr, {}, nullptr, {}) != cuda::unsupported) fail("2^30 pixels were not refused");
+  const ConvIf layer{1, 2, 2, 64, 4, &product, 1, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
+  const auto conv_if = [](const ConvIf& a, const cuda::Plan& plan) {
+    return cuda::conv_if(a, nullptr, plan, nullptr, {});
+  };
+  ConvIf a = layer;
+  a.batch = 1 << 28;
+  refused(conv_if(a, {}), cuda::unsupported, "2^30 pixels");
   Product deep = product;
   deep.x.channels = i64{1} << 30;
-  a.batch = 1;
+  a = layer;
   a.products = &deep;
-  if (cuda::conv_if(a, nullptr, {}, nullptr, {}) != cuda::unsupported) fail("2^30 inputs were not refused");
+  refused(conv_if(a, {}), cuda::unsupported, "2^30 inputs");
+  const std::vector<Product> many(cuda::max_products + 1, product);
+  a.products = many.data();
+  a.product_count = cuda::max_products + 1;
+  refused(conv_if(a, {}), cuda::unsupported, "too many products");
+  Product mixed[2] = {product, product};
+  mixed[1].weight_bytes = 1;
+  a.products = mixed;
+  a.product_count = 2;
+  refused(conv_if(a, {}), cuda::unsupported, "weights of two widths");
+  const std::vector<Residual> residuals(cuda::max_residuals + 1, Residual{nullptr, Coding::mask, nullptr});
+  a = layer;
+  a.residuals = residuals.data();
+  a.residual_count = cuda::max_residuals + 1;
+  refused(conv_if(a, {}), cuda::unsupported, "too many residuals");
+
+  const cuda::Plan plan = cuda::plan_conv_if(layer, launch_settings().device);
+  if (plan.path != Path::tensor_cores) fail("the layer of the refusals takes another path");
+  cuda::Plan wrong = plan;
+  wrong.splits = wrong.slices = 0;
+  refused(conv_if(layer, wrong), cuda::wrong_plan, "no splits");
+  wrong.splits = wrong.slices = 2;    // the layer has one stage
+  wrong.partial_bytes = 1 << 20;
+  refused(conv_if(layer, wrong), cuda::wrong_plan, "splits without work");
+  a = layer;
+  a.steps = 9;
+  refused(conv_if(a, plan), cuda::wrong_plan, "membranes without memory");
+  a = layer;
+  a.out_channels = 4;
+  refused(conv_if(a, plan), cuda::wrong_plan, "too few outputs for tensor cores");
+
+  const std::vector<ReadoutTerm> terms(cuda::max_terms + 1, ReadoutTerm{});
+  const Readout readout{1, 1, 1, 1, 10, 4, terms.data(), cuda::max_terms + 1, nullptr, nullptr};
+  refused(cuda::readout(readout, {}), cuda::unsupported, "too many terms");
+  const i64 largest = i64{1} << 30;
+  refused(cuda::pack_weight(product.g, largest, 64, 2, nullptr, nullptr, {}), cuda::unsupported, "2^30 inputs to pack");
+  AnalogConv image{};
+  image.batch = image.out_h = image.out_w = image.in_h = image.in_w = 1;
+  image.in_channels = largest;
+  image.out_channels = 64;
+  image.g = product.g;
+  const std::int8_t packed = 0;
+  refused(cuda::analog(image, &packed, {}), cuda::unsupported, "2^30 inputs of an image");
 }
 
 // The cost model must keep every plan inside the device: shared memory, no empty split.
@@ -690,7 +741,7 @@ void plans() {
         for (const i64 pixels : {1, 49, 12544, 802816}) {
           const cuda::Work w{pixels, any_of<i64>({16, 64, 512}), any_of<i64>({1, 9, 72}), steps, 2, counts};
           const cuda::Choice c = cuda::choose_tile(w, d);
-          const auto shape = cuda::tile_shape(cuda::group_of(steps), c.tile);
+          const auto shape = cuda::tile_shape(cuda::compiled_steps(steps), c.tile);
           if (cuda::tile_shared_bytes(shape) > static_cast<std::size_t>(d.shared_bytes))
             fail("a tile beyond shared memory");
           if (c.splits > w.stages) fail("a split without work");

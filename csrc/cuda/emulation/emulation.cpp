@@ -222,8 +222,8 @@ void wait_copies(int pending) {
 void run_grid(Grid grid, int threads, std::size_t bytes, const std::function<void()>& kernel) {
   body = &kernel;
   shared_bytes = bytes;
-  for (int z = 0; z < grid.z; ++z) {
-    for (int y = 0; y < grid.y; ++y) {
+  for (std::int64_t z = 0; z < grid.z; ++z) {
+    for (std::int64_t y = 0; y < grid.y; ++y) {
       for (std::int64_t x = 0; x < grid.x; ++x) {
         shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024)));
         std::memset(shared.get(), 0xa5, bytes);
@@ -305,8 +305,8 @@ template void multiply_8x8x16<false>(void* const*);
 template void multiply_8x8x16<true>(void* const*);
 
 // wgmma .m64nNk32: a and acc as in mma .m16n8k32, for each warp its 16 rows; b by its descriptor.
-void multiply_group(void* const* lanes) {
-  const auto& first = *static_cast<const GroupFragments*>(lanes[0]);
+void multiply_wgmma(void* const* lanes) {
+  const auto& first = *static_cast<const WarpgroupFragments*>(lanes[0]);
   const auto field = [&](int low, int bits) {
     return static_cast<std::size_t>(first.descriptor >> low & ((std::uint64_t{1} << bits) - 1));
   };
@@ -319,7 +319,7 @@ void multiply_group(void* const* lanes) {
   };
   std::int32_t a[16][32];
   for (int lane = 0; lane < warp_size; ++lane) {
-    const auto& f = *static_cast<const GroupFragments*>(lanes[lane]);
+    const auto& f = *static_cast<const WarpgroupFragments*>(lanes[lane]);
     if (f.descriptor != first.descriptor) fail("the lanes of a warp have different descriptors");
     for (int i = 0; i < 16; ++i) {
       const int row = lane / 4 + ((i >= 4 && i < 8) || i >= 12 ? 8 : 0);
@@ -333,7 +333,7 @@ void multiply_group(void* const* lanes) {
         weights[k][n] = b(static_cast<std::size_t>(8 * fragment + n), static_cast<std::size_t>(k));
     }
     for (int lane = 0; lane < warp_size; ++lane) {
-      std::int32_t* acc = static_cast<const GroupFragments*>(lanes[lane])->acc[fragment];
+      std::int32_t* acc = static_cast<const WarpgroupFragments*>(lanes[lane])->acc[fragment];
       for (int i = 0; i < 4; ++i) {
         std::int64_t sum = 0;
         for (int k = 0; k < 32; ++k) sum += a[lane / 4 + (i >= 2 ? 8 : 0)][k] * weights[k][2 * (lane % 4) + i % 2];

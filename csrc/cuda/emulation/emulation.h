@@ -32,8 +32,7 @@
 namespace qcfs::cuda {
 
 struct Grid {
-  std::int64_t x;
-  int y = 1, z = 1;
+  std::int64_t x, y = 1, z = 1;
 };
 
 namespace emulation {
@@ -62,7 +61,7 @@ template <bool is_signed>    // the first operand
 void multiply_16x8x32(void* const* lanes);
 template <bool is_signed>
 void multiply_8x8x16(void* const* lanes);
-void multiply_group(void* const* lanes);    // one warp's part of it
+void multiply_wgmma(void* const* lanes);    // one warp's part of it
 void meet(void* const* lanes);
 
 struct MatrixRows {
@@ -74,7 +73,7 @@ struct Fragments {
   const std::uint32_t* a;
   std::uint32_t b0, b1;
 };
-struct GroupFragments {
+struct WarpgroupFragments {
   std::int32_t (*acc)[4];
   int fragments;
   const std::uint32_t* a;
@@ -139,16 +138,16 @@ inline void multiply_signed(std::int32_t (&acc)[4], const std::uint32_t (&a)[4],
 }
 
 #if defined(QCFS_FAST_WGMMA)
-#define QCFS_GROUPS 1
+#define QCFS_HAS_WGMMA 1
 inline void publish_shared() {}
-inline void group_begin() {}
+inline void wgmma_begin() {}
 template <typename Accumulators>
-void group_end(Accumulators&&) {}
+void wgmma_wait(Accumulators&&) {}
 template <int fragments>
-void multiply_group(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4], const unsigned char* shared) {
+void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4], const unsigned char* shared) {
   const auto address = static_cast<std::uint32_t>(shared - emulation::shared_memory());
-  emulation::GroupFragments operands{acc, fragments, a, group_descriptor(address)};
-  emulation::collective(emulation::multiply_group, &operands);
+  emulation::WarpgroupFragments operands{acc, fragments, a, wgmma_descriptor(address)};
+  emulation::collective(emulation::multiply_wgmma, &operands);
 }
 #endif
 

@@ -1,5 +1,5 @@
-// Everything around the spiking layers: weight packing, encoding, pooling, counting, quantisation of the image. All of
-// it is bound by memory: a thread handles one output position and, where bytes are involved, 4 neighbouring channels.
+// Everything around the layers: weight packing, encoding, pooling, counting, quantisation of the image. All of it is
+// bound by memory: a thread has one output position and, where operands are bytes, 4 neighbouring channels.
 //
 //     encode       v[-1] = n/2; v += current; s = v >= n; v -= n*s     current int32 [P, C] -> masks [ceil(T/8), P, C]
 //     pool         window sums of bits or counts -> counts [T, N, OH, OW, C]; with `any` the OR of masks
@@ -10,8 +10,12 @@
 // Exact: integers, and for quantize float32 steps rounded to nearest (never fused) and powers of two.
 #pragma once
 
+#include <cstdint>
+
+#include "core/contract.h"
 #include "cuda/device.h"
-#include "cuda/kernels/layer.h"
+#include "cuda/kernels/epilogue.h"
+#include "cuda/kernels/tensor_layout.h"
 
 namespace qcfs::cuda {
 
@@ -26,30 +30,32 @@ int launch_elements(void (*kernel)(Params), std::int64_t elements, void* stream,
   return launch_kernel(kernel, Grid{ceil_div(elements, elementwise_threads)}, elementwise_threads, 0, stream, params);
 }
 
-// Up to four bytes at a time: one access when everything is a multiple of four, else byte by byte.
-struct Quad {
-  std::int64_t count;    // quads in a row of `width` bytes
+// A row of bytes cut into quads: four neighbouring bytes, the last quad perhaps fewer. A thread reads a quad into one
+// word and writes it from one: in one access where every row is aligned to 4, else byte by byte.
+struct ByteRow {
+  std::int64_t quads;
   std::int64_t width;
-  bool whole;
+  bool aligned;
 };
 
-inline Quad quads(std::int64_t width, const void* a, const void* b) {
+inline ByteRow byte_row(std::int64_t width, const void* a, const void* b) {
   const bool aligned = (reinterpret_cast<std::uintptr_t>(a) | reinterpret_cast<std::uintptr_t>(b)) % 4 == 0;
   return {ceil_div(width, 4), width, width % 4 == 0 && aligned};
 }
 
-QCFS_DEVICE std::uint32_t load_quad(const std::uint8_t* p, const Quad& q, std::int64_t first) {
-  if (q.whole) return *reinterpret_cast<const std::uint32_t*>(p);
+// `p` is byte `first` of its row.
+QCFS_DEVICE std::uint32_t load_quad(const std::uint8_t* p, const ByteRow& row, std::int64_t first) {
+  if (row.aligned) return load_bytes<4>(p);
   std::uint32_t word = 0;
-  for (int j = 0; j < 4 && first + j < q.width; ++j) word |= static_cast<std::uint32_t>(p[j]) << (8 * j);
+  for (int j = 0; j < 4 && first + j < row.width; ++j) word |= static_cast<std::uint32_t>(p[j]) << (8 * j);
   return word;
 }
 
-QCFS_DEVICE void store_quad(std::uint8_t* p, const Quad& q, std::int64_t first, std::uint32_t word) {
-  if (q.whole) {
-    *reinterpret_cast<std::uint32_t*>(p) = word;
+QCFS_DEVICE void store_quad(std::uint8_t* p, const ByteRow& row, std::int64_t first, std::uint32_t word) {
+  if (row.aligned) {
+    store_bytes<4>(p, word);
   } else {
-    for (int j = 0; j < 4 && first + j < q.width; ++j) p[j] = static_cast<std::uint8_t>(word >> (8 * j));
+    for (int j = 0; j < 4 && first + j < row.width; ++j) p[j] = static_cast<std::uint8_t>(word >> (8 * j));
   }
 }
 
@@ -68,7 +74,7 @@ static __global__ void pack_kernel(const __grid_constant__ PackParams p) {
   const std::int32_t k = static_cast<std::int32_t>(index % stage_bytes);
   const std::int32_t o = static_cast<std::int32_t>(index / stage_bytes % p.padded_out);
   const std::int32_t stage = static_cast<std::int32_t>(index / stage_bytes / p.padded_out);
-  const Tap from = packed_source(stage, k, pieces_per_tap(p.channels));
+  const Source from = packed_source(stage, k, pieces_per_tap(p.channels));
   const bool exists = from.tap < p.taps && from.channel < p.channels && o < p.out_channels;
   const std::int64_t at =
       exists ? (static_cast<std::int64_t>(from.tap) * p.channels + from.channel) * p.out_channels + o : 0;
@@ -87,29 +93,22 @@ static __global__ void encode_kernel(const __grid_constant__ Encode p) {
   const std::int64_t index = global_thread();
   const std::int64_t plane = p.pixels * p.channels;
   if (index >= plane) return;
-  const std::int32_t z = p.current[index], n = p.threshold[index % p.channels];
-  std::int32_t v = n / 2, bits = 0;
-  for (std::int64_t t = 0; t < p.steps; ++t) {
-    bits |= fire(v, z, n) << (t % 8);
-    if (t % 8 == 7 || t + 1 == p.steps) {
-      p.out[t / 8 * plane + index] = static_cast<std::uint8_t>(bits);
-      bits = 0;
-    }
-  }
+  const std::int32_t current[1] = {p.current[index]};
+  encode_current<1>(current, p.threshold + index % p.channels, p.out + index, plane, p.steps);
 }
 
 struct CountParams {
   Count a;
-  Quad quad;
+  ByteRow row;
 };
 
 static __global__ void count_kernel(const __grid_constant__ CountParams p) {
   const std::int64_t quad = global_thread(), n = p.a.elements;
-  if (quad >= p.quad.count) return;
+  if (quad >= p.row.quads) return;
   std::uint32_t sum[4] = {0, 0, 0, 0}, word = 0;
   for (std::int64_t t = 0; t < p.a.steps; ++t) {
     const bool mask = p.a.coding == Coding::mask;
-    if (!mask || t % 8 == 0) word = load_quad(p.a.x + (mask ? t / 8 : t) * n + 4 * quad, p.quad, 4 * quad);
+    if (!mask || t % 8 == 0) word = load_quad(p.a.x + (mask ? t / 8 : t) * n + 4 * quad, p.row, 4 * quad);
     const std::uint32_t step = mask ? word >> (t % 8) & 0x01010101u : word;
     QCFS_UNROLL
     for (int j = 0; j < 4; ++j) sum[j] += step >> (8 * j) & 0xff;
@@ -126,7 +125,7 @@ static __global__ void count_kernel(const __grid_constant__ CountParams p) {
 
 struct PoolParams {
   Pool a;
-  Quad quad;
+  ByteRow channels;
   std::int64_t planes;    // outputs are numbered over input planes, samples, rows, columns, quads of channels
 };
 
@@ -135,9 +134,9 @@ struct PoolParams {
 static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
   const Pool& a = p.a;
   std::int64_t index = global_thread();
-  if (index >= p.planes * a.batch * a.out_h * a.out_w * p.quad.count) return;
-  const std::int64_t first = index % p.quad.count * 4;
-  index /= p.quad.count;
+  if (index >= p.planes * a.batch * a.out_h * a.out_w * p.channels.quads) return;
+  const std::int64_t first = index % p.channels.quads * 4;
+  index /= p.channels.quads;
   const std::int64_t col = index % a.out_w, line = index / a.out_w, row = line % a.out_h;
   const std::int64_t sample = line / a.out_h % a.batch, plane = line / a.out_h / a.batch;
   const bool bits = a.coding == Coding::mask && !a.any;
@@ -147,7 +146,7 @@ static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
   std::uint32_t sum[8] = {};
   for (std::int64_t r = h[0]; r < h[1]; ++r) {
     for (std::int64_t c = w[0]; c < w[1]; ++c) {
-      const std::uint32_t word = load_quad(x + (r * a.in_w + c) * a.channels, p.quad, first);
+      const std::uint32_t word = load_quad(x + (r * a.in_w + c) * a.channels, p.channels, first);
       if (bits) {
         QCFS_UNROLL
         for (int t = 0; t < 8; ++t) sum[t] += word >> t & 0x01010101u;
@@ -162,7 +161,7 @@ static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
       a.out + (bits ? 8 * plane : plane) * out_plane + ((sample * a.out_h + row) * a.out_w + col) * a.channels + first;
   QCFS_UNROLL
   for (int t = 0; t < 8; ++t) {
-    if (t < steps) store_quad(out + t * out_plane, p.quad, first, sum[t] * factor);
+    if (t < steps) store_quad(out + t * out_plane, p.channels, first, sum[t] * factor);
   }
 }
 
@@ -186,7 +185,8 @@ static __global__ void pool_counts_kernel(const __grid_constant__ PoolCounts p) 
 
 struct QuantizeParams {
   Quantize a;
-  std::uint32_t* most;    // [batch]: bits of the largest |x'|, which order as the values do; [batch] itself: the flag
+  std::uint32_t* largest;    // [batch + 1]: bits of the largest |x'| of each sample (floats >= 0 order as their bits
+                             // do), then the flag for NaN and infinity
 };
 
 constexpr std::uint32_t infinity_bits = 0x7f800000;    // NaNs lie above it
@@ -214,24 +214,26 @@ QCFS_DEVICE float transformed(const Quantize& a, const ImagePixel& i, std::int64
 static __global__ void largest_kernel(const __grid_constant__ QuantizeParams p) {
   const ImagePixel i = image_pixel(p.a);
   if (!i.exists) return;
-  std::uint32_t most = 0;
+  std::uint32_t largest = 0;
   for (std::int64_t c = 0; c < p.a.channels; ++c) {
     const std::uint32_t size = bits_of(transformed(p.a, i, c)) & 0x7fffffffu;
-    most = size > most ? size : most;
+    largest = size > largest ? size : largest;
   }
-  // Most values lie below the largest so far: read before the atomic, which would serialise them all.
-  if (most > *const_cast<const volatile std::uint32_t*>(p.most + i.sample)) atomicMax(p.most + i.sample, most);
+  // Most threads find a larger value already there. They read it first, because an atomic by every thread would be
+  // executed one after the other.
+  if (largest > *const_cast<const volatile std::uint32_t*>(p.largest + i.sample))
+    atomicMax(p.largest + i.sample, largest);
 }
 
 static __global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {
   const ImagePixel i = image_pixel(p.a);
   if (!i.exists) return;
   std::int16_t* out = p.a.out + (i.sample * p.a.height * p.a.width + i.pixel) * p.a.channels;
-  const std::uint32_t bits = p.most[i.sample];
+  const std::uint32_t bits = p.largest[i.sample];
   const bool finite = bits < infinity_bits;
   int e = 0;
   if (finite && bits != 0) {
-    // most = f * 2^e with f in [1/2, 1), and 32767 = (1 - 2^-15) * 2^15.
+    // largest = f * 2^e with f in [1/2, 1), and 32767 = (1 - 2^-15) * 2^15.
     const double f = frexp(static_cast<double>(float_of(bits)), &e);
     e -= f <= 32767.0 / 32768.0 ? 15 : 14;
   }
@@ -242,7 +244,7 @@ static __global__ void quantize_kernel(const __grid_constant__ QuantizeParams p)
   }
   if (i.pixel != 0) return;
   p.a.exponent[i.sample] = e;
-  if (!finite) p.most[p.a.batch] = 1;
+  if (!finite) p.largest[p.a.batch] = 1;
 }
 
 }    // namespace qcfs::cuda

@@ -1,4 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+# ruff: noqa: RUF005 - Triton has no starred expressions
 """Triton kernels of every operator: the same bytes as the CPU kernels and as reference.py.
 
 One spiking layer, per output neuron (row m = pixel of the batch, channel o), for t = 0 .. T-1, in int32:
@@ -29,6 +30,9 @@ BM x BN neurons of one group for all (up to 8) steps, and takes K in pieces of B
    BM | x   | -> | acc[0..7] |  > int32, in registers (BM*BN*steps/threads of them, at most 32 a thread, see
       +-----+    +-----------+ /  triton_tiles.py); then T steps of the recursion there, one byte a neuron out
 
+`acc` is a Python tuple of one tile per step. Triton cannot assign to an element of a tuple, so every pass over the
+steps builds the next tuple (`sums = sums + (tile,)`).
+
 Two digits need no second set of accumulators: the high digits over all of K, a shift by 8, the low digits on top
 (HORNER). The tensor-core instruction may saturate, so this is used only while |sum| < 2^31 is certain from K alone;
 otherwise high and low sums are kept apart and meet in wrapping integer additions. A count c enters as the signed
@@ -57,7 +61,7 @@ ROUND = tl.constexpr(6755399441055744.0)
 
 
 @triton.jit
-def _offset(count, PTX: tl.constexpr):
+def _offset_count(count, PTX: tl.constexpr):
     """Each count c as c - 128. In PTX on four bytes at once."""
     if PTX:
         bits = tl.inline_asm_elementwise(
@@ -81,13 +85,30 @@ def _spikes(m, t: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def _zeros(BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr):
+    """A tuple of zero accumulators, one tile per step."""
+    acc = ()
+    for _ in tl.static_range(STEPS):
+        acc = acc + (tl.zeros([BM, BN], tl.int32),)
+    return acc
+
+
+@triton.jit
+def _times_256(acc, STEPS: tl.constexpr):
+    scaled = ()
+    for t in tl.static_range(STEPS):
+        scaled = scaled + (acc[t] << 8,)
+    return scaled
+
+
+@triton.jit
 def _add_product(
-    acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
-    x, plane, w, image, oy, ox, row_ok, o, o_ok, first,
+    acc, x, plane, w, image, oy, ox, row_ok, o, o_ok, first,
     O, H, W, C, K, KP, KW, TAPS, SH, SW, PH, PW, DH, DW,
     COUNT: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """acc[t] += one digit plane of one product, over all taps and inputs."""
+    """acc[t] += one digit plane of one product, over all taps and inputs. `plane`: bytes between two count planes."""
+    plane = tl.cast(plane, tl.int64)
     blocks = tl.cdiv(K, BK)
     lane = tl.arange(0, BK)
     for i in range(TAPS * blocks):
@@ -102,47 +123,17 @@ def _add_product(
         row = (tap * O + o).to(tl.int64) * KP
         b = tl.trans(tl.load(w + row[:, None] + k[None, :], mask=o_ok[:, None] & (k < KP)[None, :], other=0))
         m = tl.load(address, mask=valid, other=0)
-        if COUNT:
-            acc0 = tl.dot(_offset(m, PTX), b, acc0, out_dtype=tl.int32)
-            step = tl.cast(plane, tl.int64)
-            if STEPS > 1:
-                m = tl.load(address + step, mask=valid, other=0)
-                acc1 = tl.dot(_offset(m, PTX), b, acc1, out_dtype=tl.int32)
-            if STEPS > 2:
-                m = tl.load(address + 2 * step, mask=valid, other=0)
-                acc2 = tl.dot(_offset(m, PTX), b, acc2, out_dtype=tl.int32)
-            if STEPS > 3:
-                m = tl.load(address + 3 * step, mask=valid, other=0)
-                acc3 = tl.dot(_offset(m, PTX), b, acc3, out_dtype=tl.int32)
-            if STEPS > 4:
-                m = tl.load(address + 4 * step, mask=valid, other=0)
-                acc4 = tl.dot(_offset(m, PTX), b, acc4, out_dtype=tl.int32)
-            if STEPS > 5:
-                m = tl.load(address + 5 * step, mask=valid, other=0)
-                acc5 = tl.dot(_offset(m, PTX), b, acc5, out_dtype=tl.int32)
-            if STEPS > 6:
-                m = tl.load(address + 6 * step, mask=valid, other=0)
-                acc6 = tl.dot(_offset(m, PTX), b, acc6, out_dtype=tl.int32)
-            if STEPS > 7:
-                m = tl.load(address + 7 * step, mask=valid, other=0)
-                acc7 = tl.dot(_offset(m, PTX), b, acc7, out_dtype=tl.int32)
-        else:
-            acc0 = tl.dot(_spikes(m, 0, PTX), b, acc0, out_dtype=tl.int32)
-            if STEPS > 1:
-                acc1 = tl.dot(_spikes(m, 1, PTX), b, acc1, out_dtype=tl.int32)
-            if STEPS > 2:
-                acc2 = tl.dot(_spikes(m, 2, PTX), b, acc2, out_dtype=tl.int32)
-            if STEPS > 3:
-                acc3 = tl.dot(_spikes(m, 3, PTX), b, acc3, out_dtype=tl.int32)
-            if STEPS > 4:
-                acc4 = tl.dot(_spikes(m, 4, PTX), b, acc4, out_dtype=tl.int32)
-            if STEPS > 5:
-                acc5 = tl.dot(_spikes(m, 5, PTX), b, acc5, out_dtype=tl.int32)
-            if STEPS > 6:
-                acc6 = tl.dot(_spikes(m, 6, PTX), b, acc6, out_dtype=tl.int32)
-            if STEPS > 7:
-                acc7 = tl.dot(_spikes(m, 7, PTX), b, acc7, out_dtype=tl.int32)
-    return acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7
+        sums = ()
+        for t in tl.static_range(STEPS):
+            if COUNT:
+                if t > 0:
+                    m = tl.load(address + t * plane, mask=valid, other=0)
+                a = _offset_count(m, PTX)
+            else:
+                a = _spikes(m, t, PTX)
+            sums = sums + (tl.dot(a, b, acc[t], out_dtype=tl.int32),)
+        acc = sums
+    return acc
 
 
 @triton.jit
@@ -156,43 +147,20 @@ def _residual(r, index, valid, r_plane, amplitude, t: tl.constexpr, COUNT: tl.co
 
 
 @triton.jit
-def _step(
-    acc, v, bits, index, valid, constant, threshold, amplitude0, amplitude1,
-    r0, r1, partial_in, partial_out, plane,
-    t: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, RCOUNT0: tl.constexpr, RCOUNT1: tl.constexpr,
-    PARTIAL: tl.constexpr, FIRE: tl.constexpr,
-):  # fmt: skip
-    """Step t of the epilogue: all other sources join the sum, then integrate, fire, soft reset (or store the sum)."""
-    if t < STEPS:
-        if PARTIAL:
-            acc += tl.load(partial_in + index + t * plane, mask=valid, other=0)
-        if R > 0:
-            acc += _residual(r0, index, valid, plane, amplitude0, t, RCOUNT0)
-        if R > 1:
-            acc += _residual(r1, index, valid, plane, amplitude1, t, RCOUNT1)
-        if FIRE:
-            v += acc + constant
-            fired = v >= threshold[None, :]
-            v = tl.where(fired, v - threshold[None, :], v)
-            bits |= fired.to(tl.int32) << t
-        else:
-            tl.store(partial_out + index + t * plane, acc, mask=valid)
-    return v, bits
-
-
-@triton.jit
-def _finish(
-    acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
-    tile_m, rows, o, row_ok, o_ok, O, plane,
+def _epilogue(
+    acc, tile_m, rows, o, row_ok, o_ok, O, plane,
     r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
     STEPS: tl.constexpr, R: tl.constexpr, RCOUNT0: tl.constexpr, RCOUNT1: tl.constexpr, CURRENT: tl.constexpr,
     PARTIAL: tl.constexpr, FIRE: tl.constexpr, CONTINUED: tl.constexpr, CONTINUES: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of both spiking kernels. `plane` = M * O, the distance between planes of everything [.., M, O]."""
+    """The end of both spiking kernels: adds the other sources, then integrates, fires and resets (or stores the sums).
+
+    `plane` = M * O, the distance between planes of everything [.., M, O].
+    """
     plane = tl.cast(plane, tl.int64)
     valid = row_ok[:, None] & o_ok[None, :]
     # 64-bit positions belong to the tile, 32-bit ones to its elements: those are held in registers.
-    origin = tile_m.to(tl.int64) * acc0.shape[0] * O
+    origin = tile_m.to(tl.int64) * acc[0].shape[0] * O
     index = rows[:, None] * O + o[None, :]
     r0 += origin
     r1 += origin
@@ -206,8 +174,8 @@ def _finish(
     a1 = a0
     n = a0
     constant = a0[None, :]
-    v = tl.zeros_like(acc0)
-    bits = tl.zeros_like(acc0)
+    v = tl.zeros_like(acc[0])
+    bits = tl.zeros_like(acc[0])
     if R > 0:
         a0 = tl.load(amplitude0 + o, mask=o_ok, other=0)
     if R > 1:
@@ -221,38 +189,21 @@ def _finish(
             v = tl.load(v_in + index, mask=valid, other=0)
         else:
             v += (n >> 1)[None, :]
-    v, bits = _step(
-        acc0, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
-        0, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
-    )  # fmt: skip
-    v, bits = _step(
-        acc1, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
-        1, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
-    )  # fmt: skip
-    v, bits = _step(
-        acc2, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
-        2, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
-    )  # fmt: skip
-    v, bits = _step(
-        acc3, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
-        3, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
-    )  # fmt: skip
-    v, bits = _step(
-        acc4, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
-        4, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
-    )  # fmt: skip
-    v, bits = _step(
-        acc5, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
-        5, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
-    )  # fmt: skip
-    v, bits = _step(
-        acc6, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
-        6, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
-    )  # fmt: skip
-    v, bits = _step(
-        acc7, v, bits, index, valid, constant, n, a0, a1, r0, r1, partial_in, partial_out, plane,
-        7, STEPS, R, RCOUNT0, RCOUNT1, PARTIAL, FIRE,
-    )  # fmt: skip
+    for t in tl.static_range(STEPS):
+        total = acc[t]
+        if PARTIAL:
+            total += tl.load(partial_in + index + t * plane, mask=valid, other=0)
+        if R > 0:
+            total += _residual(r0, index, valid, plane, a0, t, RCOUNT0)
+        if R > 1:
+            total += _residual(r1, index, valid, plane, a1, t, RCOUNT1)
+        if FIRE:
+            v += total + constant
+            fired = v >= n[None, :]
+            v = tl.where(fired, v - n[None, :], v)
+            bits |= fired.to(tl.int32) << t
+        else:
+            tl.store(partial_out + index + t * plane, total, mask=valid)
     if FIRE:
         tl.store(out + index, bits.to(tl.uint8), mask=valid)
         if CONTINUES:
@@ -298,59 +249,22 @@ def spiking_dot(
     ox = m % OW
     oy = (m // OW) % OH
     image = (m // OW // OH).to(tl.int64)
-    acc0 = tl.zeros([BM, BN], tl.int32)
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
-    acc4 = acc0
-    acc5 = acc0
-    acc6 = acc0
-    acc7 = acc0
-    high0 = acc0
-    high1 = acc0
-    high2 = acc0
-    high3 = acc0
-    high4 = acc0
-    high5 = acc0
-    high6 = acc0
-    high7 = acc0
+    acc = _zeros(BM, BN, STEPS)
+    high = acc
     for digit in tl.static_range(DIGITS):
         if digit == 1:
             if HORNER:
-                acc0 = acc0 << 8
-                acc1 = acc1 << 8
-                acc2 = acc2 << 8
-                acc3 = acc3 << 8
-                acc4 = acc4 << 8
-                acc5 = acc5 << 8
-                acc6 = acc6 << 8
-                acc7 = acc7 << 8
+                acc = _times_256(acc, STEPS)
             else:
-                high0 = acc0 << 8
-                high1 = acc1 << 8
-                high2 = acc2 << 8
-                high3 = acc3 << 8
-                high4 = acc4 << 8
-                high5 = acc5 << 8
-                high6 = acc6 << 8
-                high7 = acc7 << 8
-                acc0 = tl.zeros([BM, BN], tl.int32)
-                acc1 = acc0
-                acc2 = acc0
-                acc3 = acc0
-                acc4 = acc0
-                acc5 = acc0
-                acc6 = acc0
-                acc7 = acc0
-        acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7 = _add_product(
-            acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
-            x0, x_plane0, w0 + digit * tl.cast(w_plane0, tl.int64), image, oy, ox, row_ok, o, o_ok, group * K0,
+                high = _times_256(acc, STEPS)
+                acc = _zeros(BM, BN, STEPS)
+        acc = _add_product(
+            acc, x0, x_plane0, w0 + digit * tl.cast(w_plane0, tl.int64), image, oy, ox, row_ok, o, o_ok, group * K0,
             O, H0, W0, C0, K0, KP0, KW0, TAPS0, SH0, SW0, PH0, PW0, DH0, DW0, COUNT0, STEPS, PTX, BK,
         )  # fmt: skip
         if PRODUCTS > 1:
-            acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7 = _add_product(
-                acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7,
-                x1, x_plane1, w1 + digit * tl.cast(w_plane1, tl.int64), image, oy, ox, row_ok, o, o_ok, group * K1,
+            acc = _add_product(
+                acc, x1, x_plane1, w1 + digit * tl.cast(w_plane1, tl.int64), image, oy, ox, row_ok, o, o_ok, group * K1,
                 O, H1, W1, C1, K1, KP1, KW1, TAPS1, SH1, SW1, PH1, PW1, DH1, DW1, COUNT1, STEPS, PTX, BK,
             )  # fmt: skip
     # What the counts' offset of 128 took away.
@@ -361,16 +275,11 @@ def spiking_dot(
         back += tl.load(sums1 + o, mask=o_ok, other=0)
     scale: tl.constexpr = 8 if DIGITS == 1 else 0
     back = back[None, :]
-    acc0 = (acc0 + high0 + back) << scale
-    acc1 = (acc1 + high1 + back) << scale
-    acc2 = (acc2 + high2 + back) << scale
-    acc3 = (acc3 + high3 + back) << scale
-    acc4 = (acc4 + high4 + back) << scale
-    acc5 = (acc5 + high5 + back) << scale
-    acc6 = (acc6 + high6 + back) << scale
-    acc7 = (acc7 + high7 + back) << scale
-    _finish(
-        acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, tile_m, rows, o, row_ok, o_ok, O, plane,
+    sums = ()
+    for t in tl.static_range(STEPS):
+        sums = sums + ((acc[t] + high[t] + back) << scale,)
+    _epilogue(
+        sums, tile_m, rows, o, row_ok, o_ok, O, plane,
         r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
         STEPS, R, RCOUNT0, RCOUNT1, CURRENT, PARTIAL, FIRE, CONTINUED, CONTINUES,
     )  # fmt: skip
@@ -403,19 +312,13 @@ def spiking_direct(
     row_ok = m < M
     o = tl.program_id(1) * BN + tl.arange(0, BN)
     o_ok = o < O
-    acc0 = tl.zeros([BM, BN], tl.int32)
-    acc1 = acc0
-    acc2 = acc0
-    acc3 = acc0
-    acc4 = acc0
-    acc5 = acc0
-    acc6 = acc0
-    acc7 = acc0
+    acc = _zeros(BM, BN, STEPS)
     if PRODUCTS > 0:
         ox = m % OW
         oy = (m // OW) % OH
         image = (m // OW // OH).to(tl.int64)
         first = (o // group_outputs) * K
+        plane_bytes = tl.cast(x_plane, tl.int64)
         for i in range(TAPS * K):
             tap = i // K
             ky = tap // KW
@@ -429,41 +332,17 @@ def spiking_direct(
                 valid = valid & o_ok[None, :]
             b = tl.load(w + tl.cast(i, tl.int64) * O + o, mask=o_ok, other=0).to(tl.int32)[None, :] * SCALE
             s = tl.load(address, mask=valid, other=0).to(tl.int32)
-            if COUNT:
-                acc0 += s * b
-                step = tl.cast(x_plane, tl.int64)
-                if STEPS > 1:
-                    acc1 += tl.load(address + step, mask=valid, other=0).to(tl.int32) * b
-                if STEPS > 2:
-                    acc2 += tl.load(address + 2 * step, mask=valid, other=0).to(tl.int32) * b
-                if STEPS > 3:
-                    acc3 += tl.load(address + 3 * step, mask=valid, other=0).to(tl.int32) * b
-                if STEPS > 4:
-                    acc4 += tl.load(address + 4 * step, mask=valid, other=0).to(tl.int32) * b
-                if STEPS > 5:
-                    acc5 += tl.load(address + 5 * step, mask=valid, other=0).to(tl.int32) * b
-                if STEPS > 6:
-                    acc6 += tl.load(address + 6 * step, mask=valid, other=0).to(tl.int32) * b
-                if STEPS > 7:
-                    acc7 += tl.load(address + 7 * step, mask=valid, other=0).to(tl.int32) * b
-            else:
-                acc0 += (s & 1) * b
-                if STEPS > 1:
-                    acc1 += ((s >> 1) & 1) * b
-                if STEPS > 2:
-                    acc2 += ((s >> 2) & 1) * b
-                if STEPS > 3:
-                    acc3 += ((s >> 3) & 1) * b
-                if STEPS > 4:
-                    acc4 += ((s >> 4) & 1) * b
-                if STEPS > 5:
-                    acc5 += ((s >> 5) & 1) * b
-                if STEPS > 6:
-                    acc6 += ((s >> 6) & 1) * b
-                if STEPS > 7:
-                    acc7 += ((s >> 7) & 1) * b
-    _finish(
-        acc0, acc1, acc2, acc3, acc4, acc5, acc6, acc7, tile_m, rows, o, row_ok, o_ok, O, plane,
+            sums = ()
+            for t in tl.static_range(STEPS):
+                if COUNT:
+                    if t > 0:
+                        s = tl.load(address + t * plane_bytes, mask=valid, other=0).to(tl.int32)
+                    sums = sums + (acc[t] + s * b,)
+                else:
+                    sums = sums + (acc[t] + ((s >> t) & 1) * b,)
+            acc = sums
+    _epilogue(
+        acc, tile_m, rows, o, row_ok, o_ok, O, plane,
         r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
         STEPS, R, RCOUNT0, RCOUNT1, CURRENT, PARTIAL, FIRE, CONTINUED, CONTINUES,
     )  # fmt: skip

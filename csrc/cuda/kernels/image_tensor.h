@@ -9,39 +9,45 @@
 //
 //     acc = 65536 * sum w1 q1  +  256 * (sum w1 q0 + sum w0 q1)  +  sum w0 q0
 //
-// none of which can reach 2^31 while K <= 43000. This path does not depend on T and runs once.
+// None of the three can reach 2^31 while K <= 43000 (max_image_k): the largest sum, of w1 q0 + w0 q1, stays below
+// 43000 * (128 * 255 + 128 * 128). The currents do not depend on t, so this runs once for all steps.
 //
-// Operands: q int16 [N, H, W, C]; weights packed as in layer.h as if K were the channels of one tap: int8
+// Operands: q int16 [N, H, W, C]; weights packed as in tensor_layout.h as if K were the channels of one tap: int8
 // [2, stages, O rounded up to 64, 64]; result as in the contract, T in the bits of the mask bytes.
 //
-// A block computes 64 pixels x 64 channels, a warp 16 pixels. An image has few channels, so its rows of K are no
-// 16-byte pieces: a thread gathers four neighbouring k of eight pixels, splits them into digits and stores words.
+// A block computes 64 pixels x 64 channels, a warp 16 pixels. An image has few channels, so a tap is no whole 16-byte
+// piece, which an asynchronous copy could take. Instead a thread gathers four neighbouring k of eight pixels, splits
+// them into digits and stores a word of each digit.
 //
-//           64 of K                       64 channels                two of each in shared memory (32 KiB), filled
-//         +----------+                  +-------------+              and multiplied in turn, one barrier a stage
+//           64 of K                       64 channels                shared memory, 32 KiB: two of each, one filled
+//         +----------+                  +-------------+              while the other is multiplied; one barrier a stage
 //     64  | q1: s8   |                  | w1: s8      |
-//     px  +----------+                  +-------------+              registers: 96 accumulators, 32 values on
-//         | q0: u8   |                  | w0: s8      |              their way, 32 addresses
+//     px  +----------+                  +-------------+              registers: 96 accumulators, 32 loaded values,
+//         | q0: u8   |                  | w0: s8      |              32 addresses
 //         +----------+                  +-------------+
 #pragma once
 
+#include <cstdint>
+
+#include "core/contract.h"
 #include "cuda/device.h"
-#include "cuda/kernels/analog.h"
-#include "cuda/kernels/layer.h"
+#include "cuda/kernels/epilogue.h"
+#include "cuda/kernels/tensor_layout.h"
 
 namespace qcfs::cuda {
 
-constexpr int image_rows = 64, image_cols = 64, image_threads = 128;
+constexpr int image_rows = 64, image_cols = 64, image_tensor_threads = 128;
 constexpr int image_plane = 64 * stage_bytes;    // one digit of one tile
-constexpr std::int64_t image_most_k = 43000;
+constexpr std::int64_t max_image_k = 43000;
 
-struct ImageParams {
+struct ImageTensorParams {
   AnalogConv a;
   const std::int8_t* packed;
   std::int32_t stages, k, padded_out, quads;
 };
 
-static __global__ void __launch_bounds__(image_threads) image_kernel(const __grid_constant__ ImageParams p) {
+static __global__ void __launch_bounds__(image_tensor_threads)
+    image_tensor_kernel(const __grid_constant__ ImageTensorParams p) {
   QCFS_SHARED(shared);
   const AnalogConv& a = p.a;
   const std::int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -74,7 +80,7 @@ static __global__ void __launch_bounds__(image_threads) image_kernel(const __gri
   for (std::int32_t stage = 0; stage < p.stages; ++stage) {
     unsigned char* const tiles = shared + stage % 2 * (4 * image_plane);
     QCFS_UNROLL
-    for (int i = 0; i < 2 * image_plane / 16; i += image_threads) {
+    for (int i = 0; i < 2 * image_plane / 16; i += image_tensor_threads) {
       const std::int32_t piece = i + thread, digit = piece / (image_plane / 16), row = piece % (image_plane / 16) / 4;
       const std::int64_t at =
           (static_cast<std::int64_t>(digit) * p.stages + stage) * p.padded_out + first_channel + row;
@@ -108,7 +114,7 @@ static __global__ void __launch_bounds__(image_threads) image_kernel(const __gri
       *reinterpret_cast<std::uint32_t*>(to + image_plane) = low[i];
     }
     copies_wait<0>();
-    __syncthreads();    // this stage is there; and everyone has left the other half, which is filled next
+    __syncthreads();    // this stage is there; and everyone has left the other buffer, which is filled next
     QCFS_UNROLL
     for (int half = 0; half < 2; ++half) {
       std::uint32_t q1[4], q0[4];
@@ -132,9 +138,10 @@ static __global__ void __launch_bounds__(image_threads) image_kernel(const __gri
   }
   __syncthreads();
 
-  // Lane l holds rows l/4 and l/4 + 8 and channels 2 * (l % 4) and one more of each fragment; its currents are turned
-  // through the warp's own 1 KiB, so that a lane ends four neighbouring channels.
-  std::int32_t* own = reinterpret_cast<std::int32_t*>(shared) + warp * 256;
+  // Epilogue. In a 16 x 8 accumulator fragment lane l holds rows l/4 and l/4 + 8, channels 2*(l%4) and 2*(l%4) + 1. The
+  // currents are transposed through 1 KiB of the warp's own, 16 channels at a time, so that each lane ends four
+  // neighbouring channels.
+  std::int32_t* currents = reinterpret_cast<std::int32_t*>(shared) + warp * 256;
   double power[2];
   QCFS_UNROLL
   for (int r = 0; r < 2; ++r) {
@@ -156,7 +163,7 @@ static __global__ void __launch_bounds__(image_threads) image_kernel(const __gri
                                    static_cast<std::int64_t>(acc[1][first / 8 + j][2 * r + c]) * 256 +
                                    acc[0][first / 8 + j][2 * r + c];
           const double z = add_rn(mul_rn(static_cast<double>(sum), mul_rn(gain, power[r])), offset);
-          own[(lane / 4 + 8 * r) * 16 + col] = to_grid(z, a.low[o], a.high[o]);
+          currents[(lane / 4 + 8 * r) * 16 + col] = to_grid(z, a.low[o], a.high[o]);
         }
       }
     }
@@ -167,14 +174,14 @@ static __global__ void __launch_bounds__(image_threads) image_kernel(const __gri
       const std::int32_t at = first_pixel + 16 * warp + row, o = first_channel + first + col;
       if (at >= pixels || o >= O) continue;
       if (p.quads) {
-        std::int32_t currents[4];
-        load_quad(currents, own + row * 16 + col);
-        encode_point<4>(a, at, o, currents);
+        std::int32_t current[4];
+        load_values<4>(current, currents + row * 16 + col);
+        image_epilogue<4>(a, at, o, current);
       } else {
         QCFS_ROLLED
         for (int j = 0; j < 4 && o + j < O; ++j) {
-          const std::int32_t current[1] = {own[row * 16 + col + j]};
-          encode_point<1>(a, at, o + j, current);
+          const std::int32_t current[1] = {currents[row * 16 + col + j]};
+          image_epilogue<1>(a, at, o + j, current);
         }
       }
     }

@@ -1,23 +1,32 @@
-// Spiking convolution without tensor cores: grouped and depthwise layers, layers with few inputs, and the sum of
-// partial products of a split K. One thread owns one output neuron and its T accumulators (T <= 8 registers);
-// neighbouring threads own neighbouring channels, so weights, masks of a depthwise layer and outputs are read and
-// written coalesced, and the masks of an ungrouped layer are broadcast.
+// Spiking convolution and linear layer without tensor cores: grouped and depthwise layers, and layers with few inputs
+// or outputs, where padding to the tensor cores' tiles would be most of the work.
+//
+// One thread owns one output neuron and its T <= 8 accumulators, in registers:
 //
 //     thread (pixel, o):   for tap, for channel of o's group:  w = weight[tap, channel, o]
 //                                                              acc[t] += bit t of mask * w     t = 0 .. T-1
-//                          then the same end as conv_if.h: residuals, integrate, fire, soft reset, one byte
+//                          then the epilogue: residuals, integrate, fire, soft reset, one mask byte
 //
-// Operands as in conv_if.h, but weights int16 or int8 [KH, KW, C/groups, O] as in the contract. Exact: 32-bit integers.
+// Neighbouring threads own neighbouring channels. So weights, outputs and the masks of a depthwise layer are read and
+// written coalesced, and all threads of a pixel read the same masks of an ungrouped layer.
+//
+// Operands as in conv_if_tensor.h, but weights int16 or int8 [KH, KW, C/groups, O] as in the contract. Exact: 32-bit
+// integers.
 #pragma once
 
+#include <cstdint>
+
 #include "cuda/device.h"
-#include "cuda/kernels/layer.h"
+#include "cuda/kernels/epilogue.h"
+#include "cuda/kernels/parameters.h"
 
 namespace qcfs::cuda {
 
+constexpr int direct_threads = 128;
+
 template <int T>
-__global__ void __launch_bounds__(128, 4) direct_kernel(const __grid_constant__ LayerParams p) {
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x;
+__global__ void __launch_bounds__(direct_threads, 4) conv_if_direct_kernel(const __grid_constant__ LayerParams p) {
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * direct_threads + threadIdx.x;
   if (index >= static_cast<std::int64_t>(p.pixels) * p.out_channels) return;
   const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
   const std::int32_t pixel = static_cast<std::int32_t>(index / p.out_channels);
@@ -56,38 +65,13 @@ __global__ void __launch_bounds__(128, 4) direct_kernel(const __grid_constant__ 
       }
     }
   }
-  p.out[index] = static_cast<std::uint8_t>(integrate<T, 1>(p, index, o, acc));
-}
-
-// Adds the slices of a split K (none for a layer without products) and ends the layer.
-template <int T>
-__global__ void __launch_bounds__(128, 4) finish_kernel(const __grid_constant__ LayerParams p) {
-  const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
-  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * 128 + threadIdx.x;
-  if (index >= plane) return;
-  std::int32_t acc[T][1];
-  QCFS_UNROLL
-  for (int t = 0; t < T; ++t) {
-    acc[t][0] = 0;
-    if (t < p.steps) {
-      for (std::int32_t i = 0; i < p.slices; ++i)
-        acc[t][0] = wrapping_add(acc[t][0], p.partial[(i * p.steps + t) * plane + index]);
-    }
-  }
-  const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
-  p.out[index] = static_cast<std::uint8_t>(integrate<T, 1>(p, index, o, acc));
+  p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, acc));
 }
 
 template <int T>
 int launch_direct(const LayerParams& p, void* stream) {
-  const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, 128)};
-  return launch_kernel(direct_kernel<T>, grid, 128, 0, stream, p);
-}
-
-template <int T>
-int launch_finish(const LayerParams& p, void* stream) {
-  const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, 128)};
-  return launch_kernel(finish_kernel<T>, grid, 128, 0, stream, p);
+  const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, direct_threads)};
+  return launch_kernel(conv_if_direct_kernel<T>, grid, direct_threads, 0, stream, p);
 }
 
 }    // namespace qcfs::cuda

@@ -1,0 +1,18 @@
+// The launchers of a spiking layer, compiled for T = 1, 2, 4 and 8 time steps: one translation unit for each T, because
+// each takes long to compile.
+#pragma once
+
+#include "cuda/cost_model.h"
+#include "cuda/kernels/parameters.h"
+
+namespace qcfs::cuda {
+
+struct StepKernels {
+  int (*tensor)(const LayerParams& p, Tile tile, int splits, void* stream);
+  int (*direct)(const LayerParams& p, void* stream);
+  int (*epilogue)(const LayerParams& p, void* stream);
+};
+
+extern const StepKernels steps_1, steps_2, steps_4, steps_8;
+
+}    // namespace qcfs::cuda
