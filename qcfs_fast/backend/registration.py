@@ -38,21 +38,18 @@ def kernels(name: str) -> Kernels:
     return found
 
 
-def _register(kind: type[Operator]) -> None:
+def register(library: torch.library.Library, kind: type[Operator]) -> None:
+    """Define an operator in a library: schema, fake kernel, and the way to a backend for each device."""
+
     def on(backend: Callable[[], str]) -> Callable[..., Any]:
-        def run(*operands: Any) -> Any:
-            return kernels(backend())(kind.checked(*operands))
-
-        return run
-
-    def fake(*operands: Any) -> Any:
-        return kind.checked(*operands).empty()
+        return lambda *operands: kernels(backend())(kind.checked(*operands))
 
     library.define(kind.schema())
     library.impl(kind.name, on(choice.cpu_backend), "CPU")
     library.impl(kind.name, on(choice.gpu_backend), "CUDA")
-    torch.library.register_fake(f"qcfs_fast::{kind.name}", fake, lib=library)
+    fake: Callable[..., Any] = lambda *operands: kind.checked(*operands).empty()  # noqa: E731
+    torch.library.register_fake(f"{library.ns}::{kind.name}", fake, lib=library)
 
 
 for _kind in OPERATORS:
-    _register(_kind)
+    register(library, _kind)
