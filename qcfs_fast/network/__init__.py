@@ -1,0 +1,10 @@
+"""network: a converted network, and what can be done with one.
+
+schema.py     what a node holds: fields and tensors, described once
+layers.py     the nodes
+snn.py        SNN: the graph of nodes, run once for all T steps
+anytime.py    predict: each sample stops as soon as its answer is clear
+recording.py  trace: the spikes of every layer
+saving.py     one file for a network (docs/format.md)
+loading.py    and back, with every field checked
+"""

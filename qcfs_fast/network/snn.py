@@ -1,4 +1,9 @@
-"""The converted network: a small graph of layers (layers.py), and the loop that runs it once for all T steps."""
+"""The converted network: a small graph of nodes (layers.py), and the loop that runs it once for all T steps.
+
+Each node computes all T steps before the next one starts, since a network of integrate-and-fire layers without feedback
+gives the same spikes either way, and one call for all steps keeps membranes in registers. The float image is the value
+IMAGE, every other value has the name of its node.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
+from ..operators.limits import MAX_SUM
 from . import anytime, saving
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikingLayer, Values
 
 
 class Branch(nn.Module):
-    """A level of the original network's module tree."""
-
-    def extra_repr(self) -> str:
-        return ""
+    """A level of the module tree of the model: it only holds nodes, so that print(snn) shows the names of the model."""
 
 
 class SNN(nn.Module):
@@ -53,11 +56,10 @@ class SNN(nn.Module):
                 parent = parent._modules.setdefault(step, Branch())
             parent._modules[leaf] = layer
         self._program = list(layers)
+        # Values that no node after this one reads; they are let go, so memory does not grow with depth.
         last_use = {source: name for name, layer in layers for source in layer.inputs}
-        self._drop: dict[str, list[str]] = {}
-        for source, name in last_use.items():
-            self._drop.setdefault(name, []).append(source)
-        self.max_T = min((int(d["max_T"]) for d in self.details.values()), default=2**31 - 1)
+        self._drop = {name: [s for s, last in last_use.items() if last == name] for name, _ in layers}
+        self.max_T = min((int(d["max_T"]) for d in self.details.values()), default=MAX_SUM)
         self.T = T
         self.eval()
 
@@ -135,7 +137,7 @@ class SNN(nn.Module):
             out = layer(values, steps, per_step)
             if watch is not None:
                 watch(name, layer, out)
-            for dead in self._drop.get(name, ()):
+            for dead in self._drop[name]:
                 del values[dead]
             values[name] = out
         return out
