@@ -107,16 +107,6 @@ def test_core_knows_no_torch():
     assert "torch" not in re.findall(r"^import (\w+)|^from (\w+)", (SOURCE / "setup.py").read_text(), re.M)
 
 
-def test_no_shared_code_carries_instruction_set_flags():
-    """Files compiled with wide flags define nothing with external linkage but their table (see kernel_set.h)."""
-    for path in (SOURCE / "csrc/cpu/sets").glob("*.cpp"):
-        text = path.read_text()
-        assert re.findall(r"#include <(\w+)>", text) in ([], ["immintrin"]) or "#include <vector>" not in text
-        algorithms = re.search(r'#include "cpu/sets/(x86_256|x86_512|four_lanes)\.h"', text)
-        assert algorithms
-        assert text.index("namespace {") < algorithms.start() < text.index("}    // namespace")
-
-
 def test_a_missing_compiler_gives_one_clear_line(tmp_path):
     run = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path / "t")]
     env = {**os.environ, "PATH": str(tmp_path), "CXX": "no-such-compiler"}

@@ -1,5 +1,7 @@
-"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (tests/native/cpu.cpp)."""
+"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (tests/native/cpu.cpp); and rules of the C++."""
 
+import os
+import platform
 import re
 import shutil
 import subprocess
@@ -11,6 +13,8 @@ from qcfs_fast import backend
 
 SOURCE = Path(__file__).resolve().parent.parent
 ARM_COMPILER = "aarch64-linux-gnu-g++"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+X86_FLAGS = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni".split()
 
 
 def build(tmp_path_factory, sanitizer, *options):
@@ -61,7 +65,92 @@ def test_address_and_undefined_behaviour(tmp_path_factory):
 
 
 def test_threads(tmp_path_factory):
-    run([build(tmp_path_factory, "thread")], seed=3, cases=150, threads=4, kernels=host_kernels())
+    program = build(tmp_path_factory, "thread")
+    run([program], seed=3, cases=150, threads=4, kernels=host_kernels())
+    assert_tables_alone_are_shared(program.parent)
+
+
+def assert_tables_alone_are_shared(folder):
+    """An instruction-set file defines no symbol that the linker could give to others, but its table (kernel_set.h)."""
+    objects = sorted(folder.rglob("csrc/cpu/sets/*.o"))
+    assert {path.name.split(".")[0] for path in objects} >= {"portable", *(("avx2", "amx") if X86 else ())}
+    for path in objects:
+        done = subprocess.run(["nm", "-C", "--defined-only", "--extern-only", str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        names = [line.split(maxsplit=2)[2] for line in done.stdout.splitlines()]
+        assert names == [f"qcfs::cpu::{path.name.split('.')[0]}_kernels"]
+
+
+def compile_text(text):
+    """Check a C++ text as the kernels are compiled, for the widest instruction sets."""
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unused"]
+    command += ["-fsyntax-only", f"-I{SOURCE / 'csrc'}", *(X86_FLAGS if X86 else []), "-x", "c++", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+
+
+def test_headers_stand_alone():
+    """Every header has a guard and all its includes."""
+    headers = [SOURCE / "csrc/core/contract.h", SOURCE / "csrc/core/neuron.h", *(SOURCE / "csrc/cpu").rglob("*.h")]
+    assert len(headers) > 20
+    for path in headers:
+        if path.name.startswith("x86_") and not X86:
+            continue
+        include = f'#include "{path.relative_to(SOURCE / "csrc")}"\n'
+        done = compile_text(2 * include)
+        assert done.returncode == 0, done.stderr[:2000]
+
+
+def test_standard_headers_of_the_kernels():
+    """What instruction-set files include brings in no function with external linkage (kernel_set.h)."""
+    allowed = {"cassert", "cstddef", "cstdint", "type_traits", "immintrin.h", "emmintrin.h", "arm_neon.h"}
+    seen, left = set(), list((SOURCE / "csrc/cpu/sets").glob("*.cpp"))
+    assert len(left) > 5
+    while left:
+        text = left.pop().read_text()
+        standard = set(re.findall(r"#include <([^>]+)>", text))
+        assert standard <= allowed
+        new = {SOURCE / "csrc" / name for name in re.findall(r'#include "([^"]+)"', text)} - seen
+        seen |= new
+        left += new
+    assert SOURCE / "csrc/cpu/events/fire.h" in seen
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("static Int dot4(Int acc, Int, Int)", "needs `dot4`"),
+        ("static constexpr int max_dense_input", "needs `max_dense_input`"),
+        ("using DenseBlock", "needs `DenseBlock`"),
+    ],
+)
+def test_an_incomplete_instruction_set_is_told_what_it_lacks(member, message):
+    members = {
+        "using DenseBlock": "using DenseBlock = VectorBlock<Mine>;",
+        "static Int dot4(Int acc, Int, Int)": "static Int dot4(Int acc, Int, Int) { return acc; }",
+        "static constexpr int max_dense_input": "static constexpr int max_dense_input = 127;",
+    }
+    text = """
+        #include "cpu/sets/four_lanes.h"
+        #include "cpu/sets/generic.h"
+        namespace qcfs::cpu {
+        struct FourLanesAlone {  // as FourLanes, without what is tested here
+          static constexpr int lanes = 4, block_vectors_16 = 4, block_vectors_8 = 4, analog_vectors = 2;
+          static constexpr int dense_vectors = 4, dense_rows = 6;
+          static constexpr bool interleaves = false;
+          using Int = VectorTypes<lanes>::Int;
+          static Int dot2(Int acc, Int, Int) { return acc; }
+          static constexpr auto list_bytes = FourLanes::list_bytes;
+        };
+        namespace {
+        struct Mine : FourLanesAlone { %s };
+        constexpr KernelSet kernels = make_kernel_set<Mine>("mine", 0);
+        }
+        }
+    """
+    assert compile_text(text % " ".join(members.values())).returncode == 0
+    done = compile_text(text % " ".join(code for name, code in members.items() if name != member))
+    assert done.returncode != 0
+    assert message in done.stderr
 
 
 @pytest.mark.skipif(
