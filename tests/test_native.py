@@ -77,7 +77,8 @@ def assert_tables_alone_are_shared(folder):
     for path in objects:
         done = subprocess.run(["nm", "-C", "--defined-only", "--extern-only", str(path)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        names = [line.split(maxsplit=2)[2] for line in done.stdout.splitlines()]
+        lines = [line for line in done.stdout.splitlines() if " DW.ref." not in line]  # the sanitizer's
+        names = [line.split(maxsplit=2)[2] for line in lines]
         assert names == [f"qcfs::cpu::{path.name.split('.')[0]}_kernels"]
 
 

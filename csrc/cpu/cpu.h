@@ -3,8 +3,8 @@
 // `isa` is the set of instruction sets that may be used (a mask over cpu::Isa bits). The first kernel set of
 // kernel_sets.cpp whose needs lie inside it runs. Callers pass host_isa(), possibly capped.
 //
-// A spiking layer runs on one of several engines. choose_engine picks one for each call by a cost model (engines.cpp) from
-// the layer's shape, T, the kernel set and the firing rate of the input at hand, or as the caller asks:
+// A spiking layer runs on one of several engines. choose_engine picks one for each call by a cost model (engines.cpp)
+// from the layer's shape, T, the kernel set and the firing rate of the input at hand, or as the caller asks:
 //
 //     events       lists of the inputs that fired, one weight row added for each (events/fire.h)
 //     dense        a matrix product of bytes (dense/dense.h)

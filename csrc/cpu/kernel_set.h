@@ -30,7 +30,8 @@ struct KernelSet {
   void (*merge_events)(const EventLayer&, const EventTile&, std::int64_t row, const MergedRow&, void* workspace);
   std::size_t (*fire_events_workspace)(const EventLayer&, std::int64_t pixels);
   // One panel of output channels, from the merged lists of the tile's rows.
-  void (*fire_events)(const EventLayer&, const EventTile&, std::int64_t panel, const MergedList* lists, void* workspace);
+  void (*fire_events)(const EventLayer&, const EventTile&, std::int64_t panel, const MergedList* lists,
+                      void* workspace);
   // Layers with groups, from plain weights.
   std::size_t (*fire_grouped_workspace)(const ConvIf&);
   void (*fire_grouped)(const EventLayer&, const RowSpan&, void* workspace);

@@ -17,7 +17,7 @@ namespace qcfs::cpu {
 namespace {
 
 constexpr auto spin_time = std::chrono::microseconds(100);    // of a worker that waits for the next job
-constexpr int spins_before_yield = 4000;                       // of a caller that waits for its workers
+constexpr int spins_before_yield = 4000;                      // of a caller that waits for its workers
 
 long process_id() {
 #if defined(__unix__) || defined(__APPLE__)

@@ -7,6 +7,8 @@
 // Usage: differential SEED CASES THREADS. Prints one line "cases C rate R ties N engines E kernels NAMES" and exits
 // with 0, or says what differed and exits with 1.
 
+#include "cpu/cpu.h"
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -19,7 +21,6 @@
 #include <vector>
 
 #include "core/contract.h"
-#include "cpu/cpu.h"
 #include "cpu/isa.h"
 
 namespace {
