@@ -6,6 +6,8 @@ the other files call that one, and an older processor stops there. So such a fil
 """
 
 import json
+import os
+import platform
 import re
 import shlex
 import shutil
@@ -20,6 +22,8 @@ from qcfs_fast import backend
 pytestmark = pytest.mark.native
 SOURCE = Path(__file__).resolve().parent.parent
 ARM_COMPILER = "aarch64-linux-gnu-g++"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+X86_FLAGS = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni".split()
 
 
 def cmake(*arguments):
@@ -67,7 +71,65 @@ def test_address_and_undefined_behaviour(tmp_path_factory):
 
 @pytest.mark.slow
 def test_threads(tmp_path_factory):
-    run([build(tmp_path_factory, "thread")], seed=3, cases=150, threads=4, kernels=host_kernels())
+    program = build(tmp_path_factory, "thread")
+    run([program], seed=3, cases=150, threads=4, kernels=host_kernels())
+
+
+def compile_text(text):
+    """Check a C++ text as the kernels are compiled, for the widest instruction sets."""
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-unused"]
+    command += ["-fsyntax-only", f"-I{SOURCE / 'csrc'}", *(X86_FLAGS if X86 else []), "-x", "c++", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
+
+
+def test_headers_stand_alone():
+    """Every header has a guard and all its includes."""
+    headers = [SOURCE / "csrc/core/contract.h", SOURCE / "csrc/core/neuron.h", *(SOURCE / "csrc/cpu").rglob("*.h")]
+    assert len(headers) > 20
+    for path in headers:
+        if path.name.startswith("x86_") and not X86:
+            continue
+        include = f'#include "{path.relative_to(SOURCE / "csrc")}"\n'
+        done = compile_text(2 * include)
+        assert done.returncode == 0, done.stderr[:2000]
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("static Int dot4(Int acc, Int, Int)", "needs `dot4`"),
+        ("static constexpr int max_dense_input", "needs `max_dense_input`"),
+        ("using DenseBlock", "needs `DenseBlock`"),
+    ],
+)
+def test_an_incomplete_instruction_set_is_told_what_it_lacks(member, message):
+    members = {
+        "using DenseBlock": "using DenseBlock = VectorBlock<Mine>;",
+        "static Int dot4(Int acc, Int, Int)": "static Int dot4(Int acc, Int, Int) { return acc; }",
+        "static constexpr int max_dense_input": "static constexpr int max_dense_input = 127;",
+    }
+    text = """
+        #include "cpu/sets/four_lanes.h"
+        #include "cpu/sets/generic.h"
+        namespace qcfs::cpu {
+        struct FourLanesAlone {  // as FourLanes, without what is tested here
+          static constexpr int lanes = 4, block_vectors_16 = 4, block_vectors_8 = 4, analog_vectors = 2;
+          static constexpr int dense_vectors = 4, dense_rows = 6;
+          static constexpr bool interleaves = false;
+          using Int = VectorTypes<lanes>::Int;
+          static Int dot2(Int acc, Int, Int) { return acc; }
+          static constexpr auto list_bytes = FourLanes::list_bytes;
+        };
+        namespace {
+        struct Mine : FourLanesAlone { %s };
+        constexpr KernelSet kernels = make_kernel_set<Mine>("mine", 0);
+        }
+        }
+    """
+    assert compile_text(text % " ".join(members.values())).returncode == 0
+    done = compile_text(text % " ".join(code for name, code in members.items() if name != member))
+    assert done.returncode != 0
+    assert message in done.stderr
 
 
 @pytest.mark.slow
@@ -100,7 +162,7 @@ def flagged(tmp_path_factory):
     commands = {Path(c["file"]): shlex.split(c["command"]) for c in listed}
     found = {path: words for path, words in commands.items() if any(re.match("-m(avx|amx|arch)", w) for w in words)}
     # One a kernel set, but for the one that any processor of the family runs.
-    assert {path.stem for path in found} == {name for name, _ in backend.native.kernel_sets()[:-1]}
+    assert {path.stem for path in found} == {name for name, _ in backend.native.module.kernel_sets()[:-1]}
     return found
 
 

@@ -55,7 +55,7 @@ struct Product {
   const void* weight;    // [KH, KW, C/groups, O]
   int weight_bytes;      // 1: int8, worth 256 units a step; 2: int16
   Geometry g;
-  const void* packed = nullptr;    // the weights once more as the engine that will run wants them (cpu.h), or null
+  const void* packed = nullptr;    // the weights repacked for the engine that will run (cpu.h), or null
 };
 
 struct Residual {
@@ -93,7 +93,7 @@ struct AnalogConv {
   const std::int32_t* threshold;    // [O]; used when steps > 0
   std::uint8_t* out_mask;           // [ceil(T/8), N, OH, OW, O]
   std::int32_t* out_current;        // [N, OH, OW, O]
-  const void* packed = nullptr;     // CPU only: the weights once more as its kernels want them (cpu.h)
+  const void* packed = nullptr;     // CPU only: the weights repacked for its kernels (cpu.h)
 };
 
 // Constant current -> masks: the recursion above with I[t] = current.

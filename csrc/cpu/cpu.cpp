@@ -1,5 +1,5 @@
-// Every public function of the CPU backend: chooses the kernel set, hands spiking layers to the plan of their engine and
-// cuts all other operators into rows.
+// Every public function of the CPU backend: chooses the kernel set, hands spiking layers to the plan of their engine
+// and cuts all other operators into rows.
 #include "cpu/cpu.h"
 
 #include <algorithm>

@@ -1,17 +1,18 @@
 // The CPU backend: one function per operator of core/contract.h, cut into tasks over a thread pool.
 //
-// `isa` is the set of instruction sets that may be used (a mask over cpu::Isa bits); the first kernel set
-// of kernels.inc whose needs lie inside it runs. Callers pass host_isa(), possibly capped.
+// `isa` is the set of instruction sets that may be used (a mask over cpu::Isa bits). The first kernel set of
+// kernel_sets.cpp whose needs lie inside it runs. Callers pass host_isa(), possibly capped.
 //
-// A spiking layer runs on one of several engines, chosen for each call by a cost model (engines.h) from its shape, T,
-// the kernel set and the firing rate of the input at hand, or forced by the caller:
+// A spiking layer runs on one of several engines. choose_engine picks one for each call by a cost model (engines.cpp)
+// from the layer's shape, T, the kernel set and the firing rate of the input at hand, or as the caller asks:
 //
-//     events       lists of the inputs that fired, one weight row added for each (kernels/events.h)
-//     dense        a matrix product of bytes (kernels/dense.h)
-//     depthwise    one input channel to an output channel
-//     grouped      other groups
+//     events       lists of the inputs that fired, one weight row added for each (events/fire.h)
+//     dense        a matrix product of bytes (dense/dense.h)
+//     depthwise    one input channel to an output channel (events/grouped.h)
+//     grouped      other groups (events/grouped.h)
 //
-// The first two read weights in an order of their own: a caller packs them once and passes them with every call.
+// The first two read weights in an order of their own. So a caller chooses the engine, packs the weights for it, once,
+// and passes both with every call.
 #pragma once
 
 #include <cstddef>
@@ -50,8 +51,10 @@ void pack(const ConvIf& a, int product, Engine engine, std::uint32_t isa, void* 
 std::size_t packed_bytes(const AnalogConv& a, std::uint32_t isa);
 void pack(const AnalogConv& a, std::uint32_t isa, void* out);
 
-// options.engine must be the one that was chosen and the weights packed for, or automatic.
+// options.engine must be what choose_engine answered (automatic: it is asked again), and every product for which
+// packed_bytes is not 0 must carry weights packed for it. More sources than max_products or max_residuals are refused.
 Status conv_if(const ConvIf& a, const Options& options);
+// Needs a.packed.
 Status analog(const AnalogConv& a, const Options& options);
 Status encode(const Encode& a, const Options& options);
 Status pool(const Pool& a, const Options& options);

@@ -8,7 +8,6 @@
 //
 // The firing rate is that of the input at hand, read off a sample of it. Engines return the same bytes, so the choice
 // can never show but in time.
-#include <cassert>
 #include <cstring>
 
 #include "cpu/cpu.h"
@@ -44,8 +43,8 @@ const EngineRates& rates_of(const KernelSet& k) {
   return engine_rates[sizeof(engine_rates) / sizeof(engine_rates[0]) - 1];
 }
 
-// Share of non-zero inputs a step, from up to 64 samples of up to 64 bytes. Samples lie at multiples of the golden ratio
-// modulo 1. A constant stride could be a multiple of the row length and would sample a single image column.
+// Share of non-zero inputs a step, from up to 64 samples of up to 64 bytes. Samples lie at multiples of the golden
+// ratio modulo 1. A constant stride could be a multiple of the row length and would sample a single image column.
 double sampled_rate(const ConvIf& a, const Product& p) {
   constexpr std::int64_t samples = 64, max_sample_bytes = 64;
   const bool mask = p.x.coding == Coding::mask;
@@ -55,7 +54,8 @@ double sampled_rate(const ConvIf& a, const Product& p) {
   const unsigned wanted = (1u << steps) - 1;
   std::int64_t seen = 0, fired = 0;
   for (std::int64_t i = 0; i < samples; ++i) {
-    const double at = static_cast<double>(static_cast<std::uint32_t>(i * 2654435769)) / 4294967296.0;    // 2^32 / 1.618..
+    const double at =
+        static_cast<double>(static_cast<std::uint32_t>(i * 2654435769)) / 4294967296.0;    // 2^32 / 1.618..
     const std::int64_t first = static_cast<std::int64_t>(at * static_cast<double>(bytes));
     for (std::int64_t k = first; k < first + sample_bytes && k < bytes; ++k) {
       seen += mask ? steps : 1;

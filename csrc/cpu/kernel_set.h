@@ -1,37 +1,46 @@
-// A kernel set is one implementation of the contract for one instruction set: a name, the instruction-set bits it
-// needs and the functions that do one task each. Workspaces come from the caller: files compiled with
-// instruction-set flags contain no standard containers, whose inline functions the linker might keep for everybody.
+// A kernel set is one implementation of the contract for one instruction set: a name, the instruction-set bits it needs
+// and the functions that do one task each. Workspaces come from the caller, aligned to cache lines.
+//
+// The files under sets/ are compiled with instruction-set flags, and so is all that they include. C++ allows an inline
+// function (a template, a member defined in its class, most of the standard library) to be compiled in many files and
+// keeps any one copy: the one-definition rule promises that all are equal. Here they are not, and the copy kept for
+// every caller could be the one with AVX-512. So these files give no function external linkage but through their table:
+// everything is in an unnamed namespace or static, and no standard header with functions in it is included.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "core/contract.h"
-#include "core/neuron.h"
 #include "cpu/layout.h"
 
 namespace qcfs::cpu {
+
 struct KernelSet {
   const char* name;
   std::uint32_t isa;
 
-  // Packed event weights of one product: [panels, chunks, rows, event_panel_channels] of its own type.
+  // Packed event weights of one product: [panels, chunks, rows, channels of a panel] of its own type.
   void (*pack_events)(const Product&, std::int64_t out_channels, const EventCut&, void* out);
+  // The inputs of one input row (counted from the wave's first) that fired.
   void (*list_events)(const ConvIf&, int product, const Wave&, const EventLists&, std::int64_t sample,
                       std::int64_t row);
   std::size_t (*merge_events_workspace)(const EventLayer&);
-  // Of the tile's columns in one of its rows.
+  // The merged lists of the tile's columns in one of its rows.
   void (*merge_events)(const EventLayer&, const EventTile&, std::int64_t row, const MergedRow&, void* workspace);
   std::size_t (*fire_events_workspace)(const EventLayer&, std::int64_t pixels);
-  // One panel of output channels, from the runs of the tile's rows.
-  void (*fire_events)(const EventLayer&, const EventTile&, std::int64_t panel, const MergedList* runs, void* workspace);
+  // One panel of output channels, from the merged lists of the tile's rows.
+  void (*fire_events)(const EventLayer&, const EventTile&, std::int64_t panel, const MergedList* lists,
+                      void* workspace);
   // Layers with groups, from plain weights.
   std::size_t (*fire_grouped_workspace)(const ConvIf&);
   void (*fire_grouped)(const EventLayer&, const RowSpan&, void* workspace);
   void (*fire_depthwise)(const ConvIf&, const Neurons&, const RowSpan&);
 
-  DenseShape dense;    // rows = 0: this set has no dense kernel
-  void (*pack_dense)(const Product&, std::int64_t out_channels, std::int64_t block_bytes, std::int8_t* out);
+  DenseShape dense;
+  // Packed dense weights of one product, `panel_bytes` from panel to panel.
+  void (*pack_dense)(const Product&, std::int64_t out_channels, std::int64_t panel_bytes, std::int8_t* out);
+  // One row of the planes of a product and sample, at all steps.
   void (*expand)(const DenseLayer&, int product, std::int64_t sample, std::int64_t plane_row);
   std::size_t (*fire_dense_workspace)(const DenseLayer&, std::int64_t blocks);
   void (*fire_dense)(const DenseLayer&, const DenseTile&, void* workspace);

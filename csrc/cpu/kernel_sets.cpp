@@ -1,8 +1,7 @@
 // The kernel sets of this build, best first, and the choice among them. CMake defines QCFS_SET_.. for those that the
 // processor family has and the compiler knows.
-#include "cpu/kernel_set.h"
-
 #include "cpu/cpu.h"
+#include "cpu/kernel_set.h"
 
 namespace qcfs::cpu {
 namespace {

@@ -30,7 +30,8 @@ int largest_input(const ConvIf& a, const Product& p) {
   return largest;
 }
 
-LinearAsImage::LinearAsImage(const ConvIf& from) : a(from), products(from.products, from.products + from.product_count) {
+LinearAsImage::LinearAsImage(const ConvIf& from)
+    : a(from), products(from.products, from.products + from.product_count) {
   if (is_linear(a)) {
     a.out_h = a.batch;
     a.batch = 1;

@@ -22,8 +22,8 @@ std::int64_t work_of(const ConvIf& a);
 // The largest value of a product's input. Masks answer 1 at once, counts are read.
 int largest_input(const ConvIf& a, const Product& p);
 
-// A copy of a layer, whose products may be changed; a linear layer becomes a convolution. It is a 1x1 convolution of 1x1
-// maps already. As one image whose rows are the samples, one tile holds many samples and reads a panel of weights
+// A copy of a layer, whose products may be changed; a linear layer becomes a convolution. It is a 1x1 convolution of
+// 1x1 maps already. As one image whose rows are the samples, one tile holds many samples and reads a panel of weights
 // once for all of them.
 struct LinearAsImage {
   explicit LinearAsImage(const ConvIf& from);
@@ -44,10 +44,11 @@ InputRows input_rows(const Product& p, std::int64_t row0, std::int64_t row1);
 // The padded copies of the per-channel operands.
 Neurons pad_neurons(const ConvIf& a, Arena& arena);
 
-// The limits below, and those in the plans, were tuned on a Zen 5: 48 KiB of first-level and 1 MiB of second-level cache
-// a core, 32 MiB of third-level cache.
-constexpr std::int64_t max_wave_bytes = 16 << 20;        // lists or planes of a wave; they stay in the third-level cache
-constexpr std::int64_t max_waiting_bytes = 256 << 10;    // sums of a tile that wait in the second-level cache for a chunk
+// The limits below, and those in the plans, were tuned on a Zen 5: 48 KiB of first-level and 1 MiB of second-level
+// cache a core, 32 MiB of third-level cache.
+constexpr std::int64_t max_wave_bytes = 16 << 20;    // lists or planes of a wave; they stay in the third-level cache
+constexpr std::int64_t max_waiting_bytes = 256
+                                           << 10;    // sums of a tile that wait in the second-level cache for a chunk
 
 // Cuts a layer into waves of at most max_wave_bytes, or one row; bytes(row0, row1) are those of one sample.
 template <typename Bytes>

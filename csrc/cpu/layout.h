@@ -1,4 +1,4 @@
-// The data that a plan (events/plan.cpp, dense/plan.cpp) prepares and a kernel reads, and the words for parts of the work.
+// What a plan (events/plan.cpp, dense/plan.cpp) prepares and a kernel reads; and the words for parts of the work.
 //
 // A spiking layer is, per step, a matrix product with M = output positions, N = output channels and K = inputs under
 // the kernel (taps x input channels). Words for a part of it, from large to small:
@@ -6,22 +6,31 @@
 //     M  wave       some samples, or some output rows of one sample: what is listed or expanded at a time, so that
 //                   lists and planes stay in a cache. The waves of a layer run one after the other.
 //        row span   output rows [row0, row1) of one sample
-//        tile       the part of a wave that one task computes: a row span, cut into column spans if rows are wide
-//        block      the positions (dense engine) whose sums are in registers together
-//     N  panel      the output channels whose packed weights lie together: 32 or 64 (events, one row of 64 bytes), or as
-//                   many as the register block has columns (dense)
+//        tile       the part of a wave that one task computes: a row span, or some of its columns if rows are wide
+//        block      the positions whose sums are in registers together (dense)
+//     N  panel      the output channels whose packed weights lie together: 32 or 64 (events: one row of 64 bytes), or
+//                   as many as the register block has columns (dense)
 //     K  tap        one (kh, kw) of the kernel
 //        K-block    one tap of one block of input channels (events)
 //        segment    one tap, or a part of a long one (dense)
-//        chunk      consecutive K-blocks or segments whose packed weights fit a cache: all positions of a tile pass one
-//                   chunk before the next begins
+//        chunk      consecutive K-blocks or segments whose packed weights fit a cache: all positions of a tile pass
+//                   one chunk before the next begins
 //
-//          N: panels                   packed weights, per panel             output of a wave
-//         +---+---+---+              +-------------------------+          +-------+-------+
-//      K  |   |   |   |  chunk 0     | tap 0 | tap 1 | tap 2   | chunk 0  | tile  | tile  |  sample 0
-//         |...|...|...|              +-------------------------+          +-------+-------+
-//         |   |   |   |  chunk 1     | tap 3 | ..              | chunk 1  | tile  | tile  |  sample 1
-//         +---+---+---+              +-------------------------+          +-------+-------+
+//                                       N: output channels
+//                                  panel 0     panel 1     panel 2
+//                               +-----------+-----------+-----------+
+//             K-block, segment  |           |           |           |
+//     K: ..   K-block, segment  |  chunk 0  |  chunk 0  |  chunk 0  |
+//                               +- - - - - -+- - - - - -+- - - - - -+    packed weights
+//             K-block, segment  |           |           |           |
+//             K-block, segment  |  chunk 1  |  chunk 1  |  chunk 1  |
+//                               +-----------+-----------+-----------+
+//
+//                               +-----------+-----------+-----------+
+//     M: ..   wave 0,  tile 0   |           |           |           |    each task: one tile, one panel or all;
+//                      tile 1   |           |           |           |    chunk 0, then chunk 1
+//             wave 1,  tile 0   |           |           |           |
+//                               +-----------+-----------+-----------+
 //
 // The words of event lists:
 //
@@ -42,7 +51,7 @@ static constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return 
 static constexpr std::int64_t round_up(std::int64_t n, std::int64_t to) { return ceil_div(n, to) * to; }
 
 // Alignment of workspaces, and of everything that an arena hands out.
-constexpr std::size_t cache_line = 64;
+constexpr std::int64_t cache_line = 64;
 
 // Bytes that kernels may read (never use) behind the last byte of packed dense weights and planes.
 constexpr std::int64_t slack = 256;
@@ -58,6 +67,7 @@ struct Wave {
 static constexpr std::int64_t samples_of(const Wave& wave) { return wave.sample1 - wave.sample0; }
 static constexpr std::int64_t rows_of(const Wave& wave) { return wave.row1 - wave.row0; }
 
+// Output rows [row0, row1) of one sample.
 struct RowSpan {
   std::int64_t sample, row0, row1;
 };
@@ -103,8 +113,8 @@ struct EventLists {
   bool used_in_place;
   // Upper bound of the input values (1 for masks). The 8-bit kernels use it to know how many products fit a 16-bit sum.
   int largest_input;
-  std::int64_t capacity;    // entries of one row, all steps together
-  std::uint32_t* start;     // [samples, rows, T, W * blocks + 1]: the entry at which a column's block begins
+  std::int64_t capacity;      // entries of one row, all steps together
+  std::uint32_t* start;       // [samples, rows, T, W * blocks + 1]: the entry at which a column's block begins
   std::uint16_t* position;    // [samples, rows, capacity]
   std::uint16_t* value;       // likewise: the input itself; count planes only, else null
 };

@@ -15,7 +15,8 @@ class Workspace {
   void* reserve(std::size_t bytes) {
     if (data_ == nullptr || bytes > size_) {
       std::free(data_);
-      size_ = (std::max<std::size_t>(bytes, 1) + cache_line - 1) / cache_line * cache_line;
+      size_ =
+          static_cast<std::size_t>(round_up(static_cast<std::int64_t>(std::max<std::size_t>(bytes, 1)), cache_line));
       data_ = std::aligned_alloc(cache_line, size_);
       if (data_ == nullptr) size_ = 0;
     }

@@ -28,8 +28,7 @@ class Arena {
   template <typename T>
   T* take(std::int64_t count) {
     char* at = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += static_cast<std::size_t>(
-        round_up(count * static_cast<std::int64_t>(sizeof(T)), static_cast<std::int64_t>(cache_line)));
+    used_ += static_cast<std::size_t>(round_up(count * static_cast<std::int64_t>(sizeof(T)), cache_line));
     return reinterpret_cast<T*>(at);
   }
 

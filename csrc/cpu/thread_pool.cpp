@@ -16,7 +16,8 @@
 namespace qcfs::cpu {
 namespace {
 
-constexpr auto spin_time = std::chrono::microseconds(100);
+constexpr auto spin_time = std::chrono::microseconds(100);    // of a worker that waits for the next job
+constexpr int spins_before_yield = 4000;                      // of a caller that waits for its workers
 
 long process_id() {
 #if defined(__unix__) || defined(__APPLE__)
@@ -70,11 +71,11 @@ class Pool {
       if (sleeping_ > 0) wake_.notify_all();
     }
     work(0);
-    // Who has not begun by now never will, so a worker that the system is slow to wake holds nobody up. One that has
-    // begun may have lost its core to this very loop: let it have it.
+    // Close the job: workers that have not joined are turned away, so a late wake-up cannot delay us. A worker that has
+    // joined may have been preempted by this spinning thread, so yield to it after a while.
     open_.store(false);
     for (int spins = 0; running_.load() != 0; ++spins) {
-      if (spins < 4000) {
+      if (spins < spins_before_yield) {
         relax();
       } else {
         std::this_thread::yield();

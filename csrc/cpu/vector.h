@@ -16,7 +16,7 @@ namespace {
 #define QCFS_UNROLL _Pragma("GCC unroll 64")
 #endif
 
-// typedef and not `using`: GCC ignores the attribute in an alias of a template.
+// typedef, because GCC ignores an attribute behind the type of a template's alias.
 template <int lanes>
 struct VectorTypes {
   typedef std::int32_t Int __attribute__((vector_size(4 * lanes)));

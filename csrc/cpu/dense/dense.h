@@ -77,8 +77,7 @@ void expand(const DenseLayer& layer, int product, std::int64_t sample, std::int6
           for (std::int64_t t = 0; t < steps; ++t) {
             if (!mask || t % 8 == 0) {
               const std::uint8_t* bytes = x + (mask ? t / 8 : t) * plane + k;
-              m = in >= some ? load<Bytes<Isa>>(bytes)
-                                                                : load_some<Bytes<Isa>>(bytes, larger(in, 0));
+              m = in >= some ? load<Bytes<Isa>>(bytes) : load_some<Bytes<Isa>>(bytes, larger(in, 0));
             }
             const Words<Isa> shifted = reinterpret_cast<const Words<Isa>&>(m) >> static_cast<int>(mask ? t % 8 : 0);
             const Words<Isa> bits = mask ? shifted & 0x0101 : shifted;
@@ -118,7 +117,8 @@ void pack_columns(const Product& p, std::int64_t out_channels, std::int64_t pane
           if (digits == 2) {
             const int low = static_cast<std::int8_t>(w & 0xff);
             depth_block[Block::place(within, column)] = static_cast<std::int8_t>((w - low) / 256);
-            depth_block[Block::place(within, column + static_cast<int>(panel_channels))] = static_cast<std::int8_t>(low);
+            depth_block[Block::place(within, column + static_cast<int>(panel_channels))] =
+                static_cast<std::int8_t>(low);
           } else {
             depth_block[Block::place(within, column)] = static_cast<std::int8_t>(w);
           }

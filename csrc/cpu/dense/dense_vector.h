@@ -1,6 +1,6 @@
-// The register block of dense.h on vector registers: Isa::dense_rows positions times Isa::dense_vectors vectors of columns.
-// Four input channels of a position are broadcast to all lanes and multiplied by Isa::dot4 with four packed bytes of each
-// column.
+// The register block of dense.h on vector registers: Isa::dense_rows positions times Isa::dense_vectors vectors of
+// columns. Four input channels of a position are broadcast to all lanes and multiplied by Isa::dot4 with four packed
+// bytes of each column.
 #pragma once
 
 #include <cassert>
@@ -27,6 +27,7 @@ struct VectorBlock {
 
   static void multiply(const Segment* segments, int count, std::int64_t sample, std::int64_t t, std::int64_t q0,
                        std::int64_t, const std::int8_t* packed, std::int32_t* sums, bool first) {
+    assert(count > 0 && q0 >= 0);
     Int<Isa> acc[rows][vectors];
     QCFS_UNROLL
     for (int i = 0; i < rows; ++i) {

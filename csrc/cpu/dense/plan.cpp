@@ -143,7 +143,7 @@ Status fire_wave(const KernelSet& k, const DenseLayer& layer, int threads) {
 }    // namespace
 
 bool dense_allowed(const KernelSet& k, const ConvIf& a) {
-  bool allowed = k.dense.rows > 0 && a.product_count > 0;
+  bool allowed = a.product_count > 0;
   for (int i = 0; i < a.product_count; ++i) {
     allowed &= k.dense.max_input == 255 || largest_input(a, a.products[i]) <= k.dense.max_input;
   }

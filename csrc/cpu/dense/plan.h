@@ -9,7 +9,7 @@
 
 namespace qcfs::cpu {
 
-// Whether the kernel set has a dense kernel and it takes inputs as large as these.
+// Whether the layer has products and the dense kernel takes inputs as large as theirs.
 bool dense_allowed(const KernelSet& k, const ConvIf& a);
 
 // Products of bytes that the layer takes at one step, padding included.

@@ -16,7 +16,7 @@ namespace {
 // Sums (or, with `any`, ORs) up to one register of channels over a window; step t of masks, or counts as they are.
 template <class Isa>
 inline Bytes<Isa> window(const Pool& a, const std::uint8_t* x, const std::int64_t* h, const std::int64_t* w,
-                   std::int64_t width, bool masks, int t) {
+                         std::int64_t width, bool masks, int t) {
   Words<Isa> sum{};
   for (std::int64_t r = h[0]; r < h[1]; ++r) {
     const std::uint8_t* p = x + (r * a.in_w + w[0]) * a.channels;
@@ -51,6 +51,7 @@ void pool(const Pool& a, std::int64_t row0, std::int64_t row1) {
     const std::uint8_t* x = a.x + in_plane * plane + sample * a.in_h * a.in_w * C;
     for (std::int64_t col = 0; col < a.out_w; ++col) {
       const std::int64_t* w = a.cols + 3 * col;
+      assert(a.multiple == 0 || a.multiple % (h[2] * w[2]) == 0);
       const std::uint8_t factor = a.multiple == 0 ? 1 : static_cast<std::uint8_t>(a.multiple / (h[2] * w[2]));
       std::uint8_t* out = a.out + t0 * out_plane + ((sample * a.out_h + row) * a.out_w + col) * C;
       for (std::int64_t c = 0; c < C; c += register_bytes<Isa>) {
@@ -110,8 +111,8 @@ inline void count(const Count& a, std::int64_t element0, std::int64_t element1) 
 
 // --------------------------------------------------------------------------------------- readout
 
-inline void add_counts(const Readout& a, const ReadoutTerm& term, std::int64_t image, std::int64_t row, std::int64_t col,
-                double* acc) {
+inline void add_counts(const Readout& a, const ReadoutTerm& term, std::int64_t image, std::int64_t row,
+                       std::int64_t col, double* acc) {
   const Geometry& g = term.g;
   const std::int64_t O = a.out_channels, C = term.channels;
   const std::int64_t group_in = C / g.groups, group_out = O / g.groups;

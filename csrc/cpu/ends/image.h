@@ -28,8 +28,8 @@ namespace {
 template <class Isa>
 constexpr int analog_columns = Isa::analog_vectors * Isa::lanes;
 
-constexpr int analog_pixels = 3;              // of one register block, two digits each
-constexpr int max_analog_pairs = 255;         // of inputs, whose sum int32 holds
+constexpr int analog_pixels = 3;               // of one register block, two digits each
+constexpr int max_analog_pairs = 255;          // of inputs, whose sum int32 holds
 constexpr std::int64_t waiting_pixels = 12;    // pixels whose sums wait for the last step together
 
 struct AnalogSizes {
@@ -66,7 +66,8 @@ void pack_analog(const AnalogConv& a, void* out) {
   for (std::int64_t channel0 = 0; channel0 < s.padded_out; channel0 += analog_columns<Isa>) {
     for (std::int64_t kh = 0; kh < a.g.kernel_h; ++kh) {
       for (std::int64_t k = 0; k < s.inputs; ++k) {
-        const std::int64_t pair = (channel0 * a.g.kernel_h + kh * analog_columns<Isa>) * s.pairs + k / 2 * analog_columns<Isa>;
+        const std::int64_t pair =
+            (channel0 * a.g.kernel_h + kh * analog_columns<Isa>)*s.pairs + k / 2 * analog_columns<Isa>;
         std::int16_t* row = to + pair * 2 + k % 2;
         for (std::int64_t c = 0; c < smaller(analog_columns<Isa>, a.out_channels - channel0); ++c) {
           row[2 * c] = a.weight[(kh * s.inputs + k) * a.out_channels + channel0 + c];
@@ -148,7 +149,7 @@ inline void sum_pixels(const AnalogConv& a, const AnalogSizes& s, const std::int
     for (std::int64_t k = 0; k < s.pairs; k += max_analog_pairs) {
       std::int32_t part[2 * analog_pixels * analog_columns<Isa>];
       multiply_digits<Isa>(x + 2 * kh * s.length + 2 * k, s, w + 2 * (kh * s.pairs + k) * analog_columns<Isa>,
-                      smaller(rows, a.g.kernel_h - kh), smaller(max_analog_pairs, s.pairs - k), part);
+                           smaller(rows, a.g.kernel_h - kh), smaller(max_analog_pairs, s.pairs - k), part);
       for (std::int64_t i = 0; i < count; ++i) {
         const std::int32_t* high = part + 2 * i * analog_columns<Isa>;
         const std::int32_t* low = high + analog_columns<Isa>;
@@ -216,25 +217,36 @@ inline std::int64_t sum_of(const AnalogConv& a, std::int64_t sample, std::int64_
   return acc;
 }
 
+// Where a task's arrays begin in its workspace, in bytes.
+struct AnalogPlaces {
+  std::int64_t sum, current, digits, end;
+};
+
+inline AnalogPlaces analog_places(const AnalogConv& a, const AnalogSizes& s) {
+  AnalogPlaces at;
+  at.sum = round_up(8 * a.out_channels, cache_line);    // behind the gains, double [O]
+  at.current = at.sum + waiting_pixels * round_up(8 * s.padded_out, cache_line);
+  at.digits = at.current + round_up(4 * waiting_pixels * a.out_channels, cache_line);
+  at.end = at.digits + 4 * a.g.kernel_h * s.length + slack;
+  return at;
+}
+
 template <class Isa>
 std::size_t analog_workspace(const AnalogConv& a) {
-  const AnalogSizes s = analog_sizes<Isa>(a);
-  return static_cast<std::size_t>(round_up(8 * a.out_channels, 64) + waiting_pixels * round_up(8 * s.padded_out, 64) +
-                                  round_up(4 * waiting_pixels * a.out_channels, 64) + 4 * a.g.kernel_h * s.length +
-                                  slack);
+  return static_cast<std::size_t>(analog_places(a, analog_sizes<Isa>(a)).end);
 }
 
 template <class Isa>
 void analog(const AnalogConv& a, const RowSpan& span, const void* packed, void* workspace) {
+  assert(packed != nullptr && reinterpret_cast<std::uintptr_t>(workspace) % cache_line == 0);
   const AnalogSizes s = analog_sizes<Isa>(a);
+  const AnalogPlaces at = analog_places(a, s);
   const std::int64_t O = a.out_channels;
   char* space = static_cast<char*>(workspace);
-  double* gain = reinterpret_cast<double*>(space);
-  double* sum = reinterpret_cast<double*>(space + round_up(8 * O, 64));
-  std::int32_t* current =
-      reinterpret_cast<std::int32_t*>(reinterpret_cast<char*>(sum) + waiting_pixels * round_up(8 * s.padded_out, 64));
-  std::int16_t* digits =
-      reinterpret_cast<std::int16_t*>(reinterpret_cast<char*>(current) + round_up(4 * waiting_pixels * O, 64));
+  double* gain = reinterpret_cast<double*>(space);                                // [O]
+  double* sum = reinterpret_cast<double*>(space + at.sum);                        // [waiting_pixels, padded_out]
+  std::int32_t* current = reinterpret_cast<std::int32_t*>(space + at.current);    // [waiting_pixels, O]
+  std::int16_t* digits = reinterpret_cast<std::int16_t*>(space + at.digits);      // [kernel rows, 2, length]
   const std::int64_t pixels = a.batch * a.out_h * a.out_w;
   for (std::int64_t c = 0; c < O; ++c) gain[c] = __builtin_ldexp(a.gain[c], a.exponent[span.sample]);
   for (std::int64_t row = span.row0; row < span.row1; ++row) {
@@ -254,7 +266,7 @@ void analog(const AnalogConv& a, const RowSpan& span, const void* packed, void* 
           const std::int16_t* w = static_cast<const std::int16_t*>(packed) + 2 * channel0 * a.g.kernel_h * s.pairs;
           for (std::int64_t i = 0; i < count; i += analog_pixels) {
             sum_pixels<Isa>(a, s, digits + (col0 + i) * s.step, w, smaller(analog_pixels, count - i), s.padded_out,
-                       sum + i * s.padded_out + channel0);
+                            sum + i * s.padded_out + channel0);
           }
         }
       }
@@ -273,7 +285,8 @@ void analog(const AnalogConv& a, const RowSpan& span, const void* packed, void* 
 
 template <class Isa>
 void encode(const Encode& a, std::int64_t pixel0, std::int64_t pixel1) {
-  encode_pixels<Isa>(a.pixels, pixel0, pixel1, a.channels, a.steps, a.current + pixel0 * a.channels, a.threshold, a.out);
+  encode_pixels<Isa>(a.pixels, pixel0, pixel1, a.channels, a.steps, a.current + pixel0 * a.channels, a.threshold,
+                     a.out);
 }
 
 }    // namespace

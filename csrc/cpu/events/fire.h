@@ -18,18 +18,19 @@
 //     position           192    512    832   1472     64 bytes a row
 //     start                0      1      3      4      4     of columns 0 to 3, and the end
 //
-// The output pixel at column 2 reads columns 1 to 3: entries 1 to 4, which are positions 512, 832, 1472. If the image row
-// is under kernel row 1, column 1 meets tap 3, whose rows begin at 3 * 8 = 24; in the list column 1 began at row 8. So
-// the merge adds (24 - 8) * 64 = 1024, and step 3 adds the weights of the rows at 1536, 1856 and 2496 (rows 24, 29, 39):
+// The output pixel at column 2 reads columns 1 to 3: entries 1 to 4, which are positions 512, 832, 1472. If the image
+// row is under kernel row 1, column 1 meets tap 3, whose rows begin at 3 * 8 = 24; in the list column 1 began at row 8.
+// So the merge adds (24 - 8) * 64 = 1024, and step 3 adds the weights of the rows at 1536, 1856 and 2496 (rows 24, 29,
+// 39):
 //
 //        merged list, all kernel rows    [.. 1536 1856 2496 .. 4608]      4608: row 72, zeros
 //        packed rows of the chunk         1536:  [ w w w w ...  64 bytes ]
 //                                                  + + + +
 //        registers                               [ v v v v ]  -> compare -> bit t of one byte per neuron
 //
-// In a wide image row positions pass 2^16. They wrap, and wrap back when the merge adds its shift, because a chunk has at
-// most 961 rows. What limits step 3 is loading one row of 64 bytes per position; so weights must be near, and the lists
-// short.
+// In a wide image row positions pass 2^16. They wrap, and wrap back when the merge adds its shift, because a chunk has
+// at most 961 rows. What limits step 3 is loading one row of 64 bytes per position; so weights must be near, and the
+// lists short.
 #pragma once
 
 #include <cassert>
@@ -108,6 +109,7 @@ template <class Isa, typename Weight, int vectors, bool full>
 void fire_block(const EventLayer& layer, const EventTile& tile, const MergedList* lists, std::int64_t panel,
                 std::int64_t channel, std::int64_t place, std::int32_t* sums) {
   const ConvIf& a = *layer.a;
+  assert(channel < a.out_channels && tile.row0 < tile.row1 && tile.col0 < tile.col1);
   const std::int64_t pairs = (tile.row1 - tile.row0) * (tile.col1 - tile.col0) * a.steps;
   std::int64_t c = 0;
   for (int i = 0; i < a.product_count; ++i) {
@@ -117,7 +119,8 @@ void fire_block(const EventLayer& layer, const EventTile& tile, const MergedList
     for (std::int64_t chunk = 0; chunk < cut.chunks; ++chunk, ++c, rows += bytes) {
       const std::int64_t lines = pairs < min_pairs_to_prefetch_all ? 0 : ceil_div(cut.rows, pairs);
       const Prefetch prefetch{chunk + 1 < cut.chunks ? rows + bytes : nullptr, cut.rows, lines};
-      fire_chunk<Isa, Weight, vectors, full>(layer, tile, lists, c, channel, rows, layer.lists[i].largest_input, prefetch, sums);
+      fire_chunk<Isa, Weight, vectors, full>(layer, tile, lists, c, channel, rows, layer.lists[i].largest_input,
+                                             prefetch, sums);
     }
   }
   if (layer.chunks == 0) fire_chunk<Isa, Weight, vectors, full>(layer, tile, lists, 0, channel, nullptr, 1, {}, sums);

@@ -1,6 +1,6 @@
 // Layers with groups. Depthwise ones (one input and one output channel to a group) need no lists: a vector holds
-// neighbouring channels, and every tap adds its weights where the mask has the bit. The others read the lists of list.h,
-// unmerged, and plain weights: each event adds the weights to the outputs of its group.
+// neighbouring channels, and every tap adds its weights where the mask has the bit. The others read the lists of
+// list.h, unmerged, and plain weights: each event adds the weights to the outputs of its group.
 #pragma once
 
 #include <cassert>
@@ -26,6 +26,7 @@ void add_grouped(const EventLayer& layer, int product, std::int64_t sample, std:
   const EventLists& lists = layer.lists[product];
   const std::int64_t O = a.out_channels, blocks = lists.cut.blocks;
   const std::int64_t group_in = p.x.channels / g.groups, group_out = O / g.groups;
+  assert(group_in * g.groups == p.x.channels && group_out * g.groups == O);
   for (std::int64_t kh = 0; kh < g.kernel_h; ++kh) {
     const std::int64_t r = row * g.stride_h - g.pad_h + kh * g.dilation_h;
     if (r < 0 || r >= p.x.height) continue;
@@ -37,7 +38,7 @@ void add_grouped(const EventLayer& layer, int product, std::int64_t sample, std:
       const std::int64_t c = col * g.stride_w - g.pad_w + kw * g.dilation_w;
       if (c < 0 || c >= p.x.width) continue;
       const Weight* tap = static_cast<const Weight*>(p.weight) + (kh * g.kernel_w + kw) * group_in * O;
-      std::int64_t first_in = 0, first_out = 0;    // of the current group: channels ascend
+      std::int64_t first_in = 0, first_out = 0;    // of the current group; channels ascend, so groups do
       for (std::int64_t b = 0; b < blocks; ++b) {
         for (std::uint32_t k = start[c * blocks + b]; k != start[c * blocks + b + 1]; ++k) {
           const std::int64_t channel = b * lists.cut.block_channels + position[k] / row_bytes;

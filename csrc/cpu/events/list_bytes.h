@@ -1,5 +1,5 @@
-// The inner loop of list.h for instruction sets without a compressing store: a table turns eight bits into the positions
-// of those that are set, without a branch on the spikes.
+// The inner loop of list.h for instruction sets without a compressing store: a table turns eight bits into the
+// positions of those that are set, without a branch on the spikes.
 #pragma once
 
 #include <cstddef>

@@ -19,10 +19,11 @@
 namespace qcfs::cpu {
 namespace {
 
-// The limits below were tuned on a Zen 5 core: 48 KiB of first-level and 1 MiB of second-level cache.
-constexpr std::int64_t max_near_weight_bytes = 512 << 10;    // weights that stay in the second-level cache for all rows
-constexpr std::int64_t max_near_list_bytes = 2 << 20;        // merged lists of a tile, if every input fired
-constexpr std::int64_t max_row_list_bytes = max_wave_bytes / 4;    // merged lists of one output row, if every input fired
+// Limits in bytes, tuned on a Zen 5 core: 48 KiB of first-level and 1 MiB of second-level cache. The sizes of lists are
+// those if every input fired, of which a few remain.
+constexpr std::int64_t max_near_weights = 512 << 10;          // that stay in the second-level cache for all rows
+constexpr std::int64_t max_tile_lists = 2 << 20;              // merged lists of a tile
+constexpr std::int64_t max_row_lists = max_wave_bytes / 4;    // merged lists of one output row of a wave
 
 // Most channels of a panel: 8-bit weights.
 constexpr std::int64_t max_panel_channels = event_panel_channels(1);
@@ -150,48 +151,48 @@ Status fire_merging_per_tile(const KernelSet& k, const EventLayer& layer, int th
   // How many times `pixels` pixels a task's lists and sums have room for.
   const auto room_for = [&](std::int64_t pixels) {
     const std::int64_t sums = layer.chunks > 1 ? waiting_bytes_of(a, pixels) : 1;
-    return std::min(max_near_list_bytes / merged_bytes(layer, 1, pixels), max_waiting_bytes / sums);
+    return std::min(max_tile_lists / merged_bytes(layer, 1, pixels), max_waiting_bytes / sums);
   };
   const std::int64_t columns = std::clamp<std::int64_t>(room_for(1), 1, a.out_w);
   const std::int64_t column_spans = ceil_div(a.out_w, columns);
   RowCut cut = cut_rows(rows, samples, threads);
   cut.rows_each = std::clamp<std::int64_t>(column_spans > 1 ? 1 : room_for(a.out_w), 1, cut.rows_each);
   cut.spans = ceil_div(rows, cut.rows_each);
-  const std::size_t merge = (k.merge_events_workspace(layer) + cache_line - 1) / cache_line * cache_line;
+  const std::size_t merge =
+      static_cast<std::size_t>(round_up(static_cast<std::int64_t>(k.merge_events_workspace(layer)), cache_line));
   const std::size_t lists = static_cast<std::size_t>(merged_bytes(layer, cut.rows_each, columns));
   const std::size_t sums = k.fire_events_workspace(layer, cut.rows_each * columns);
   const std::int64_t panels = panels_of(a);
-  return run_with_workspace(
-      samples * cut.spans * column_spans, threads, merge + lists + sums, [&](std::int64_t i, void* workspace) {
-        const RowSpan s = row_span(cut, wave, i / column_spans);
-        const std::int64_t col0 = i % column_spans * columns;
-        const EventTile tile{s.sample, s.row0, s.row1, col0, std::min(a.out_w, col0 + columns)};
-        char* at = static_cast<char*>(workspace);
-        Arena arena(at + merge);
-        const MergedRows merged(layer, cut.rows_each, tile.col1 - tile.col0, arena);
-        for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
-          k.merge_events(layer, tile, row, merged.row(row - tile.row0), at);
-        }
-        for (std::int64_t panel = 0; panel < panels; ++panel) {
-          k.fire_events(layer, tile, panel, merged.row(0).lists, at + merge + lists);
-        }
-      });
+  return run_with_workspace(samples * cut.spans * column_spans, threads, merge + lists + sums,
+                            [&](std::int64_t i, void* workspace) {
+                              const RowSpan s = row_span(cut, wave, i / column_spans);
+                              const std::int64_t col0 = i % column_spans * columns;
+                              const EventTile tile{s.sample, s.row0, s.row1, col0, std::min(a.out_w, col0 + columns)};
+                              char* at = static_cast<char*>(workspace);
+                              Arena arena(at + merge);
+                              const MergedRows merged(layer, cut.rows_each, tile.col1 - tile.col0, arena);
+                              for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
+                                k.merge_events(layer, tile, row, merged.row(row - tile.row0), at);
+                              }
+                              for (std::int64_t panel = 0; panel < panels; ++panel) {
+                                k.fire_events(layer, tile, panel, merged.row(0).lists, at + merge + lists);
+                              }
+                            });
 }
 
 Status fire_merging_per_wave(const KernelSet& k, const EventLayer& layer, const MergedRows& merged, int threads) {
   const ConvIf& a = *layer.a;
   const Wave& wave = layer.wave;
   const std::int64_t samples = samples_of(wave), rows = rows_of(wave), panels = panels_of(a);
-  const Status s = run_with_workspace(
-      samples * rows, threads, k.merge_events_workspace(layer), [&](std::int64_t i, void* workspace) {
-        const EventTile tile{wave.sample0 + i / rows, wave.row0, wave.row1, 0, a.out_w};
-        k.merge_events(layer, tile, wave.row0 + i % rows, merged.row(i), workspace);
-      });
+  const Status s = run_with_workspace(samples * rows, threads, k.merge_events_workspace(layer),
+                                      [&](std::int64_t i, void* workspace) {
+                                        const EventTile tile{wave.sample0 + i / rows, wave.row0, wave.row1, 0, a.out_w};
+                                        k.merge_events(layer, tile, wave.row0 + i % rows, merged.row(i), workspace);
+                                      });
   if (s != Status::ok) return s;
   RowCut cut = cut_rows(rows, samples * panels, threads);
   if (layer.chunks > 1) {
-    cut.rows_each =
-        std::clamp<std::int64_t>(max_waiting_bytes / waiting_bytes_of(a, a.out_w), 1, cut.rows_each);
+    cut.rows_each = std::clamp<std::int64_t>(max_waiting_bytes / waiting_bytes_of(a, a.out_w), 1, cut.rows_each);
   }
   cut.spans = ceil_div(rows, cut.rows_each);
   const std::int64_t tiles = samples * cut.spans;
@@ -226,8 +227,7 @@ Status run_events(const KernelSet& k, const LinearAsImage& owner, int threads) {
   }
   layer.wave = {0, 1, 0, 1};
   bytes_of([&](Arena& arena) { place_lists(layer, false, arena); });
-  const bool per_tile =
-      weight_bytes <= max_near_weight_bytes || merged_bytes(layer, 1, a.out_w) > max_row_list_bytes;
+  const bool per_tile = weight_bytes <= max_near_weights || merged_bytes(layer, 1, a.out_w) > max_row_lists;
   const auto bytes = [&](std::int64_t row0, std::int64_t row1) {
     layer.wave = {0, 1, row0, row1};
     const std::int64_t lists = bytes_of([&](Arena& arena) { place_lists(layer, false, arena); });
@@ -262,10 +262,9 @@ Status run_grouped(const KernelSet& k, const LinearAsImage& owner, int threads) 
     if (s != Status::ok) return s;
     list_wave(k, layer, threads);
     const RowCut cut = cut_rows(rows_of(wave), samples_of(wave), threads);
-    s = run_with_workspace(samples_of(wave) * cut.spans, threads, k.fire_grouped_workspace(a),
-                           [&](std::int64_t i, void* workspace) {
-                             k.fire_grouped(layer, row_span(cut, wave, i), workspace);
-                           });
+    s = run_with_workspace(
+        samples_of(wave) * cut.spans, threads, k.fire_grouped_workspace(a),
+        [&](std::int64_t i, void* workspace) { k.fire_grouped(layer, row_span(cut, wave, i), workspace); });
     if (s != Status::ok) return s;
   }
   return Status::ok;

@@ -25,8 +25,8 @@ struct alignas(64) TileConfiguration {
 };
 constexpr TileConfiguration tile_configuration;
 
-// In assembly, because GCC's intrinsics take the tile as a literal, not as a template parameter. A load does not say which
-// memory it reads: TileBlock::multiply begins with a barrier for the compiler.
+// In assembly, because GCC's intrinsics take the tile as a literal, not as a template parameter. A load does not say
+// which memory it reads: TileBlock::multiply begins with a barrier for the compiler.
 struct Tiles {
   static void configure() { _tile_loadconfig(&tile_configuration); }
   static void release() { _tile_release(); }

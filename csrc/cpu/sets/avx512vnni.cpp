@@ -12,6 +12,7 @@ struct Avx512Vnni : X86Vectors512Vnni {
 
 }    // namespace
 
-constexpr KernelSet avx512vnni_kernels = make_kernel_set<Avx512Vnni>("avx512vnni", isa_avx2 | isa_avx512 | isa_avx512vnni);
+constexpr KernelSet avx512vnni_kernels =
+    make_kernel_set<Avx512Vnni>("avx512vnni", isa_avx2 | isa_avx512 | isa_avx512vnni);
 
 }    // namespace qcfs::cpu

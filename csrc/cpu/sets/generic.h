@@ -36,15 +36,15 @@ namespace qcfs::cpu {
 namespace {
 
 // QCFS_SUPPLIES(name, expression): name<Isa> says whether the expression compiles.
-#define QCFS_SUPPLIES(name, ...)          \
-  template <class Isa, typename = void>   \
-  constexpr bool name = false;            \
-  template <class Isa>                    \
+#define QCFS_SUPPLIES(name, ...)        \
+  template <class Isa, typename = void> \
+  constexpr bool name = false;          \
+  template <class Isa>                  \
   constexpr bool name<Isa, std::void_t<decltype(__VA_ARGS__)>> = true
 
 QCFS_SUPPLIES(has_lanes, typename Isa::Int{} + Int<Isa>{});
-QCFS_SUPPLIES(has_list_bytes, Isa::list_bytes(static_cast<const std::uint8_t*>(nullptr), std::int64_t{},
-                                              std::uint8_t{}, std::uint16_t{}, static_cast<std::uint16_t*>(nullptr),
+QCFS_SUPPLIES(has_list_bytes, Isa::list_bytes(static_cast<const std::uint8_t*>(nullptr), std::int64_t{}, std::uint8_t{},
+                                              std::uint16_t{}, static_cast<std::uint16_t*>(nullptr),
                                               static_cast<std::uint16_t*>(nullptr)));
 QCFS_SUPPLIES(has_block_vectors, Isa::block_vectors_16 + Isa::block_vectors_8 + Isa::analog_vectors);
 QCFS_SUPPLIES(has_interleaves, bool{Isa::interleaves});
