@@ -44,7 +44,7 @@ CODE = "import qcfs_fast, sys; print(qcfs_fast.info()['kernels in use (cpu)'])"
 def test_instruction_set_cap():
     """`portable` is the set that any processor of the family runs: of the name portable on x86-64, neon on arm64."""
     capped = python("-W", "error", "-c", CODE, QCFS_FAST_MAX_ISA="portable")
-    assert capped.stdout.strip() == backend.native.kernel_sets()[-1][0], capped.stderr
+    assert capped.stdout.strip() == backend.native.module.kernel_sets()[-1][0], capped.stderr
     assert capped.stdout.strip() in ("portable", "neon")
     bad = python("-c", CODE, QCFS_FAST_MAX_ISA="avx9000")
     assert bad.returncode != 0
@@ -52,9 +52,9 @@ def test_instruction_set_cap():
 
 
 def test_a_cap_leaves_the_set_of_its_name():
-    host = backend.native.host_isa()
+    host = native.host_isa
     for name, _ in backend.kernel_sets():
-        assert backend.native.chosen_kernel_set(backend.capped_isa(name, host)) == name
+        assert native.kernel_set(choice.capped_isa(name, host)) == name
 
 
 def test_backend_variable():

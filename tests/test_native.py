@@ -23,7 +23,7 @@ pytestmark = pytest.mark.native
 SOURCE = Path(__file__).resolve().parent.parent
 ARM_COMPILER = "aarch64-linux-gnu-g++"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-X86_FLAGS = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni".split()
+X86_FLAGS = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 
 
 def cmake(*arguments):
