@@ -1,4 +1,4 @@
-"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (tests/native/cpu.cpp); and rules of the C++."""
+"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (tests/native/cpu.cpp); C++ rules."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from qcfs_fast import backend
 SOURCE = Path(__file__).resolve().parent.parent
 ARM_COMPILER = "aarch64-linux-gnu-g++"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-X86_FLAGS = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni".split()
+X86_FLAGS = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 
 
 def build(tmp_path_factory, sanitizer, *options):
@@ -75,7 +75,8 @@ def assert_tables_alone_are_shared(folder):
     objects = sorted(folder.rglob("csrc/cpu/sets/*.o"))
     assert {path.name.split(".")[0] for path in objects} >= {"portable", *(("avx2", "amx") if X86 else ())}
     for path in objects:
-        done = subprocess.run(["nm", "-C", "--defined-only", "--extern-only", str(path)], capture_output=True, text=True)
+        nm = ["nm", "-C", "--defined-only", "--extern-only", str(path)]
+        done = subprocess.run(nm, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stdout.splitlines() if " DW.ref." not in line]  # the sanitizer's
         names = [line.split(maxsplit=2)[2] for line in lines]
