@@ -20,17 +20,18 @@ namespace qcfs::cpu {
 double measure_peak(std::uint32_t isa, int threads) {
   using Clock = std::chrono::steady_clock;
   const KernelSet& k = choose(isa);
+  constexpr int trials = 12;
+  constexpr double min_seconds = 0.01;    // shorter trials are not counted, and the next is longer
   double best = 0;
   std::int64_t rounds = 1000;
-  for (int i = 0; i < 12; ++i) {
+  for (int i = 0; i < trials; ++i) {
     std::atomic<std::int64_t> done{0};
     const auto begin = Clock::now();
     run_parallel(threads, threads, [&](std::int64_t) {
       done.fetch_add(static_cast<std::int64_t>(k.matrix_loop(rounds)), std::memory_order_relaxed);
-      return Status::ok;
     });
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-    if (seconds < 0.01) {
+    if (seconds < min_seconds) {
       rounds *= 4;
     } else {
       best = std::max(best, static_cast<double>(done.load(std::memory_order_relaxed)) / seconds);
@@ -81,10 +82,8 @@ Status analog(const AnalogConv& a, const Options& options) {
 
 Status encode(const Encode& a, const Options& options) {
   const KernelSet& k = choose(options.isa);
-  return run_rows(a.pixels, a.channels * a.steps, options.threads, [&](std::int64_t r0, std::int64_t r1) {
-    k.encode(a, r0, r1);
-    return Status::ok;
-  });
+  return run_rows(a.pixels, a.channels * a.steps, options.threads,
+                  [&](std::int64_t r0, std::int64_t r1) { k.encode(a, r0, r1); });
 }
 
 Status pool(const Pool& a, const Options& options) {
@@ -92,28 +91,19 @@ Status pool(const Pool& a, const Options& options) {
   const std::int64_t planes = a.coding == Coding::mask ? ceil_div(a.steps, 8) : a.steps;
   const std::int64_t area = ceil_div(a.in_h, a.out_h) * ceil_div(a.in_w, a.out_w);
   return run_rows(planes * a.batch * a.out_h, a.out_w * a.channels * area / 4, options.threads,
-                  [&](std::int64_t r0, std::int64_t r1) {
-                    k.pool(a, r0, r1);
-                    return Status::ok;
-                  });
+                  [&](std::int64_t r0, std::int64_t r1) { k.pool(a, r0, r1); });
 }
 
 Status pool_counts(const PoolCounts& a, const Options& options) {
   const KernelSet& k = choose(options.isa);
   const std::int64_t area = ceil_div(a.in_h, a.out_h) * ceil_div(a.in_w, a.out_w);
   return run_rows(a.images * a.out_h, a.out_w * a.channels * area / 4, options.threads,
-                  [&](std::int64_t r0, std::int64_t r1) {
-                    k.pool_counts(a, r0, r1);
-                    return Status::ok;
-                  });
+                  [&](std::int64_t r0, std::int64_t r1) { k.pool_counts(a, r0, r1); });
 }
 
 Status count(const Count& a, const Options& options) {
   const KernelSet& k = choose(options.isa);
-  return run_rows(a.elements, a.steps, options.threads, [&](std::int64_t e0, std::int64_t e1) {
-    k.count(a, e0, e1);
-    return Status::ok;
-  });
+  return run_rows(a.elements, a.steps, options.threads, [&](std::int64_t e0, std::int64_t e1) { k.count(a, e0, e1); });
 }
 
 Status readout(const Readout& a, const Options& options) {
@@ -143,7 +133,6 @@ Status quantize(const Quantize& a, const Options& options) {
       std::int32_t before = largest_bits.load(std::memory_order_relaxed);
       while (found > before && !largest_bits.compare_exchange_weak(before, found, std::memory_order_relaxed)) {
       }
-      return Status::ok;
     });
     const std::int32_t bits = largest_bits.load(std::memory_order_relaxed);
     if (bits >= infinity) return Status::not_finite;
@@ -156,10 +145,7 @@ Status quantize(const Quantize& a, const Options& options) {
       if (largest <= std::ldexp(32767.0, e - 1)) --e;
     }
     a.exponent[s] = e;
-    run_rows(a.height, row_work, options.threads, [&](std::int64_t r0, std::int64_t r1) {
-      k.quantize(a, s, r0, r1);
-      return Status::ok;
-    });
+    run_rows(a.height, row_work, options.threads, [&](std::int64_t r0, std::int64_t r1) { k.quantize(a, s, r0, r1); });
   }
   return Status::ok;
 }

@@ -47,6 +47,7 @@ const EngineRates& rates_of(const KernelSet& k) {
 // ratio modulo 1. A constant stride could be a multiple of the row length and would sample a single image column.
 double sampled_rate(const ConvIf& a, const Product& p) {
   constexpr std::int64_t samples = 64, max_sample_bytes = 64;
+  constexpr std::int64_t golden = 2654435769;    // 2^32 / 1.618..
   const bool mask = p.x.coding == Coding::mask;
   const std::int64_t plane = a.batch * p.x.height * p.x.width * p.x.channels;
   const std::int64_t bytes = plane * (mask ? 1 : a.steps), steps = a.steps < 8 ? a.steps : 8;
@@ -54,8 +55,7 @@ double sampled_rate(const ConvIf& a, const Product& p) {
   const unsigned wanted = (1u << steps) - 1;
   std::int64_t seen = 0, fired = 0;
   for (std::int64_t i = 0; i < samples; ++i) {
-    const double at =
-        static_cast<double>(static_cast<std::uint32_t>(i * 2654435769)) / 4294967296.0;    // 2^32 / 1.618..
+    const double at = static_cast<double>(static_cast<std::uint32_t>(i * golden)) / 4294967296.0;    // of 2^32
     const std::int64_t first = static_cast<std::int64_t>(at * static_cast<double>(bytes));
     for (std::int64_t k = first; k < first + sample_bytes && k < bytes; ++k) {
       seen += mask ? steps : 1;

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/contract.h"
 #include "cpu/layout.h"
@@ -58,7 +59,7 @@ Status place_in_call_workspace(const LayOut& lay_out) {
   return Status::ok;
 }
 
-// Runs task(index) in parallel. A task returns a Status; one that is not ok is the result.
+// Runs task(index) in parallel. A task returns nothing or a Status, of which one that is not ok is the result.
 template <typename Task>
 Status run_parallel(std::int64_t tasks, int threads, const Task& task) {
   struct Job {
@@ -71,8 +72,12 @@ Status run_parallel(std::int64_t tasks, int threads, const Task& task) {
       [](const void* context, std::int64_t index, int) {
         // The pool hands the context on as const; the status is the one thing tasks share.
         Job* j = const_cast<Job*>(static_cast<const Job*>(context));
-        const Status s = j->task(index);
-        if (s != Status::ok) j->status.store(static_cast<int>(s), std::memory_order_relaxed);
+        if constexpr (std::is_void_v<decltype(j->task(index))>) {
+          j->task(index);
+        } else {
+          const Status s = j->task(index);
+          if (s != Status::ok) j->status.store(static_cast<int>(s), std::memory_order_relaxed);
+        }
       },
       &job);
   return static_cast<Status>(job.status.load(std::memory_order_relaxed));

@@ -117,7 +117,6 @@ void expand_wave(const KernelSet& k, const DenseLayer& layer, int threads) {
   run_parallel(layer.a->product_count * samples * layer.plane_h, threads, [&](std::int64_t i) {
     const std::int64_t image = i / layer.plane_h;
     k.expand(layer, static_cast<int>(image / samples), layer.wave.sample0 + image % samples, i % layer.plane_h);
-    return Status::ok;
   });
 }
 

@@ -135,7 +135,6 @@ void list_wave(const KernelSet& k, const EventLayer& layer, int threads) {
     while (i >= samples * layer.lists[product].in.rows) i -= samples * layer.lists[product++].in.rows;
     const std::int64_t rows = layer.lists[product].in.rows;
     k.list_events(a, product, layer.wave, layer.lists[product], layer.wave.sample0 + i / rows, i % rows);
-    return Status::ok;
   });
 }
 
@@ -277,7 +276,6 @@ Status run_depthwise(const KernelSet& k, const ConvIf& a, int threads) {
   const RowCut cut = cut_rows(a.out_h, a.batch, threads);
   return run_parallel(a.batch * cut.spans, threads, [&](std::int64_t i) {
     k.fire_depthwise(a, neurons, row_span(cut, {0, a.batch, 0, a.out_h}, i));
-    return Status::ok;
   });
 }
 
