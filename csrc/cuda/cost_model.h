@@ -8,8 +8,8 @@
 //     layer  = ceil(blocks / (SMs * resident)) * resident * block
 //              + split-K: second_launch, and its partial sums over memory_bytes a cycle and SM
 //
-// `macs` are the int8 multiply-adds that mma.sync does in a cycle on an SM. Rates come from data sheets and overheads are
-// estimates; none is measured.
+// `macs` are the int8 multiply-adds that mma.sync does in a cycle on an SM. Rates come from data sheets and overheads
+// are estimates; none is measured.
 #pragma once
 
 #include <cstddef>

@@ -54,7 +54,8 @@ bool fits(const Geometry& g) {
 
 // The arrays of LayerParams, the 32-bit counters, and the one weight width that a launch has.
 bool fits(const ConvIf& a) {
-  if (a.product_count > max_products || a.residual_count > max_residuals || a.out_channels >= max_channels)
+  if (a.product_count > max_launch_products || a.residual_count > max_launch_residuals ||
+      a.out_channels >= max_channels)
     return false;
   std::int64_t k = 0;
   for (int i = 0; i < a.product_count; ++i) {
@@ -274,7 +275,7 @@ int count(const Count& a, const Launch& launch) {
 }
 
 int readout(const Readout& a, const Launch& launch) {
-  if (a.term_count > max_terms) return unsupported;
+  if (a.term_count > max_launch_terms) return unsupported;
   ReadoutParams p{};
   p.images = a.images;
   p.samples = a.samples;

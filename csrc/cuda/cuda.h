@@ -1,9 +1,9 @@
-// The CUDA backend: the operators of core/contract.h as kernel launches. No torch, no Python, no allocation
-// and no synchronisation: every pointer inside the structs (window tables included) is a device pointer, every
-// workspace comes from the caller, everything is queued on `Launch::stream`, so CUDA graphs can capture it.
+// The CUDA backend: the operators of core/contract.h as kernel launches. Results are the bytes that the CPU kernels
+// return.
 //
-// All functions return 0 or an error code that describe() explains. Results are the bytes that
-// the CPU kernels return.
+// Every pointer inside the structs (window tables included) is a device pointer. Work is queued on `Launch::stream`;
+// nothing here allocates or synchronises, and the caller provides every workspace, so CUDA graphs can capture all of
+// it. No torch, no Python. All functions return 0 or an error code that describe() explains.
 #pragma once
 
 #include <cstddef>
@@ -14,13 +14,14 @@
 
 namespace qcfs::cuda {
 
-// Arrays inside kernel parameters have these sizes; an operator with more of them is `unsupported`.
-constexpr int max_products = 64;
-constexpr int max_residuals = 16;
-constexpr int max_terms = 24;
-constexpr int most_products = max_products, most_residuals = max_residuals, most_terms = max_terms;
+// Sizes of the arrays in kernel parameters. An operator with more sources is `unsupported`.
+constexpr int max_launch_products = 64;
+constexpr int max_launch_residuals = 16;
+constexpr int max_launch_terms = 24;
+constexpr int most_products = max_launch_products, most_residuals = max_launch_residuals, most_terms = max_launch_terms;
 
-// Own codes are negative, those of the CUDA runtime positive.
+// Codes of this backend are negative, those of the CUDA runtime positive. `unsupported`: more sources or larger sizes
+// than the kernels take. `wrong_plan`: the plan is not one of this layer.
 enum Code : int { ok = 0, unsupported = -1, wrong_plan = -2 };
 
 struct Launch {
@@ -33,8 +34,9 @@ int device_count(int* count);
 int set_device(int index, int* previous);
 int query_device(int index, Device* device);
 
-// conv_if chooses among tensor cores (weights packed by pack_weight, `packed[i]` for product i) and a direct kernel
-// (weights as in the contract, `packed` unused). plan_conv_if says which, and how much workspace is needed.
+// A spiking layer runs on tensor cores, with the weights of product i packed by pack_weight in `packed[i]`, or in a
+// direct kernel, with weights as in the contract and `packed` unused. plan_conv_if chooses one and says how much
+// workspace it needs.
 Plan plan_conv_if(const ConvIf& a, const Device& device);
 int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan, void* workspace, const Launch& launch);
 
@@ -42,8 +44,8 @@ std::size_t packed_bytes(const Geometry& g, std::int64_t channels, std::int64_t 
 int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes,
                 const void* weight, std::int8_t* packed, const Launch& launch);
 
-// With weights packed as those of a pointwise layer of kernel_h * kernel_w * channels inputs, tensor cores do it; with
-// packed = null a plain kernel. The first is possible where analog_on_tensor_cores says so.
+// The first layer runs on tensor cores where analog_on_tensor_cores allows it. Its weights are then packed as those of
+// a pointwise layer of kernel_h * kernel_w * channels inputs. With packed = null it runs in a plain kernel.
 bool analog_on_tensor_cores(const Geometry& g, std::int64_t channels, std::int64_t out_channels);
 int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch);
 

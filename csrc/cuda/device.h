@@ -1,5 +1,5 @@
-// The instructions the kernels are made of, one function each: asynchronous copies, ldmatrix, the tensor core
-// product, correctly rounded float operations, and the launch. Without nvcc the same names come from
+// The instructions that the kernels are made of, one function each: asynchronous copies, ldmatrix, tensor-core
+// products, correctly rounded float operations; and the launch. Without nvcc the same names come from
 // emulation/emulation.h, which runs the kernels on the CPU.
 #pragma once
 
@@ -134,8 +134,8 @@ QCFS_DEVICE void wgmma_wait(Accumulators&& for_each_accumulator) {
   for_each_accumulator([](std::int32_t& a) { asm volatile("" : "+r"(a)::"memory"); });
 }
 
-// `d`, `a` and `b` name the asm operands, which have numbers only: the accumulators (the variadic arguments, four
-// registers a fragment), the four registers of a, the descriptor of b.
+// Operands of asm have numbers, not names. `d` lists the numbers of the accumulators, which are the variadic arguments,
+// four a fragment; `a_names` those of the registers of a; `b_name` is that of b's descriptor.
 #define QCFS_FRAGMENT(i) "+r"(acc[i][0]), "+r"(acc[i][1]), "+r"(acc[i][2]), "+r"(acc[i][3])
 #define QCFS_WGMMA(columns, d, a_names, b_name, ...)                                                                   \
   asm volatile(                                                                                                        \

@@ -1,6 +1,7 @@
 // Runs the CUDA backend's kernels on the CPU (csrc/cuda/emulation) and compares every byte with plain loops over int64
-// and double. Usage: emulation_test SEED SPIKING_LAYERS [T]; prints one line of totals. Every operand is a heap block
-// of exactly its size, so that ASan sees an index that strays.
+// and double. Every operand is a heap block of exactly its size, so that ASan sees an index that strays.
+//
+// Usage: emulation_test SEED SPIKING_LAYERS [T]. Prints one line of totals, which say what the random layers covered.
 #include "cuda/cuda.h"
 
 #include <sys/mman.h>
@@ -11,33 +12,19 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "cuda/emulation/emulation.h"
 #include "cuda/kernels/tensor_layout.h"
+#include "layers.h"
 
 namespace {
 
 using namespace qcfs;
 using cuda::Path;
 using cuda::Tile;
-using i64 = std::int64_t;
-
-std::mt19937_64 generator;
-
-i64 uniform(i64 low, i64 high) { return std::uniform_int_distribution<i64>(low, high)(generator); }
-bool chance(double p) { return std::bernoulli_distribution(p)(generator); }
-template <typename T>
-T any_of(std::initializer_list<T> from) {
-  return *(from.begin() + uniform(0, static_cast<i64>(from.size()) - 1));
-}
-
-[[noreturn]] void fail(const std::string& what) {
-  std::printf("FAILED: %s\n", what.c_str());
-  std::exit(1);
-}
+using namespace layers;
 
 // A block of exactly `count` elements, aligned as device memory is, or off by some bytes.
 template <typename T>
@@ -61,9 +48,6 @@ class Block {
   std::unique_ptr<char, Free> bytes_;
 };
 
-i64 out_size(i64 n, i64 k, i64 s, i64 p, i64 d) { return (n + 2 * p - d * (k - 1) - 1) / s + 1; }
-i64 planes_of(Coding c, i64 T) { return c == Coding::count ? T : (T + 7) / 8; }
-
 struct Input {
   Coding coding;
   i64 channels;
@@ -81,12 +65,9 @@ struct Source {
   Block<std::int32_t> amplitude;
 };
 
-i64 value_of(const std::uint8_t* x, Coding c, i64 plane, i64 index, i64 t) {
-  return c == Coding::count ? x[t * plane + index] : (x[t / 8 * plane + index] >> (t % 8)) & 1;
-}
-
 struct Totals {
-  i64 layers = 0, neurons = 0, spikes = 0, opportunities = 0, ties = 0;
+  Evidence evidence;
+  i64 layers = 0, neurons = 0;
   i64 tensor = 0, direct = 0, split = 0, several = 0, long_runs = 0, counted = 0, extreme = 0, images = 0, other = 0;
   i64 tiles[3] = {0, 0, 0};
 } totals;
@@ -188,62 +169,6 @@ void spiking_layer(i64 steps) {
   for (i64 i = 0; i < current.count(); ++i) current[i] = static_cast<std::int32_t>(uniform(-500, 3000));
   for (i64 o = 0; o < O; ++o) bias[o] = static_cast<std::int32_t>(uniform(-300, 600));
 
-  // Currents by plain loops.
-  std::vector<i64> currents(static_cast<std::size_t>(outputs * T));
-  const i64 scale = narrow ? 256 : 1;
-  for (i64 t = 0; t < T; ++t) {
-    for (i64 index = 0; index < outputs; ++index) {
-      const i64 o = index % O, ow = index / O % OW, oh = index / O / OW % OH, n = index / O / OW / OH;
-      i64 sum = bias[o] + (with_current ? current[index] : 0);
-      for (const auto& in : inputs) {
-        const Geometry& g = in->g;
-        const i64 per_group = in->channels / g.groups, first = o / (O / g.groups) * per_group;
-        for (i64 kh = 0; kh < g.kernel_h; ++kh) {
-          for (i64 kw = 0; kw < g.kernel_w; ++kw) {
-            const i64 y = oh * g.stride_h - g.pad_h + kh * g.dilation_h,
-                      x = ow * g.stride_w - g.pad_w + kw * g.dilation_w;
-            if (y < 0 || y >= in->height || x < 0 || x >= in->width) continue;
-            for (i64 c = 0; c < per_group; ++c) {
-              const i64 at = ((kh * g.kernel_w + kw) * per_group + c) * O + o;
-              const i64 w = narrow ? in->w8[at] : in->w16[at];
-              sum += scale * w *
-                     value_of(in->x.data(), in->coding, N * in->height * in->width * in->channels,
-                              ((n * in->height + y) * in->width + x) * in->channels + first + c, t);
-            }
-          }
-        }
-      }
-      for (const auto& s : sources) sum += s->amplitude[o] * value_of(s->data.data(), s->coding, outputs, index, t);
-      currents[static_cast<std::size_t>(t * outputs + index)] = sum;
-    }
-  }
-  // Thresholds near the spread of the channel's currents, and for some neurons exactly met: n/2 + I[0] = n.
-  for (i64 o = 0; o < O; ++o) {
-    i64 spread = 1;
-    for (i64 i = o; i < outputs * T; i += O) spread = std::max(spread, std::abs(currents[static_cast<std::size_t>(i)]));
-    i64 n = spread * any_of<i64>({3, 5, 8}) / 4;
-    const i64 first = currents[static_cast<std::size_t>(uniform(0, outputs / O - 1) * O + o)];
-    if (first > 0 && chance(0.5)) n = 2 * first;
-    threshold[o] = static_cast<std::int32_t>(std::clamp<i64>(n / 2 * 2, 2, 1 << 29));
-  }
-
-  const i64 planes = planes_of(Coding::mask, T);
-  const Block<std::uint8_t> want(planes * outputs), got(planes * outputs, chance(0.1) ? 3 : 0);
-  i64 spikes = 0;
-  for (i64 index = 0; index < outputs; ++index) {
-    const i64 n = threshold[index % O];
-    i64 v = n / 2;
-    for (i64 t = 0; t < T; ++t) {
-      v += currents[static_cast<std::size_t>(t * outputs + index)];
-      if (std::abs(v) > std::numeric_limits<std::int32_t>::max()) fail("the test's own operands overflow");
-      totals.ties += v == n;
-      if (v < n) continue;
-      v -= n;
-      want[t / 8 * outputs + index] |= static_cast<std::uint8_t>(1 << (t % 8));
-      ++spikes;
-    }
-  }
-
   std::vector<Product> products_in;
   std::vector<Residual> residuals;
   for (const auto& in : inputs) {
@@ -251,6 +176,8 @@ void spiking_layer(i64 steps) {
     products_in.push_back({{in->x.data(), in->coding, in->height, in->width, in->channels}, w, narrow ? 1 : 2, in->g});
   }
   for (const auto& s : sources) residuals.push_back({s->data.data(), s->coding, s->amplitude.data()});
+  const i64 planes = planes_of(Coding::mask, T);
+  const Block<std::uint8_t> got(planes * outputs, chance(0.1) ? 3 : 0);
   const ConvIf a{N,
                  OH,
                  OW,
@@ -264,6 +191,18 @@ void spiking_layer(i64 steps) {
                  bias.data(),
                  threshold.data(),
                  got.data()};
+  const std::vector<i64> currents = currents_of(a);
+  // Thresholds near the spread of the channel's currents, and for some neurons exactly met: n/2 + I[0] = n.
+  for (i64 o = 0; o < O; ++o) {
+    i64 spread = 1;
+    for (i64 i = o; i < outputs * T; i += O) spread = std::max(spread, std::abs(currents[static_cast<std::size_t>(i)]));
+    i64 n = spread * any_of<i64>({3, 5, 8}) / 4;
+    const i64 first = currents[static_cast<std::size_t>(uniform(0, outputs / O - 1) * O + o)];
+    if (first > 0 && chance(0.5)) n = 2 * first;
+    threshold[o] = static_cast<std::int32_t>(std::clamp<i64>(n / 2 * 2, 2, 1 << 29));
+  }
+
+  const std::vector<std::uint8_t> want = masks_of(a, currents, totals.evidence);
   const cuda::Launch launch = launch_settings();
   cuda::Plan plan = cuda::plan_conv_if(a, launch.device);
   const int compiled = cuda::compiled_steps(std::min<i64>(T, 8));
@@ -292,7 +231,8 @@ void spiking_layer(i64 steps) {
   if (code != 0) fail(std::string("conv_if: ") + cuda::describe(code));
 
   for (i64 i = 0; i < planes * outputs; ++i) {
-    if (want[i] == got[i]) continue;
+    const std::uint8_t expected = want[static_cast<std::size_t>(i)];
+    if (got[i] == expected) continue;
     std::string shape = "conv_if: T=" + std::to_string(T) + " N=" + std::to_string(N) + " out " + std::to_string(OH) +
                         "x" + std::to_string(OW) + "x" + std::to_string(O) + (narrow ? " 8-bit" : " 16-bit");
     for (const auto& in : inputs) {
@@ -302,12 +242,10 @@ void spiking_layer(i64 steps) {
     }
     fail(shape + ", path " + std::to_string(static_cast<int>(plan.path)) + " tile " +
          std::to_string(static_cast<int>(plan.tile)) + " splits " + std::to_string(plan.splits) + ": byte " +
-         std::to_string(i) + " is " + std::to_string(got[i]) + ", not " + std::to_string(want[i]));
+         std::to_string(i) + " is " + std::to_string(got[i]) + ", not " + std::to_string(expected));
   }
   ++totals.layers;
   totals.neurons += outputs;
-  totals.spikes += spikes;
-  totals.opportunities += outputs * T;
   totals.long_runs += T > 8;
   totals.extreme += extreme;
   for (const auto& in : inputs) totals.counted += in->coding == Coding::count && T > 1;
@@ -688,19 +626,19 @@ void refusals() {
   a = layer;
   a.products = &deep;
   refused(conv_if(a, {}), cuda::unsupported, "2^30 inputs");
-  const std::vector<Product> many(cuda::max_products + 1, product);
+  const std::vector<Product> many(cuda::max_launch_products + 1, product);
   a.products = many.data();
-  a.product_count = cuda::max_products + 1;
+  a.product_count = cuda::max_launch_products + 1;
   refused(conv_if(a, {}), cuda::unsupported, "too many products");
   Product mixed[2] = {product, product};
   mixed[1].weight_bytes = 1;
   a.products = mixed;
   a.product_count = 2;
   refused(conv_if(a, {}), cuda::unsupported, "weights of two widths");
-  const std::vector<Residual> residuals(cuda::max_residuals + 1, Residual{nullptr, Coding::mask, nullptr});
+  const std::vector<Residual> residuals(cuda::max_launch_residuals + 1, Residual{nullptr, Coding::mask, nullptr});
   a = layer;
   a.residuals = residuals.data();
-  a.residual_count = cuda::max_residuals + 1;
+  a.residual_count = cuda::max_launch_residuals + 1;
   refused(conv_if(a, {}), cuda::unsupported, "too many residuals");
 
   const cuda::Plan plan = cuda::plan_conv_if(layer, launch_settings().device);
@@ -718,8 +656,8 @@ void refusals() {
   a.out_channels = 4;
   refused(conv_if(a, plan), cuda::wrong_plan, "too few outputs for tensor cores");
 
-  const std::vector<ReadoutTerm> terms(cuda::max_terms + 1, ReadoutTerm{});
-  const Readout readout{1, 1, 1, 1, 10, 4, terms.data(), cuda::max_terms + 1, nullptr, nullptr};
+  const std::vector<ReadoutTerm> terms(cuda::max_launch_terms + 1, ReadoutTerm{});
+  const Readout readout{1, 1, 1, 1, 10, 4, terms.data(), cuda::max_launch_terms + 1, nullptr, nullptr};
   refused(cuda::readout(readout, {}), cuda::unsupported, "too many terms");
   const i64 largest = i64{1} << 30;
   refused(cuda::pack_weight(product.g, largest, 64, 2, nullptr, nullptr, {}), cuda::unsupported, "2^30 inputs to pack");
@@ -792,13 +730,13 @@ int main(int argc, char** argv) {
       "layers %lld neurons %lld rate %.4f ties %lld tensor %lld direct %lld split %lld several %lld long %lld counted "
       "%lld "
       "extreme %lld wide %lld small %lld counts %lld images %lld other %lld\n",
-      static_cast<long long>(totals.layers), static_cast<long long>(totals.neurons),
-      static_cast<double>(totals.spikes) / static_cast<double>(totals.opportunities),
-      static_cast<long long>(totals.ties), static_cast<long long>(totals.tensor), static_cast<long long>(totals.direct),
-      static_cast<long long>(totals.split), static_cast<long long>(totals.several),
-      static_cast<long long>(totals.long_runs), static_cast<long long>(totals.counted),
-      static_cast<long long>(totals.extreme), static_cast<long long>(totals.tiles[0]),
-      static_cast<long long>(totals.tiles[1]), static_cast<long long>(totals.tiles[2]),
-      static_cast<long long>(totals.images), static_cast<long long>(totals.other));
+      static_cast<long long>(totals.layers), static_cast<long long>(totals.neurons), totals.evidence.rate(),
+      static_cast<long long>(totals.evidence.ties), static_cast<long long>(totals.tensor),
+      static_cast<long long>(totals.direct), static_cast<long long>(totals.split),
+      static_cast<long long>(totals.several), static_cast<long long>(totals.long_runs),
+      static_cast<long long>(totals.counted), static_cast<long long>(totals.extreme),
+      static_cast<long long>(totals.tiles[0]), static_cast<long long>(totals.tiles[1]),
+      static_cast<long long>(totals.tiles[2]), static_cast<long long>(totals.images),
+      static_cast<long long>(totals.other));
   return 0;
 }

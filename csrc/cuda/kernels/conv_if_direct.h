@@ -16,6 +16,7 @@
 
 #include <cstdint>
 
+#include "cuda/cost_model.h"
 #include "cuda/device.h"
 #include "cuda/kernels/epilogue.h"
 #include "cuda/kernels/parameters.h"

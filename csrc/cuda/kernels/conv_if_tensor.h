@@ -115,7 +115,15 @@ struct CopyCursor {
   }
 };
 
-// `any_width`: some input's rows are not multiples of 16 bytes, or not so aligned.
+// The work of one block. Template parameters (tile_shape() in cost_model.h chooses them):
+//
+//     T            time steps, each with its own accumulators
+//     parts        16-row fragments of a warp, so BM = 16 * parts * warps
+//     cols         BN
+//     warps        of the block, all along the pixels
+//     stages       of the copy pipeline
+//     planes       byte planes of the mask tile: T where an input may be counts, else 1
+//     any_width    some input's rows are not multiples of 16 bytes, or not so aligned
 template <int T, int parts, int cols, int warps, int stages, int planes, bool any_width>
 struct ConvTile {
   static constexpr int rows = 16 * parts * warps;

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "core/contract.h"
+#include "cuda/cost_model.h"
 #include "cuda/device.h"
 #include "cuda/kernels/epilogue.h"
 #include "cuda/kernels/tensor_layout.h"

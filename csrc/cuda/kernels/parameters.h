@@ -45,8 +45,8 @@ struct LayerParams {
   std::int32_t* membrane_out;         // null: no launch follows
   std::int32_t* partial;              // [slices, steps, pixels, O]; null when fused
   std::uint8_t* out;                  // the launch's mask plane
-  ResidualParams residuals[max_residuals];
-  ProductParams products[max_products];
+  ResidualParams residuals[max_launch_residuals];
+  ProductParams products[max_launch_products];
 };
 static_assert(sizeof(LayerParams) <= 4096, "kernel parameters of older GPUs");
 

@@ -27,7 +27,7 @@ struct ReadoutParams {
   std::int32_t term_count;
   const double* offset;
   float* out;
-  ReadoutTerm terms[max_terms];
+  ReadoutTerm terms[max_launch_terms];
 };
 static_assert(sizeof(ReadoutParams) <= 4096, "kernel parameters of older GPUs");
 

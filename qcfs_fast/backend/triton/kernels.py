@@ -1,5 +1,7 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
-# ruff: noqa: RUF005 - Triton has no starred expressions
+# mypy: disable-error-code=assignment
+# Tuples grow here by addition: Triton has no starred expressions.
+# ruff: noqa: RUF005
 """Triton kernels of every operator: the same bytes as the CPU kernels and as reference.py.
 
 One spiking layer, per output neuron (row m = pixel of the batch, channel o), for t = 0 .. T-1, in int32:
