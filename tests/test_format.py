@@ -74,6 +74,20 @@ def test_a_reader_that_knows_the_page_alone_computes_the_same_bytes(bits, answer
     assert logits.tobytes() == answers[f"logits_{bits}"].tobytes()
 
 
+def test_unknown_fields_are_ignored(answers, tmp_path):
+    """As docs/format.md promises, so that a later release may add fields that change no result."""
+    from safetensors.torch import load_file, save_file
+
+    header, _ = format_reader.read(STORED[16])
+    header["colour"] = "blue"
+    for node in header["graph"]:
+        node["colour"] = node["config"]["colour"] = "blue"
+        node["config"].get("pool", {})["colour"] = "blue"
+    save_file(load_file(STORED[16]), tmp_path / "net", metadata={"qcfs_fast": json.dumps(header)})
+    logits = qcfs_fast.load(tmp_path / "net")(torch.from_numpy(answers["images"]), T, per_step=True)
+    assert logits.numpy().tobytes() == answers["logits_16"].tobytes()
+
+
 def test_the_page_names_everything_in_the_files():
     page = (DATA.parent.parent / "docs" / "format.md").read_text()
     for path in STORED.values():

@@ -163,6 +163,11 @@ TENSORS = {
     "nan": (lambda t: t["head/offset"].fill_(float("nan")), "offset is not finite"),
     "range": (lambda t: t["stem.2/high"].fill_(2**30), "current's range is damaged"),
     "weight": (lambda t: t.update({"block1.relu/weight_0": t["block1.relu/weight_0"].float()}), "weight_0 has dtype"),
+    "digits": (lambda t: t["block1.relu/weight_0"].fill_(32640), "weight_0 exceeds 32639"),
+    "shape": (
+        lambda t: t.update({"block1.relu/weight_0": t["block1.relu/weight_0"][..., :7].contiguous()}),
+        "weight_0 does not fit the layer's 8 channels",
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """simulate: the SNN step by step in plain PyTorch, as the usual simulators run it.
 
-It is the meaning against which the integer network is judged: the prepared model itself, its activations
-replaced by integrate-and-fire neurons, called T times. Source: Bu et al., ICLR 2022, equations 1 to 3, with
+In float64 it defines the correct result, with which the integer network is compared: the prepared model itself, its
+activations replaced by integrate-and-fire neurons, called T times. Source: Bu et al., ICLR 2022, equations 1 to 3, with
 the initial membrane potential theta/2 of its section 4.3.
 """
 
@@ -95,7 +95,7 @@ def simulate(
         model: the model that convert() takes. It is not changed.
         x: images [N, C, H, W] (or [N, features]), presented as the same current at every step.
         T: time steps.
-        dtype: arithmetic of the simulation; float64 is the meaning, float32 is what simulators usually run.
+        dtype: arithmetic of the simulation; float64 defines the correct result, float32 is what simulators usually run.
         spikes: also return spikes and membranes per layer.
         force: spikes by site name, as :func:`qcfs_fast.trace` returns them. Each layer then reads these instead
             of what its neighbours fired, so that layers can be compared one by one on the same input.
