@@ -269,6 +269,7 @@ def test_eval_goes_on_after(how, place, tmp_path, capsys):
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.slow
 def test_eval_in_two_processes(place, tmp_path):
     """One process is killed, two go on: the counts are those of one that ran through."""
     folder, right = place

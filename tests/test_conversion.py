@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from markers import slow_but
 from networks import converted, images, lively
 from torch import nn
 from torchvision_models import models
@@ -131,12 +132,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def slow_but(quick, names):
-    """The quick ones stand for all in `make quick`."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", slow_but(("resnet18", "squeezenet1_1"), FAMILIES))
+@pytest.mark.parametrize("name", slow_but(["resnet18"], FAMILIES))
 def test_torchvision_families(name, record_property):
     size, options = FAMILIES[name]
     torch.manual_seed(0)
@@ -161,7 +157,7 @@ def test_torchvision_families(name, record_property):
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        ("mobilenet_v2", "shufflenet_v2_x1_0"),
+        ["mobilenet_v2"],
         [
             "mobilenet_v2",
             "densenet121",
@@ -232,6 +228,7 @@ def test_their_checkpoint_fits_ours():
     assert ours.thresh.item() == 3.5
 
 
+@pytest.mark.slow
 def test_small_differences_between_bit_widths():
     shape = networks.SHAPES[networks.Small]
     prepared = lively(networks.randomize(networks.Small()), shape)

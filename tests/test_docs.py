@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torchvision_models  # noqa: F401 - makes torchvision importable here
 
+import qcfs_fast
 from qcfs_fast.study import command_line
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -95,6 +96,11 @@ def test_every_variable_is_documented():
     text = (SOURCE / "README.md").read_text() + (SOURCE / "docs" / "backends.md").read_text()
     assert read
     assert not [name for name in read if not re.search(rf"`{name}\b", text)]
+
+
+def test_every_page_states_the_version_of_the_package():
+    assert f"\nversion: {qcfs_fast.__version__}\n" in (SOURCE / "CITATION.cff").read_text()
+    assert re.findall(r"^## (\d\S+) - ", (SOURCE / "CHANGELOG.md").read_text(), re.M)[0] == qcfs_fast.__version__
 
 
 def test_sources_are_ascii():

@@ -290,6 +290,7 @@ def test_operations_from_the_model_itself():
         assert rows[name].accumulates_by_step == found, name
 
 
+@pytest.mark.slow
 def test_vgg16_arithmetic():
     """The figures that docs/report.md spells out, on the full-size network for 32x32 images."""
     model = networks.randomize(networks.TheirVGG("vgg16", divide=1))

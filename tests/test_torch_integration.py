@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from layers import random_case, random_spikes, tensor
+from markers import slow_but
 from networks import converted
 
 from qcfs_fast.backend import registration as ops
@@ -66,7 +67,11 @@ def test_every_operator_is_checked():
 
 
 @pytest.mark.parametrize(
-    "kind", [networks.Small, networks.Branches, networks.Image, networks.Perceptron, networks.Pools]
+    "kind",
+    slow_but(
+        [networks.Small, networks.Branches],
+        [networks.Small, networks.Branches, networks.Image, networks.Perceptron, networks.Pools],
+    ),
 )
 def test_compile_whole_graph(kind):
     snn, x = converted(kind)

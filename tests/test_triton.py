@@ -17,6 +17,7 @@ import numpy as np
 import oracle
 import torch
 from layers import ODD, Evidence, random_case, random_geometry, random_spikes, random_weights, tensor
+from markers import slow_but
 from torch import nn
 
 import qcfs_fast
@@ -84,7 +85,7 @@ def test_the_interpreter_runs():
         assert backend.describe_gpu()["in use"] == "triton"
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", slow_but([0], range(4)))
 def test_random_layers(part, launched):
     evidence = Evidence()
     for seed in range(100 * part, 100 * part + 12):
@@ -93,7 +94,7 @@ def test_random_layers(part, launched):
     assert {"spiking_dot", "spiking_direct"} <= set(launched)
 
 
-@pytest.mark.parametrize("T", range(1, 21))
+@pytest.mark.parametrize("T", slow_but([1, 2, 4, 8, 9, 17], range(1, 21)))
 def test_steps(T, launched):
     evidence = Evidence()
     for bits in (8, 16):
@@ -131,7 +132,7 @@ def test_without_matrix_units(launched, monkeypatch):
     assert set(launched) == {"spiking_direct"}
 
 
-@pytest.mark.parametrize("tile", [(16, 32, 64), (64, 16, 32), (32, 64, 32)])
+@pytest.mark.parametrize("tile", slow_but([(64, 16, 32)], [(16, 32, 64), (64, 16, 32), (32, 64, 32)]))
 def test_tiles_do_not_matter(tile, monkeypatch, launched):
     monkeypatch.setattr(triton_tiles, "INTERPRETER", triton_tiles.Tile(*tile, 4, 1))
     evidence = Evidence()
@@ -385,7 +386,14 @@ def network(groups, head):
     return nn.Sequential(*stem, Block(groups), *tail)
 
 
-@pytest.mark.parametrize(("groups", "head", "bits"), [(1, "linear", 16), (12, "global", 16), (3, "linear", 8)])
+@pytest.mark.parametrize(
+    ("groups", "head", "bits"),
+    [
+        (1, "linear", 16),
+        pytest.param(12, "global", 16, marks=pytest.mark.slow),
+        pytest.param(3, "linear", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_networks(groups, head, bits, launched):
     images = torch.rand((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     model = qcfs_fast.prepare(network(groups, head).eval(), levels=4)

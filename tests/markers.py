@@ -1,0 +1,8 @@
+"""Which cases of a test are left to the full run."""
+
+import pytest
+
+
+def slow_but(quick, cases):
+    """All cases; `make quick` runs those in `quick`, which stand for the others."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
