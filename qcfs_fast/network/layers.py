@@ -331,7 +331,8 @@ class SpikingLayer(Layer):
             return self._fire(values, T)
         last_engine.set("")
         out = self._fire(values, T)
-        self.engine = last_engine.get()
+        if self.engine != (engine := last_engine.get()):  # assigning to a module takes longer than a small operator
+            self.engine = engine
         return out
 
     def _fire(self, values: Values, T: int) -> Tensor:
