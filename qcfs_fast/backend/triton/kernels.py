@@ -30,7 +30,7 @@ BM x BN neurons of one group for all (up to 8) steps, and takes K in pieces of B
         BK       +-----------+
       +-----+    +-----------+ \\
    BM | x   | -> | acc[0..7] |  > int32, in registers (BM*BN*steps/threads of them, at most 32 a thread, see
-      +-----+    +-----------+ /  triton_tiles.py); then T steps of the recursion there, one byte a neuron out
+      +-----+    +-----------+ /  tiles.py); then T steps of the recursion there, one byte a neuron out
 
 `acc` is a Python tuple of one tile per step. Triton cannot assign to an element of a tuple, so every pass over the
 steps builds the next tuple (`sums = sums + (tile,)`).
@@ -635,7 +635,7 @@ def _scaled_input(x, source, scale, shift, image, i, valid, C, W, stride_n, stri
 def largest_input(
     x,                           # float32 [N, C', H, W] with any strides
     source, scale, shift,        # int64, float32, float32 [C]
-    most,                        # int32 [N], zero before: bits of max |x[source] * scale + shift| over the sample
+    largest_bits,                # int32 [N], zero before: bits of max |x[source] * scale + shift| over the sample
     per_sample,                  # H * W * C
     C, W, stride_n, stride_c, stride_h, stride_w,
     BLOCK: tl.constexpr,
@@ -648,20 +648,20 @@ def largest_input(
     image = sample.to(tl.int64)
     z = _scaled_input(x, source, scale, shift, image, i, valid, C, W, stride_n, stride_c, stride_h, stride_w)
     bits = z.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(most + image, tl.max(tl.where(valid, bits, 0), axis=0))
+    tl.atomic_max(largest_bits + image, tl.max(tl.where(valid, bits, 0), axis=0))
 
 
 @triton.jit(do_not_specialize=["per_sample", "C", "W", "stride_n", "stride_c", "stride_h", "stride_w"])
 def quantize(
-    x, source, scale, shift, most,    # as in largest_input
+    x, source, scale, shift, largest_bits,    # as in largest_input
     out,                              # int16 [N, H, W, C]
     exponent,                         # int32 [N]
     per_sample, C, W, stride_n, stride_c, stride_h, stride_w,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """q = rint(z * 2^-e) with the smallest e for which most <= 32767 * 2^e. Grid: N * tiles of a sample.
+    """q = rint(z * 2^-e) with the smallest e for which largest <= 32767 * 2^e. Grid: N * tiles of a sample.
 
-    With most = f * 2^q and f of 53 bits, 32767 * 2^38 has 53 bits too: e = q + 38 if f is not above it, else q + 39.
+    With largest = f * 2^q and f of 53 bits, 32767 * 2^38 has 53 bits too: e = q + 38 if f is not above it, else q + 39.
     """
     tiles = tl.cdiv(per_sample, BLOCK)
     sample = tl.program_id(0) // tiles
@@ -669,7 +669,7 @@ def quantize(
     i = tile * BLOCK + tl.arange(0, BLOCK)
     valid = i < per_sample
     image = sample.to(tl.int64)
-    largest = tl.load(most + image)
+    largest = tl.load(largest_bits + image)
     bits = largest.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
     fraction = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000
     e = ((bits >> 52) - 1023 - 52 + 38).to(tl.int32)
