@@ -181,9 +181,9 @@ void quantize_input(const Where& where, py::handle operand, py::handle workspace
 PYBIND11_MODULE(QCFS_CUDA_MODULE, m) {
   m.doc() = "CUDA kernels of qcfs_fast; use torch.ops.qcfs_fast instead";
   m.attr("ARCHITECTURES") = QCFS_CUDA_ARCHITECTURES;    // as in TORCH_CUDA_ARCH_LIST
-  m.attr("MAX_PRODUCTS") = qcfs::cuda::max_products;
-  m.attr("MAX_RESIDUALS") = qcfs::cuda::max_residuals;
-  m.attr("MAX_TERMS") = qcfs::cuda::max_terms;
+  m.attr("MAX_PRODUCTS") = qcfs::cuda::max_launch_products;
+  m.attr("MAX_RESIDUALS") = qcfs::cuda::max_launch_residuals;
+  m.attr("MAX_TERMS") = qcfs::cuda::max_launch_terms;
   m.def("device_count", [] {
     int n = 0;
     check(qcfs::cuda::device_count(&n), "cudaGetDeviceCount");

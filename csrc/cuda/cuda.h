@@ -18,7 +18,6 @@ namespace qcfs::cuda {
 constexpr int max_launch_products = 64;
 constexpr int max_launch_residuals = 16;
 constexpr int max_launch_terms = 24;
-constexpr int most_products = max_launch_products, most_residuals = max_launch_residuals, most_terms = max_launch_terms;
 
 // Codes of this backend are negative, those of the CUDA runtime positive. `unsupported`: more sources or larger sizes
 // than the kernels take. `wrong_plan`: the plan is not one of this layer.
