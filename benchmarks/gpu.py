@@ -260,7 +260,7 @@ def layer_rows(
         if not isinstance(layer, SpikingLayer):
             continue
         out = values[name]
-        weights = [getattr(layer, f"weight_{i}") for i in layer.config["weight_index"]]
+        weights = [source.weight for source in layer.sources()]
         pixels = out[0].numel() // out.shape[-1]
         digits = sum(w.element_size() * w.numel() for w in weights)  # one int8 product per byte of weight
         macs = pixels * T * digits

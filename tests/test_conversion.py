@@ -111,9 +111,9 @@ def test_every_differing_spike_is_explained(kind):
             continue
         unit = torch.tensor(snn.details[name]["theta"]).double() / layer.threshold
         inputs = sum(w.numel() // w.shape[-1] for w in layer.indexed("weight"))
-        analog = "analog_geometry" in layer.config
+        analog = layer.analog is not None
         per_step = (
-            inputs * max(layer.config["peaks"]) * 128.5 + 2 + (200 if analog else 0)
+            inputs * max(layer.config.peaks) * 128.5 + 2 + (200 if analog else 0)
         )  # half an 8-bit weight is 128 units
         different = ours != sim.spikes[name]
         first = different & (different.cumsum(0) == 1)

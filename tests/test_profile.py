@@ -18,7 +18,6 @@ import qcfs_fast
 from qcfs_fast import QCFS, backend
 from qcfs_fast.network.layers import EncodingLayer, Readout, SpikeConcat, SpikePool, SpikingLayer
 from qcfs_fast.operators import masks
-from qcfs_fast.operators.windows import spec_from
 from qcfs_fast.study.profiling import record
 
 SOURCE = Path(__file__).resolve().parent.parent
@@ -207,23 +206,17 @@ def brute_force(snn, x, T):
             sources = []
         elif isinstance(layer, Readout):
             sources = []
-            for i, (node, pools, vector) in enumerate(
-                zip(layer.inputs, layer.config["pools"], layer.config["vectors"], strict=True)
-            ):
-                plane = values[node]
-                for spec in sorted(map(spec_from, pools), key=lambda s: s.kind != "max"):
+            for i, term in enumerate(layer.terms()):
+                plane = values[term.node]
+                for spec in sorted(term.pools, key=lambda s: s.kind != "max"):
                     plane = window_sums(plane, spec)
-                weight = getattr(layer, f"weight_{i}")
-                sources.append((plane, weight, layer.config["geometry"][9 * i : 9 * i + 9], vector, i))
+                sources.append((plane, term.weight, term.geometry, term.vector, i))
         else:
-            index = layer.config["weight_index"]
+            index, vector = layer.config.weight_index, layer.config.vector
             sources = [
-                (values[n], getattr(layer, f"weight_{k}"), layer.config["geometry"][9 * i : 9 * i + 9],
-                 layer.config["vector"], k)
-                for i, (n, k) in enumerate(zip(layer.inputs, index, strict=False))
-            ]  # fmt: skip
-            residuals = layer.inputs[len(index) : len(index) + len(layer.indexed("amplitude"))]
-            sources += [(values[n], torch.empty(0), None, False, None) for n in residuals]
+                (values[s.node], s.weight, s.geometry, vector, k) for s, k in zip(layer.sources(), index, strict=True)
+            ]
+            sources += [(values[r.node], torch.empty(0), None, False, None) for r in layer.residuals()]
         seen = set()
         for plane, weight, g, vector, k in sources:
             if weight.numel() == 0:
@@ -233,12 +226,9 @@ def brute_force(snn, x, T):
                 dense[name] += 0 if k in seen else dense_operations(np.ones_like(plane[:1, :1]), weight, g, vector)[0]
                 seen.add(k)
             operations[name] = [a + b for a, b in zip(operations[name], found, strict=True)]
-        analog = layer.config.get("analog_geometry") or (
-            layer.config["geometry"] if isinstance(layer, EncodingLayer) else None
-        )
-        if analog:
-            weight = layer.weight if isinstance(layer, EncodingLayer) else layer.analog_weight
-            dense[name] += dense_operations(values["input"][:, :1], weight, analog, False)[0]
+        analog = getattr(layer, "analog", None)
+        if analog is not None:
+            dense[name] += dense_operations(values["input"][:, :1], analog.weight, analog.geometry, False)[0]
 
     snn.run(x, T, False, watch)
     return operations, dense

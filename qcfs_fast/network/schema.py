@@ -178,14 +178,3 @@ class Config:
             require(name in tensors, f"{name} must have values, but the node lists no such tensor")
         for name, kind in expected.items():
             _check_tensor(name, tensors[name], kind, tensors[self.channels_of].numel())
-
-    # A configuration can still be read like the dict that it was.
-
-    def __getitem__(self, name: str) -> Any:
-        return self.to_dict()[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.to_dict()
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.to_dict().get(name, default)

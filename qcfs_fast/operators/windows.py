@@ -185,11 +185,3 @@ def largest_value(rows: Sequence[int], cols: Sequence[int], multiple: int) -> in
         for w, wd in {(e - s, d) for s, e, d in zip(cols[0::3], cols[1::3], cols[2::3], strict=True)}:
             largest = max(largest, h * w * (multiple // (hd * wd) if multiple else 1))
     return largest
-
-
-def spec_to(spec: PoolSpec) -> dict[str, Any]:
-    return spec.to_dict()
-
-
-def spec_from(config: Mapping[str, Any]) -> PoolSpec:
-    return PoolSpec.from_dict(config)

@@ -57,8 +57,7 @@ def spiking_macs(snn: SNN, images: Tensor, T: int) -> dict[str, int]:
         nonlocal total
         if isinstance(layer, SpikingLayer):
             pixels = value[0].numel() // value.shape[-1]
-            weights = [getattr(layer, f"weight_{i}") for i in layer.config["weight_index"]]
-            total += T * pixels * sum(w.numel() for w in weights)
+            total += T * pixels * sum(source.weight.numel() for source in layer.sources())
 
     snn.run(images, T, watch=watch)
     return {"macs": total}

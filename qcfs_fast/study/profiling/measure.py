@@ -26,7 +26,6 @@ from ...network import anytime
 from ...network.layers import EncodingLayer, ImageInput, Layer, Readout, SpikePool, SpikingLayer
 from ...network.snn import SNN
 from ...operators.masks import at_step
-from ...operators.windows import spec_from
 from . import synapses
 from .record import ACCUMULATE_PJ, MULTIPLY_ACCUMULATE_PJ, RATE_BINS, LayerProfile
 from .report import Profile
@@ -82,10 +81,11 @@ class _Measurement:
         self.targets: list[Tensor] = []
         readout = list(snn.layers.values())[-1]
         self.behind_max: list[tuple[str, tuple]] = []  # planes that only the readout sees
-        for node, pools in zip(readout.inputs, readout.config["pools"], strict=True):
-            specs = tuple(s for s in map(spec_from, pools) if s.kind == "max")
+        assert isinstance(readout, Readout)
+        for term in readout.terms():
+            specs = tuple(s for s in term.pools if s.kind == "max")
             if specs:
-                self.behind_max.append((node, specs))
+                self.behind_max.append((term.node, specs))
 
     def counting_run(self, x: Tensor) -> Tensor:
         """Run a batch, add its spikes, and return the running outputs."""
@@ -273,11 +273,11 @@ def _layer_profile(
         shape = m.outputs
     else:
         height, width, channels = m.shapes[name]
-        shape = (channels,) if layer.config.get("vector") else (channels, height, width)
+        shape = (channels,) if getattr(layer.config, "vector", False) else (channels, height, width)
     row = LayerProfile(
         name=name,
         kind=kind,
-        ann_layers=list(dict.fromkeys(n for n in layer.config.get("layers", ()) if n)),
+        ann_layers=list(dict.fromkeys(n for n in getattr(layer.config, "layers", ()) if n)),
         shape=shape,
         engine=_engine(layer, m.device),
         seconds=m.seconds[name] / images,

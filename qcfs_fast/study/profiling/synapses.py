@@ -27,10 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...network.layers import EncodingLayer, Layer, Readout, SpikeConcat, SpikePool, SpikingLayer
+from ...network.layers import Analog, EncodingLayer, Readout, SpikeConcat, SpikePool, SpikingLayer
 from ...network.snn import SNN
-from ...operators.geometry import GEOMETRY, out_size
-from ...operators.windows import PoolSpec, spec_from
+from ...operators.geometry import out_size
+from ...operators.windows import PoolSpec
 
 Shape = tuple[int, int, int]  # height, width, channels; vectors are 1 x 1 maps
 
@@ -130,44 +130,40 @@ class _Counter:
         pairs = channels * outputs
         return rows, cols, outputs, int(rows.sum() * cols.sum()) * pairs, positions[0] * positions[1] * pairs
 
-    def _add_analog(self, found: Afferents, layer: Layer, weight: Tensor, geometry: Sequence[int]) -> None:
-        *_, synapses, padded = self._fan_out(self.shapes[layer.inputs[-1]], weight, geometry, False)
+    def _add_analog(self, found: Afferents, image: Analog) -> None:
+        *_, synapses, padded = self._fan_out(self.shapes[image.node], image.weight, image.geometry, False)
         found.synapses += synapses
         found.with_padding += padded
         found.analog += synapses
 
-    def encoding(self, layer: Layer) -> Afferents:
+    def encoding(self, layer: EncodingLayer) -> Afferents:
         """The layer that reads nothing but the image."""
         found = Afferents()
-        self._add_analog(found, layer, layer.weight, layer.config["geometry"])
+        self._add_analog(found, layer.analog)
         return found
 
-    def spiking(self, layer: Layer) -> Afferents:
+    def spiking(self, layer: SpikingLayer) -> Afferents:
         """Products with spikes, residual connections, and the image where the layer reads it too."""
-        found, index, vector = Afferents(), layer.config["weight_index"], layer.config["vector"]
-        for i, node in enumerate(layer.inputs[: len(index)]):
-            g = layer.config["geometry"][GEOMETRY * i : GEOMETRY * (i + 1)]
-            weight = getattr(layer, f"weight_{index[i]}")
-            rows, cols, outputs, synapses, padded = self._fan_out(self.shapes[node], weight, g, vector)
-            found.bundles += [Bundle(plane, False, r, c, outputs) for plane, r, c in self._planes(node, rows, cols)]
-            if index.index(index[i]) == i:  # sections of one pool share a weight; the ANN has it once
+        found, vector = Afferents(), layer.config.vector
+        for source in layer.sources():
+            shape = self.shapes[source.node]
+            rows, cols, outputs, synapses, padded = self._fan_out(shape, source.weight, source.geometry, vector)
+            planes = self._planes(source.node, rows, cols)
+            found.bundles += [Bundle(plane, False, r, c, outputs) for plane, r, c in planes]
+            if not source.shared:  # sections of one pool share a weight; the ANN has it once
                 found.synapses += synapses
                 found.with_padding += padded
-        residuals = len(layer.indexed("amplitude"))
-        for node in layer.inputs[len(index) : len(index) + residuals]:
+        for node in (residual.node for residual in layer.residuals()):
             rows, cols = (torch.ones(n, dtype=torch.int64) for n in self.shapes[node][:2])
             found.bundles += [Bundle(plane, True, r, c, 1) for plane, r, c in self._planes(node, rows, cols)]
-        if "analog_geometry" in layer.config:
-            self._add_analog(found, layer, layer.analog_weight, layer.config["analog_geometry"])
+        if layer.analog is not None:
+            self._add_analog(found, layer.analog)
         return found
 
-    def readout(self, layer: Layer) -> Afferents:
+    def readout(self, layer: Readout) -> Afferents:
         """Products with spikes behind the readout's own pools; maximum pools come before average pools."""
         found = Afferents()
-        for i, (node, pools, vector) in enumerate(
-            zip(layer.inputs, layer.config["pools"], layer.config["vectors"], strict=True)
-        ):
-            specs = [spec_from(p) for p in pools]
+        for node, weight, _, g, specs, vector in layer.terms():
             max_pools = tuple(s for s in specs if s.kind == "max")
             shapes = [self.shapes[node]]
             for spec in max_pools:
@@ -175,13 +171,11 @@ class _Counter:
             averages = [s for s in specs if s.kind == "avg"]
             for spec in averages:
                 shapes.append(pooled(shapes[-1], spec))
-            weight = getattr(layer, f"weight_{i}")
             identity = weight.numel() == 0  # the output is the mean of the spikes themselves
             if identity:
                 rows, cols = (torch.ones(n, dtype=torch.int64) for n in shapes[-1][:2])
                 outputs = 1
             else:
-                g = layer.config["geometry"][GEOMETRY * i : GEOMETRY * (i + 1)]
                 rows, cols, outputs, synapses, padded = self._fan_out(shapes[-1], weight, g, vector)
                 found.synapses += synapses
                 found.with_padding += padded
