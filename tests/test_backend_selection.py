@@ -97,7 +97,7 @@ def test_a_forced_choice_is_what_runs_in_each_thread():
     """The results and the engine that ran, of operators called in threads that force different engines."""
     if backend.native.module is None:
         pytest.skip("needs the native module")
-    case = random_case(3, 4, most_pixels=6)
+    case = random_case(3, 4, max_pixels=6)
     failures = []
 
     def work(engine):

@@ -128,7 +128,7 @@ def other_operators(thorough):
         call("quantize_input", torch.zeros(2, C, 16, 16), torch.arange(C), torch.ones(C), torch.zeros(C))
 
 
-MOST_TILES = 8
+MAX_TILES = 8
 
 
 def cases(matrix, thorough):
@@ -139,7 +139,7 @@ def cases(matrix, thorough):
     yield "others", lambda: other_operators(thorough), 0
     if matrix and thorough:
         layers = [Layer(T).product(count=count) for T in (3, 5, 8) for count in (False, True)]
-        for tile in range(1, MOST_TILES):
+        for tile in range(1, MAX_TILES):
             yield from ((f"tile {tile}", layer.run, tile) for layer in layers)
 
 

@@ -540,13 +540,13 @@ void quantizing() {
       z.push_back(static_cast<double>(value + shift[c]));
       finite &= std::isfinite(z.back());
     }
-    double most = 0;
-    for (const double v : z) most = std::max(most, std::abs(v));
+    double largest = 0;
+    for (const double v : z) largest = std::max(largest, std::abs(v));
     bad |= !finite;
     int e = 0;
-    if (finite && most > 0) {
+    if (finite && largest > 0) {
       e = -200;
-      while (most > std::ldexp(32767.0, e)) ++e;
+      while (largest > std::ldexp(32767.0, e)) ++e;
     }
     want_e[n] = e;
     for (i64 i = 0; i < H * W * C; ++i) {
