@@ -136,8 +136,8 @@ struct ConvTile {
   static constexpr int transpose_channels = T == 8 ? 8 : 16;    // that the epilogue transposes at a time
   static_assert(rows * 4 % threads == 0 && threads % 32 == 0 && cols % 16 == 0, "tile shape");
 
-  // Queues the copies of one stage. `to` is the place of the thread's first row. Its other rows are threads / 4 apart, a
-  // multiple of 8, so the swizzle is the same for all of them.
+  // Queues the copies of one stage. `to` is the place of the thread's first row. Its other rows are threads / 4 apart,
+  // a multiple of 8, so the swizzle is the same for all of them.
   QCFS_DEVICE static void load(const LayerParams& p, unsigned char* to, const CopyCursor<loads>& k) {
     const ProductParams& q = p.products[k.product];
     const bool tap_exists = k.kh < q.kernel_h;
