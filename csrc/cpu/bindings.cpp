@@ -159,6 +159,8 @@ PYBIND11_MODULE(_cpu, m) {
                                   {"ISA_NEONDOT", qcfs::cpu::isa_neondot}}) {
     m.attr(name) = static_cast<std::uint32_t>(bit);
   }
+  m.attr("MAX_PRODUCTS") = qcfs::max_products;
+  m.attr("MAX_RESIDUALS") = qcfs::max_residuals;
   m.def("host_isa", &qcfs::cpu::host_isa);
   m.def("chosen_kernel_set", &qcfs::cpu::chosen_kernel_set);
   m.def("kernel_sets", [] {
