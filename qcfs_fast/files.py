@@ -1,13 +1,14 @@
 """The one way this package writes a file: beside its target, synchronised, then renamed.
 
-A reader, or a machine that loses power, sees the old file or the new one, never half of one.
+Whoever reads the file, also after a loss of power, sees the old one or the new one, never half of one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,25 +17,29 @@ from pathlib import Path
 def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path in the target's folder to write to; it becomes `path` if the block ends without an exception.
 
+    A pipe or a device is written to as it is, never replaced.
+
     Raises:
         FileNotFoundError: the folder does not exist.
+        IsADirectoryError: the path is a folder.
     """
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device is written to, never replaced
-        yield Path(path)
-        return
     path = Path(os.path.realpath(path))  # a link stays a link; the file it leads to is replaced
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        yield path
+        return
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist; create it first")
-    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = stat.S_IMODE(os.fstat(handle).st_mode)  # of any new file; who writes may make another, a private one
     os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)  # mkstemp's files are private; the target gets the permissions of any new file
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -164,7 +164,7 @@ def filled(empty):
 def on_cuda(emulated_module, monkeypatch):
     """A context in which torch.ops.qcfs_fast takes the path of GPU tensors, over the emulated kernels.
 
-    Yields a Counter of the operators called.
+    The context yields a Counter of the operators called.
     """
     monkeypatch.setattr(cuda_backend, "module", emulated_module)
     monkeypatch.setattr(cuda_backend, "_where", lambda x: (0, 0))
@@ -174,7 +174,6 @@ def on_cuda(emulated_module, monkeypatch):
     for kind in (Operator, QuantizeInput):
         monkeypatch.setattr(kind, "empty", filled(kind.empty))
     monkeypatch.setitem(backend.absence, "cuda", lambda: "")
-    cuda_backend._window_table.cache_clear()
     calls = Counter()
 
     def counted(kind, operator):
@@ -184,17 +183,16 @@ def on_cuda(emulated_module, monkeypatch):
 
         return call
 
-    operators = {kind: counted(kind, f) for kind, f in cuda_backend.KERNELS.run.items()}
+    operators = {kind: counted(kind, f) for kind, f in cuda_backend.KERNELS.by_kind.items()}
 
     @contextlib.contextmanager
     def context():
         with monkeypatch.context() as patch, backend.force(gpu="cuda"):
-            patch.setattr(cuda_backend.KERNELS, "run", operators)
+            patch.setattr(cuda_backend.KERNELS, "by_kind", operators)
             patch.setattr(choice, "triton_on_cpu", lambda: True)  # CPU tensors go where GPU tensors do
             yield calls
 
-    yield context
-    cuda_backend._window_table.cache_clear()
+    return context
 
 
 def test_random_layers_against_the_oracle(on_cuda):
@@ -346,6 +344,19 @@ def test_a_cuda_error_names_the_operator_and_shapes(on_cuda, monkeypatch):
     message = r"qcfs_fast::max_pool: .*illegal.*uint8 \[1, 2, 4, 4, 3\] on cpu"
     with on_cuda(), pytest.raises(RuntimeError, match=message):
         torch.ops.qcfs_fast.max_pool(x, [0, 2, 1], [0, 2, 1])
+
+
+def test_a_cuda_error_of_a_linear_layer_is_told_once(on_cuda, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("conv2d_if: an illegal memory access was encountered")
+
+    monkeypatch.setattr(cuda_backend, "module", SimpleNamespace(SpikingLayer=broken, MAX_PRODUCTS=64, MAX_RESIDUALS=16))
+    x, w = torch.zeros((1, 2, 3), dtype=torch.uint8), torch.zeros((3, 5), dtype=torch.int16)
+    zero = torch.zeros(5, dtype=torch.int32)
+    with on_cuda(), pytest.raises(RuntimeError) as raised:
+        torch.ops.qcfs_fast.linear_if([x], [w], [], [], None, zero, zero + 2, 4)
+    assert str(raised.value).count("qcfs_fast::linear_if") == 1
+    assert str(raised.value).count("operands") == 1
 
 
 def test_which_gpus_the_code_covers():

@@ -47,6 +47,17 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder; name a file in it"):
+        write_text_atomically(tmp_path, "page")
+
+
+def test_permissions_are_those_of_a_new_file(tmp_path):
+    (tmp_path / "plain").write_text("")
+    write_text_atomically(tmp_path / "page", "page")
+    assert (tmp_path / "page").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_the_folder_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="create it first"):
         write_text_atomically(tmp_path / "no" / "file", "text")

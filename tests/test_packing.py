@@ -17,9 +17,9 @@ def cache():
 class Maker:
     """A layout that adds its weights up, and counts how often it was asked to."""
 
-    def __init__(self, *weights, layout="sum"):
+    def __init__(self, *weights, layout="sum", in_place=False):
         self.made = 0
-        self.packing = Packing(layout, weights, self.make)
+        self.packing = Packing(layout, weights, self.make, in_place)
 
     def make(self):
         self.made += 1
@@ -40,10 +40,37 @@ def test_packed_once_for_each_layout_and_set_of_weights(cache):
     assert len({id(p) for p in found}) == len(found)
 
 
-def test_a_change_packs_again_into_the_same_memory(cache):
-    """CUDA graphs that were captured before go on reading it."""
+def test_a_change_packs_again(cache):
+    """Into new memory: a kernel in another thread may be reading the old."""
     w = weight()
     maker = Maker(w)
+    first = cache.get(maker.packing)
+    w.mul_(2)
+    second = cache.get(maker.packing)
+    assert maker.made == 2
+    assert first[0].tolist() == [0, 1, 2]
+    assert second[0].tolist() == [0, 2, 4]
+
+
+def test_a_change_while_weights_are_packed_is_seen_by_the_next_call(cache):
+    w = weight()
+    maker = Maker(w)
+
+    def disturbed():
+        packed = maker.make()
+        w.mul_(2)  # as another thread may
+        return packed
+
+    maker.packing.make = disturbed
+    cache.get(maker.packing)
+    maker.packing.make = maker.make
+    assert cache.get(maker.packing)[0].tolist() == [0, 2, 4]
+
+
+def test_in_place_a_change_packs_again_into_the_same_memory(cache):
+    """CUDA graphs that were captured before go on reading it."""
+    w = weight()
+    maker = Maker(w, in_place=True)
     first = cache.get(maker.packing)
     w.mul_(2)
     second = cache.get(maker.packing)
@@ -65,7 +92,7 @@ def test_another_address_is_another_weight(cache):
 
 def test_of_another_size_it_gets_new_memory(cache):
     w = weight()
-    maker = Maker(w)
+    maker = Maker(w, in_place=True)
     cache.get(maker.packing)
     w.set_(torch.ones(5, dtype=torch.int16))
     assert cache.get(maker.packing)[0].tolist() == [1] * 5
@@ -85,7 +112,7 @@ def test_inference_tensors_are_packed_at_every_call(cache):
 
 def test_what_inference_mode_packed_can_be_packed_again_outside(cache):
     w = weight()
-    maker = Maker(w)
+    maker = Maker(w, in_place=True)
     with torch.inference_mode():
         first = cache.get(maker.packing)
     w.mul_(3)
@@ -97,7 +124,7 @@ def test_what_inference_mode_packed_can_be_packed_again_outside(cache):
 def test_a_capture_keeps_nothing(cache, monkeypatch):
     """Packing is recorded then, not done: it must neither serve calls outside of it nor change the old memory."""
     w = weight()
-    maker = Maker(w)
+    maker = Maker(w, in_place=True)
     monkeypatch.setattr(packing, "capturing", lambda x: True)
     cache.get(maker.packing)
     assert cache._entries == {}

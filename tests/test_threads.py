@@ -9,6 +9,7 @@ from networks import converted
 from torch import nn
 
 import qcfs_fast
+from qcfs_fast.model.graph import symbolic_trace
 
 KINDS = [networks.Small, networks.Branches, networks.Groups, networks.Image]
 
@@ -88,3 +89,57 @@ def test_a_network_runs_while_another_thread_traces():
         assert str(first.graph) == str(plain.graph)
         assert others
         assert nn.Module.__call__ is call
+
+
+def test_a_model_runs_while_another_thread_traces_it():
+    """The same one, with parameters of its own (torch.fx patches how modules hand these out, too)."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.relu, self.scale = nn.Linear(4, 3), nn.ReLU(), nn.Parameter(torch.tensor(2.0))
+            self.meanwhile = lambda: None
+
+        def forward(self, x):
+            self.meanwhile()
+            return self.relu(self.a(x))
+
+    model, x, found = Net().train(), torch.rand(2, 4), []
+    model.b = nn.Linear(4, 3)
+    want, parameter = model.b(x), model.scale
+
+    def ask():
+        model.meanwhile = lambda: None
+        found.extend((model.b(x), model.scale, model.b.weight))
+
+    def meanwhile():
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(ask).result(timeout=60)
+
+    model.meanwhile = meanwhile
+    qcfs_fast.prepare(model)
+    assert torch.equal(found[0], want)
+    assert found[1] is parameter
+    assert found[2] is model.b.weight
+    assert model.training
+
+
+def test_models_in_training_are_traced_in_eval_mode_by_all_threads():
+    """And end in the mode they had: the mode belongs to the model, which both threads change."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return torch.nn.functional.dropout(self.net(x), training=self.training)
+
+    net = Functional().train()
+    with ThreadPoolExecutor(4) as pool:
+        graphs = list(pool.map(lambda _: str(symbolic_trace(net).graph), range(40)))
+    assert len(set(graphs)) == 1
+    assert "training: False" in graphs[0]
+    assert net.training
+    assert model.training

@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 
-from qcfs_fast import backend
+from qcfs_fast.backend import choice
 
 pytestmark = pytest.mark.triton
 WARP_MMA = "mma.sync.aligned.m16n8k32"
@@ -86,7 +86,7 @@ def test_compiles(target, tmp_path):
 def test_versions_are_stated():
     """One lower bound, in the package, its metadata and the documentation; this run's Triton is within."""
     root = Path(__file__).resolve().parent.parent
-    oldest = ".".join(map(str, backend.OLDEST_TRITON))
+    oldest = ".".join(map(str, choice.OLDEST_TRITON))
     assert f'"triton>={oldest}"' in (root / "pyproject.toml").read_text()
     assert f"{oldest} or newer" in (root / "docs" / "backends.md").read_text()
-    assert VERSION >= backend.OLDEST_TRITON
+    assert VERSION >= choice.OLDEST_TRITON

@@ -1,9 +1,9 @@
-// Python operands as the contract's structs, for every native module.
+// Calls from Python as the contract's structs, for every native module.
 //
-// An operand is an object of qcfs_fast/operators/signature.py: its attributes are torch tensors, lists of tensors and
+// A call is an object of qcfs_fast/operators/signature.py: its attributes are torch tensors, lists of tensors and
 // integers, checked and contiguous. Tensors are read by their Python methods (data_ptr, shape, element_size), so no
 // torch header enters here and one build serves every torch version. A struct holds bare addresses: the caller keeps
-// the operand alive, and the result tensor too.
+// the call alive, and the result tensor too.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,8 +1,8 @@
-// Python binding of the CPU backend: reads operands (core/python.h), releases the GIL, raises on a bad status. Shapes,
+// Python binding of the CPU backend: reads calls (core/python.h), releases the GIL, raises on a bad status. Shapes,
 // dtypes and devices were checked in qcfs_fast/operators before anything arrives here.
 //
 // A layer that reads weights in an order of its own is an object between plan and run (qcfs_fast/backend/protocol.py):
-// it holds the operand's struct and the engine chosen for it, says how many bytes the packed weights take, packs and
+// it holds the call's struct and the engine chosen for it, says how many bytes the packed weights take, packs and
 // runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -34,7 +34,8 @@ void check(Status s, const std::string& op) {
       PyErr_SetString(PyExc_MemoryError, (op + ": no memory for the workspace; use a smaller batch").c_str());
       throw py::error_already_set();
     case Status::not_finite:
-      throw py::value_error(op + ": the input holds NaN or infinity; clean the data before it enters the network");
+      throw py::value_error(
+          py::module_::import("qcfs_fast.operators.signature").attr("NOT_FINITE").cast<std::string>());
     case Status::too_many_sources:
       throw py::value_error(op + ": at most " + std::to_string(qcfs::max_products) + " inputs and " +
                             std::to_string(qcfs::max_residuals) + " residuals can be summed in one layer");
@@ -56,8 +57,8 @@ Options options(std::uint32_t isa, int threads) { return {isa, threads}; }
 
 class SpikingLayer {
  public:
-  SpikingLayer(py::handle operand, std::uint32_t isa, int threads, int wanted)
-      : a_(operand), options_{isa, threads, static_cast<Engine>(wanted)} {
+  SpikingLayer(py::handle call, std::uint32_t isa, int threads, int wanted)
+      : a_(call), options_{isa, threads, static_cast<Engine>(wanted)} {
     py::gil_scoped_release release;    // it looks at the input
     options_.engine = qcfs::cpu::choose_engine(a_.layer, options_);
   }
@@ -85,8 +86,8 @@ class SpikingLayer {
 
 class AnalogLayer {
  public:
-  AnalogLayer(py::handle operand, std::uint32_t isa, int threads)
-      : a_(qcfs::python::analog_conv(operand)), options_{isa, threads} {}
+  AnalogLayer(py::handle call, std::uint32_t isa, int threads)
+      : a_(qcfs::python::analog_conv(call)), options_{isa, threads} {}
 
   std::size_t packed_bytes() const { return qcfs::cpu::packed_bytes(a_, options_.isa); }
   void pack(py::handle out) const {
@@ -105,7 +106,7 @@ class AnalogLayer {
   Options options_;
 };
 
-// The pooling windows of an operand, kept here while a kernel reads them.
+// The pooling windows of an call, kept here while a kernel reads them.
 struct HostWindows {
   explicit HostWindows(py::handle a)
       : rows(QCFS_ATTRIBUTE(a, "rows").cast<std::vector<std::int64_t>>()),

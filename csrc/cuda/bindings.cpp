@@ -1,5 +1,5 @@
-// Python binding of the CUDA backend: reads operands (core/python.h), makes their device current, queues the launches,
-// raises on a bad code. Every address is device memory; shapes, dtypes and devices were checked in Python.
+// Python binding of the CUDA backend: reads calls (core/python.h), makes the tensors' device current, queues the
+// launches, raises on a bad code. Every address is device memory; shapes, dtypes and devices were checked in Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -63,7 +63,7 @@ class Guard {
 // Conv2dIf between plan and run (qcfs_fast/backend/protocol.py).
 class SpikingLayer {
  public:
-  SpikingLayer(const Where& where, py::handle operand) : where_(where), a_(operand) {
+  SpikingLayer(const Where& where, py::handle call) : where_(where), a_(call) {
     const Guard guard(where_, "conv2d_if");
     plan_ = qcfs::cuda::plan_conv_if(a_.layer, guard.launch().device);
   }
@@ -116,22 +116,22 @@ void pack_weight(const Where& where, py::handle weight, bool image, py::handle p
         op);
 }
 
-bool analog_on_tensor_cores(py::handle operand) {
-  const qcfs::AnalogConv a = qcfs::python::analog_conv(operand);
+bool analog_on_tensor_cores(py::handle call) {
+  const qcfs::AnalogConv a = qcfs::python::analog_conv(call);
   return qcfs::cuda::analog_on_tensor_cores(a.g, a.in_channels, a.out_channels);
 }
 
-void analog(const Where& where, py::handle operand, py::handle packed, py::handle out) {
+void analog(const Where& where, py::handle call, py::handle packed, py::handle out) {
   const std::string op = "analog convolution";
   const Guard guard(where, op);
-  qcfs::AnalogConv a = qcfs::python::analog_conv(operand);
+  qcfs::AnalogConv a = qcfs::python::analog_conv(call);
   qcfs::python::set_output(a, out);
   check(qcfs::cuda::analog(a, data<const std::int8_t>(packed), guard.launch()), op);
 }
 
-void encode(const Where& where, py::handle operand, py::handle out) {
+void encode(const Where& where, py::handle call, py::handle out) {
   const Guard guard(where, "encode");
-  check(qcfs::cuda::encode(qcfs::python::encode(operand, out), guard.launch()), "encode");
+  check(qcfs::cuda::encode(qcfs::python::encode(call, out), guard.launch()), "encode");
 }
 
 // Both tables of windows on the device, int64 [out, 3].
@@ -140,33 +140,33 @@ qcfs::python::Windows windows(py::handle rows, py::handle cols) {
           qcfs::python::shape(cols)[0]};
 }
 
-void pool(const Where& where, py::handle operand, py::handle rows, py::handle cols, py::handle out) {
+void pool(const Where& where, py::handle call, py::handle rows, py::handle cols, py::handle out) {
   const Guard guard(where, "pool");
-  check(qcfs::cuda::pool(qcfs::python::pool(operand, out, windows(rows, cols)), guard.launch()), "pool");
+  check(qcfs::cuda::pool(qcfs::python::pool(call, out, windows(rows, cols)), guard.launch()), "pool");
 }
 
-void pool_counts(const Where& where, py::handle operand, py::handle rows, py::handle cols, py::handle out) {
+void pool_counts(const Where& where, py::handle call, py::handle rows, py::handle cols, py::handle out) {
   const Guard guard(where, "pool_counts");
-  check(qcfs::cuda::pool_counts(qcfs::python::pool_counts(operand, out, windows(rows, cols)), guard.launch()),
+  check(qcfs::cuda::pool_counts(qcfs::python::pool_counts(call, out, windows(rows, cols)), guard.launch()),
         "pool_counts");
 }
 
-void count(const Where& where, py::handle operand, py::handle out) {
+void count(const Where& where, py::handle call, py::handle out) {
   const Guard guard(where, "count");
-  check(qcfs::cuda::count(qcfs::python::count(operand, out), guard.launch()), "count");
+  check(qcfs::cuda::count(qcfs::python::count(call, out), guard.launch()), "count");
 }
 
-void readout(const Where& where, py::handle operand, py::handle out) {
+void readout(const Where& where, py::handle call, py::handle out) {
   const Guard guard(where, "readout");
-  const qcfs::python::ReadoutLayer layer(operand, out);
+  const qcfs::python::ReadoutLayer layer(call, out);
   check(qcfs::cuda::readout(layer.layer, guard.launch()), "readout");
 }
 
-void quantize_input(const Where& where, py::handle operand, py::handle workspace, py::handle out, py::handle exponent) {
+void quantize_input(const Where& where, py::handle call, py::handle workspace, py::handle out, py::handle exponent) {
   const Guard guard(where, "quantize_input");
-  check(qcfs::cuda::quantize(qcfs::python::quantize(operand, out, exponent), data<std::uint32_t>(workspace),
-                             guard.launch()),
-        "quantize_input");
+  check(
+      qcfs::cuda::quantize(qcfs::python::quantize(call, out, exponent), data<std::uint32_t>(workspace), guard.launch()),
+      "quantize_input");
 }
 
 }    // namespace

@@ -140,8 +140,8 @@ def _triton_absence() -> str:
     return reason
 
 
-# Why a backend cannot run here; an empty string means that it can. A backend joins by an entry here and in
-# registration.py.
+# Why a backend cannot run here; an empty string means that it can. A backend joins by an entry here, in BACKENDS and
+# GPU_ORDER, and in registration.kernels.
 absence: dict[str, Callable[[], str]] = {
     "cuda": _cuda_absence,
     "triton": _triton_absence,
@@ -177,7 +177,7 @@ def cpu_backend() -> str:
     """Name of the backend that operators on CPU tensors use."""
     if triton_on_cpu():
         return gpu_backend()
-    return "reference" if settings().reference else "cpu"
+    return "reference" if settings().reference or native.module is None else "cpu"
 
 
 def describe_gpu() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The native CPU kernels (csrc/cpu, module _cpu) on torch tensors.
 
-A spiking layer runs on one of several engines; csrc/cpu/engines.h chooses for each call. Two of them read weights in an
-order of their own, as does the first layer: their plan asks for those (protocol.py).
+A spiking layer runs on one of several engines; csrc/cpu/engines.cpp chooses for each call. Two of them read weights in
+an order of their own, as does the first layer: their plan asks for those (protocol.py).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _plan_analog(a: Conv2dCurrent) -> Plan:
         return (packed,)
 
     layout = f"image {native.kernel_set(isa)} {a.geometry[8] > 1}"  # groups are packed in another way
-    return Plan("", (Packing(layout, (a.weight,), pack),), layer)
+    return Plan("", (Packing(layout, (a.key,), pack),), layer)
 
 
 @CPU.operator(Conv2dCurrent, _plan_analog)
@@ -93,7 +93,7 @@ def _analog(a: Conv2dCurrent, plan: Plan, packed: list[Packed]) -> Tensor:
 
 
 def _filling(name: str) -> Any:
-    """A kernel that fills the result and needs nothing besides the operand."""
+    """A kernel that fills the result and needs nothing besides the call."""
 
     def run(a: Operator) -> Any:
         out = a.empty()

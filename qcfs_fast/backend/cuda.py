@@ -10,7 +10,6 @@ whether they run.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import re
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from ..operators.signature import (
     Conv2dIf,
     Count,
     Encode,
+    LinearIf,
     MaxPool,
     Operator,
     Pool,
@@ -34,7 +34,7 @@ from ..operators.signature import (
     QuantizeInput,
     Readout,
 )
-from .packing import Packed, Packing, capturing
+from .packing import Packed, Packing, capturing, window_table
 from .protocol import Kernels, Plan
 
 module: Any = None
@@ -89,6 +89,8 @@ def _where(x: Tensor) -> tuple[int, int]:
 class _CudaKernels(Kernels):
     def __call__(self, a: Operator) -> Any:
         """A CUDA error carries the operator's name and its operands' shapes."""
+        if isinstance(a, LinearIf):  # comes again as a Conv2dIf
+            return super().__call__(a)
         try:
             return super().__call__(a)
         except torch.cuda.OutOfMemoryError:
@@ -117,7 +119,7 @@ def _packing(weight: Tensor, dense: Tensor, image: bool = False) -> Packing:
         module.pack_weight(_where(dense), dense, image, packed)
         return (packed,)
 
-    return Packing("cuda image" if image else "cuda", (weight,), pack)
+    return Packing("cuda image" if image else "cuda", (weight,), pack, in_place=True)
 
 
 # -------------------------------------------------------------------------------------- spiking layers
@@ -142,7 +144,7 @@ def _spiking(a: Conv2dIf, plan: Plan, packed: list[Packed]) -> Tensor:
 
 
 def _plan_analog(a: Conv2dCurrent) -> Plan:
-    return Plan("", [_packing(a.weight, a.weight, image=True)] if module.analog_on_tensor_cores(a) else [])
+    return Plan("", [_packing(a.key, a.weight, image=True)] if module.analog_on_tensor_cores(a) else [])
 
 
 @KERNELS.operator(Conv2dCurrent, _plan_analog)
@@ -163,14 +165,8 @@ def _encode(a: Encode) -> Tensor:
 # -------------------------------------------------------------------------------- pooling and counting
 
 
-@functools.cache
-def _window_table(windows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Windows on the device, int64 [out, 3], one copy for each layer shape, kept: captured graphs read them."""
-    return torch.tensor(windows, dtype=torch.int64, device=device).reshape(-1, 3)
-
-
 def _tables(a: Pool | MaxPool | PoolCounts, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _window_table(tuple(a.rows), device), _window_table(tuple(a.cols), device)
+    return window_table(tuple(a.rows), device, torch.int64), window_table(tuple(a.cols), device, torch.int64)
 
 
 @KERNELS.operator(Pool)

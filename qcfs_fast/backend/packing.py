@@ -3,8 +3,9 @@
 One cache serves every backend, under one rule:
 
     key            the layout's name (backend and kernel in it) and the identity of the weight tensors
-    stale when     a weight's version counter or address has changed; then the weights are packed again, into the same
-                   memory if the sizes are equal, because CUDA graphs that were captured before go on reading it
+    stale when     a weight's version counter or address has changed since before they were packed
+    packed again   into new memory, because a kernel in another thread may be reading the old; but on a GPU into the
+                   same memory (`in_place`), because CUDA graphs that were captured before go on reading it
     never kept     weights without a version counter (made under torch.inference_mode()), and what is packed while a
                    CUDA graph is captured: the capture only records it, and its result exists in replays alone
     other streams  may read what was packed, so the stream that packs it on a GPU is waited for, once
@@ -14,6 +15,7 @@ A change through .data or .numpy() does not raise the version counter and is not
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ class Packing:
     layout: str
     weights: Sequence[Tensor]
     make: Callable[[], Packed]
+    in_place: bool = False
 
 
 @dataclass(slots=True)
@@ -64,18 +67,25 @@ class PackedWeights:
             return entry.packed
         # Normal tensors even under inference_mode: a later call outside of it may have to write to them.
         with torch.inference_mode(False), torch.no_grad():
-            packed = packing.make()
             if any(w.is_inference() for w in weights) or capturing(weights[0]):
-                return packed
-            if entry is not None and _alike(entry.packed, packed):
+                return packing.make()
+            states = tuple((w._version, w.data_ptr()) for w in weights)  # before: a change meanwhile must show
+            packed = packing.make()
+            if packing.in_place and entry is not None and _alike(entry.packed, packed):
                 for old, new in zip(entry.packed, packed, strict=True):
                     old.copy_(new)
                 packed = entry.packed
         if weights[0].is_cuda:
             torch.cuda.current_stream(weights[0].device).synchronize()
         refs = tuple(weakref.ref(w, lambda _: self._entries.pop(key, None)) for w in weights)
-        self._entries[key] = _Entry(refs, tuple((w._version, w.data_ptr()) for w in weights), packed)
+        self._entries[key] = _Entry(refs, states, packed)
         return packed
+
+
+@functools.cache
+def window_table(windows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Pooling windows on a GPU, [out, 3]. One copy for each layer shape is kept for good: captured graphs read it."""
+    return torch.tensor(windows, dtype=dtype, device=device).reshape(-1, 3)
 
 
 def _alike(a: Packed, b: Packed) -> bool:

@@ -1,11 +1,11 @@
 """How a backend runs an operator: plan, pack, run.
 
-    plan    chooses the kernel for this operand and says in which layouts it wants the weights
+    plan    chooses the kernel for this call and says in which layouts it wants the weights
     pack    packing.py finds those weights, or makes them
     run     fills and returns the result
 
-A backend is a `Kernels`: the functions of its operators, each of which takes the checked operand of signature.py. An
-operator whose weights are read as they are has nothing to plan and is a `run` alone.
+A call is an `Operator` of signature.py that has been checked. A backend is a `Kernels`: one function for each kind of
+operator, which takes the call. An operator whose weights are read as they are has nothing to plan and is a `run` alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .packing import Packed, Packing, packed_weights
 class Plan:
     """What `plan` settled: the engine's name, the weights it wants, and whatever `run` needs besides.
 
-    A plan may hold addresses of the operand's tensors, so it does not outlive the call.
+    A plan may hold addresses of the call's tensors, so it does not outlive the call.
     """
 
     engine: str
@@ -36,13 +36,13 @@ last_engine: ContextVar[str] = ContextVar("qcfs_fast_last_engine", default="")
 
 
 class Kernels:
-    """A backend: calling it with an operand, which has been checked, runs the operator."""
+    """A backend. Calling it with a checked call runs it."""
 
     def __init__(self, name: str, dense: bool = True) -> None:
         """`dense`: the kernels know no strides, so operands are made contiguous first."""
         self.name = name
         self.dense = dense
-        self.run: dict[type[Operator], Callable[[Any], Any]] = {}
+        self.by_kind: dict[type[Operator], Callable[[Any], Any]] = {}
 
     def operator(
         self, kind: type[Operator], plan: Callable[[Any], Plan] | None = None
@@ -51,7 +51,7 @@ class Kernels:
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             if plan is None:
-                self.run[kind] = run
+                self.by_kind[kind] = run
                 return run
 
             def planned(a: Any) -> Any:
@@ -60,7 +60,7 @@ class Kernels:
                 last_engine.set(settled.engine)
                 return run(a, settled, packed)
 
-            self.run[kind] = planned
+            self.by_kind[kind] = planned
             return run
 
         return register
@@ -70,4 +70,4 @@ class Kernels:
             return self(a.checked_maps()).flatten(2)
         if self.dense:
             a.make_dense()
-        return self.run[type(a)](a)
+        return self.by_kind[type(a)](a)

@@ -1,7 +1,7 @@
 """torch.ops.qcfs_fast: every operator of signature.py as a torch operator.
 
 An operator gets its schema, a fake kernel for torch.compile and torch.export (the checks, then an empty result), and
-one function for each device that makes the operand, checks it, and hands it to the backend that choice.py names.
+one function for each device that checks the call and hands it to the backend that choice.py names.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import ADD_FUNCTIONS, call_sites, describe, is_relu, symbolic_trace
+from ..model.graph import ADD_FUNCTIONS, call_sites, describe, evaluating, is_relu, symbolic_trace
 from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
 from ..operators.geometry import POINTWISE
@@ -533,9 +533,7 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
     The shape matters only where a pool's divisor depends on it. It is the one given, or the one the
     prepared model last saw, or else a guess: the usual 224 pixels, then 32.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         gm = symbolic_trace(model)
         # Without a shape: one pass that finds out whether any is needed, and how many channels the image has.
         known = input_shape or getattr(model, "input_shape", None)
@@ -557,8 +555,6 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
                 error = e
                 continue
             return Lowering(gm, shapes).run(), shape
-    finally:
-        model.train(was_training)
     raise ConversionError(
         f"the model does not run on images of shape {guesses[-1]} ({str(error).splitlines()[0]}). "
         "Remedy: give convert(..., input_shape=(channels, height, width))"

@@ -6,6 +6,7 @@ call site the same name: the module's path, with _1, _2, ... for further calls o
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
 from collections.abc import Callable, Iterator
@@ -18,9 +19,21 @@ from torch import fx, nn
 from ..errors import ConversionError
 from .qcfs import is_qcfs
 
-# While torch.fx traces, it replaces nn.Module.__call__ for the whole process. So traces go one after another, and a
-# module that another thread calls meanwhile runs as it is.
-_one_at_a_time = threading.Lock()
+# While torch.fx traces, it replaces methods of nn.Module for the whole process. So traces go one after another, and
+# another thread that uses a module meanwhile gets what it would get without a trace.
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, then in the mode it had. No other thread traces meanwhile: it might see either mode."""
+    with _one_at_a_time:
+        was_training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
 
 
 class _Tracer(fx.Tracer):
@@ -32,6 +45,11 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_qcfs(m) or super().is_leaf_module(m, module_qualified_name)
@@ -45,18 +63,14 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
     tracer = _Tracer()
-    was_training = model.training
-    model.eval()
     try:
-        with _one_at_a_time:
+        with evaluating(model):
             graph = tracer.trace(model)
     except Exception as error:  # a model's own code can raise anything when run on proxies
         raise ConversionError(
             f"{tracer.current_path()}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
             "control flow that depends on tensor values by modules, or move it out of the model"
         ) from error
-    finally:
-        model.train(was_training)
     return fx.GraphModule(tracer.root, graph)
 
 

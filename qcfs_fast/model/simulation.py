@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .graph import call_sites, symbolic_trace
+from .graph import call_sites, evaluating, symbolic_trace
 from .qcfs import is_qcfs, over_channels
 
 
@@ -64,10 +64,8 @@ def step_network(
 
     Call it T times on the same input and average; reset the neurons before the next input.
     """
-    was_training = model.training
-    model.eval()
-    gm = copy.deepcopy(symbolic_trace(model)).to(dtype)
-    model.train(was_training)
+    with evaluating(model):
+        gm = copy.deepcopy(symbolic_trace(model)).to(dtype)
     gm._forward_pre_hooks.clear()
     neurons: dict[str, IF] = {}
     for i, (name, node, module) in enumerate(list(call_sites(gm))):

@@ -1,6 +1,7 @@
 """What every operator checks before a kernel runs: each failure names the operator, the operand and the remedy.
 
-A kernel gets addresses and sizes and believes them, so nothing may pass here that it could not read.
+A kernel gets addresses and sizes and believes them, so no shape may pass here that it could not read. The values in a
+tensor are not looked at: that would read it once more, and wait for a GPU.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def checked_convolution(op: str, x: Tensor, weight: Tensor, g: Sequence[int]) ->
     shape = weight.shape
     if len(shape) != 4 or shape[0] != g[0] or shape[1] != g[1]:
         fail(op, f"weight must be [{g[0]}, {g[1]}, C/groups, O], got {list(shape)}")
+    if channels == 0:
+        fail(op, "an input needs at least one channel")
     if shape[2] * g[8] != channels or shape[3] % g[8] != 0:
         fail(op, f"weight {list(shape)} with {g[8]} groups does not fit {channels} input channels")
     oh, ow = convolution_size(height, width, g)

@@ -1,7 +1,7 @@
 """Every operator in plain torch: slow, exact, on any device.
 
 Integer sums are formed by float64 matrix products. All of them are below 2^53, so they are exact whatever the
-order or the use of fused multiply-add; the recursion over time is int64. Each function takes the operand of its
+order or the use of fused multiply-add; the recursion over time is int64. Each function takes a call of its
 operator (signature.py), which has been checked.
 """
 

@@ -1,8 +1,8 @@
 """Every operator of a converted network, stated once: its operands, its checks, the shape of its result.
 
-An operator is a dataclass. Its fields, in order, are the arguments of torch.ops.qcfs_fast.<name>; from them follow the
-torch schema, the fake kernel (check, then an empty result) and the one operand that each backend's function takes. The
-formulas and layouts are those of csrc/core/contract.h, whose structs these mirror:
+An operator is a dataclass, and an instance is one call of it. The fields, in order, are the arguments of
+torch.ops.qcfs_fast.<name>; from them follow the torch schema, the fake kernel (check, then an empty result) and the one
+argument of each backend's function. Formulas and layouts are those of csrc/core/contract.h, whose structs these mirror:
 
     spikes     uint8, masks [ceil(T/8), N, H, W, C] or count planes [T, N, H, W, C]; linear layers use [.., N, K]
     weights    int16, or int8 worth 256 units each, [KH, KW, C/groups, O]; linear layers use [K, O]
@@ -56,7 +56,7 @@ _WEIGHTS = (torch.int16, torch.int8)
 
 @dataclass(slots=True, eq=False)
 class Operator:
-    """An operator with its operands. `check` comes first: it settles `shape`, that of the result."""
+    """A call: an operator with its operands. `check` comes first: it settles `shape`, that of the result."""
 
     name: ClassVar[str]
     returns: ClassVar[str] = "Tensor"
@@ -71,7 +71,7 @@ class Operator:
 
     @classmethod
     def checked(cls, *operands: Any) -> Any:
-        """The operand made of a call's arguments, checked."""
+        """A call with these operands, checked."""
         a = cls(*operands)
         a.check()
         return a
@@ -215,6 +215,10 @@ class Conv2dCurrent(Operator):
     offset: Tensor  # float64 [O]
     low: Tensor  # int32 [O]
     high: Tensor  # int32 [O]
+    key: Tensor = field(init=False, repr=False)  # the weight that the caller holds, as in Conv2dIf
+
+    def __post_init__(self) -> None:
+        self.key = self.weight
 
     def check_grad(self) -> None:
         check_no_grad(self.name, self.gain, self.offset)

@@ -35,7 +35,7 @@ from ...operators.signature import (
     QuantizeInput,
     Readout,
 )
-from ..packing import Packed, Packing, capturing
+from ..packing import Packed, Packing, capturing, window_table
 from ..protocol import Kernels, Plan
 from . import kernels, tiles
 
@@ -143,11 +143,6 @@ def pack_weight(w: Tensor) -> Packed:
     digits = torch.nn.functional.pad(torch.stack(digit_planes).transpose(3, 4), (0, padding)).contiguous()
     sums = (w.to(torch.int64).sum((0, 1, 2)) * 128).to(torch.int32)
     return digits, sums
-
-
-@functools.lru_cache(maxsize=512)
-def _window_table(windows: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(windows, dtype=torch.int32, device=device)
 
 
 # ----------------------------------------------------------------------------------- spiking layers
@@ -340,7 +335,7 @@ def _plan_spiking(a: Conv2dIf) -> Plan:
     residuals = [Residual(r, m, r.shape[0] == a.T) for r, m in zip(a.residual, a.amplitude, strict=True)]
     launches = plan(products, residuals, _matrix_units(a.threshold.device))
     packings = [
-        Packing("triton", (p.key,), functools.partial(pack_weight, p.weight.detach()))
+        Packing("triton", (p.key,), functools.partial(pack_weight, p.weight.detach()), in_place=True)
         for launch in launches
         if not launch.direct
         for p in launch.products
@@ -432,7 +427,7 @@ def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
 
 
 def _windows(a: Pool | MaxPool | PoolCounts, device: torch.device) -> tuple[Tensor, Tensor]:
-    return _window_table(tuple(a.rows), device), _window_table(tuple(a.cols), device)
+    return window_table(tuple(a.rows), device, torch.int32), window_table(tuple(a.cols), device, torch.int32)
 
 
 @KERNELS.operator(Pool)

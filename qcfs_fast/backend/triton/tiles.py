@@ -27,7 +27,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from typing import Any
 import torch
 import triton
 
+from ...files import write_text_atomically
 from ...version import __version__
 
 REGISTERS = 32  # accumulators an NVIDIA thread may hold
@@ -132,13 +132,7 @@ def write_cache(path: Path | None, tiles: dict[str, Tile]) -> None:
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         merged = {**read_cache(path), **tiles}
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump({key: astuple(tile) for key, tile in merged.items()}, file, indent=1)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
+        write_text_atomically(path, json.dumps({key: astuple(tile) for key, tile in merged.items()}, indent=1))
 
 
 _known: dict[str, Tile] | None = None
