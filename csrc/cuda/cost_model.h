@@ -28,7 +28,7 @@ enum class Path : int { direct = 0, tensor_cores = 1 };
 
 // `wide`: for layers with enough work to fill the GPU; `small`: for the others; `counts`: for layers some input of
 // which is count planes, T of them in shared memory.
-enum class Tile : int { wide = 0, small = 1, counts = 2 };
+enum class TileKind : int { wide = 0, small = 1, counts = 2 };
 
 struct TileShape {
   int rows, cols;    // output pixels and channels of a block
@@ -40,7 +40,7 @@ struct TileShape {
 
 struct Plan {
   Path path;
-  Tile tile;
+  TileKind tile;
   int splits;    // 1: fused; more: partial sums, then a second kernel
   int slices;    // partial sums per output: `splits`, or 0 when fused
   std::int64_t membrane_bytes;
@@ -56,11 +56,11 @@ constexpr int piece_bytes = 16;    // one asynchronous copy: channels of one tap
 constexpr int compiled_steps(std::int64_t steps) { return steps > 4 ? 8 : steps > 2 ? 4 : steps > 1 ? 2 : 1; }
 
 // The accumulators, row_parts * cols/8 * T * 4 registers a thread, are 128 at most.
-constexpr TileShape tile_shape(int T, Tile tile) {
-  if (tile == Tile::small) {
+constexpr TileShape tile_shape(int T, TileKind tile) {
+  if (tile == TileKind::small) {
     return T == 8 ? TileShape{64, 16, 4, 1, 4, 1} : TileShape{64, 32, 4, 1, 4, 1};
   }
-  if (tile == Tile::counts && T > 1) {
+  if (tile == TileKind::counts && T > 1) {
     if (T == 8) return {32, 32, 2, 1, 3, 8};
     if (T == 4) return {64, 64, 4, 1, 3, 4};
     return {128, 64, 4, 2, 3, 2};
@@ -103,7 +103,7 @@ struct Work {
   bool counts;
 };
 
-inline double estimate_cycles(const Work& w, const Device& d, Tile tile, int splits) {
+inline double estimate_cycles(const Work& w, const Device& d, TileKind tile, int splits) {
   const int T = compiled_steps(w.steps);
   const TileShape s = tile_shape(T, tile);
   const double tile_macs = static_cast<double>(s.rows) * s.cols * stage_bytes * T;
@@ -129,18 +129,18 @@ constexpr int split_choices[] = {1, 2, 3, 4, 6, 8, 12, 16};
 constexpr std::int64_t max_partial_bytes = std::int64_t{64} << 20;
 
 struct Choice {
-  Tile tile;
+  TileKind tile;
   int splits;
 };
 
 inline Choice choose_tile(const Work& w, const Device& d) {
-  Choice best{w.counts ? Tile::counts : Tile::small, 1};
+  Choice best{w.counts ? TileKind::counts : TileKind::small, 1};
   double least = -1;
-  for (const Tile tile : {Tile::wide, Tile::small, Tile::counts}) {
+  for (const TileKind tile : {TileKind::wide, TileKind::small, TileKind::counts}) {
     const int T = compiled_steps(w.steps);
     // At one step a count plane is loaded as a mask plane is, so every tile serves.
-    if (T > 1 && (tile == Tile::counts) != w.counts) continue;
-    if (T == 1 && tile == Tile::counts) continue;
+    if (T > 1 && (tile == TileKind::counts) != w.counts) continue;
+    if (T == 1 && tile == TileKind::counts) continue;
     if (tile_shared_bytes(tile_shape(T, tile)) > static_cast<std::size_t>(d.shared_bytes)) continue;
     for (const int splits : split_choices) {
       if (splits > 1 &&

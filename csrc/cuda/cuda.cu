@@ -100,7 +100,7 @@ bool quads_are_aligned(std::int64_t channels, std::initializer_list<const std::i
 }    // namespace
 
 Plan plan_conv_if(const ConvIf& a, const Device& device) {
-  Plan plan{Path::direct, Tile::small, 1, 0, 0, 0};
+  Plan plan{Path::direct, TileKind::small, 1, 0, 0, 0};
   const std::int64_t outputs = a.batch * a.out_h * a.out_w * a.out_channels;
   if (a.steps > 8) plan.membrane_bytes = outputs * 4;
   if (!suits_tensor_cores(a)) return plan;
@@ -198,7 +198,7 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
     } else {
       // The last launch of a layer with counts may have one step. Every tile then loads one plane, and `counts` is
       // none.
-      const Tile tile = T == 1 && plan.tile == Tile::counts ? Tile::wide : plan.tile;
+      const TileKind tile = T == 1 && plan.tile == TileKind::counts ? TileKind::wide : plan.tile;
       code = k.tensor(p, tile, plan.splits, launch.stream);
       if (code == ok && plan.slices > 0) code = k.epilogue(p, launch.stream);
     }

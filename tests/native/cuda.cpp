@@ -23,7 +23,7 @@ namespace {
 
 using namespace qcfs;
 using cuda::Path;
-using cuda::Tile;
+using cuda::TileKind;
 using namespace layers;
 
 // A block of exactly `count` elements, aligned as device memory is, or off by some bytes.
@@ -208,7 +208,7 @@ void spiking_layer(i64 steps) {
   const int compiled = cuda::compiled_steps(std::min<i64>(T, 8));
   if (plan.path == Path::tensor_cores) {
     // Every tile and every split must give the same bytes, not only the one that the model prefers.
-    if (chance(0.6) && plan.tile != Tile::counts) plan.tile = chance(0.5) ? Tile::wide : Tile::small;
+    if (chance(0.6) && plan.tile != TileKind::counts) plan.tile = chance(0.5) ? TileKind::wide : TileKind::small;
     i64 stages = 0;
     for (const auto& in : inputs) stages += cuda::stages_of(in->g.kernel_h * in->g.kernel_w, in->channels);
     if (chance(0.3)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 5)));
@@ -253,7 +253,7 @@ void spiking_layer(i64 steps) {
     ++totals.tensor;
     totals.split += plan.splits > 1;
     totals.several += products > 1;
-    ++totals.tiles[compiled == 1 && plan.tile == Tile::counts ? 0 : static_cast<int>(plan.tile)];
+    ++totals.tiles[compiled == 1 && plan.tile == TileKind::counts ? 0 : static_cast<int>(plan.tile)];
   } else {
     ++totals.direct;
   }

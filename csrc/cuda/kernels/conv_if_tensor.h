@@ -459,7 +459,7 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
 }
 
 // A launch of at most T steps with the tile that the plan chose.
-template <int T, Tile tile, bool any_width>
+template <int T, TileKind tile, bool any_width>
 int launch_conv_if_tile(const LayerParams& p, int splits, void* stream) {
   constexpr TileShape s = tile_shape(T, tile);
   const Grid grid{ceil_div(p.pixels, s.rows), ceil_div(p.out_channels, s.cols), splits};
@@ -469,15 +469,15 @@ int launch_conv_if_tile(const LayerParams& p, int splits, void* stream) {
 
 // Inputs whose rows are not whole, aligned 16-byte pieces have kernels of the small tile and of the counts' tile only.
 template <int T>
-int launch_conv_if(const LayerParams& p, Tile tile, int splits, void* stream) {
+int launch_conv_if(const LayerParams& p, TileKind tile, int splits, void* stream) {
   bool any_width = false;
   for (std::int32_t i = 0; i < p.product_count; ++i) any_width |= p.products[i].copy_bytes != 16;
   if constexpr (T > 1) {
-    if (tile == Tile::counts) return launch_conv_if_tile<T, Tile::counts, true>(p, splits, stream);
+    if (tile == TileKind::counts) return launch_conv_if_tile<T, TileKind::counts, true>(p, splits, stream);
   }
-  if (any_width) return launch_conv_if_tile<T, Tile::small, true>(p, splits, stream);
-  if (tile == Tile::small) return launch_conv_if_tile<T, Tile::small, false>(p, splits, stream);
-  return launch_conv_if_tile<T, Tile::wide, false>(p, splits, stream);
+  if (any_width) return launch_conv_if_tile<T, TileKind::small, true>(p, splits, stream);
+  if (tile == TileKind::small) return launch_conv_if_tile<T, TileKind::small, false>(p, splits, stream);
+  return launch_conv_if_tile<T, TileKind::wide, false>(p, splits, stream);
 }
 
 }    // namespace qcfs::cuda

@@ -8,7 +8,7 @@
 namespace qcfs::cuda {
 
 struct StepKernels {
-  int (*tensor)(const LayerParams& p, Tile tile, int splits, void* stream);
+  int (*tensor)(const LayerParams& p, TileKind tile, int splits, void* stream);
   int (*direct)(const LayerParams& p, void* stream);
   int (*epilogue)(const LayerParams& p, void* stream);
 };

@@ -39,7 +39,7 @@ from ..packing import Packed, Packing, capturing, window_table
 from ..protocol import Kernels, Plan
 from . import kernels, tiles
 
-GROUP = 8  # steps a launch holds in registers, the bits of a mask byte
+MAX_STEPS = 8  # that a launch holds in registers: the bits of a mask byte
 KERNELS = Kernels("triton")
 INTERPRETED = not isinstance(kernels.encode, triton.JITFunction)
 HIP = torch.version.hip is not None
@@ -216,7 +216,7 @@ def plan(products: Sequence[Product], residuals: Sequence[Residual], matrix_unit
 
 
 @dataclass
-class _Group:
+class _StepGroup:
     """Up to 8 consecutive steps of a layer, and the tensors that pass between its launches."""
 
     first: int
@@ -227,13 +227,13 @@ class _Group:
 
     def start(self, count: bool) -> int:
         """The plane at which a spike tensor's bytes for these steps begin."""
-        return self.first if count else self.first // GROUP
+        return self.first if count else self.first // MAX_STEPS
 
 
 def _spiking_launch(
     launch: Launch,
     packed: Sequence[Packed],
-    group: _Group,
+    group: _StepGroup,
     partial_in: Tensor | None,
     partial_out: Tensor | None,
     current: Tensor | None,
@@ -351,10 +351,10 @@ def _spiking(a: Conv2dIf, settled: Plan, packed: list[Packed]) -> Tensor:
     launches = [(step, [] if step.direct else [next(supply) for _ in step.products]) for step in settled.detail]
     v: Tensor | None = None
     for plane in range(out.shape[0]):
-        first = plane * GROUP
-        steps = min(GROUP, a.T - first)
+        first = plane * MAX_STEPS
+        steps = min(MAX_STEPS, a.T - first)
         v_out = a.threshold.new_empty(shape) if first + steps < a.T else None
-        group = _Group(first, steps, v, v_out, out[plane])
+        group = _StepGroup(first, steps, v, v_out, out[plane])
         partial: Tensor | None = None
         for launch, weights in launches[:-1]:
             # A new tensor each time: a launch that reads what it writes could not be repeated for timing.
