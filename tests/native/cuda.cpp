@@ -48,23 +48,6 @@ class Block {
   std::unique_ptr<char, Free> bytes_;
 };
 
-struct Input {
-  Coding coding;
-  i64 channels;
-  Geometry g;
-  i64 height, width;
-  Block<std::uint8_t> x;
-  Block<std::int16_t> w16;
-  Block<std::int8_t> w8;
-  Block<std::int8_t> packed;
-};
-
-struct Source {
-  Coding coding;
-  Block<std::uint8_t> data;
-  Block<std::int32_t> amplitude;
-};
-
 struct Totals {
   Evidence evidence;
   i64 layers = 0, neurons = 0;
@@ -80,179 +63,47 @@ cuda::Launch launch_settings() {
   return {nullptr, d};
 }
 
-void fill_spikes(const Block<std::uint8_t>& x, Coding c, double rate, i64 most) {
-  for (i64 i = 0; i < x.count(); ++i) {
-    unsigned byte = 0;
-    if (c == Coding::count) {
-      byte = chance(rate) ? static_cast<unsigned>(uniform(1, most)) : 0;
-    } else {
-      // All bits, also those of steps past T: nothing may read them.
-      for (int b = 0; b < 8; ++b) byte |= chance(rate) ? 1u << b : 0;
-    }
-    x[i] = static_cast<std::uint8_t>(byte);
-  }
-}
-
 void spiking_layer(i64 steps) {
-  const i64 T = steps > 0 ? steps : any_of<i64>({1, 1, 2, 3, 4, 4, 5, 7, 8, 9, 10, 12, 16, 17, 20, 33, 40});
-  const bool narrow = chance(0.3);    // 8-bit weights
-  const bool extreme = chance(0.15), grouped = chance(0.15);
-  const i64 O = any_of<i64>({1, 3, 8, 9, 16, 17, 31, 32, 33, 48, 63, 64, 65, 96});
-  const i64 products = any_of<i64>({0, 1, 1, 1, 1, 2, 3});
-  const i64 N = uniform(1, 3);
-  i64 OH = uniform(1, 7), OW = uniform(1, 7);
-  if (chance(0.1)) OH = OW = 1;    // linear layers
-  const double rate = any_of<double>({0.1, 0.3, 0.6});
-
-  std::vector<std::unique_ptr<Input>> inputs;
-  i64 reach_per_unit = 0;    // largest sum of input values
-  for (i64 i = 0; i < products; ++i) {
-    Geometry g{any_of<i64>({1, 1, 3, 3, 2, 5}),
-               any_of<i64>({1, 1, 3, 3, 2}),
-               uniform(1, 2),
-               uniform(1, 2),
-               0,
-               0,
-               any_of<i64>({1, 1, 1, 2}),
-               any_of<i64>({1, 1, 1, 2}),
-               1};
-    i64 C = any_of<i64>({1, 3, 4, 7, 8, 15, 16, 17, 20, 31, 32, 33, 48, 63, 64, 65, 80});
-    if (grouped) {
-      g.groups = any_of<i64>({2, 4});
-      if (O % g.groups != 0) g.groups = O;    // depthwise, or one channel a group
-      C = g.groups * any_of<i64>({1, 1, 2});
-    }
-    // Height and width such that the output is OH x OW, with some padding where it fits.
-    i64 height = 0, width = 0;
-    for (i64 axis = 0; axis < 2; ++axis) {
-      const i64 k = axis ? g.kernel_w : g.kernel_h, s = axis ? g.stride_w : g.stride_h;
-      const i64 d = axis ? g.dilation_w : g.dilation_h, out = axis ? OW : OH;
-      const i64 need = (out - 1) * s + d * (k - 1) + 1;    // size + 2 * padding, at least
-      const i64 pad = std::min<i64>(uniform(0, 2), (need - 1) / 2);
-      (axis ? g.pad_w : g.pad_h) = pad;
-      (axis ? width : height) = need - 2 * pad + (s > 1 ? uniform(0, s - 1) : 0);
-    }
-    const Coding coding = chance(0.25) ? Coding::count : Coding::mask;
-    const i64 offset = chance(0.15) ? uniform(1, 8) : 0;    // misaligned views
-    const i64 weights = g.kernel_h * g.kernel_w * (C / g.groups) * O;
-    inputs.push_back(std::make_unique<Input>(Input{
-        coding, C, g, height, width, Block<std::uint8_t>(planes_of(coding, T) * N * height * width * C, offset),
-        Block<std::int16_t>(narrow ? 0 : weights), Block<std::int8_t>(narrow ? weights : 0), Block<std::int8_t>(0)}));
-    fill_spikes(inputs.back()->x, coding, rate, extreme ? 255 : 4);
-    reach_per_unit += g.kernel_h * g.kernel_w * (C / g.groups) * (coding == Coding::count ? 255 : 1);
-  }
-  // The contract: n/2 + T * (sum |w| a + ..) < 2^31.
-  const i64 largest =
-      std::min<i64>(narrow ? 127 : 32639, ((i64{1} << 30) / (T * (reach_per_unit + 1))) / (narrow ? 256 : 1));
-  for (auto& in : inputs) {
-    const i64 count = narrow ? in->w8.count() : in->w16.count();
-    const i64 top = std::max<i64>(1, largest);
-    for (i64 i = 0; i < count; ++i) {
-      const i64 w = extreme && chance(0.5) ? any_of<i64>({top, -top}) : uniform(-top / 8 - 1, top / 8 + 1);
-      if (narrow)
-        in->w8[i] = static_cast<std::int8_t>(w);
-      else
-        in->w16[i] = static_cast<std::int16_t>(w);
-    }
-  }
-  std::vector<std::unique_ptr<Source>> sources;
-  const i64 outputs = N * OH * OW * O;
-  for (i64 i = uniform(products == 0 ? 1 : 0, 2); i > 0; --i) {
-    const Coding coding = chance(0.3) ? Coding::count : Coding::mask;
-    sources.push_back(std::make_unique<Source>(
-        Source{coding, Block<std::uint8_t>(planes_of(coding, T) * outputs), Block<std::int32_t>(O)}));
-    fill_spikes(sources.back()->data, coding, rate, 4);
-    for (i64 o = 0; o < O; ++o) sources.back()->amplitude[o] = static_cast<std::int32_t>(uniform(-2000, 4000));
-  }
-  const bool with_current = chance(0.2);
-  const Block<std::int32_t> current(with_current ? outputs : 0), bias(O), threshold(O);
-  for (i64 i = 0; i < current.count(); ++i) current[i] = static_cast<std::int32_t>(uniform(-500, 3000));
-  for (i64 o = 0; o < O; ++o) bias[o] = static_cast<std::int32_t>(uniform(-300, 600));
-
-  std::vector<Product> products_in;
-  std::vector<Residual> residuals;
-  for (const auto& in : inputs) {
-    const void* w = narrow ? static_cast<const void*>(in->w8.data()) : in->w16.data();
-    products_in.push_back({{in->x.data(), in->coding, in->height, in->width, in->channels}, w, narrow ? 1 : 2, in->g});
-  }
-  for (const auto& s : sources) residuals.push_back({s->data.data(), s->coding, s->amplitude.data()});
-  const i64 planes = planes_of(Coding::mask, T);
-  const Block<std::uint8_t> got(planes * outputs, chance(0.1) ? 3 : 0);
-  const ConvIf a{N,
-                 OH,
-                 OW,
-                 O,
-                 T,
-                 products_in.data(),
-                 static_cast<int>(products_in.size()),
-                 residuals.data(),
-                 static_cast<int>(residuals.size()),
-                 with_current ? current.data() : nullptr,
-                 bias.data(),
-                 threshold.data(),
-                 got.data()};
-  const std::vector<i64> currents = currents_of(a);
-  // Thresholds near the spread of the channel's currents, and for some neurons exactly met: n/2 + I[0] = n.
-  for (i64 o = 0; o < O; ++o) {
-    i64 spread = 1;
-    for (i64 i = o; i < outputs * T; i += O) spread = std::max(spread, std::abs(currents[static_cast<std::size_t>(i)]));
-    i64 n = spread * any_of<i64>({3, 5, 8}) / 4;
-    const i64 first = currents[static_cast<std::size_t>(uniform(0, outputs / O - 1) * O + o)];
-    if (first > 0 && chance(0.5)) n = 2 * first;
-    threshold[o] = static_cast<std::int32_t>(std::clamp<i64>(n / 2 * 2, 2, 1 << 29));
-  }
-
-  const std::vector<std::uint8_t> want = masks_of(a, currents, totals.evidence);
+  const RandomLayer<Block> layer(steps, totals.evidence);
+  ConvIf a = layer.a;
+  const Block<std::uint8_t> got(planes_of(Coding::mask, a.steps) * layer.outputs(), chance(0.1) ? 3 : 0);
+  a.out = got.data();
   const cuda::Launch launch = launch_settings();
   cuda::Plan plan = cuda::plan_conv_if(a, launch.device);
-  const int compiled = cuda::compiled_steps(std::min<i64>(T, 8));
+  const int compiled = cuda::compiled_steps(std::min<i64>(a.steps, 8));
+  std::vector<Block<std::int8_t>> packed;
+  std::vector<const std::int8_t*> packed_data;
   if (plan.path == Path::tensor_cores) {
     // Every tile and every split must give the same bytes, not only the one that the model prefers.
     if (chance(0.6) && plan.tile != TileKind::counts) plan.tile = chance(0.5) ? TileKind::wide : TileKind::small;
     i64 stages = 0;
-    for (const auto& in : inputs) stages += cuda::stages_of(in->g.kernel_h * in->g.kernel_w, in->channels);
+    for (const Product& p : layer.products) {
+      const i64 C = p.x.channels, O = a.out_channels;
+      stages += cuda::stages_of(p.g.kernel_h * p.g.kernel_w, C);
+      const auto& to = packed.emplace_back(static_cast<i64>(cuda::packed_bytes(p.g, C, O, p.weight_bytes)));
+      if (cuda::pack_weight(p.g, C, O, p.weight_bytes, p.weight, to.data(), launch) != 0) fail("packing");
+      packed_data.push_back(to.data());
+    }
     if (chance(0.3)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 5)));
     plan.splits = static_cast<int>(cuda::ceil_div(stages, cuda::ceil_div(stages, plan.splits)));
     plan.slices = plan.splits > 1 ? plan.splits : 0;
-    plan.partial_bytes = plan.slices * std::min<i64>(T, 8) * outputs * 4;
-  }
-  std::vector<const std::int8_t*> packed;
-  for (const auto& in : inputs) {
-    if (plan.path != Path::tensor_cores) continue;
-    const i64 bytes = static_cast<i64>(cuda::packed_bytes(in->g, in->channels, O, narrow ? 1 : 2));
-    in->packed = Block<std::int8_t>(bytes);
-    const void* w = narrow ? static_cast<const void*>(in->w8.data()) : in->w16.data();
-    if (cuda::pack_weight(in->g, in->channels, O, narrow ? 1 : 2, w, in->packed.data(), launch) != 0) fail("packing");
-    packed.push_back(in->packed.data());
+    plan.partial_bytes = plan.slices * std::min<i64>(a.steps, 8) * layer.outputs() * 4;
   }
   const Block<std::int32_t> workspace(plan.workspace_bytes() / 4);
   for (i64 i = 0; i < workspace.count(); ++i) workspace[i] = 0x5a5a5a5a;
-  const int code = cuda::conv_if(a, packed.data(), plan, workspace.data(), launch);
+  const int code = cuda::conv_if(a, packed_data.data(), plan, workspace.data(), launch);
   if (code != 0) fail(std::string("conv_if: ") + cuda::describe(code));
-
-  for (i64 i = 0; i < planes * outputs; ++i) {
-    const std::uint8_t expected = want[static_cast<std::size_t>(i)];
-    if (got[i] == expected) continue;
-    std::string shape = "conv_if: T=" + std::to_string(T) + " N=" + std::to_string(N) + " out " + std::to_string(OH) +
-                        "x" + std::to_string(OW) + "x" + std::to_string(O) + (narrow ? " 8-bit" : " 16-bit");
-    for (const auto& in : inputs) {
-      shape += ", kernel " + std::to_string(in->g.kernel_h) + "x" + std::to_string(in->g.kernel_w) +
-               " C=" + std::to_string(in->channels) + " groups " + std::to_string(in->g.groups) +
-               (in->coding == Coding::count ? " counts" : " masks");
-    }
-    fail(shape + ", path " + std::to_string(static_cast<int>(plan.path)) + " tile " +
-         std::to_string(static_cast<int>(plan.tile)) + " splits " + std::to_string(plan.splits) + ": byte " +
-         std::to_string(i) + " is " + std::to_string(got[i]) + ", not " + std::to_string(expected));
-  }
+  layer.check(got, "conv_if, path " + std::to_string(static_cast<int>(plan.path)) + " tile " +
+                       std::to_string(static_cast<int>(plan.tile)) + " splits " + std::to_string(plan.splits));
   ++totals.layers;
-  totals.neurons += outputs;
-  totals.long_runs += T > 8;
-  totals.extreme += extreme;
-  for (const auto& in : inputs) totals.counted += in->coding == Coding::count && T > 1;
+  totals.neurons += layer.outputs();
+  totals.long_runs += a.steps > 8;
+  totals.extreme += layer.extreme;
+  for (const Product& p : layer.products) totals.counted += p.x.coding == Coding::count && a.steps > 1;
   if (plan.path == Path::tensor_cores) {
     ++totals.tensor;
     totals.split += plan.splits > 1;
-    totals.several += products > 1;
+    totals.several += a.product_count > 1;
     ++totals.tiles[compiled == 1 && plan.tile == TileKind::counts ? 0 : static_cast<int>(plan.tile)];
   } else {
     ++totals.direct;
