@@ -141,9 +141,9 @@ def _largest_threshold(
     analog: bool,
 ) -> np.ndarray:
     """The largest n that the three limits allow, float64 [O]; `largest` is the largest |w| of each channel."""
-    # reach: the most that one step can add to a membrane, in the unit of theta. inputs: how many terms are rounded.
+    # reach: the most that one step can add to a membrane, in the unit of theta. inputs: its rounded terms.
     reach = np.abs(bias).astype(np.float64)
-    inputs = 1.0 + len(amplitudes)
+    inputs = 1.0 + sum(peak for _, peak in amplitudes)  # the bias counts once
     for w, peak in weights:
         reach += np.abs(w).sum(0) * peak
         inputs += w.shape[0] * peak
