@@ -83,17 +83,17 @@ class Operator:
         call: the answer is remembered. A failure is not, nor is an answer about symbolic sizes (torch.compile).
         """
         self.check_grad()
+        key: Any = self._key()
         try:
-            key = self._key()
             shape = _settled.get(key)
         except TypeError:  # a symbolic size has no hash
-            self.shape = self.settle()
-            return
+            key, shape = None, None
         if shape is None:
             shape = self.settle()
             if len(_settled) >= MAX_REMEMBERED:
                 _settled.clear()
-            _settled[key] = shape
+            if key is not None:
+                _settled[key] = shape
         self.shape = shape
 
     def check_grad(self) -> None:
