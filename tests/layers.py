@@ -7,6 +7,7 @@ import oracle
 import torch
 
 from qcfs_fast.operators.geometry import POINTWISE
+from qcfs_fast.operators.neuron import MODES
 
 ODD = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
 
@@ -17,6 +18,19 @@ class Case:
 
     args: tuple
     want: oracle.Fired
+
+    @property
+    def state(self):
+        """The state operand, which a call changes: None, or to be compared with want.state."""
+        return self.args[-1]
+
+    def check(self, operator):
+        """The operator's spikes are those wanted, and so is the state that it leaves."""
+        *others, state = self.args
+        state = None if state is None else state.clone()
+        out = operator(*others, state)
+        assert np.array_equal(out.numpy(), self.want.masks)
+        assert state is None or np.array_equal(state.numpy(), self.want.state)
 
 
 def tensor(a):
@@ -50,15 +64,23 @@ def random_weights(rng, shape, bits, extreme):
 
 def random_case(
     seed, T=None, *, max_T=40, max_batch=3, max_channels=65, max_pixels=9, plain=False, linear=False,
-    bits=None, channels=None, outputs=None, products=None, residuals=None,
+    bits=None, channels=None, outputs=None, products=None, residuals=None, modes=("plain",),
 ):  # fmt: skip
-    """A layer with one to three products, up to two residuals, maybe a constant current, any groups.
+    """A layer with one to three products, up to two residuals, maybe a current of the image, any groups.
 
     What is given is not drawn: T, the bits of a weight, the number of input channels and of outputs, of products and of
-    residuals. A plain layer has no groups; of a linear one the arguments are those of linear_if.
+    residuals. A plain layer has no groups; of a linear one the arguments are those of linear_if. With other `modes`
+    than plain alone, one of them is drawn, and maybe scales, a bias or current by step and a state.
     """
     rng = np.random.default_rng(seed)
     T = int(rng.integers(1, max_T + 1)) if T is None else T
+    mode = str(rng.choice(modes))
+    varied = modes != ("plain",)  # draws that other cases do not make, which keeps theirs
+    if mode == "sum":
+        T = 1
+    window = {"offset": min(T, int(rng.integers(1, 9))), "masked": min(T, int(rng.integers(1, 9)))}.get(mode, 0)
+    iterations = {"offset": int(rng.choice([1, 1, 2, 3])), "masked": 1}.get(mode, 0)
+    levels = int(rng.choice([1, 2, 4, 8, 15, 255])) if mode == "sum" else 1
     bits = bits or int(rng.choice([8, 16]))
     extreme = rng.random() < 0.25
     sizes = [c for c in ODD if c <= max_channels]
@@ -78,7 +100,7 @@ def random_case(
         oh, ow = ((size[a] + 2 * g[4 + a] - g[6 + a] * (g[a] - 1) - 1) // g[2 + a] + 1 for a in (0, 1))
     if linear:
         g, size, oh, ow = POINTWISE, (1, 1), 1, 1
-    sources = [(random_spikes(rng, (N, *size, C), T, rng.random() < 0.3), g)]
+    sources = [(random_spikes(rng, (N, *size, C), T, rng.random() < (1.0 if mode == "sum" else 0.3)), g)]
     # Further products: pointwise, on maps of the output's size.
     while len(sources) < products if products else len(sources) < 3 and rng.random() < 0.3:
         x = random_spikes(rng, (N, oh, ow, int(rng.choice(sizes))), T, rng.random() < 0.3)
@@ -89,22 +111,45 @@ def random_case(
         (random_spikes(rng, (N, oh, ow, O), T, rng.random() < 0.3), (rng.integers(0, 5, O) * unit).astype(np.int32))
         for _ in range(int(rng.integers(0, 3)) if residuals is None else residuals)
     ]
-    constant = (rng.integers(-3, 4, (N, oh, ow, O)) * unit).astype(np.int32) if rng.random() < 0.2 else None
-    bias = (rng.integers(-2, 3, O) * unit).astype(np.int32)
-    total = oracle.currents(summed, added, constant, bias, T)
+    by_step = [varied and mode != "sum" and rng.random() < 0.3 for _ in range(2)]  # current, bias
+    shape = (T,) * by_step[0] + (N, oh, ow, O)
+    constant = (rng.integers(-3, 4, shape) * unit).astype(np.int32) if rng.random() < 0.2 + 0.3 * varied else None
+    bias = (rng.integers(-2, 3, (T, O) if by_step[1] else O) * unit).astype(np.int32)
+    scales = None
+    if varied and rng.random() < 0.5:
+        masks_alone = T > 1 and all(x.shape[0] != T for x, _ in sources)  # counts would overflow
+        if bits == 8 and masks_alone and not extreme and rng.random() < 0.5:  # digits of weights of 24 bits
+            summed = [(x, w, g) for x, w, g in summed for _ in range(3)]
+            sizes = sorted((s for _ in sources for s in (65536, 256, 1)), reverse=True)
+            summed = summed[::3] + summed[1::3] + summed[2::3]
+            summed = [(x, rng.integers(-2, 3, w.shape).astype(np.int8), g) for x, w, g in summed]
+        else:
+            sizes = [256 if bits == 8 else 1] * len(summed)
+        scales = [int(s * rng.choice([-1, 1])) for s in sizes]
+    total = oracle.currents(summed, added, constant, bias, T, scales, levels)
     # A threshold of the size of the currents, on their grid, makes neurons fire at some steps and tie at some.
-    typical = np.abs(total).mean(axis=(0, 1, 2, 3)) * rng.choice([0.5, 1.0, 2.0])
+    typical = np.abs(total).mean(axis=(0, 1, 2, 3)) / levels * rng.choice([0.5, 1.0, 2.0])
     threshold = np.maximum(2 * unit * np.rint(typical / (2 * unit)), 2 * unit).astype(np.int32)
-    want = oracle.integrate_and_fire(total, threshold)
+    state = None
+    if varied and mode in ("plain", "signed") and rng.random() < 0.5:
+        v = rng.integers(-2, 3, (1, N, oh, ow, O)) * (threshold // 2)
+        state = np.concatenate([v, rng.integers(0, 3, v.shape)])[: 1 + (mode == "signed")].astype(np.int32)
+    settings = mode, levels if mode == "sum" else window, iterations
+    want = oracle.fire(total, threshold, *settings, state=state) if varied else oracle.integrate_and_fire(total, threshold)
     x, w = [tensor(p[0]) for p in summed], [tensor(p[1]) for p in summed]
     r, amplitude = [tensor(p[0]) for p in added], [tensor(p[1]) for p in added]
     current = None if constant is None else tensor(constant)
-    settings = tensor(bias), tensor(threshold), T
+    state = None if state is None else tensor(state)
+    neuron = [MODES.index(mode), *settings[1:]]
+    operands = tensor(bias), tensor(threshold), T, scales or [], neuron
     if not linear:
-        return Case((x, w, [v for p in summed for v in p[2]], r, amplitude, current, *settings), want)
+        return Case((x, w, [v for p in summed for v in p[2]], r, amplitude, current, *operands, state), want)
     x, r = ([t[:, :, 0, 0] for t in maps] for maps in (x, r))
     want.masks = want.masks[:, :, 0, 0]
-    return Case((x, [t[0, 0] for t in w], r, amplitude, None if current is None else current[:, 0, 0], *settings), want)
+    current, state = (None if t is None else t[..., 0, 0, :].contiguous() for t in (current, state))
+    if want.state is not None:
+        want.state = want.state[:, :, 0, 0]
+    return Case((x, [t[0, 0] for t in w], r, amplitude, current, *operands, state), want)
 
 
 class Evidence:

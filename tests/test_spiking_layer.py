@@ -10,6 +10,7 @@ from layers import Evidence, random_case, random_spikes, tensor
 
 from qcfs_fast import backend
 from qcfs_fast.backend.protocol import last_engine
+from qcfs_fast.operators.neuron import MODES
 
 # The reference, and every kernel set with every engine that can be asked for.
 ENGINES = [("reference", None, "auto")] + [
@@ -33,7 +34,7 @@ def test_every_kernel_set_is_covered():
 
 def ran(case_args):
     """The engine that a native call must have used."""
-    x, w, geometry, *_, T = case_args
+    x, w, geometry, *_, T, _, _, _ = case_args
     groups = geometry[8::9]
     if any(g != 1 for g in groups):
         O = w[0].shape[3]
@@ -64,6 +65,96 @@ def test_random_layers(engine):
     if engine != "reference":
         assert backend.settings().engine in used
         assert {"depthwise", "grouped"} <= used
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_layers_of_every_mode(engine, mode):
+    """Every mode; scales, 24-bit weights, a bias and a current by step, and states that go in and come out."""
+    evidence = Evidence()
+
+    @settings(max_examples=40 if engine == "reference" else 100, deadline=None, database=None, derandomize=True)
+    @given(st.integers(0, 2**31), st.one_of(st.integers(1, 20), st.integers(21, 70)))
+    def check(seed, T):
+        case = random_case(seed, T, max_channels=33, max_pixels=4, modes=(mode,))
+        evidence.add(case.want)
+        case.check(torch.ops.qcfs_fast.conv2d_if)
+
+    check()
+    evidence.check()
+
+
+def test_linear_layers_of_every_mode(engine):
+    evidence = Evidence()
+    for seed in range(60):
+        case = random_case(seed, max_T=20, linear=True, modes=MODES)
+        evidence.add(case.want)
+        case.check(torch.ops.qcfs_fast.linear_if)
+    evidence.check()
+
+
+def test_a_layer_of_the_image_alone(engine):
+    """No products, no residuals: currents by step up to 31 thresholds, membranes held within 32 of them."""
+    rng = np.random.default_rng(8)
+    evidence = Evidence()
+    for mode in MODES[:4]:
+        for T in (1, 5, 40):
+            n = np.array([2, 1000, 2**25 - 2], dtype=np.int32)
+            share = rng.choice([-31, -1, 0, 1, 2, 31], (T, 2, 1, 3, 3)) / rng.choice([1, 2], (T, 2, 1, 3, 3))
+            current = (share * n).astype(np.int32)
+            window, iterations = (min(T, 4), 1) if mode in ("offset", "masked") else (0, 0)
+            want = oracle.fire(current.astype(np.int64), n, mode, window, iterations, alone=True)
+            evidence.add(want)
+            neuron = [MODES.index(mode), window, iterations]
+            zero = torch.zeros(3, dtype=torch.int32)
+            out = torch.ops.qcfs_fast.conv2d_if([], [], [], [], [], tensor(current), zero, tensor(n), T, [], neuron)
+            assert np.array_equal(out.numpy(), want.masks)
+    evidence.check()
+
+
+def by_hand(mode, currents, more=(0, 0), state=None, n=4):
+    """Spikes of one neuron of threshold 4 on these currents, and its state: masks as ints."""
+    T = len(currents)
+    current = torch.tensor(currents, dtype=torch.int32).reshape(T, 1, 1)
+    one = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(T, 1, 1)  # a silent input: no layer of the image alone
+    operands = ([one], [torch.ones(1, 1, dtype=torch.int16)], [], [], current)
+    neuron = [MODES.index(mode), *more]
+    zero, threshold = torch.zeros(1, dtype=torch.int32), torch.tensor([n], dtype=torch.int32)
+    out = torch.ops.qcfs_fast.linear_if(*operands, zero, threshold, T, [], neuron, state)
+    return out.flatten().tolist()
+
+
+def test_rules_by_hand(engine):
+    """n = 4, so membranes start at 2. Each comment gives the membranes before reset."""
+    # plain: 6 -1 -1: a spike too early, which nothing takes back. The count should be floor((1 + 2) / 4) = 0.
+    assert by_hand("plain", [4, -3, 0]) == [0b001]
+    # offset: residual -1, count 1, A = 6: v0 = 2 - max(4, 6 - 4 + 1) = -2, so 2 -1 -1: no spike.
+    assert by_hand("offset", [4, -3, 0], (3, 1)) == [0b000]
+    # A = 9: v0 = 2 - max(4, 9 - 4 + 1) = -4, so 3 -7: the step no longer fires, just so.
+    assert by_hand("offset", [7, -10], (2, 1)) == [0b00]
+    # One too few: -4 5*, then 1 + n = residual 5 - 4 = 1: not below n. With 2 0 10* the residual is 6 >= 4, count 1 of 3,
+    # B = 2: v0 = 2 + max(4, 4 - 2) = 6, so 6* 0+... = 6* 2 12*: two spikes.
+    assert by_hand("plain", [0, -2, 10]) == [0b100]
+    assert by_hand("offset", [0, -2, 10], (3, 1)) == [0b101]
+    # Saturated: it fires at every step already, so nothing is added. 12* 18* 24*
+    assert by_hand("offset", [10, 10, 10], (3, 1)) == [0b111]
+    # The window is a part of the run: only the first two steps are looked at, and those are in order.
+    assert by_hand("offset", [4, -1, -9], (2, 1)) == by_hand("plain", [4, -1, -9])
+    # masked: 6* -1: ends below 0, silent for good, and so is a neuron that ends at 0 exactly (6* 2 0).
+    assert by_hand("masked", [4, -3, 9], (2, 1)) == [0b000]
+    assert by_hand("masked", [4, -2, 9], (2, 1)) == [0b000]
+    assert by_hand("masked", [4, -1, 9], (2, 1)) == [0b101]
+    # signed: 6* -1- 3; the spike is taken back. At v = 0 it is not (4* 0 0), nor before anything was sent (-1 -1).
+    assert by_hand("signed", [4, -3, 0]) == [0b001, 0b010]
+    assert by_hand("signed", [2, 0, 0]) == [0b001, 0b000]
+    assert by_hand("signed", [-3, 0, 0]) == [0b000, 0b000]
+    # A state: after 6* the membrane is 2 and one spike is sent; the next call takes it back.
+    state = torch.tensor([[[2]], [[0]]], dtype=torch.int32)
+    assert by_hand("signed", [4], state=state) == [0b1, 0b0]
+    assert state.flatten().tolist() == [2, 1]
+    assert by_hand("signed", [-3, 0], state=state) == [0b00, 0b01]
+    assert state.flatten().tolist() == [3, 0]
+    # sum of 3 levels: the current counts three times, floor((3 I + 2) / 4) between 0 and 3; at I = 2 it is 8 / 4.
+    assert [by_hand("sum", [i], (3, 0))[0] for i in (-9, 0, 1, 2, 3, 99)] == [0, 0, 1, 2, 2, 3]
 
 
 @pytest.mark.slow

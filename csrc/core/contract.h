@@ -2,24 +2,49 @@
 //
 // One spiking layer, per output neuron, for t = 0 .. T-1, all in 32-bit integers:
 //
-//     I[t] = scale * sum over products p, taps, inputs k of  w_p[k] * x_p[k, t]
+//     I[t] = sum over products p of scale_p * (sum over taps, inputs k of  w_p[k] * x_p[k, t])
 //            + sum over residuals r of  amplitude_r[c] * x_r[t]
-//            + current + bias[c]
-//     v[-1] = n[c] / 2        v = v + I[t]
-//     s[t]  = v >= n[c]       v = v - n[c] * s[t]          (soft reset, at most one spike a step)
+//            + current[t] + bias[t, c]
 //
-// with scale = 1 for int16 weights and 256 for int8 weights, so both widths share one unit grid.
-// Whoever builds the operands guarantees n/2 + T * max|I| < 2^31: nothing here can overflow, so the
-// order of the additions is free and every implementation returns the same bytes.
+//     plain    v = n / 2             at each step   v += I[t]     s[t] = v >= n     v -= n * s[t]      (soft reset)
+//
+// with n the neuron's threshold, even. The other modes differ in what follows once the currents are known:
+//
+//     offset   Run the plain neuron over the first `window` steps, from v0 (at first n / 2), and keep:
+//                  count   its spikes            A   the least v, before reset, of a step that fired
+//                  r = v_end - v0 + n / 2        B   the largest v of a step that did not
+//              r < 0 and count > 0          ->  v0 -= max(n, A - n + 1)     one spike too many
+//              r >= n and count < window    ->  v0 += max(n, n - B)         one too few
+//              and again, `iterations` times in all. The plain run from v0 gives the output.
+//     masked   Run the plain neuron over the first `window` steps. If it ends at v <= 0 the neuron is silent at all
+//              steps, else the output is that of the plain run.
+//     signed   s = +1 if v >= n; -1 if v < 0 and `sent` > 0, the sum of its spikes so far; v -= n * s
+//     sum      One step, whose inputs are totals over time, and `levels`:
+//              I = products + residuals + levels * (current + bias); the output is the count
+//              clip(floor((I + n / 2) / n), 0, levels), which `levels` plain steps give if all of I arrives at the first.
+//
+// A layer without products and residuals integrates the image's current alone, |current| <= 31 n with n < 2^25. It
+// keeps v, v0 too, within +-32 n: after every addition of a current, and v0 after every shift.
+//
+// Scales are +-1, +-256 or +-65536, the largest first. 8-bit weights of scale 256 share one unit grid with 16-bit ones;
+// three products of 8-bit digits, scales 65536, 256, 1, are one of 24-bit weights; the negative spikes of a signed
+// neuron are a product of the same weights with the opposite scale. Of one layer all weights have one width, and 16-bit
+// weights scales of one size.
+//
+// Whoever builds the operands guarantees that no membrane leaves 32 bits (qcfs_fast/operators/limits.py), so the
+// order of the additions is free and every implementation returns the same bytes. Partial sums may wrap: scaled parts
+// are added modulo 2^32.
 //
 // Layouts (C order):
 //     spike masks   uint8 [ceil(T/8), N, H, W, C]   bit t%8 of plane t/8 is the spike at step t
 //     count planes  uint8 [T, N, H, W, C]           small integers per step (sums over a pooling window)
 //     weights       int16 or int8 [KH, KW, C/groups, O]   one row holds all outputs of one input
-//     analog input  int16 [N, H, W, C] with one binary exponent per sample: x = q * 2^e
+//     analog input  int32 [N, H, W, C], at most 24 bits with the sign, one binary exponent per sample: x = q * 2^e
 //
 // Source: Bu et al., "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency Spiking
-// Neural Networks", ICLR 2022, section 4 (quantization clip-floor-shift) and its IF neuron.
+// Neural Networks", ICLR 2022, section 4 (quantization clip-floor-shift) and its IF neuron. Offset: Hao et al.,
+// "Bridging the Gap between ANNs and SNNs by Calibrating Offset Spikes", ICLR 2023. Masked: Hao et al., "Reducing
+// ANN-SNN Conversion Error through Residual Membrane Potential", AAAI 2023.
 #pragma once
 
 #include <cstddef>
@@ -53,7 +78,8 @@ struct Geometry {
 struct Product {
   Spikes x;
   const void* weight;    // [KH, KW, C/groups, O]
-  int weight_bytes;      // 1: int8, worth 256 units a step; 2: int16
+  int weight_bytes;      // 1: int8; 2: int16
+  std::int32_t scale;
   Geometry g;
   const void* packed = nullptr;    // the weights repacked for the engine that will run (cpu.h), or null
 };
@@ -64,25 +90,47 @@ struct Residual {
   const std::int32_t* amplitude;    // [O]
 };
 
+enum class Mode : int { plain = 0, offset, masked, with_sign, sum };
+
+// The limits of a layer of the image alone, in thresholds (above).
+constexpr std::int32_t image_membrane = 32;
+// Steps of a window, at most.
+constexpr int max_window = 8;
+
+struct Neuron {
+  Mode mode;
+  int window, iterations;    // offset; masked, one iteration
+  int levels;                // sum
+};
+
 struct ConvIf {
   std::int64_t batch, out_h, out_w, out_channels, steps;
+  Neuron neuron;
   const Product* products;
   int product_count;
   const Residual* residuals;
   int residual_count;
-  const std::int32_t* current;      // [N, OH, OW, O] or null: the same at every step
-  const std::int32_t* bias;         // [O]
+  const std::int32_t* current;      // [N, OH, OW, O], or one for each step [T, N, OH, OW, O], or null
+  std::int64_t current_step;        // int32 values from the current of a step to that of the next, 0: the same at every step
+  const std::int32_t* bias;         // [O], or one for each step [T, O]
+  std::int64_t bias_step;           // likewise
   const std::int32_t* threshold;    // [O], even
-  std::uint8_t* out;                // masks [ceil(T/8), N, OH, OW, O]
+  std::int32_t* state;    // plain and with_sign: [1 or 2, N, OH, OW, O] membranes (and `sent`) before the first step, then
+                          // those after the last; null: n / 2 (and 0)
+  std::uint8_t* out;      // masks [ceil(T/8), N, OH, OW, O], with_sign: positive spikes, then negative ones; sum: counts
+                          // [1, N, OH, OW, O]
 };
+
+// Whether a layer keeps its membranes within +-image_membrane thresholds.
+constexpr bool image_alone(const ConvIf& a) { return a.product_count == 0 && a.residual_count == 0; }
 
 // Convolution of the analog input: current = clamp(rint(acc * (gain[c] * 2^e[n]) + offset[c]), low[c], high[c])
 // with acc = sum w*q exact and the rest in IEEE double without contraction. With `steps` > 0 the
-// integrate-and-fire recursion on that constant current follows and `out_mask` is written,
+// plain neuron on that constant current follows (low >= 0, high <= n) and `out_mask` is written,
 // otherwise `out_current`.
 struct AnalogConv {
   std::int64_t batch, in_h, in_w, in_channels, out_h, out_w, out_channels, steps;
-  const std::int16_t* x;           // [N, H, W, C]
+  const std::int32_t* x;           // [N, H, W, C]
   const std::int32_t* exponent;    // [N]
   const std::int16_t* weight;      // [KH, KW, C/groups, O]
   Geometry g;
@@ -96,26 +144,20 @@ struct AnalogConv {
   const void* packed = nullptr;     // CPU only: the weights repacked for its kernels (cpu.h)
 };
 
-// Constant current -> masks: the recursion above with I[t] = current.
-struct Encode {
-  std::int64_t pixels, channels, steps;
-  const std::int32_t* current;      // [pixels, C]
-  const std::int32_t* threshold;    // [C]
-  std::uint8_t* out;                // [ceil(T/8), pixels, C]
-};
-
 // Window sums. Output row i covers input rows [rows[3i], rows[3i+1]) and divides by rows[3i+2];
 // columns alike. value = sum * (multiple / (row divisor * column divisor)); multiple = 0 takes the bare
-// sum. With `any` set the planes are masks and the result is their OR (max pooling of spikes).
+// sum. Max pooling of spikes takes the OR of the window's masks (any), that of counts the largest.
+enum class Pooling : int { sum = 0, any, largest };
+
 struct Pool {
   std::int64_t batch, in_h, in_w, channels, out_h, out_w, steps;
   Coding coding;
-  bool any;
+  Pooling pooling;
   const std::int64_t* rows;    // [out_h, 3]
   const std::int64_t* cols;    // [out_w, 3]
   std::int64_t multiple;
   const std::uint8_t* x;
-  std::uint8_t* out;    // counts [T, N, OH, OW, C] or, with `any`, masks
+  std::uint8_t* out;    // counts [T, N, OH, OW, C] or, of any, masks
 };
 
 struct PoolCounts {
@@ -127,9 +169,9 @@ struct PoolCounts {
   std::int32_t* out;        // [images, OH, OW, C]
 };
 
-// Spikes -> spikes counted over time: [1, n] totals or, with `prefix`, [T, n] running counts.
+// Spikes -> spikes counted over steps [first, last): [1, n] totals or, with `prefix`, [last - first, n] running counts.
 struct Count {
-  std::int64_t elements, steps;
+  std::int64_t elements, steps, first, last;
   Coding coding;
   bool prefix;
   const std::uint8_t* x;
@@ -156,16 +198,17 @@ struct Readout {
   float* out;              // [images, OH, OW, O]
 };
 
-// float32 [N, C, H, W] (any strides) -> int16 NHWC and exponents; x' = x * scale[c] + shift[c], channel c
-// of the result reads channel source[c] of x. The exponent is the smallest e with max|x'| <= 32767 * 2^e.
+// float32 [N, C, H, W] (any strides) -> int32 NHWC and exponents; x' = x * scale[c] + shift[c], channel c
+// of the result reads channel source[c] of x. The exponent is the smallest e with max|x'| <= largest * 2^e.
 struct Quantize {
   std::int64_t batch, height, width, channels;
+  std::int32_t largest;    // 2^(bits-1) - 1
   const float* x;
   std::int64_t stride_n, stride_c, stride_h, stride_w;
   const std::int64_t* source;    // [C]
   const float* scale;            // [C]
   const float* shift;            // [C]
-  std::int16_t* out;             // [N, H, W, C]
+  std::int32_t* out;             // [N, H, W, C]
   std::int32_t* exponent;        // [N]
 };
 

@@ -78,12 +78,14 @@ struct SpikingLayer {
     layer.steps = integer(QCFS_ATTRIBUTE(a, "T"));
     const auto x = QCFS_ATTRIBUTE(a, "x").cast<py::list>(), weight = QCFS_ATTRIBUTE(a, "weight").cast<py::list>();
     const py::object geometries = QCFS_ATTRIBUTE(a, "geometry");
+    const auto scales = QCFS_ATTRIBUTE(a, "scales").cast<std::vector<std::int32_t>>();
     products.reserve(x.size());
     for (std::size_t i = 0; i < x.size(); ++i) {
       const std::vector<std::int64_t> size = shape(x[i]);    // [planes, N, H, W, C]
       products.push_back({{data<const std::uint8_t>(x[i]), coding(size[0], layer.steps), size[2], size[3], size[4]},
                           data<const void>(weight[i]),
                           static_cast<int>(integer(result_of(weight[i], QCFS_NAME("element_size")))),
+                          scales.at(i),
                           geometry(geometries, i)});
     }
     const auto residual = QCFS_ATTRIBUTE(a, "residual").cast<py::list>();
@@ -97,9 +99,16 @@ struct SpikingLayer {
     layer.product_count = static_cast<int>(products.size());
     layer.residuals = residuals.data();
     layer.residual_count = static_cast<int>(residuals.size());
-    layer.current = data<const std::int32_t>(QCFS_ATTRIBUTE(a, "current"));
-    layer.bias = data<const std::int32_t>(QCFS_ATTRIBUTE(a, "bias"));
+    const auto neuron = QCFS_ATTRIBUTE(a, "neuron").cast<std::array<int, 3>>();
+    const Mode mode = static_cast<Mode>(neuron[0]);
+    layer.neuron = {mode, mode == Mode::sum ? 0 : neuron[1], neuron[2], mode == Mode::sum ? neuron[1] : 0};
+    const py::object current = QCFS_ATTRIBUTE(a, "current"), bias = QCFS_ATTRIBUTE(a, "bias");
+    layer.current = data<const std::int32_t>(current);
+    layer.current_step = !current.is_none() && shape(current).size() == 5 ? out[1] * out[2] * out[3] * out[4] : 0;
+    layer.bias = data<const std::int32_t>(bias);
+    layer.bias_step = shape(bias).size() == 2 ? out[4] : 0;
     layer.threshold = data<const std::int32_t>(QCFS_ATTRIBUTE(a, "threshold"));
+    layer.state = data<std::int32_t>(QCFS_ATTRIBUTE(a, "state"));
   }
   SpikingLayer(const SpikingLayer&) = delete;
   SpikingLayer& operator=(const SpikingLayer&) = delete;
@@ -121,7 +130,7 @@ inline AnalogConv analog_conv(py::handle a) {
   c.out_h = out[out.size() - 3];
   c.out_w = out[out.size() - 2];
   c.out_channels = out[out.size() - 1];
-  c.x = data<const std::int16_t>(x);
+  c.x = data<const std::int32_t>(x);
   c.exponent = data<const std::int32_t>(QCFS_ATTRIBUTE(a, "exponent"));
   c.weight = data<const std::int16_t>(weight);
   c.g = geometry(QCFS_ATTRIBUTE(a, "geometry"));
@@ -144,17 +153,6 @@ inline void set_output(AnalogConv& c, py::handle out) {
   }
 }
 
-inline Encode encode(py::handle a, py::handle out) {
-  const py::object current = QCFS_ATTRIBUTE(a, "current"), threshold = QCFS_ATTRIBUTE(a, "threshold");
-  const std::int64_t channels = shape(threshold)[0];
-  return {integer(result_of(current, QCFS_NAME("numel"))) / channels,
-          channels,
-          integer(QCFS_ATTRIBUTE(a, "T")),
-          data<const std::int32_t>(current),
-          data<const std::int32_t>(threshold),
-          data<std::uint8_t>(out)};
-}
-
 // Windows as a kernel reads them: three ints for each output row or column, on its own device.
 struct Windows {
   const std::int64_t* rows;
@@ -162,12 +160,15 @@ struct Windows {
   std::int64_t out_h, out_w;
 };
 
-// Pool, or MaxPool: an OR of masks, plane by plane.
+// Pool, or MaxPool: an OR of masks or the largest of counts, plane by plane.
 inline Pool pool(py::handle a, py::handle out, const Windows& w) {
-  const bool any = !py::hasattr(a, "multiple");
+  const bool max = !py::hasattr(a, "multiple");
   const py::object x = QCFS_ATTRIBUTE(a, "x");
   const std::vector<std::int64_t> in = shape(x);    // [planes, N, H, W, C]
-  const std::int64_t steps = any ? in[0] : integer(QCFS_ATTRIBUTE(a, "T"));
+  const std::int64_t steps = max ? in[0] : integer(QCFS_ATTRIBUTE(a, "T"));
+  const Pooling pooling = !max                                     ? Pooling::sum
+                          : QCFS_ATTRIBUTE(a, "counts").cast<bool>() ? Pooling::largest
+                                                                   : Pooling::any;
   return {in[1],
           in[2],
           in[3],
@@ -176,10 +177,10 @@ inline Pool pool(py::handle a, py::handle out, const Windows& w) {
           w.out_w,
           steps,
           coding(in[0], steps),
-          any,
+          pooling,
           w.rows,
           w.cols,
-          any ? 0 : integer(QCFS_ATTRIBUTE(a, "multiple")),
+          max ? 0 : integer(QCFS_ATTRIBUTE(a, "multiple")),
           data<const std::uint8_t>(x),
           data<std::uint8_t>(out)};
 }
@@ -208,6 +209,8 @@ inline Count count(py::handle a, py::handle out) {
   for (std::size_t i = 1; i < in.size(); ++i) elements *= in[i];
   return {elements,
           steps,
+          integer(QCFS_ATTRIBUTE(a, "first")),
+          integer(QCFS_ATTRIBUTE(a, "last")),
           coding(in[0], steps),
           QCFS_ATTRIBUTE(a, "prefix").cast<bool>(),
           data<const std::uint8_t>(x),
@@ -257,6 +260,7 @@ inline Quantize quantize(py::handle a, py::handle out, py::handle exponent) {
           size[1],
           size[2],
           size[3],
+          static_cast<std::int32_t>((std::int64_t{1} << (integer(QCFS_ATTRIBUTE(a, "bits")) - 1)) - 1),
           data<const float>(x),
           stride[0],
           stride[1],
@@ -265,7 +269,7 @@ inline Quantize quantize(py::handle a, py::handle out, py::handle exponent) {
           data<const std::int64_t>(QCFS_ATTRIBUTE(a, "source")),
           data<const float>(QCFS_ATTRIBUTE(a, "scale")),
           data<const float>(QCFS_ATTRIBUTE(a, "shift")),
-          data<std::int16_t>(out),
+          data<std::int32_t>(out),
           data<std::int32_t>(exponent)};
 }
 

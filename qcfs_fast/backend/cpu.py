@@ -18,7 +18,6 @@ from ..operators.signature import (
     Conv2dEncode,
     Conv2dIf,
     Count,
-    Encode,
     MaxPool,
     Operator,
     Pool,
@@ -106,7 +105,6 @@ def _filling(name: str) -> Any:
 
 for _kind, _name in (
     (QuantizeInput, "quantize_input"),
-    (Encode, "encode"),
     (Pool, "pool"),
     (MaxPool, "pool"),
     (Count, "count"),

@@ -25,7 +25,6 @@ from ..operators.signature import (
     Conv2dEncode,
     Conv2dIf,
     Count,
-    Encode,
     LinearIf,
     MaxPool,
     Operator,
@@ -152,13 +151,6 @@ def _plan_analog(a: Conv2dCurrent) -> Plan:
 def _analog(a: Conv2dCurrent, plan: Plan, packed: list[Packed]) -> Tensor:
     out: Tensor = a.empty()
     module.analog(_where(a.x), a, packed[0][0] if packed else None, out)
-    return out
-
-
-@KERNELS.operator(Encode)
-def _encode(a: Encode) -> Tensor:
-    out: Tensor = a.empty()
-    module.encode(_where(out), a, out)
     return out
 
 

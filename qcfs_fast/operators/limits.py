@@ -23,23 +23,45 @@ MAX_SOURCES = 64
 MAX_LISTED = 2**29
 # An analog current beside spikes is clipped at this many thresholds, so that it has a share in the bound on T below.
 ANALOG_RANGE = 64
+# A layer of the image alone has thresholds below 2^25. Its current is clipped at the first and its membrane kept within
+# the second, so their sum is below 2^31 and such a layer may run for ever. No spike of an image that stays the same
+# depends on either. With changing images it takes 32 silent steps to make up for a membrane at the limit.
+IMAGE_RANGE = 31
+IMAGE_MEMBRANE = 32
+# Bits of a pixel, with its sign. A sum of K inputs is exact in double where IMAGE_BITS - 1 + 15 + log2(K) <= 53.
+IMAGE_BITS = 24
+# Scales of a product: a digit of 8 bits, of a weight of 8, 16 or 24.
+SCALES = (1, 256, 65536)
+# Steps that a neuron in offset or masked mode looks ahead. A GPU launch covers eight.
+MAX_WINDOW = 8
+MAX_ITERATIONS = 8
 
 
 def overflow_free_steps(
-    threshold: np.ndarray, bias: np.ndarray, sources: Iterable[tuple[np.ndarray, int]], analog: bool
+    threshold: np.ndarray,
+    bias: np.ndarray,
+    sources: Iterable[tuple[np.ndarray, int]],
+    analog: bool,
+    look_ahead: int = 0,
+    iterations: int = 0,
 ) -> int:
     """The largest T for which no membrane of a layer can leave 32 bits, whatever its inputs.
 
-    A membrane starts at half its threshold n, and a step adds at most the sum of all magnitudes:
+    A membrane starts at half its threshold n, and a step adds at most the sum M of all magnitudes:
 
         n/2 + T * (|bias| + sum over sources of peak * sum_k |w_k| + analog range) <= 2^31 - 1
 
-    Firing subtracts n from a membrane of at least n, so it brings no membrane farther from zero.
+    Firing subtracts n from a membrane of at least n (a negative spike adds it below 0), so neither brings a membrane
+    farther from zero. Offset mode shifts the initial potential, at each of its iterations by at most n plus what the
+    steps of the window add:
+
+        n/2 + iterations * (n + window * M) + T * M <= 2^31 - 1
 
     Args:
         threshold, bias: in units, [O].
         sources: weights in units [K, O], or amplitudes [O], each with the largest integer (peak) that meets it.
         analog: whether an analog current adds to the sum.
+        look_ahead, iterations: the window of offset mode, and how often its first run is made.
     """
     n = threshold.astype(np.int64)
     current = np.abs(bias.astype(np.int64))
@@ -47,4 +69,5 @@ def overflow_free_steps(
         current += np.abs(weight.astype(np.int64)).reshape(-1, n.size).sum(0) * peak
     if analog:
         current += ANALOG_RANGE * n
-    return int(np.min((MAX_SUM - n // 2) // np.maximum(current, 1)))
+    steps = (MAX_SUM - n // 2 - iterations * (n + look_ahead * current)) // np.maximum(current, 1)
+    return max(0, int(np.min(steps)))

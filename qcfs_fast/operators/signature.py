@@ -5,7 +5,9 @@ torch.ops.qcfs_fast.<name>; from them follow the torch schema, the fake kernel (
 argument of each backend's function. Formulas and layouts are those of csrc/core/contract.h, whose structs these mirror:
 
     spikes     uint8, masks [ceil(T/8), N, H, W, C] or count planes [T, N, H, W, C]; linear layers use [.., N, K]
-    weights    int16, or int8 worth 256 units each, [KH, KW, C/groups, O]; linear layers use [K, O]
+    weights    int16 or int8, [KH, KW, C/groups, O]; linear layers use [K, O]
+    scale      what a product is multiplied by, one int each; empty: 1 for int16 and 256 for int8
+    neuron     the mode of the neuron as ints (neuron.py)
     geometry   nine ints for each convolution (geometry.py)
     windows    three ints for each output row or column of a pool: first input index, last + 1, divisor
 
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -37,8 +39,9 @@ from .checks import (
     fail,
 )
 from .geometry import POINTWISE
-from .limits import MAX_SOURCES
+from .limits import IMAGE_BITS, MAX_SOURCES, SCALES
 from .masks import planes
+from .neuron import PLAIN, checked_neuron, mask_planes, state_rows
 
 # torch's schema language
 _WORDS = {
@@ -62,11 +65,12 @@ class Operator:
     returns: ClassVar[str] = "Tensor"
     dtype: ClassVar[torch.dtype]  # of the result
     anchor: ClassVar[str]  # the operand on whose device the result is made
+    writes: ClassVar[tuple[str, ...]] = ()  # operands that a kernel changes in place
     shape: tuple[int, ...] = field(init=False, repr=False)
 
     @classmethod
     def schema(cls) -> str:
-        operands = ", ".join(f"{word} {name}" for name, word in cls._words())
+        operands = ", ".join(f"{word} {name}{default}" for name, word, default in cls._schema_words())
         return f"{cls.name}({operands}) -> {cls.returns}"
 
     @classmethod
@@ -144,6 +148,18 @@ class Operator:
         return tuple((f.name, _WORDS[hints[f.name]]) for f in fields(cls) if f.init)
 
     @classmethod
+    def _schema_words(cls) -> list[tuple[str, str, str]]:
+        """The same for the schema itself, which also tells what a kernel writes to, and defaults."""
+        found = []
+        for f, (name, word) in zip([f for f in fields(cls) if f.init], cls._words(), strict=True):
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            text = "" if default is MISSING else f"={default}"
+            if isinstance(default, list) and default:  # of a fixed length, or torch takes it for one number
+                word = f"int[{len(default)}]"
+            found.append((name, word.replace("Tensor", "Tensor(a!)") if name in cls.writes else word, text))
+        return found
+
+    @classmethod
     @functools.cache
     def _tensor_fields(cls) -> tuple[tuple[str, bool], ...]:
         """Name of each operand that is a tensor or a list of tensors, and whether it is a list."""
@@ -160,19 +176,20 @@ MAX_REMEMBERED = 4096
 
 @dataclass(slots=True, eq=False)
 class QuantizeInput(Operator):
-    """Float images [N, C', H, W], any strides -> int16 [N, H, W, C] and a binary exponent for each sample [N].
+    """Float images [N, C', H, W], any strides -> int32 [N, H, W, C] and a binary exponent for each sample [N].
 
-    Channel c of the result is x[:, source[c]] * scale[c] + shift[c].
+    Channel c of the result is x[:, source[c]] * scale[c] + shift[c], in `bits` bits with the sign.
     """
 
     name = "quantize_input"
     returns = "(Tensor, Tensor)"
-    dtype = torch.int16
+    dtype = torch.int32
     anchor = "x"
     x: Tensor
     source: Tensor  # int64 [C]
     scale: Tensor  # float32 [C]
     shift: Tensor  # float32 [C]
+    bits: int = IMAGE_BITS
 
     def check_grad(self) -> None:
         check_no_grad(self.name, self.x)
@@ -185,6 +202,8 @@ class QuantizeInput(Operator):
         check_tensor(op, "scale", self.scale, torch.float32, [channels])
         check_tensor(op, "shift", self.shift, torch.float32, [channels])
         check_devices(op, self.x, self.source, self.scale, self.shift)
+        if not 2 <= self.bits <= IMAGE_BITS:
+            fail(op, f"bits must be from 2 to {IMAGE_BITS}, got {self.bits}")
         n, _, h, w = self.x.shape
         return (n, h, w, channels)
 
@@ -207,7 +226,7 @@ class Conv2dCurrent(Operator):
     name = "conv2d_current"
     dtype = torch.int32
     anchor = "x"
-    x: Tensor  # int16 [N, H, W, C]
+    x: Tensor  # int32 [N, H, W, C], of IMAGE_BITS bits at most
     exponent: Tensor  # int32 [N]
     weight: Tensor  # int16 [KH, KW, C/groups, O]
     geometry: list[int]
@@ -228,7 +247,7 @@ class Conv2dCurrent(Operator):
 
     def current_shape(self) -> tuple[int, ...]:
         op, x, weight = self.name, self.x, self.weight
-        check_tensor(op, "x", x, torch.int16, [-1] * 4)
+        check_tensor(op, "x", x, torch.int32, [-1] * 4)
         check_tensor(op, "exponent", self.exponent, torch.int32, [x.shape[0]])
         check_tensor(op, "weight", weight, torch.int16, [-1] * 4)
         (g,) = checked_geometries(op, self.geometry, 1)
@@ -259,34 +278,19 @@ class Conv2dEncode(Conv2dCurrent):
         return (planes(self.T), *shape)
 
 
-@dataclass(slots=True, eq=False)
-class Encode(Operator):
-    """A constant current [N, .., C] -> masks [ceil(T/8), N, .., C]."""
-
-    name = "encode"
-    dtype = torch.uint8
-    anchor = "current"
-    current: Tensor  # int32
-    threshold: Tensor  # int32 [C]
-    T: int
-
-    def settle(self) -> tuple[int, ...]:
-        op, current, threshold = self.name, self.current, self.threshold
-        check_steps(op, self.T)
-        check_tensor(op, "threshold", threshold, torch.int32, [-1])
-        check_tensor(op, "current", current, torch.int32, None)
-        if current.dim() < 2 or current.shape[-1] != threshold.shape[0] or threshold.shape[0] == 0:
-            fail(op, f"current must be [N, .., {threshold.shape[0]}], got {list(current.shape)}")
-        check_devices(op, current, threshold)
-        return (planes(self.T), *current.shape)
-
-
 # --------------------------------------------------------------------------------------- spiking layers
 
 
 @dataclass(slots=True, eq=False)
 class Conv2dIf(Operator):
-    """Integrate-and-fire over a sum of convolutions, residual spikes and a constant current -> masks.
+    """Integrate-and-fire over a sum of convolutions, residual spikes and a current of the image -> spikes.
+
+    The result is masks [ceil(T/8), N, OH, OW, O]; of signed neurons the masks of positive spikes and then those of
+    negative ones, [2 * ceil(T/8), ..]; in sum mode one plane of counts [1, ..]. `state` holds the membrane potentials
+    before the first step (of signed neurons also what each has sent) and gets those after the last.
+
+    A layer with neither products nor residuals integrates the image alone. Its current must lie within +-31 thresholds,
+    and it keeps its membranes within +-32 (limits.py), so that it may run for any number of steps.
 
     A linear layer is one whose maps are 1x1 (LinearIf.as_maps). `keys` are the tensors that the caller holds and under
     which weights in the order of a kernel are remembered; `weight` may be views of them. `caller` is the operator's
@@ -296,15 +300,19 @@ class Conv2dIf(Operator):
     name = "conv2d_if"
     dtype = torch.uint8
     anchor = "threshold"
+    writes = ("state",)
     x: list[Tensor]  # masks or counts [.., N, H, W, C]
     weight: list[Tensor]  # one dtype
     geometry: list[int]
     residual: list[Tensor]  # masks or counts [.., N, OH, OW, O]
     amplitude: list[Tensor]  # int32 [O]
-    current: Tensor | None  # int32 [N, OH, OW, O]
-    bias: Tensor  # int32 [O]
+    current: Tensor | None  # int32 [N, OH, OW, O], the same at every step, or [T, N, OH, OW, O]
+    bias: Tensor  # int32 [O], or [T, O]
     threshold: Tensor  # int32 [O], even
     T: int
+    scale: list[int] = field(default_factory=list)
+    neuron: list[int] = field(default_factory=lambda: list(PLAIN))
+    state: Tensor | None = None  # int32 [rows, N, OH, OW, O], neuron.state_rows
     keys: list[Tensor] = field(init=False, repr=False)
     caller: str = field(init=False, repr=False)
 
@@ -330,7 +338,9 @@ class Conv2dIf(Operator):
             )
         check_tensor(op, "threshold", threshold, torch.int32, [-1])
         O = threshold.shape[0]
-        check_tensor(op, "bias", self.bias, torch.int32, [O])
+        mode = checked_neuron(op, self.neuron, T)
+        check_tensor(op, "bias", self.bias, torch.int32, [O] if self.bias.dim() == 1 else [T, O])
+        self._check_scale(op)
         shape: tuple[int, ...] | None = None
         first = ""
 
@@ -355,15 +365,39 @@ class Conv2dIf(Operator):
             check_coding(op, f"residual {i}", r, T)
             agree(f"residual {i}", tuple(r.shape[1:]))
         if self.current is not None:
-            check_tensor(op, "current", self.current, torch.int32, [-1, -1, -1, O])
-            agree("current", tuple(self.current.shape))
+            by_step = self.current.dim() == 5
+            check_tensor(op, "current", self.current, torch.int32, [*([T] if by_step else []), -1, -1, -1, O])
+            agree("current", tuple(self.current.shape[-4:]))
         assert shape is not None
-        check_devices(op, threshold, self.bias, self.current, *x, *weight, *residual, *amplitude)
-        return (planes(T), *shape)
+        if self.state is not None:
+            if not state_rows(mode):
+                fail(op, f"a neuron in {mode} mode has no state that a later call could go on from")
+            check_tensor(op, "state", self.state, torch.int32, [state_rows(mode), *shape])
+            if not self.state.is_contiguous():
+                fail(op, "state must be contiguous: the kernel changes it in place")
+        check_devices(op, threshold, self.bias, self.current, self.state, *x, *weight, *residual, *amplitude)
+        return (mask_planes(mode, T), *shape)
+
+    def _check_scale(self, op: str) -> None:
+        """A kernel multiplies its sums by the quotient of neighbouring scales, which must be an integer."""
+        if not self.scale:
+            return
+        if len(self.scale) != len(self.x):
+            fail(op, f"{len(self.x)} inputs but {len(self.scale)} scales")
+        sizes = [abs(s) for s in self.scale]
+        if any(s not in SCALES for s in sizes) or sizes != sorted(sizes, reverse=True):
+            fail(op, f"scales must be +-1, +-256 or +-65536, the largest first, got {self.scale}")
+        if len(set(sizes)) > 1 and self.weight[0].dtype == torch.int16:
+            fail(op, f"16-bit weights take scales of one size, got {self.scale}")
+
+    @property
+    def scales(self) -> list[int]:
+        """What each product is multiplied by."""
+        return self.scale or [256 if w.dtype == torch.int8 else 1 for w in self.weight]
 
 
 def _as_map(x: Tensor) -> Tensor:
-    return x.unsqueeze(2).unsqueeze(2)
+    return x.unsqueeze(-2).unsqueeze(-2)
 
 
 @dataclass(slots=True, eq=False)
@@ -373,14 +407,18 @@ class LinearIf(Operator):
     name = "linear_if"
     dtype = torch.uint8
     anchor = "threshold"
+    writes = ("state",)
     x: list[Tensor]  # masks or counts [.., N, K]
     weight: list[Tensor]  # [K, O]
     residual: list[Tensor]  # masks or counts [.., N, O]
     amplitude: list[Tensor]
-    current: Tensor | None  # [N, O]
+    current: Tensor | None  # [N, O] or [T, N, O]
     bias: Tensor
     threshold: Tensor
     T: int
+    scale: list[int] = field(default_factory=list)
+    neuron: list[int] = field(default_factory=lambda: list(PLAIN))
+    state: Tensor | None = None  # [rows, N, O]
 
     def settle(self) -> tuple[int, ...]:
         op = self.name
@@ -390,7 +428,9 @@ class LinearIf(Operator):
         for i, w in enumerate(self.weight):
             check_tensor(op, f"weight {i}", w, _WEIGHTS, [-1, -1])
         if self.current is not None:
-            check_tensor(op, "current", self.current, torch.int32, [-1, -1])
+            check_tensor(op, "current", self.current, torch.int32, [-1] * (3 if self.current.dim() == 3 else 2))
+        if self.state is not None:
+            check_tensor(op, "state", self.state, torch.int32, [-1] * 3)
         masks, n, _, _, O = self.as_maps().settle()
         return (masks, n, O)
 
@@ -402,10 +442,13 @@ class LinearIf(Operator):
             geometry=list(POINTWISE) * len(self.x),
             residual=[_as_map(r) for r in self.residual],
             amplitude=self.amplitude,
-            current=None if self.current is None else self.current[:, None, None],
+            current=None if self.current is None else _as_map(self.current),
             bias=self.bias,
             threshold=self.threshold,
             T=self.T,
+            scale=self.scale,
+            neuron=self.neuron,
+            state=None if self.state is None else _as_map(self.state),
         )
         maps.keys, maps.caller = self.weight, self.name
         return maps
@@ -444,7 +487,7 @@ class Pool(Operator):
 
 @dataclass(slots=True, eq=False)
 class MaxPool(Operator):
-    """Whether any neuron of a window fired, step by step: masks -> masks."""
+    """Whether any neuron of a window fired, step by step: masks -> masks. With `counts` the largest: counts -> counts."""
 
     name = "max_pool"
     dtype = torch.uint8
@@ -452,6 +495,7 @@ class MaxPool(Operator):
     x: Tensor
     rows: list[int]
     cols: list[int]
+    counts: bool = False
 
     def settle(self) -> tuple[int, ...]:
         check_tensor(self.name, "x", self.x, torch.uint8, _SPIKES)
@@ -461,7 +505,10 @@ class MaxPool(Operator):
 
 @dataclass(slots=True, eq=False)
 class Count(Operator):
-    """Spikes counted over time -> int32, totals [1, ..] or, with `prefix`, running counts [T, ..]."""
+    """Spikes counted over steps first .. last-1 -> int32, totals [1, ..] or, with `prefix`, running counts.
+
+    There is one running count for each step: [last - first, ..]. An empty `span` is [0, T].
+    """
 
     name = "count"
     dtype = torch.int32
@@ -469,15 +516,26 @@ class Count(Operator):
     x: Tensor  # masks or counts [.., N, ..]
     T: int
     prefix: bool
+    span: list[int] = field(default_factory=list)  # first, last
+
+    @property
+    def first(self) -> int:
+        return self.span[0] if self.span else 0
+
+    @property
+    def last(self) -> int:
+        return self.span[1] if self.span else self.T
 
     def settle(self) -> tuple[int, ...]:
         op, x = self.name, self.x
         check_steps(op, self.T)
+        if self.span and not (len(self.span) == 2 and 0 <= self.span[0] < self.span[1] <= self.T):
+            fail(op, f"span must be [first, last] with 0 <= first < last <= T={self.T}, got {self.span}")
         check_tensor(op, "x", x, torch.uint8, None)
         if x.dim() < 2:
             fail(op, f"x must be masks or count planes, got shape {list(x.shape)}")
         check_coding(op, "x", x, self.T)
-        return (self.T if self.prefix else 1, *x.shape[1:])
+        return (self.last - self.first if self.prefix else 1, *x.shape[1:])
 
 
 @dataclass(slots=True, eq=False)
@@ -560,7 +618,6 @@ OPERATORS: tuple[type[Operator], ...] = (
     QuantizeInput,
     Conv2dCurrent,
     Conv2dEncode,
-    Encode,
     Conv2dIf,
     LinearIf,
     Pool,

@@ -28,7 +28,6 @@ from ...operators.signature import (
     Conv2dEncode,
     Conv2dIf,
     Count,
-    Encode,
     MaxPool,
     Pool,
     PoolCounts,
@@ -41,7 +40,7 @@ from . import kernels, tiles
 
 MAX_STEPS = 8  # that a launch holds in registers: the bits of a mask byte
 KERNELS = Kernels("triton")
-INTERPRETED = not isinstance(kernels.encode, triton.JITFunction)
+INTERPRETED = not isinstance(kernels.count, triton.JITFunction)
 HIP = torch.version.hip is not None
 
 MATRIX_HIP = ("gfx90a", "gfx942", "gfx950")
@@ -367,19 +366,6 @@ def _spiking(a: Conv2dIf, settled: Plan, packed: list[Packed]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------- first layer
-
-
-@KERNELS.operator(Encode)
-def _encode(a: Encode) -> Tensor:
-    out: Tensor = a.empty()
-    C = a.threshold.shape[0]
-    M = _rows("encode", a.current.numel() // C)
-    tile = tiles.plain(C, 2, INTERPRETED)
-    _launch(
-        kernels.encode, (_blocks(M, tile.m), _blocks(C, tile.n)), a.current, a.threshold, out, M, C, M * C, a.T,
-        BM=tile.m, BN=tile.n, num_warps=tile.warps,
-    )  # fmt: skip
-    return out
 
 
 @KERNELS.operator(Conv2dCurrent)
