@@ -37,7 +37,7 @@ def test_random_layers_equal_the_oracle():
     evidence = Evidence()
     for seed in range(150):
         case = random_case(seed)
-        got = torch.ops.qcfs_fast.conv2d_if(*on_gpu(case.args))
+        got = torch.ops.qcfs_fast.conv2d_if(*on_gpu(case.operands))
         assert np.array_equal(got.cpu().numpy(), case.want.masks), f"seed {seed}"
         evidence.add(case.want)
     evidence.check()

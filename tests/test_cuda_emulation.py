@@ -200,7 +200,7 @@ def test_random_layers_against_the_oracle(on_cuda):
     with on_cuda() as calls:
         for seed in range(40):
             case = random_case(seed, max_pixels=6)
-            got = torch.ops.qcfs_fast.conv2d_if(*case.args)
+            got = torch.ops.qcfs_fast.conv2d_if(*case.operands)
             assert np.array_equal(got.numpy(), case.want.masks), f"seed {seed}"
             evidence.add(case.want)
     assert calls == {"conv2d_if": 40}

@@ -13,6 +13,7 @@ from networks import converted
 
 from qcfs_fast.backend import registration as ops
 from qcfs_fast.operators.geometry import POINTWISE
+from qcfs_fast.operators.neuron import MODES
 
 OPS = torch.ops.qcfs_fast
 
@@ -33,15 +34,19 @@ def samples():
     one = torch.ones(4, dtype=torch.float64)
     n = torch.full((4,), 64, dtype=torch.int32)
     analog = (
-        tensor(rng.integers(-9, 9, (2, 6, 5, 3)).astype(np.int16)), torch.zeros(2, dtype=torch.int32),
+        tensor(rng.integers(-9, 9, (2, 6, 5, 3)).astype(np.int32)), torch.zeros(2, dtype=torch.int32),
         tensor(rng.integers(-9, 9, (3, 3, 3, 4)).astype(np.int16)), [3, 3, 1, 1, 1, 1, 1, 1, 1], one, one, -n, n,
     )  # fmt: skip
     yield "quantize_input", (torch.randn(2, 3, 4, 5), torch.arange(3), torch.ones(3), torch.zeros(3))
     yield "conv2d_current", analog
     yield "conv2d_encode", (*analog, n, 9)
-    yield "encode", (tensor(rng.integers(-40, 90, (2, 3, 4)).astype(np.int32)), n, 9)
     for seed in range(4):
-        yield "conv2d_if", random_case(seed, 1 + 7 * seed, max_channels=9, max_pixels=4).args
+        yield "conv2d_if", random_case(seed, 1 + 7 * seed, max_channels=9, max_pixels=4).operands
+    for mode in MODES:
+        for seed in range(3):
+            for linear, operator in ((False, "conv2d_if"), (True, "linear_if")):
+                case = random_case(seed, 9, max_channels=9, max_pixels=4, modes=(mode,), linear=linear)
+                yield operator + "_from" * (case.state is not None), case.operands
     x, w = tensor(random_spikes(rng, (2, 7), 9, False)), torch.ones(7, 4, dtype=torch.int16)
     yield "linear_if", ([x], [w], [], [], None, n // 2, n, 9)
     yield "pool", (masks, [0, 2, 2, 2, 4, 2], [0, 2, 2], 4, 9)

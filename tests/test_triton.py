@@ -73,9 +73,9 @@ def same(name, *args):
 def check(name, evidence, seed, *args, **options):
     """A random layer, small enough for the interpreter, on all of them and against plain integers."""
     case = random_case(seed, *args, **{**SMALL, **options})
-    assert np.array_equal(same(name, *case.args).numpy(), case.want.masks), f"seed {seed}"
+    assert np.array_equal(same(name, *case.operands).numpy(), case.want.masks), f"seed {seed}"
     evidence.add(case.want)
-    return case.args
+    return case.operands
 
 
 def test_the_interpreter_runs():
@@ -190,7 +190,7 @@ def test_linear(launched):
 
 
 def test_weights_changed_in_place_are_seen():
-    args = random_case(3, 4, channels=16, outputs=16, bits=16, plain=True, products=1, **SMALL).args
+    args = random_case(3, 4, channels=16, outputs=16, bits=16, plain=True, products=1, **SMALL).operands
     before = same("conv2d_if", *args)
     args[1][0].neg_()
     assert not torch.equal(before, same("conv2d_if", *args))
@@ -208,7 +208,7 @@ def test_any_strides():
 
     for T, channels in ((4, 5), (9, 17)):
         case = random_case(T, T, channels=channels, outputs=9, residuals=1, plain=True, **SMALL)
-        x, w, g, r, a, current, bias, n, _ = case.args
+        x, w, g, r, a, current, bias, n, *_ = case.args
         operands = [spread(t) for t in x], [spread(t) for t in w], g, [spread(t) for t in r], [spread(t) for t in a]
         got = same("conv2d_if", *operands, None if current is None else spread(current), spread(bias), spread(n), T)
         assert torch.equal(got, same("conv2d_if", x, w, g, r, a, current, bias, n, T))

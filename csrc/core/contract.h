@@ -115,8 +115,9 @@ struct ConvIf {
   const std::int32_t* bias;         // [O], or one for each step [T, O]
   std::int64_t bias_step;           // likewise
   const std::int32_t* threshold;    // [O], even
-  std::int32_t* state;    // plain and with_sign: [1 or 2, N, OH, OW, O] membranes (and `sent`) before the first step, then
-                          // those after the last; null: n / 2 (and 0)
+  const std::int32_t* state;    // plain and with_sign: [1 or 2, N, OH, OW, O] membranes (and `sent`) before the first
+                                // step; null: n / 2 (and 0)
+  std::int32_t* state_out;      // likewise after the last step; null where `state` is
   std::uint8_t* out;      // masks [ceil(T/8), N, OH, OW, O], with_sign: positive spikes, then negative ones; sum: counts
                           // [1, N, OH, OW, O]
 };

@@ -108,7 +108,7 @@ struct SpikingLayer {
     layer.bias = data<const std::int32_t>(bias);
     layer.bias_step = shape(bias).size() == 2 ? out[4] : 0;
     layer.threshold = data<const std::int32_t>(QCFS_ATTRIBUTE(a, "threshold"));
-    layer.state = data<std::int32_t>(QCFS_ATTRIBUTE(a, "state"));
+    layer.state = data<const std::int32_t>(QCFS_ATTRIBUTE(a, "state"));
   }
   SpikingLayer(const SpikingLayer&) = delete;
   SpikingLayer& operator=(const SpikingLayer&) = delete;

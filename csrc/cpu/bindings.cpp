@@ -72,10 +72,11 @@ class SpikingLayer {
     py::gil_scoped_release release;
     qcfs::cpu::pack(a_.layer, product, options_.engine, options_.isa, to);
   }
-  // `packed` holds one tensor for each of the first products.
-  void fire(const py::list& packed, py::handle out) {
+  // `packed` holds one tensor for each of the first products; `state` is None where the layer has none.
+  void fire(const py::list& packed, py::handle out, py::handle state) {
     for (std::size_t i = 0; i < packed.size(); ++i) a_.products.at(i).packed = data<const void>(packed[i]);
     a_.layer.out = data<std::uint8_t>(out);
+    a_.layer.state_out = data<std::int32_t>(state);
     run(qcfs::cpu::conv_if, a_.layer, options_, "conv2d_if");
   }
 
@@ -119,10 +120,6 @@ struct HostWindows {
 
   std::vector<std::int64_t> rows, cols;
 };
-
-void encode(py::handle a, py::handle out, std::uint32_t isa, int threads) {
-  run(qcfs::cpu::encode, qcfs::python::encode(a, out), options(isa, threads), "encode");
-}
 
 void pool(py::handle a, py::handle out, std::uint32_t isa, int threads) {
   const HostWindows windows(a);
@@ -193,7 +190,6 @@ PYBIND11_MODULE(_cpu, m) {
       .def("packed_bytes", &AnalogLayer::packed_bytes)
       .def("pack", &AnalogLayer::pack)
       .def("fire", &AnalogLayer::fire);
-  m.def("encode", &encode);
   m.def("pool", &pool);
   m.def("pool_counts", &pool_counts);
   m.def("count", &count);

@@ -75,15 +75,22 @@ Status analog(const AnalogConv& a, const Options& options) {
   const std::int64_t work = kernel_inputs(a.g, a.in_channels) * a.out_channels * a.batch * a.out_h * a.out_w;
   const int threads = useful_threads(work / 8, options.threads);
   const RowCut cut = cut_rows(a.out_h, a.batch, threads);
+  ConvIf end{};
+  Neurons neurons{};
+  if (a.steps > 0) {
+    end.batch = a.batch;
+    end.out_h = a.out_h;
+    end.out_w = a.out_w;
+    end.out_channels = a.out_channels;
+    end.steps = a.steps;
+    end.threshold = a.threshold;
+    end.out = a.out_mask;
+    const Status s = place_in_call_workspace([&](Arena& arena) { neurons = pad_neurons(end, arena); });
+    if (s != Status::ok) return s;
+  }
   return run_with_workspace(a.batch * cut.spans, threads, k.analog_workspace(a), [&](std::int64_t i, void* workspace) {
-    k.analog(a, row_span(cut, {0, a.batch, 0, a.out_h}, i), a.packed, workspace);
+    k.analog(a, end, neurons, row_span(cut, {0, a.batch, 0, a.out_h}, i), workspace);
   });
-}
-
-Status encode(const Encode& a, const Options& options) {
-  const KernelSet& k = choose(options.isa);
-  return run_rows(a.pixels, a.channels * a.steps, options.threads,
-                  [&](std::int64_t r0, std::int64_t r1) { k.encode(a, r0, r1); });
 }
 
 Status pool(const Pool& a, const Options& options) {
@@ -103,7 +110,7 @@ Status pool_counts(const PoolCounts& a, const Options& options) {
 
 Status count(const Count& a, const Options& options) {
   const KernelSet& k = choose(options.isa);
-  return run_rows(a.elements, a.steps, options.threads, [&](std::int64_t e0, std::int64_t e1) { k.count(a, e0, e1); });
+  return run_rows(a.elements, a.last - a.first, options.threads, [&](std::int64_t e0, std::int64_t e1) { k.count(a, e0, e1); });
 }
 
 Status readout(const Readout& a, const Options& options) {
@@ -141,8 +148,8 @@ Status quantize(const Quantize& a, const Options& options) {
     int e = 0;
     if (largest > 0) {
       // frexp gives [1/2, 1), so 2^e is above the quotient; an exact power of two needs one less.
-      std::frexp(largest / 32767.0, &e);
-      if (largest <= std::ldexp(32767.0, e - 1)) --e;
+      std::frexp(largest / static_cast<double>(a.largest), &e);
+      if (largest <= std::ldexp(a.largest, e - 1)) --e;
     }
     a.exponent[s] = e;
     run_rows(a.height, row_work, options.threads, [&](std::int64_t r0, std::int64_t r1) { k.quantize(a, s, r0, r1); });

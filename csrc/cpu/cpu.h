@@ -56,7 +56,6 @@ void pack(const AnalogConv& a, std::uint32_t isa, void* out);
 Status conv_if(const ConvIf& a, const Options& options);
 // Needs a.packed.
 Status analog(const AnalogConv& a, const Options& options);
-Status encode(const Encode& a, const Options& options);
 Status pool(const Pool& a, const Options& options);
 Status pool_counts(const PoolCounts& a, const Options& options);
 Status count(const Count& a, const Options& options);

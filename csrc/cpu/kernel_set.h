@@ -50,9 +50,9 @@ struct KernelSet {
   std::size_t (*pack_analog_bytes)(const AnalogConv&);
   void (*pack_analog)(const AnalogConv&, void* out);
   std::size_t (*analog_workspace)(const AnalogConv&);
-  void (*analog)(const AnalogConv&, const RowSpan&, const void* packed, void* workspace);
+  // Rows of the image's layer; `end` and its neurons are the layer as one without products, where it fires.
+  void (*analog)(const AnalogConv&, const ConvIf& end, const Neurons&, const RowSpan&, void* workspace);
 
-  void (*encode)(const Encode&, std::int64_t pixel0, std::int64_t pixel1);
   void (*pool)(const Pool&, std::int64_t row0, std::int64_t row1);
   void (*pool_counts)(const PoolCounts&, std::int64_t row0, std::int64_t row1);
   void (*count)(const Count&, std::int64_t element0, std::int64_t element1);

@@ -59,17 +59,18 @@ InputRows input_rows(const Product& p, std::int64_t row0, std::int64_t row1) {
 
 Neurons pad_neurons(const ConvIf& a, Arena& arena) {
   const std::int64_t O = a.out_channels, padded = round_up(O, channel_padding);
-  const auto copy = [&](const std::int32_t* from) {
-    std::int32_t* to = arena.take<std::int32_t>(padded);
-    if (to != nullptr) {
-      std::copy(from, from + O, to);
-      std::fill(to + O, to + padded, 0);
+  const auto copy = [&](const std::int32_t* from, std::int64_t rows = 1) {
+    std::int32_t* to = arena.take<std::int32_t>(rows * padded);
+    if (to != nullptr) std::fill(to, to + rows * padded, 0);
+    for (std::int64_t i = 0; to != nullptr && from != nullptr && i < rows; ++i) {
+      std::copy(from + i * O, from + (i + 1) * O, to + i * padded);
     }
     return to;
   };
   Neurons n{};
   n.threshold = copy(a.threshold);
-  n.bias = copy(a.bias);
+  n.bias = copy(a.bias, a.bias_step == 0 ? 1 : a.steps);
+  n.bias_step = a.bias_step == 0 ? 0 : padded;
   for (int i = 0; i < a.residual_count; ++i) n.amplitude[i] = copy(a.residuals[i].amplitude);
   return n;
 }

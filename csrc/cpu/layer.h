@@ -41,7 +41,7 @@ void single_step_counts_as_masks(LinearAsImage& layer);
 // The input rows that output rows [row0, row1) read.
 InputRows input_rows(const Product& p, std::int64_t row0, std::int64_t row1);
 
-// The padded copies of the per-channel operands.
+// The padded copies of the per-channel operands; zeros for a bias that is null.
 Neurons pad_neurons(const ConvIf& a, Arena& arena);
 
 // The limits below, and those in the plans, were tuned on a Zen 5: 48 KiB of first-level and 1 MiB of second-level

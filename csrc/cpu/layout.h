@@ -78,6 +78,7 @@ constexpr int channel_padding = 64;
 struct Neurons {
   const std::int32_t* threshold;
   const std::int32_t* bias;
+  std::int64_t bias_step;    // from the bias of a step to that of the next
   const std::int32_t* amplitude[max_residuals];
 };
 
@@ -181,7 +182,8 @@ struct DenseLayer {
   std::int64_t plane_h, plane_w;    // positions of one phase; output (r, c) is position r * plane_w + c
   DenseProduct product[max_products];
   const Segment* segments;
-  const int* chunk;    // [chunks + 1] ranges of segments
+  const int* chunk;    // [chunks + 1] ranges of segments, each of products of one scale
+  const std::int32_t* factor;    // [chunks]: what sums so far are multiplied by before a chunk's products are added
   int chunks;
   const std::int8_t* packed;    // all products: [panels, segments, ..]
   std::int64_t panel_bytes;

@@ -1,7 +1,8 @@
-// Integrate, fire, reset: the last step of every spiking layer.
+// Integrate, fire, reset: the last step of every spiking layer, in every mode of the neuron (contract.h).
 //
 // The membranes of vectors * lanes output channels of one pixel stay in registers over all steps; each step adds one
-// current, and every eighth writes a byte of mask to each channel.
+// current, and every eighth writes a byte of mask to each channel. Offset and masked neurons first run over the steps of
+// their window, on the same currents: an engine gives the sums of a step as often as it is asked.
 #pragma once
 
 #include <cassert>
@@ -15,20 +16,30 @@
 namespace qcfs::cpu {
 namespace {
 
+// A sum of products, times its scale. Modulo 2^32: the total fits, its parts alone may not.
+template <class Isa>
+inline Int<Isa> scaled(Int<Isa> sum, std::int32_t scale) {
+  Unsigned<Isa> x = reinterpret_cast<const Unsigned<Isa>&>(sum);
+  x = scale == 256 ? x << 8 : x * static_cast<std::uint32_t>(scale);    // a shift is faster
+  return reinterpret_cast<const Int<Isa>&>(x);
+}
+
 // full: every lane holds a channel. Otherwise the last vectors are partial and need memcpy of a variable length, a
 // library call before which the compiler spills all live accumulators.
 template <class Isa, int vectors, bool full>
 struct Membranes {
   static constexpr int lanes = Isa::lanes;
+  using Vector = Int<Isa>;
+  using Vectors = Vector[vectors];
 
   const ConvIf& a;
   const Neurons& neurons;
   std::int64_t channel;    // first
   std::int64_t width;      // channels that exist, at most vectors * lanes
   std::int64_t index;      // of the first neuron in one plane of the output
-  std::int64_t plane;      // bytes of one
-  Int<Isa> v[vectors], bits[vectors];
-  Int<Isa> spikes[vectors];    // of the first residual, masks of 8 steps
+  std::int64_t plane;      // neurons of one
+  Vectors v;
+  Vectors residual_bytes;    // of the first residual, masks of 8 steps
 
   inline Membranes(const ConvIf& conv, const Neurons& n, std::int64_t first, std::int64_t pixel)
       : a(conv),
@@ -39,13 +50,30 @@ struct Membranes {
         plane(conv.batch * conv.out_h * conv.out_w * conv.out_channels) {
     static_assert(vectors * lanes <= channel_padding, "the operands in Neurons are padded to whole vectors");
     assert(first >= 0 && first < conv.out_channels && (!full || width == vectors * lanes));
-    QCFS_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      v[j] = load<Int<Isa>>(neurons.threshold + channel + j * lanes) >> 1;
-      bits[j] = Int<Isa>{};
-      spikes[j] = Int<Isa>{};
+  }
+
+  // All steps of these neurons. products(t, sums) sets the sums of step t over the layer's products.
+  template <typename Products>
+  inline void run(const Products& products) {
+    if (a.state == nullptr) {
+      start();
+    } else {
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) v[j] = row<Vector>(a.state + index, j);
+    }
+    if (a.neuron.mode == Mode::plain) {
+      fire(products);
+    } else {
+      run_other(products);
+    }
+    if (a.state != nullptr) {
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) store_row(a.state_out + index, j, v[j]);
     }
   }
+
+ private:
+  static inline Vector select(Vector mask, Vector yes, Vector no) { return (mask & yes) | (~mask & no); }
 
   // How many of `width` channels are in vector j; not positive if none.
   inline std::int64_t channels_in(int j) const { return full ? lanes : smaller(lanes, width - j * lanes); }
@@ -57,7 +85,24 @@ struct Membranes {
     return n > 0 ? load_some<V>(p + j * lanes, n) : V{};
   }
 
-  inline void add_residual(int i, std::int64_t t) {
+  template <typename V, typename T>
+  inline void store_row(T* p, int j, V value) const {
+    const std::int64_t n = channels_in(j);
+    if (n >= lanes) {
+      store(p + j * lanes, value);
+    } else if (n > 0) {
+      __builtin_memcpy(p + j * lanes, &value, static_cast<std::size_t>(n) * sizeof(T));
+    }
+  }
+
+  inline Vector threshold(int j) const { return load<Vector>(neurons.threshold + channel + j * lanes); }
+
+  inline void start() {
+    QCFS_UNROLL
+    for (int j = 0; j < vectors; ++j) v[j] = threshold(j) >> 1;
+  }
+
+  inline void add_residual(int i, std::int64_t t, Vectors& current) {
     const Residual& r = a.residuals[i];
     const std::int32_t* amplitude = neurons.amplitude[i] + channel;
     if (r.coding == Coding::mask) {
@@ -66,49 +111,189 @@ struct Membranes {
       const std::uint8_t* x = r.data + t / 8 * plane + index;
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        const Int<Isa> s = kept ? spikes[j] : __builtin_convertvector((row<LaneBytes<Isa>>(x, j)), Int<Isa>);
-        if (i == 0) spikes[j] = s;
-        v[j] += ((s & bit) != 0) & load<Int<Isa>>(amplitude + j * lanes);
+        const Vector s = kept ? residual_bytes[j] : __builtin_convertvector((row<LaneBytes<Isa>>(x, j)), Vector);
+        if (i == 0) residual_bytes[j] = s;
+        current[j] += ((s & bit) != 0) & load<Vector>(amplitude + j * lanes);
       }
     } else {
       const std::uint8_t* x = r.data + t * plane + index;
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        const Int<Isa> counts = __builtin_convertvector((row<LaneBytes<Isa>>(x, j)), Int<Isa>);
-        v[j] += counts * load<Int<Isa>>(amplitude + j * lanes);
+        const Vector counts = __builtin_convertvector((row<LaneBytes<Isa>>(x, j)), Vector);
+        current[j] += counts * load<Vector>(amplitude + j * lanes);
       }
     }
   }
 
-  inline void step(std::int64_t t, const Int<Isa> (&current)[vectors]) {
-    const std::int32_t bit = 1 << (t % 8);
-    for (int i = 0; i < a.residual_count; ++i) add_residual(i, t);
+  // All that step t integrates. In sum mode bias and the image's current count once for each level.
+  template <typename Products>
+  inline void integrate(const Products& products, std::int64_t t, Vectors& current) {
+    products(t, current);
+    for (int i = 0; i < a.residual_count; ++i) add_residual(i, t, current);
+    const std::int32_t levels = a.neuron.levels;
     if (a.current != nullptr) {
+      const std::int32_t* image = a.current + t * a.current_step + index;
       QCFS_UNROLL
-      for (int j = 0; j < vectors; ++j) v[j] += row<Int<Isa>>(a.current + index, j);
+      for (int j = 0; j < vectors; ++j) current[j] += row<Vector>(image, j) * (levels > 0 ? levels : 1);
     }
+    const std::int32_t* bias = neurons.bias + t * neurons.bias_step + channel;
     QCFS_UNROLL
     for (int j = 0; j < vectors; ++j) {
-      const Int<Isa> n = load<Int<Isa>>(neurons.threshold + channel + j * lanes);
-      v[j] += current[j] + load<Int<Isa>>(neurons.bias + channel + j * lanes);
-      const Int<Isa> spike = v[j] >= n;
-      v[j] -= spike & n;
-      bits[j] |= spike & bit;
+      const Vector b = load<Vector>(bias + j * lanes);
+      current[j] += levels > 0 ? b * levels : b;
     }
-    if (t % 8 == 7 || t + 1 == a.steps) {
-      std::uint8_t* out = a.out + (t / 8) * plane + index;
+  }
+
+  // A layer of the image alone holds its membranes within a number of thresholds.
+  inline void hold(Vectors& membranes) const {
+    if (!image_alone(a)) return;
+    QCFS_UNROLL
+    for (int j = 0; j < vectors; ++j) {
+      const Vector limit = threshold(j) * image_membrane;
+      membranes[j] = select(membranes[j] > limit, limit, membranes[j]);
+      membranes[j] = select(membranes[j] < -limit, -limit, membranes[j]);
+    }
+  }
+
+  inline void store_bytes(std::uint8_t* out, const Vectors& values) const {
+    QCFS_UNROLL
+    for (int j = 0; j < vectors; ++j) {
+      const LaneBytes<Isa> bytes = __builtin_convertvector(values[j], LaneBytes<Isa>);
+      store_row(out + index, j, bytes);
+    }
+  }
+
+  // The plain neuron over all steps, from v. `keep`, where given, masks its spikes.
+  template <typename Products>
+  inline void fire(const Products& products, const Vectors* keep = nullptr) {
+    Vectors bits{};
+    for (std::int64_t t = 0; t < a.steps; ++t) {
+      Vectors current;
+      integrate(products, t, current);
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) v[j] += current[j];
+      hold(v);
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        const LaneBytes<Isa> bytes = __builtin_convertvector(bits[j], LaneBytes<Isa>);
-        const std::int64_t n = channels_in(j);
-        if (n >= lanes) {
-          store(out + j * lanes, bytes);
-        } else if (n > 0) {
-          __builtin_memcpy(out + j * lanes, &bytes, static_cast<std::size_t>(n));
-        }
-        bits[j] = Int<Isa>{};
+        const Vector n = threshold(j), spike = v[j] >= n;
+        v[j] -= spike & n;
+        bits[j] |= spike & (1 << (t % 8));
+      }
+      if (t % 8 != 7 && t + 1 != a.steps) continue;
+      for (int j = 0; keep != nullptr && j < vectors; ++j) bits[j] &= (*keep)[j];
+      store_bytes(a.out + t / 8 * plane, bits);
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) bits[j] = Vector{};
+    }
+  }
+
+  template <typename Products>
+  __attribute__((noinline)) void run_other(const Products& products) {
+    switch (a.neuron.mode) {
+      case Mode::plain:
+        break;
+      case Mode::offset:
+        for (int i = 0; i < a.neuron.iterations; ++i) shift(products);
+        fire(products);
+        break;
+      case Mode::masked: {
+        for (std::int64_t t = 0; t < a.neuron.window; ++t) first_step(products, t, [](int, Vector, Vector) {});
+        Vectors keep;
+        for (int j = 0; j < vectors; ++j) keep[j] = v[j] > 0;
+        start();
+        fire(products, &keep);
+        break;
+      }
+      case Mode::with_sign:
+        fire_with_sign(products);
+        break;
+      case Mode::sum:
+        count(products);
+        break;
+    }
+  }
+
+  // A step of a first run; of vector j see(j, membranes before reset, spikes as 0 or -1).
+  template <typename Products, typename See>
+  inline void first_step(const Products& products, std::int64_t t, const See& see) {
+    Vectors current;
+    integrate(products, t, current);
+    for (int j = 0; j < vectors; ++j) v[j] += current[j];
+    hold(v);
+    for (int j = 0; j < vectors; ++j) {
+      const Vector spike = v[j] >= threshold(j);
+      see(j, v[j], spike);
+      v[j] -= spike & threshold(j);
+    }
+  }
+
+  // Offset: from the first run to the initial potential that mends it.
+  template <typename Products>
+  inline void shift(const Products& products) {
+    Vectors v0, count{}, least, largest;
+    for (int j = 0; j < vectors; ++j) {
+      v0[j] = v[j];
+      least[j] = Vector{} + INT32_MAX;
+      largest[j] = Vector{} + INT32_MIN;
+    }
+    for (std::int64_t t = 0; t < a.neuron.window; ++t) {
+      first_step(products, t, [&](int j, Vector before, Vector spike) {
+        count[j] -= spike;
+        least[j] = select(spike & (before < least[j]), before, least[j]);
+        largest[j] = select(~spike & (before > largest[j]), before, largest[j]);
+      });
+    }
+    for (int j = 0; j < vectors; ++j) {
+      const Vector n = threshold(j), residual = v[j] - v0[j] + (n >> 1);
+      const Vector many = (residual < 0) & (count[j] > 0), few = (residual >= n) & (count[j] < a.neuron.window);
+      // Where a value is not needed it may be one of the limits above, from which nothing can be taken.
+      const Vector fired = select(many, least[j], n), silent = select(few, largest[j], n);
+      const Vector fewer = fired - n + 1, more = n - silent;
+      v[j] = v0[j] - (many & select(fewer > n, fewer, n)) + (few & select(more > n, more, n));
+    }
+    hold(v);
+  }
+
+  template <typename Products>
+  inline void fire_with_sign(const Products& products) {
+    Vectors sent{}, bits{}, negative{};
+    const bool from_state = a.state != nullptr;
+    for (int j = 0; from_state && j < vectors; ++j) sent[j] = row<Vector>(a.state + plane + index, j);
+    const std::int64_t planes = ceil_div(a.steps, 8);
+    for (std::int64_t t = 0; t < a.steps; ++t) {
+      Vectors current;
+      integrate(products, t, current);
+      for (int j = 0; j < vectors; ++j) v[j] += current[j];
+      hold(v);
+      for (int j = 0; j < vectors; ++j) {
+        const Vector n = threshold(j), up = v[j] >= n, down = (v[j] < 0) & (sent[j] > 0);
+        v[j] += (down & n) - (up & n);
+        sent[j] += down - up;
+        bits[j] |= up & (1 << (t % 8));
+        negative[j] |= down & (1 << (t % 8));
+      }
+      if (t % 8 != 7 && t + 1 != a.steps) continue;
+      store_bytes(a.out + t / 8 * plane, bits);
+      store_bytes(a.out + (planes + t / 8) * plane, negative);
+      for (int j = 0; j < vectors; ++j) bits[j] = negative[j] = Vector{};
+    }
+    for (int j = 0; from_state && j < vectors; ++j) store_row(a.state_out + plane + index, j, sent[j]);
+  }
+
+  // Sum: as many spikes as there are thresholds in the membrane, one after the other.
+  template <typename Products>
+  inline void count(const Products& products) {
+    Vectors current, counts{};
+    integrate(products, 0, current);
+    for (int j = 0; j < vectors; ++j) v[j] += current[j];
+    for (int k = 0; k < a.neuron.levels; ++k) {
+      for (int j = 0; j < vectors; ++j) {
+        const Vector n = threshold(j), spike = v[j] >= n;
+        v[j] -= spike & n;
+        counts[j] -= spike;
       }
     }
+    store_bytes(a.out, counts);
   }
 };
 

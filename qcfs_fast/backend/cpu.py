@@ -17,6 +17,7 @@ from ..operators.signature import (
     Conv2dCurrent,
     Conv2dEncode,
     Conv2dIf,
+    Conv2dIfFrom,
     Count,
     MaxPool,
     Operator,
@@ -64,10 +65,12 @@ def _plan_spiking(a: Conv2dIf) -> Plan:
 
 
 @CPU.operator(Conv2dIf, _plan_spiking)
-def _spiking(a: Conv2dIf, plan: Plan, packed: list[Packed]) -> Tensor:
-    out: Tensor = a.empty()
-    plan.detail.fire([p[0] for p in packed], out)
-    return out
+@CPU.operator(Conv2dIfFrom, _plan_spiking)
+def _spiking(a: Conv2dIf, plan: Plan, packed: list[Packed]) -> Any:
+    result = a.empty()
+    out, state = result if isinstance(result, tuple) else (result, None)
+    plan.detail.fire([p[0] for p in packed], out, state)
+    return result
 
 
 def _plan_analog(a: Conv2dCurrent) -> Plan:

@@ -15,6 +15,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..operators.signature import LinearIf, Operator
 from .packing import Packed, Packing, packed_weights
 
@@ -67,7 +69,8 @@ class Kernels:
 
     def __call__(self, a: Operator) -> Any:
         if isinstance(a, LinearIf):
-            return self(a.checked_maps()).flatten(2)
+            result = self(a.checked_maps())
+            return result.flatten(2) if isinstance(result, Tensor) else tuple(t.flatten(2) for t in result)
         if self.dense:
             a.make_dense()
         return self.by_kind[type(a)](a)

@@ -84,15 +84,15 @@ def _shifted(currents: Tensor, n: Tensor, v0: Tensor, limit: Tensor | None) -> T
     return shifted if limit is None else torch.maximum(torch.minimum(shifted, limit), -limit)
 
 
-def _fire(a: Conv2dIf, currents: Tensor) -> Tensor:
-    """The end of a layer: int64 currents [T, N, OH, OW, O] -> its spikes."""
+def _fire(a: Conv2dIf, currents: Tensor) -> tuple[Tensor, Tensor]:
+    """The end of a layer: int64 currents [T, N, OH, OW, O] -> its spikes and its state."""
     n = a.threshold.to(torch.int64)
     mode, window, more = MODES[a.neuron[0]], a.neuron[1], a.neuron[2]
     limit = None if a.x or a.residual else IMAGE_MEMBRANE * n
     v = (n // 2).expand(currents.shape[1:]) if a.state is None else a.state[0].to(torch.int64)
     if mode == "sum":
         levels = window
-        return torch.div(currents + v, n, rounding_mode="floor").clamp(0, levels).to(torch.uint8)
+        return torch.div(currents + v, n, rounding_mode="floor").clamp(0, levels).to(torch.uint8), v
     keep = torch.ones_like(v)
     if mode == "offset":
         for _ in range(more):
@@ -104,15 +104,16 @@ def _fire(a: Conv2dIf, currents: Tensor) -> Tensor:
     if mode == "signed":
         sent = torch.zeros_like(v) if a.state is None else a.state[1].to(torch.int64)
     spikes, membranes, sent = _run(currents, n, v, limit, sent)
-    if a.state is not None:
-        a.state[0].copy_(membranes[-1] - n * spikes[-1])
-        if sent is not None:
-            a.state[1].copy_(sent)
+    state = torch.stack([membranes[-1] - n * spikes[-1], *([] if sent is None else [sent])]).to(torch.int32)
     spikes = spikes * keep
-    return pack(spikes > 0) if mode != "signed" else torch.cat([pack(spikes > 0), pack(spikes < 0)])
+    return torch.cat([pack(spikes > 0), *([] if sent is None else [pack(spikes < 0)])]), state
 
 
 def conv2d_if(a: Conv2dIf) -> Tensor:
+    return conv2d_if_from(a)[0]
+
+
+def conv2d_if_from(a: Conv2dIf) -> tuple[Tensor, Tensor]:
     T, shape = a.T, a.shape[1:]
     constant = a.bias.to(torch.int64).reshape(-1, 1, 1, 1, a.bias.shape[-1])
     if a.current is not None:

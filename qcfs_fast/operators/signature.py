@@ -65,7 +65,7 @@ class Operator:
     returns: ClassVar[str] = "Tensor"
     dtype: ClassVar[torch.dtype]  # of the result
     anchor: ClassVar[str]  # the operand on whose device the result is made
-    writes: ClassVar[tuple[str, ...]] = ()  # operands that a kernel changes in place
+    without: ClassVar[tuple[str, ...]] = ()  # fields that are no operands of this operator
     shape: tuple[int, ...] = field(init=False, repr=False)
 
     @classmethod
@@ -149,14 +149,15 @@ class Operator:
 
     @classmethod
     def _schema_words(cls) -> list[tuple[str, str, str]]:
-        """The same for the schema itself, which also tells what a kernel writes to, and defaults."""
+        """The same for the schema, with defaults and without what the operator does not take."""
         found = []
         for f, (name, word) in zip([f for f in fields(cls) if f.init], cls._words(), strict=True):
             default = f.default_factory() if f.default_factory is not MISSING else f.default
             text = "" if default is MISSING else f"={default}"
             if isinstance(default, list) and default:  # of a fixed length, or torch takes it for one number
                 word = f"int[{len(default)}]"
-            found.append((name, word.replace("Tensor", "Tensor(a!)") if name in cls.writes else word, text))
+            if name not in cls.without:
+                found.append((name, word, text))
         return found
 
     @classmethod
@@ -286,8 +287,7 @@ class Conv2dIf(Operator):
     """Integrate-and-fire over a sum of convolutions, residual spikes and a current of the image -> spikes.
 
     The result is masks [ceil(T/8), N, OH, OW, O]; of signed neurons the masks of positive spikes and then those of
-    negative ones, [2 * ceil(T/8), ..]; in sum mode one plane of counts [1, ..]. `state` holds the membrane potentials
-    before the first step (of signed neurons also what each has sent) and gets those after the last.
+    negative ones, [2 * ceil(T/8), ..]; in sum mode one plane of counts [1, ..].
 
     A layer with neither products nor residuals integrates the image alone. Its current must lie within +-31 thresholds,
     and it keeps its membranes within +-32 (limits.py), so that it may run for any number of steps.
@@ -300,7 +300,7 @@ class Conv2dIf(Operator):
     name = "conv2d_if"
     dtype = torch.uint8
     anchor = "threshold"
-    writes = ("state",)
+    without = ("state",)
     x: list[Tensor]  # masks or counts [.., N, H, W, C]
     weight: list[Tensor]  # one dtype
     geometry: list[int]
@@ -312,7 +312,7 @@ class Conv2dIf(Operator):
     T: int
     scale: list[int] = field(default_factory=list)
     neuron: list[int] = field(default_factory=lambda: list(PLAIN))
-    state: Tensor | None = None  # int32 [rows, N, OH, OW, O], neuron.state_rows
+    state: Tensor | None = None  # Conv2dIfFrom
     keys: list[Tensor] = field(init=False, repr=False)
     caller: str = field(init=False, repr=False)
 
@@ -373,8 +373,6 @@ class Conv2dIf(Operator):
             if not state_rows(mode):
                 fail(op, f"a neuron in {mode} mode has no state that a later call could go on from")
             check_tensor(op, "state", self.state, torch.int32, [state_rows(mode), *shape])
-            if not self.state.is_contiguous():
-                fail(op, "state must be contiguous: the kernel changes it in place")
         check_devices(op, threshold, self.bias, self.current, self.state, *x, *weight, *residual, *amplitude)
         return (mask_planes(mode, T), *shape)
 
@@ -407,7 +405,7 @@ class LinearIf(Operator):
     name = "linear_if"
     dtype = torch.uint8
     anchor = "threshold"
-    writes = ("state",)
+    without = ("state",)
     x: list[Tensor]  # masks or counts [.., N, K]
     weight: list[Tensor]  # [K, O]
     residual: list[Tensor]  # masks or counts [.., N, O]
@@ -418,7 +416,7 @@ class LinearIf(Operator):
     T: int
     scale: list[int] = field(default_factory=list)
     neuron: list[int] = field(default_factory=lambda: list(PLAIN))
-    state: Tensor | None = None  # [rows, N, O]
+    state: Tensor | None = None  # LinearIfFrom
 
     def settle(self) -> tuple[int, ...]:
         op = self.name
@@ -436,7 +434,7 @@ class LinearIf(Operator):
 
     def as_maps(self) -> Conv2dIf:
         """The same layer as 1x1 convolutions of 1x1 maps, on views of the operands."""
-        maps = Conv2dIf(
+        maps = (Conv2dIf if self.state is None else Conv2dIfFrom)(
             x=[_as_map(t) for t in self.x],
             weight=[w[None, None] for w in self.weight],
             geometry=list(POINTWISE) * len(self.x),
@@ -458,6 +456,52 @@ class LinearIf(Operator):
         maps = self.as_maps()
         maps.shape = (*self.shape[:2], 1, 1, self.shape[2])
         return maps
+
+
+@dataclass(slots=True, eq=False)
+class Conv2dIfFrom(Conv2dIf):
+    """conv2d_if that goes on from a state: -> (spikes, state after the last step).
+
+    A state is int32 [rows, N, OH, OW, O]: the membrane potentials and, of signed neurons, the sum of the spikes that
+    each has sent. A first state is half the threshold (and zero).
+    """
+
+    name = "conv2d_if_from"
+    returns = "(Tensor, Tensor)"
+    without = ()
+
+    def settle(self) -> tuple[int, ...]:
+        _require_state(self)
+        return Conv2dIf.settle(self)
+
+    def empty(self) -> Any:
+        return Conv2dIf.empty(self), _state_of(self)
+
+
+@dataclass(slots=True, eq=False)
+class LinearIfFrom(LinearIf):
+    """linear_if that goes on from a state [rows, N, O]: -> (spikes, state after the last step)."""
+
+    name = "linear_if_from"
+    returns = "(Tensor, Tensor)"
+    without = ()
+
+    def settle(self) -> tuple[int, ...]:
+        _require_state(self)
+        return LinearIf.settle(self)
+
+    def empty(self) -> Any:
+        return LinearIf.empty(self), _state_of(self)
+
+
+def _require_state(a: Conv2dIf | LinearIf) -> None:
+    if a.state is None:
+        fail(a.name, "state is missing; without one use the operator of the same name without _from")
+
+
+def _state_of(a: Conv2dIf | LinearIf) -> Tensor:
+    assert a.state is not None
+    return torch.empty_like(a.state, memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------------------------- pooling and counting
@@ -619,7 +663,9 @@ OPERATORS: tuple[type[Operator], ...] = (
     Conv2dCurrent,
     Conv2dEncode,
     Conv2dIf,
+    Conv2dIfFrom,
     LinearIf,
+    LinearIfFrom,
     Pool,
     MaxPool,
     Count,

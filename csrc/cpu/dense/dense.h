@@ -21,7 +21,8 @@
 //        ..           x
 //
 //        Sums of a step wait in a small buffer until all steps are there; high * 256 + low is the current. Where a
-//        panel's weights exceed the second-level cache, segments are cut into chunks, as in fire.h.
+//        panel's weights exceed the second-level cache, segments are cut into chunks, as in fire.h. A product of
+//        another scale than the one before it begins a chunk, ahead of which the sums are multiplied.
 // clang-format on
 //
 // The register block is Isa::DenseBlock (dense_vector.h, dense_tiles.h):
@@ -150,23 +151,21 @@ void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sa
   static_assert(digits * vectors * lanes == Block::columns, "a column belongs to a whole vector");
   const ConvIf& a = *layer.a;
   const std::int64_t channel = panel * (Block::columns / digits);
+  const std::int32_t scale = a.products[a.product_count - 1].scale;
   for (std::int64_t i = 0; i < Block::rows; ++i, sums += Block::columns) {
     const std::int64_t r = (q0 + i) / layer.plane_w, c = (q0 + i) % layer.plane_w;
     if (r >= rows_of(layer.wave) || c >= a.out_w) continue;
     const std::int64_t pixel = (sample * a.out_h + layer.wave.row0 + r) * a.out_w + c;
     Membranes<Isa, vectors, full> membranes(a, layer.neurons, channel, pixel);
-    for (std::int64_t t = 0; t < a.steps; ++t) {
+    membranes.run([&](std::int64_t t, Int<Isa>(&current)[vectors]) {
       const std::int32_t* sum = sums + t * block_sums<Isa>;
-      Int<Isa> current[vectors];
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        // Modulo 2^32: the total fits, its high digits alone may not.
-        Unsigned<Isa> total = load<Unsigned<Isa>>(sum + j * lanes) << 8;
-        if (digits == 2) total += load<Unsigned<Isa>>(sum + (vectors + j) * lanes);
-        current[j] = reinterpret_cast<const Int<Isa>&>(total);
+        current[j] = load<Int<Isa>>(sum + j * lanes);
+        if (digits == 2) current[j] = scaled<Isa>(current[j], 256) + load<Int<Isa>>(sum + (vectors + j) * lanes);
+        if (scale != 1) current[j] = scaled<Isa>(current[j], scale);
       }
-      membranes.step(t, current);
-    }
+    });
   }
 }
 
@@ -207,6 +206,11 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
       if (!holds_output<Isa>(layer, q0)) continue;
       std::int32_t* sums = static_cast<std::int32_t*>(workspace) +
                            (layer.chunks > 1 ? (block - tile.block0) * a.steps * block_sums<Isa> : 0);
+      if (layer.factor[c] != 1) {
+        for (std::int64_t i = 0; i < a.steps * block_sums<Isa>; i += Isa::lanes) {
+          store(sums + i, scaled<Isa>(load<Int<Isa>>(sums + i), layer.factor[c]));
+        }
+      }
       for (std::int64_t t = 0; t < a.steps; ++t) {
         Block::multiply(segments, count, sample, t, q0, positions - q0, packed, sums + t * block_sums<Isa>, c == 0);
       }

@@ -73,10 +73,12 @@ void place_planes(const KernelSet& k, DenseLayer& layer, Arena& arena) {
   }
 }
 
-// The segments of a layer in the order of the packed weights; chunk c is segments [chunk[c], chunk[c + 1]).
+// The segments of a layer in the order of the packed weights; chunk c is segments [chunk[c], chunk[c + 1]), of products
+// of one scale.
 struct Segments {
   std::vector<Segment> all;
   std::vector<int> chunk;
+  std::vector<std::int32_t> factor;
 };
 
 void cut_segments(const KernelSet& k, const DenseLayer& layer, Segments& out) {
@@ -84,9 +86,18 @@ void cut_segments(const KernelSet& k, const DenseLayer& layer, Segments& out) {
   const std::int64_t unit = k.dense.depth * k.dense.columns;    // bytes of weights for k.dense.depth inputs
   const std::int64_t limit = layer.panel_bytes > max_whole_panel_bytes ? chunk_bytes : max_whole_panel_bytes;
   out.chunk.assign(1, 0);
+  out.factor.assign(1, 1);
   out.all.clear();
   std::int64_t filled = 0;    // bytes of the current chunk
+  const auto next_chunk = [&](std::int32_t factor) {
+    out.chunk.push_back(static_cast<int>(out.all.size()));
+    out.factor.push_back(factor);
+    filled = 0;
+  };
   for (int i = 0; i < a.product_count; ++i) {
+    if (i > 0 && a.products[i].scale != a.products[i - 1].scale) {
+      next_chunk(a.products[i - 1].scale / a.products[i].scale);
+    }
     const Geometry& g = a.products[i].g;
     const DenseProduct& d = layer.product[i];
     for (std::int64_t kh = 0; kh < g.kernel_h; ++kh) {
@@ -98,10 +109,7 @@ void cut_segments(const KernelSet& k, const DenseLayer& layer, Segments& out) {
         for (std::int64_t first = 0; first < d.depth;) {
           const std::int64_t blocks =
               std::min((d.depth - first) / k.dense.depth, std::max<std::int64_t>(1, limit / unit));
-          if (filled > 0 && filled + blocks * unit > limit) {
-            out.chunk.push_back(static_cast<int>(out.all.size()));
-            filled = 0;
-          }
+          if (filled > 0 && filled + blocks * unit > limit) next_chunk(1);
           out.all.push_back({tap + first, d.depth, d.step_bytes, d.sample_bytes, blocks});
           filled += blocks * unit;
           first += blocks * k.dense.depth;
@@ -188,6 +196,7 @@ Status run_dense(const KernelSet& k, const LinearAsImage& owner, int threads) {
     cut_segments(k, layer, segments);
     layer.segments = segments.all.data();
     layer.chunk = segments.chunk.data();
+    layer.factor = segments.factor.data();
     layer.chunks = static_cast<int>(segments.chunk.size()) - 1;
     expand_wave(k, layer, threads);
     s = fire_wave(k, layer, threads);

@@ -13,7 +13,8 @@ namespace {
 
 // ------------------------------------------------------------------------- pooling and counting
 
-// Sums (or, with `any`, ORs) up to one register of channels over a window; step t of masks, or counts as they are.
+// Sums, ORs or takes the largest of up to one register of channels over a window; step t of masks, or counts as they
+// are.
 template <class Isa>
 inline Bytes<Isa> window(const Pool& a, const std::uint8_t* x, const std::int64_t* h, const std::int64_t* w,
                          std::int64_t width, bool masks, int t) {
@@ -23,8 +24,11 @@ inline Bytes<Isa> window(const Pool& a, const std::uint8_t* x, const std::int64_
     for (std::int64_t c = w[0]; c < w[1]; ++c, p += a.channels) {
       const Words<Isa> v =
           width == register_bytes<Isa> ? load<Words<Isa>>(p) : (Words<Isa>)load_some<Bytes<Isa>>(p, width);
-      if (a.any) {
+      if (a.pooling == Pooling::any) {
         sum |= v;
+      } else if (a.pooling == Pooling::largest) {
+        const Bytes<Isa> x = (Bytes<Isa>)v, before = (Bytes<Isa>)sum, above = (Bytes<Isa>)(x > before);
+        sum = (Words<Isa>)((above & x) | (~above & before));
       } else if (masks) {
         sum = (Words<Isa>)((Bytes<Isa>)sum + (Bytes<Isa>)(v >> t & 0x0101));
       } else {
@@ -41,7 +45,7 @@ template <class Isa>
 void pool(const Pool& a, std::int64_t row0, std::int64_t row1) {
   const std::int64_t C = a.channels, plane = a.batch * a.in_h * a.in_w * C;
   const std::int64_t out_plane = a.batch * a.out_h * a.out_w * C;
-  const bool masks = a.coding == Coding::mask && !a.any;
+  const bool masks = a.coding == Coding::mask && a.pooling == Pooling::sum;
   for (std::int64_t i = row0; i < row1; ++i) {
     const std::int64_t row = i % a.out_h, image = i / a.out_h;
     const std::int64_t in_plane = image / a.batch, sample = image % a.batch;
@@ -93,7 +97,7 @@ inline void count(const Count& a, std::int64_t element0, std::int64_t element1) 
   for (std::int64_t e0 = element0; e0 < element1; e0 += block) {
     const int width = static_cast<int>(smaller(block, element1 - e0));
     std::int32_t sum[block] = {};
-    for (std::int64_t t = 0; t < a.steps; ++t) {
+    for (std::int64_t t = a.first; t < a.last; ++t) {
       if (a.coding == Coding::mask) {
         const std::uint8_t* x = a.x + (t / 8) * a.elements + e0;
         for (int k = 0; k < width; ++k) sum[k] += (x[k] >> (t % 8)) & 1;
@@ -101,8 +105,8 @@ inline void count(const Count& a, std::int64_t element0, std::int64_t element1) 
         const std::uint8_t* x = a.x + t * a.elements + e0;
         for (int k = 0; k < width; ++k) sum[k] += x[k];
       }
-      if (a.prefix || t + 1 == a.steps) {
-        std::int32_t* out = a.out + (a.prefix ? t * a.elements : 0) + e0;
+      if (a.prefix || t + 1 == a.last) {
+        std::int32_t* out = a.out + (a.prefix ? (t - a.first) * a.elements : 0) + e0;
         for (int k = 0; k < width; ++k) out[k] = sum[k];
       }
     }
@@ -189,12 +193,12 @@ inline std::int32_t largest(const Quantize& a, std::int64_t sample, std::int64_t
 inline void quantize(const Quantize& a, std::int64_t sample, std::int64_t row0, std::int64_t row1) {
   const double scale = __builtin_ldexp(1.0, -a.exponent[sample]);
   for (std::int64_t h = row0; h < row1; ++h) {
-    std::int16_t* out = a.out + (sample * a.height + h) * a.width * a.channels;
+    std::int32_t* out = a.out + (sample * a.height + h) * a.width * a.channels;
     for (std::int64_t c = 0; c < a.channels; ++c) {
       const float* p = a.x + sample * a.stride_n + a.source[c] * a.stride_c + h * a.stride_h;
       for (std::int64_t w = 0; w < a.width; ++w) {
         const double z = static_cast<double>(transformed(a, p + w * a.stride_w, c)) * scale;
-        out[w * a.channels + c] = static_cast<std::int16_t>(to_grid(z, -32768, 32767));
+        out[w * a.channels + c] = to_grid(z, -a.largest, a.largest);
       }
     }
   }

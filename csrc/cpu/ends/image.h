@@ -1,15 +1,16 @@
-// Convolution of the analog image: exact integer sums of 16-bit pixels times 16-bit weights, then the constant-current
-// neuron. Products are 31 bits wide, so a pixel is split into two signed base-256 digits, x = 256 * high + low; a
-// multiply-add of pairs (s16 x s16 -> s32) sums each digit over up to 510 inputs below 2^31. Per row of output pixels:
+// Convolution of the analog image: exact integer sums of 24-bit pixels times 16-bit weights, then the constant-current
+// neuron. Products are 38 bits wide, so a pixel is split into two signed digits of 12 bits, x = 4096 * high + low; a
+// multiply-add of pairs (s16 x s16 -> s32) sums each digit over up to 30 inputs below 2^31. Per row of output pixels:
 //
 //     split       the kernel's input rows, with their padding      [kernel rows][high, low][columns * C]   int16
 //     multiply    pixels x digits, times packed weights            [panels][kernel rows][pairs][columns][2]
 //                 of every kernel row; its kernel_w * C inputs are neighbours in the split row, read in place
 //                 (an odd one out is multiplied by zero)            int32 sums
-//     finish      (256 * high + low) * gain + offset in double -> grid -> spikes of all steps
+//     finish      (4096 * high + low) * gain + offset in double -> grid -> spikes of all steps
 //
-// Kernels dilated in width get rows in which the inputs of each output pixel were made neighbours. More than 510 inputs
-// go in parts of 510, whose sums are added up in double, exact below 2^53. Grouped layers take a plain loop.
+// Kernels dilated in width get rows in which the inputs of each output pixel were made neighbours. More than 30 inputs
+// go in parts, whole kernel rows where they fit, whose sums are added up in double, exact below 2^53. Grouped layers
+// take a plain loop.
 #pragma once
 
 #include <cassert>
@@ -19,6 +20,7 @@
 #include "core/contract.h"
 #include "core/neuron.h"
 #include "cpu/layout.h"
+#include "cpu/membranes.h"
 #include "cpu/vector.h"
 
 namespace qcfs::cpu {
@@ -29,7 +31,8 @@ template <class Isa>
 constexpr int analog_columns = Isa::analog_vectors * Isa::lanes;
 
 constexpr int analog_pixels = 3;               // of one register block, two digits each
-constexpr int max_analog_pairs = 255;          // of inputs, whose sum int32 holds
+constexpr int digit_bits = 12;
+constexpr int max_analog_pairs = 15;           // of inputs, whose sum int32 holds
 constexpr std::int64_t waiting_pixels = 12;    // pixels whose sums wait for the last step together
 
 struct AnalogSizes {
@@ -86,12 +89,13 @@ inline void split_row(const AnalogConv& a, const AnalogSizes& s, std::int64_t sa
   std::int16_t* low = out + s.length;
   __builtin_memset(out, 0, static_cast<std::size_t>(2 * s.length) * sizeof(*out));
   if (r < 0 || r >= a.in_h) return;
-  const std::int16_t* from = a.x + (sample * a.in_h + r) * a.in_w * C;
-  const auto split = [&](std::int64_t to, const std::int16_t* x, std::int64_t count) {
+  const std::int32_t* from = a.x + (sample * a.in_h + r) * a.in_w * C;
+  const auto split = [&](std::int64_t to, const std::int32_t* x, std::int64_t count) {
+    constexpr std::int32_t half = 1 << (digit_bits - 1);
     for (std::int64_t k = 0; k < count; ++k) {
-      const std::int16_t v = x[k];
-      low[to + k] = static_cast<std::int8_t>(v & 0xff);
-      high[to + k] = static_cast<std::int16_t>((v >> 8) + ((v >> 7) & 1));
+      const std::int32_t v = x[k] + half;
+      low[to + k] = static_cast<std::int16_t>((v & (2 * half - 1)) - half);
+      high[to + k] = static_cast<std::int16_t>(v >> digit_bits);
     }
   };
   if (g.dilation_w == 1) {
@@ -154,44 +158,47 @@ inline void sum_pixels(const AnalogConv& a, const AnalogSizes& s, const std::int
         const std::int32_t* high = part + 2 * i * analog_columns<Isa>;
         const std::int32_t* low = high + analog_columns<Isa>;
         double* to = sum + i * stride;
+        constexpr double base = 1 << digit_bits;
         if (kh + k == 0) {
-          for (int c = 0; c < analog_columns<Isa>; ++c) to[c] = 256.0 * high[c] + low[c];
+          for (int c = 0; c < analog_columns<Isa>; ++c) to[c] = base * high[c] + low[c];
         } else {
-          for (int c = 0; c < analog_columns<Isa>; ++c) to[c] += 256.0 * high[c] + low[c];
+          for (int c = 0; c < analog_columns<Isa>; ++c) to[c] += base * high[c] + low[c];
         }
       }
     }
   }
 }
 
-template <class Isa>
-void encode_pixels(std::int64_t pixels, std::int64_t pixel0, std::int64_t pixel1, std::int64_t channels,
-                   std::int64_t steps, const std::int32_t* current, const std::int32_t* threshold, std::uint8_t* out) {
+// The neurons of channels [channel, channel + vectors * lanes) of one pixel, on a current that stays the same.
+template <class Isa, int vectors, bool full>
+inline void fire_pixel(const ConvIf& end, const Neurons& neurons, std::int64_t pixel, std::int64_t channel,
+                       const std::int32_t* current) {
   constexpr int lanes = Isa::lanes;
-  const std::int64_t plane = pixels * channels;
-  for (std::int64_t pixel = pixel0; pixel < pixel1; ++pixel) {
-    for (std::int64_t c0 = 0; c0 < channels; c0 += lanes) {
-      const std::int64_t width = smaller(lanes, channels - c0);
-      const std::int32_t* z = current + (pixel - pixel0) * channels + c0;
-      const Int<Isa> input = width == lanes ? load<Int<Isa>>(z) : load_some<Int<Isa>>(z, width);
-      const Int<Isa> n = width == lanes ? load<Int<Isa>>(threshold + c0) : load_some<Int<Isa>>(threshold + c0, width);
-      Int<Isa> v = n >> 1, bits{};
-      for (std::int64_t t = 0; t < steps; ++t) {
-        v += input;
-        const Int<Isa> spike = v >= n;
-        v -= spike & n;
-        bits |= spike & (1 << (t % 8));
-        if (t % 8 == 7 || t + 1 == steps) {
-          const LaneBytes<Isa> bytes = __builtin_convertvector(bits, LaneBytes<Isa>);
-          std::uint8_t* to = out + (t / 8) * plane + pixel * channels + c0;
-          if (width == lanes) {
-            store(to, bytes);
-          } else {
-            __builtin_memcpy(to, &bytes, static_cast<std::size_t>(width));
-          }
-          bits = Int<Isa>{};
-        }
-      }
+  Int<Isa> image[vectors];
+  QCFS_UNROLL
+  for (int j = 0; j < vectors; ++j) {
+    const std::int32_t* from = current + channel + j * lanes;
+    image[j] = full ? load<Int<Isa>>(from) : load_some<Int<Isa>>(from, smaller(lanes, end.out_channels - channel));
+  }
+  Membranes<Isa, vectors, full> membranes(end, neurons, channel, pixel);
+  membranes.run([&](std::int64_t, Int<Isa>(&to)[vectors]) {
+    QCFS_UNROLL
+    for (int j = 0; j < vectors; ++j) to[j] = image[j];
+  });
+}
+
+template <class Isa>
+inline void fire_pixels(const ConvIf& end, const Neurons& neurons, std::int64_t pixel, std::int64_t count,
+                        const std::int32_t* current) {
+  constexpr int lanes = Isa::lanes;
+  const std::int64_t O = end.out_channels;
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::int64_t channel = 0;
+    for (; O - channel >= 2 * lanes; channel += 2 * lanes) {
+      fire_pixel<Isa, 2, true>(end, neurons, pixel + i, channel, current + i * O);
+    }
+    for (; channel < O; channel += lanes) {
+      fire_pixel<Isa, 1, false>(end, neurons, pixel + i, channel, current + i * O);
     }
   }
 }
@@ -209,7 +216,7 @@ inline std::int64_t sum_of(const AnalogConv& a, std::int64_t sample, std::int64_
     for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
       const std::int64_t c = col * g.stride_w - g.pad_w + kw * g.dilation_w;
       if (c < 0 || c >= a.in_w) continue;
-      const std::int16_t* x = a.x + ((sample * a.in_h + r) * a.in_w + c) * a.in_channels + first;
+      const std::int32_t* x = a.x + ((sample * a.in_h + r) * a.in_w + c) * a.in_channels + first;
       const std::int16_t* w = a.weight + (kh * g.kernel_w + kw) * group_in * a.out_channels + channel;
       for (std::int64_t k = 0; k < group_in; ++k) acc += std::int64_t{x[k]} * w[k * a.out_channels];
     }
@@ -237,7 +244,8 @@ std::size_t analog_workspace(const AnalogConv& a) {
 }
 
 template <class Isa>
-void analog(const AnalogConv& a, const RowSpan& span, const void* packed, void* workspace) {
+void analog(const AnalogConv& a, const ConvIf& end, const Neurons& neurons, const RowSpan& span, void* workspace) {
+  const void* packed = a.packed;
   assert(packed != nullptr && reinterpret_cast<std::uintptr_t>(workspace) % cache_line == 0);
   const AnalogSizes s = analog_sizes<Isa>(a);
   const AnalogPlaces at = analog_places(a, s);
@@ -247,7 +255,6 @@ void analog(const AnalogConv& a, const RowSpan& span, const void* packed, void* 
   double* sum = reinterpret_cast<double*>(space + at.sum);                        // [waiting_pixels, padded_out]
   std::int32_t* current = reinterpret_cast<std::int32_t*>(space + at.current);    // [waiting_pixels, O]
   std::int16_t* digits = reinterpret_cast<std::int16_t*>(space + at.digits);      // [kernel rows, 2, length]
-  const std::int64_t pixels = a.batch * a.out_h * a.out_w;
   for (std::int64_t c = 0; c < O; ++c) gain[c] = __builtin_ldexp(a.gain[c], a.exponent[span.sample]);
   for (std::int64_t row = span.row0; row < span.row1; ++row) {
     for (std::int64_t kh = 0; a.g.groups == 1 && kh < a.g.kernel_h; ++kh) {
@@ -278,15 +285,9 @@ void analog(const AnalogConv& a, const RowSpan& span, const void* packed, void* 
           z[i * O + c] = to_grid(from[c] * gain[c] + a.offset[c], a.low[c], a.high[c]);
         }
       }
-      if (a.steps > 0) encode_pixels<Isa>(pixels, pixel0, pixel0 + count, O, a.steps, z, a.threshold, a.out_mask);
+      if (a.steps > 0) fire_pixels<Isa>(end, neurons, pixel0, count, z);
     }
   }
-}
-
-template <class Isa>
-void encode(const Encode& a, std::int64_t pixel0, std::int64_t pixel1) {
-  encode_pixels<Isa>(a.pixels, pixel0, pixel1, a.channels, a.steps, a.current + pixel0 * a.channels, a.threshold,
-                     a.out);
 }
 
 }    // namespace

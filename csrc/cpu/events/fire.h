@@ -65,15 +65,17 @@ struct Prefetch {
 };
 
 // Adds what one chunk gives to the sums of a tile's pixels [rows, columns, T, vectors * lanes], which begin with the
-// first chunk; after the last the pixel's neurons integrate and fire. With one chunk all pixels share one place.
+// first chunk and are multiplied by `factor` before any other; after the last the pixel's neurons integrate and fire.
+// With one chunk all pixels share one place.
 template <class Isa, typename Weight, int vectors, bool full>
 void fire_chunk(const EventLayer& layer, const EventTile& tile, const MergedList* lists, std::int64_t chunk,
-                std::int64_t channel, const char* rows, int largest_input, Prefetch prefetch, std::int32_t* sums) {
+                std::int64_t channel, const char* rows, int largest_input, std::int32_t factor, Prefetch prefetch,
+                std::int32_t* sums) {
   constexpr int lanes = Isa::lanes;
   static_assert(vectors * lanes <= event_panel_channels(sizeof(Weight)), "a pass takes channels of one panel");
   const ConvIf& a = *layer.a;
   const bool first = chunk == 0, last = chunk + 1 >= layer.chunks;
-  const int shift = sizeof(Weight) == 1 ? 8 : 0;
+  const std::int32_t scale = layer.chunks > 0 ? a.products[a.product_count - 1].scale : 1;
   const std::int64_t next_pixel = first && last ? 0 : a.steps * vectors * lanes;
   const std::int64_t row_lists = (tile.col1 - tile.col0) * a.steps;
   for (std::int64_t row = tile.row0; row < tile.row1; ++row) {
@@ -84,6 +86,10 @@ void fire_chunk(const EventLayer& layer, const EventTile& tile, const MergedList
         Int<Isa> acc[vectors];
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) acc[j] = first ? Int<Isa>{} : load<Int<Isa>>(sum + j * lanes);
+        if (factor != 1) {
+          QCFS_UNROLL
+          for (int j = 0; j < vectors; ++j) acc[j] = scaled<Isa>(acc[j], factor);
+        }
         if (layer.chunks > 0) {
           prefetch.some(list + row_lists);
           add_rows<Isa, Weight>(rows, *list++, largest_input, acc);
@@ -93,13 +99,13 @@ void fire_chunk(const EventLayer& layer, const EventTile& tile, const MergedList
       }
       if (!last) continue;
       Membranes<Isa, vectors, full> membranes(a, layer.neurons, channel, (tile.sample * a.out_h + row) * a.out_w + col);
-      sum = sums;
-      for (std::int64_t t = 0; t < a.steps; ++t, sum += vectors * lanes) {
-        Int<Isa> current[vectors];
+      membranes.run([&](std::int64_t t, Int<Isa>(&current)[vectors]) {
         QCFS_UNROLL
-        for (int j = 0; j < vectors; ++j) current[j] = load<Int<Isa>>(sum + j * lanes) << shift;
-        membranes.step(t, current);
-      }
+        for (int j = 0; j < vectors; ++j) {
+          const Int<Isa> total = load<Int<Isa>>(sums + (t * vectors + j) * lanes);
+          current[j] = scale == 1 ? total : scaled<Isa>(total, scale);
+        }
+      });
     }
   }
 }
@@ -119,11 +125,12 @@ void fire_block(const EventLayer& layer, const EventTile& tile, const MergedList
     for (std::int64_t chunk = 0; chunk < cut.chunks; ++chunk, ++c, rows += bytes) {
       const std::int64_t lines = pairs < min_pairs_to_prefetch_all ? 0 : ceil_div(cut.rows, pairs);
       const Prefetch prefetch{chunk + 1 < cut.chunks ? rows + bytes : nullptr, cut.rows, lines};
-      fire_chunk<Isa, Weight, vectors, full>(layer, tile, lists, c, channel, rows, layer.lists[i].largest_input,
+      const std::int32_t factor = chunk == 0 && i > 0 ? a.products[i - 1].scale / a.products[i].scale : 1;
+      fire_chunk<Isa, Weight, vectors, full>(layer, tile, lists, c, channel, rows, layer.lists[i].largest_input, factor,
                                              prefetch, sums);
     }
   }
-  if (layer.chunks == 0) fire_chunk<Isa, Weight, vectors, full>(layer, tile, lists, 0, channel, nullptr, 1, {}, sums);
+  if (layer.chunks == 0) fire_chunk<Isa, Weight, vectors, full>(layer, tile, lists, 0, channel, nullptr, 1, 1, {}, sums);
 }
 
 template <class Isa, typename Weight>

@@ -8,7 +8,6 @@
 #include <cstdint>
 
 #include "core/contract.h"
-#include "core/neuron.h"
 #include "cpu/layout.h"
 #include "cpu/membranes.h"
 #include "cpu/vector.h"
@@ -19,7 +18,7 @@ namespace {
 // Adds what one product gives to one pixel at one step.
 template <typename Weight>
 void add_grouped(const EventLayer& layer, int product, std::int64_t sample, std::int64_t row, std::int64_t col,
-                 std::int64_t t, std::int32_t* acc) {
+                 std::int64_t t, std::uint32_t* acc) {
   const ConvIf& a = *layer.a;
   const Product& p = a.products[product];
   const Geometry& g = p.g;
@@ -47,51 +46,9 @@ void add_grouped(const EventLayer& layer, int product, std::int64_t sample, std:
             first_out += group_out;
           }
           const Weight* w = tap + (channel - first_in) * O;
-          const std::int32_t x = value == nullptr ? 1 : value[k];
-          for (std::int64_t o = first_out; o < first_out + group_out; ++o) acc[o] += w[o] * x;
-        }
-      }
-    }
-  }
-}
-
-// Sums are in memory, because an event adds to the outputs of its own group alone.
-template <typename Weight>
-void fire_grouped_as(const EventLayer& layer, const RowSpan& span, std::int32_t* acc) {
-  const ConvIf& a = *layer.a;
-  const std::int64_t O = a.out_channels;
-  const std::int64_t plane = a.batch * a.out_h * a.out_w * O;
-  const std::int32_t scale = sizeof(Weight) == 1 ? 256 : 1;
-  std::int32_t* v = acc + round_up(O, 16);
-  std::uint8_t* bits = reinterpret_cast<std::uint8_t*>(v + round_up(O, 16));
-  for (std::int64_t row = span.row0; row < span.row1; ++row) {
-    for (std::int64_t col = 0; col < a.out_w; ++col) {
-      const std::int64_t pixel = (span.sample * a.out_h + row) * a.out_w + col;
-      for (std::int64_t o = 0; o < O; ++o) {
-        v[o] = a.threshold[o] / 2;
-        bits[o] = 0;
-      }
-      for (std::int64_t t = 0; t < a.steps; ++t) {
-        for (std::int64_t o = 0; o < O; ++o) acc[o] = 0;
-        for (int i = 0; i < a.product_count; ++i) add_grouped<Weight>(layer, i, span.sample, row, col, t, acc);
-        for (std::int64_t o = 0; o < O; ++o) acc[o] = acc[o] * scale + a.bias[o];
-        for (int i = 0; i < a.residual_count; ++i) {
-          const Residual& r = a.residuals[i];
-          const bool mask = r.coding == Coding::mask;
-          const std::uint8_t* x = r.data + (mask ? t / 8 : t) * plane + pixel * O;
-          for (std::int64_t o = 0; o < O; ++o) acc[o] += r.amplitude[o] * (mask ? (x[o] >> (t % 8)) & 1 : x[o]);
-        }
-        if (a.current != nullptr) {
-          for (std::int64_t o = 0; o < O; ++o) acc[o] += a.current[pixel * O + o];
-        }
-        for (std::int64_t o = 0; o < O; ++o) {
-          bits[o] |= static_cast<std::uint8_t>(fire(v[o], acc[o], a.threshold[o]) << (t % 8));
-        }
-        if (t % 8 == 7 || t + 1 == a.steps) {
-          std::uint8_t* out = a.out + (t / 8) * plane + pixel * O;
-          for (std::int64_t o = 0; o < O; ++o) {
-            out[o] = bits[o];
-            bits[o] = 0;
+          const std::uint32_t x = static_cast<std::uint32_t>(p.scale) * (value == nullptr ? 1u : value[k]);
+          for (std::int64_t o = first_out; o < first_out + group_out; ++o) {
+            acc[o] += static_cast<std::uint32_t>(std::int32_t{w[o]}) * x;
           }
         }
       }
@@ -99,15 +56,42 @@ void fire_grouped_as(const EventLayer& layer, const RowSpan& span, std::int32_t*
   }
 }
 
-inline std::size_t fire_grouped_workspace(const ConvIf& a) {
-  return 3 * static_cast<std::size_t>(round_up(a.out_channels, 16)) * sizeof(std::int32_t);
+// Sums [T, O] are in memory, because an event adds to the outputs of its own group alone.
+inline std::int64_t padded_channels(const ConvIf& a) { return round_up(a.out_channels, channel_padding); }
+
+template <class Isa, typename Weight>
+void fire_grouped_as(const EventLayer& layer, const RowSpan& span, std::uint32_t* sums) {
+  constexpr int lanes = Isa::lanes;
+  const ConvIf& a = *layer.a;
+  const std::int64_t padded = padded_channels(a);
+  for (std::int64_t row = span.row0; row < span.row1; ++row) {
+    for (std::int64_t col = 0; col < a.out_w; ++col) {
+      __builtin_memset(sums, 0, static_cast<std::size_t>(a.steps * padded) * sizeof(*sums));
+      for (std::int64_t t = 0; t < a.steps; ++t) {
+        for (int i = 0; i < a.product_count; ++i) {
+          add_grouped<Weight>(layer, i, span.sample, row, col, t, sums + t * padded);
+        }
+      }
+      for (std::int64_t channel = 0; channel < a.out_channels; channel += lanes) {
+        Membranes<Isa, 1, false> membranes(a, layer.neurons, channel, (span.sample * a.out_h + row) * a.out_w + col);
+        membranes.run([&](std::int64_t t, Int<Isa>(&current)[1]) {
+          current[0] = load<Int<Isa>>(sums + t * padded + channel);
+        });
+      }
+    }
+  }
 }
 
-inline void fire_grouped(const EventLayer& layer, const RowSpan& span, void* workspace) {
+inline std::size_t fire_grouped_workspace(const ConvIf& a) {
+  return static_cast<std::size_t>(a.steps * padded_channels(a)) * sizeof(std::uint32_t);
+}
+
+template <class Isa>
+void fire_grouped(const EventLayer& layer, const RowSpan& span, void* workspace) {
   if (layer.a->products[0].weight_bytes == 1) {
-    fire_grouped_as<std::int8_t>(layer, span, static_cast<std::int32_t*>(workspace));
+    fire_grouped_as<Isa, std::int8_t>(layer, span, static_cast<std::uint32_t*>(workspace));
   } else {
-    fire_grouped_as<std::int16_t>(layer, span, static_cast<std::int32_t*>(workspace));
+    fire_grouped_as<Isa, std::int16_t>(layer, span, static_cast<std::uint32_t*>(workspace));
   }
 }
 
@@ -125,7 +109,7 @@ inline void add_depthwise(const ConvIf& a, const Product& p, std::int64_t sample
       const std::int64_t c = col * g.stride_w - g.pad_w + kw * g.dilation_w;
       if (c < 0 || c >= p.x.width) continue;
       const Weight* w = static_cast<const Weight*>(p.weight) + (kh * g.kernel_w + kw) * C + channel;
-      const Int<Isa> weight = widen<Isa>(w, width);
+      const Int<Isa> weight = scaled<Isa>(widen<Isa>(w, width), p.scale);
       const std::uint8_t* x =
           p.x.data + ((sample * p.x.height + r) * p.x.width + c) * C + channel + (mask ? t0 / 8 : t0) * plane;
       if (mask) {
@@ -143,24 +127,24 @@ inline void add_depthwise(const ConvIf& a, const Product& p, std::int64_t sample
 template <class Isa, typename Weight>
 void fire_depthwise_as(const ConvIf& a, const Neurons& neurons, const RowSpan& span) {
   constexpr int lanes = Isa::lanes;
-  const int shift = sizeof(Weight) == 1 ? 8 : 0;
   for (std::int64_t row = span.row0; row < span.row1; ++row) {
     for (std::int64_t col = 0; col < a.out_w; ++col) {
       for (std::int64_t channel = 0; channel < a.out_channels; channel += lanes) {
         const std::int64_t width = smaller(lanes, a.out_channels - channel);
         Membranes<Isa, 1, false> membranes(a, neurons, channel, (span.sample * a.out_h + row) * a.out_w + col);
-        for (std::int64_t t0 = 0; t0 < a.steps; t0 += 8) {
-          const int steps = static_cast<int>(smaller(8, a.steps - t0));
-          Int<Isa> acc[8][1];
-          for (int t = 0; t < 8; ++t) acc[t][0] = Int<Isa>{};
-          for (int i = 0; i < a.product_count; ++i) {
-            add_depthwise<Isa, Weight>(a, a.products[i], span.sample, row, col, channel, width, t0, steps, acc);
+        Int<Isa> acc[8][1];    // sums of eight steps from t0; a window fits
+        std::int64_t t0 = -1;
+        membranes.run([&](std::int64_t t, Int<Isa>(&current)[1]) {
+          if (t / 8 * 8 != t0) {
+            t0 = t / 8 * 8;
+            const int steps = static_cast<int>(smaller(8, a.steps - t0));
+            for (int i = 0; i < 8; ++i) acc[i][0] = Int<Isa>{};
+            for (int i = 0; i < a.product_count; ++i) {
+              add_depthwise<Isa, Weight>(a, a.products[i], span.sample, row, col, channel, width, t0, steps, acc);
+            }
           }
-          for (int t = 0; t < steps; ++t) {
-            acc[t][0] <<= shift;
-            membranes.step(t0 + t, acc[t]);
-          }
-        }
+          current[0] = acc[t % 8][0];
+        });
       }
     }
   }

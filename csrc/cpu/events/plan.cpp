@@ -257,7 +257,10 @@ Status run_grouped(const KernelSet& k, const LinearAsImage& owner, int threads) 
   };
   for (const Wave& wave : cut_waves(a, bytes)) {
     layer.wave = wave;
-    Status s = place_in_call_workspace([&](Arena& arena) { place_lists(layer, true, arena); });
+    Status s = place_in_call_workspace([&](Arena& arena) {
+      layer.neurons = pad_neurons(a, arena);
+      place_lists(layer, true, arena);
+    });
     if (s != Status::ok) return s;
     list_wave(k, layer, threads);
     const RowCut cut = cut_rows(rows_of(wave), samples_of(wave), threads);

@@ -92,7 +92,7 @@ constexpr KernelSet make_kernel_set(const char* name, std::uint32_t isa) {
   k.fire_events_workspace = fire_events_workspace;
   k.fire_events = fire_events<Isa>;
   k.fire_grouped_workspace = fire_grouped_workspace;
-  k.fire_grouped = fire_grouped;
+  k.fire_grouped = fire_grouped<Isa>;
   k.fire_depthwise = fire_depthwise<Isa>;
   k.dense.rows = Block::rows;
   k.dense.columns = Block::columns;
@@ -107,7 +107,6 @@ constexpr KernelSet make_kernel_set(const char* name, std::uint32_t isa) {
   k.pack_analog = pack_analog<Isa>;
   k.analog_workspace = analog_workspace<Isa>;
   k.analog = analog<Isa>;
-  k.encode = encode<Isa>;
   k.pool = pool<Isa>;
   k.pool_counts = pool_counts;
   k.count = count;
