@@ -84,8 +84,8 @@ def random_case(
     mode = str(rng.choice(modes)) if varied else "plain"
     if mode == "sum":
         T = 1
-    window = {"offset": min(T, int(rng.integers(1, 9))), "masked": min(T, int(rng.integers(1, 9)))}.get(mode, 0)
-    iterations = {"offset": int(rng.choice([1, 1, 2, 3])), "masked": 1}.get(mode, 0)
+    window = min(T, int(rng.integers(1, 9))) if mode in ("offset", "masked") else 0
+    iterations = int(rng.choice([1, 1, 2, 3])) if mode == "offset" else min(window, 1)
     levels = int(rng.choice([1, 2, 4, 8, 15, 255])) if mode == "sum" else 1
     bits = bits or int(rng.choice([8, 16]))
     extreme = rng.random() < 0.25
