@@ -17,6 +17,8 @@ from .model.simulation import Simulation, simulate
 from .network.loading import load
 from .network.recording import trace
 from .network.snn import SNN
+from .network.stream import Stream
+from .operators.neuron import Neuron
 from .study.profiling.measure import profile
 from .study.profiling.report import Profile
 from .version import __version__
@@ -27,8 +29,10 @@ __all__ = [
     "ConversionError",
     "CudaGraph",
     "FormatError",
+    "Neuron",
     "Profile",
     "Simulation",
+    "Stream",
     "__version__",
     "calibrate",
     "convert",

@@ -23,12 +23,13 @@ def read(path):
     return header, tensors
 
 
-def quantize(x, t):
+def quantize(x, t, bits):
+    limit = 2 ** (bits - 1) - 1
     z = (x[:, t["source"]] * t["scale"][:, None, None] + t["shift"][:, None, None]).astype(np.float64)
     exponents = []
     for largest in np.abs(z).reshape(len(z), -1).max(1):
-        e = math.frexp(largest / 32767)[1] if largest else 0
-        exponents.append(e - 1 if largest and largest <= 32767 * 2.0 ** (e - 1) else e)
+        e = math.frexp(largest / limit)[1] if largest else 0
+        exponents.append(e - 1 if largest and largest <= limit * 2.0 ** (e - 1) else e)
     e = np.array(exponents)
     return np.rint(z * 2.0 ** -e[:, None, None, None]).astype(np.int64).transpose(0, 2, 3, 1), e
 
@@ -66,9 +67,46 @@ def pooled(x, pool, multiple):
     return out
 
 
-def spiking(node, t, values, T):
+class Neurons:
+    """The neurons of a network, for an answer after T steps. Spikes travel as integers [steps, N, ...]."""
+
+    def __init__(self, header, T):
+        said = header.get("neuron", {"mode": "plain", "window": 4, "iterations": 1})
+        self.mode, self.T, self.window, self.iterations = said["mode"], T, said["window"], said["iterations"]
+        looks_ahead = self.mode in ("offset", "masked")
+        self.steps = 1 if self.mode == "sum" else max(T, self.window) if looks_ahead else T
+        self.levels = T if self.mode == "sum" else 1
+
+    def fire(self, currents, threshold):
+        window = self.T if self.mode == "sum" else self.window
+        masks = oracle.fire(currents, threshold, self.mode, window, self.iterations).masks
+        if self.mode == "sum":
+            return masks.astype(np.int64)
+        if self.mode == "signed":
+            positive, negative = np.split(masks, 2)
+            return oracle.unpack(positive, self.steps) - oracle.unpack(negative, self.steps)
+        return oracle.unpack(masks, self.steps)
+
+    def bias(self, t):
+        return t["bias"] if t["bias"].ndim == 1 else t["bias"][: self.steps]
+
+
+def encoding(node, t, values, neurons):
+    """The first layer: a constant current within 0 .. n, or with biases that differ one that may be anything."""
+    constant = current(values["input"], t["weight"], node["config"]["geometry"], t)
+    if "bias" in t:
+        wide = {**t, "low": -31 * t["threshold"], "high": 31 * t["threshold"]}
+        constant = current(values["input"], t["weight"], node["config"]["geometry"], wide)
+        return neurons.fire(constant[None] + neurons.bias(t)[:, None, None, None].astype(np.int64), t["threshold"])
+    if neurons.mode == "sum":  # the count of a plain neuron
+        spikes = oracle.integrate_and_fire(np.broadcast_to(constant, (neurons.T, *constant.shape)), t["threshold"])
+        return oracle.unpack(spikes.masks, neurons.T).sum(0, keepdims=True)
+    return neurons.fire(np.broadcast_to(constant, (neurons.steps, *constant.shape)), t["threshold"])
+
+
+def spiking(node, t, values, neurons):
     config = node["config"]
-    index, peaks, g = config["weight_index"], config["peaks"], config["geometry"]
+    index, g = config["weight_index"], config["geometry"]
     x = [values[name] for name in node["inputs"]]
     image = x.pop() if "analog_geometry" in config else None
     constant = None if image is None else current(image, t["analog_weight"], config["analog_geometry"], t)
@@ -77,15 +115,17 @@ def spiking(node, t, values, T):
         weight, source = t[f"weight_{k}"], x[i]
         if config["vector"]:
             weight, source = weight[None, None], source.reshape(*source.shape[:2], 1, 1, -1)
-        products.append((oracle.pack(source) if peaks[i] == 1 else source, weight, g[9 * i : 9 * i + 9]))
+        products.append((source, weight, g[9 * i : 9 * i + 9]))
     residuals = [(r, t[f"amplitude_{i}"]) for i, r in enumerate(x[len(index) :])]
-    currents = oracle.currents(products, residuals, constant, t["bias"], T)
-    return oracle.integrate_and_fire(currents, t["threshold"]).masks
+    currents = oracle.currents(
+        products, residuals, constant, neurons.bias(t), neurons.steps, levels=neurons.levels
+    )
+    return neurons.fire(currents, t["threshold"])
 
 
 def overflow_free_steps(node, t):
     config = node["config"]
-    total = np.abs(t["bias"].astype(np.int64))
+    total = np.abs(t["bias"].astype(np.int64)).reshape(-1, t["threshold"].size).max(0)
     for k, peak in zip(config["weight_index"], config["peaks"], strict=False):
         unit = 256 if t[f"weight_{k}"].dtype == np.int8 else 1
         total = total + peak * unit * np.abs(t[f"weight_{k}"].astype(np.int64)).reshape(-1, total.size).sum(0)
@@ -96,8 +136,9 @@ def overflow_free_steps(node, t):
     return int(((2**31 - 1 - n // 2) // np.maximum(total, 1)).min())
 
 
-def readout(node, t, values, T):
-    """Running answers [T, N, O]."""
+def readout(node, t, values, neurons):
+    """Running answers [T, N, O]; in sum mode the one answer [1, N, O]."""
+    T = neurons.T
     config, total = node["config"], 0.0
     for i, name in enumerate(node["inputs"]):
         x, multiple = values[name], 1
@@ -105,42 +146,40 @@ def readout(node, t, values, T):
             assert pool["kind"] == "max" or pool["padding"] == [0, 0]
             product = 1 if pool["kind"] == "max" else pool["kernel"][0] * pool["kernel"][1]
             x, multiple = pooled(x, pool, product), multiple * product
-        counts = x.cumsum(0)
+        counts = x[:T].cumsum(0)
         if config["vectors"][i]:
             counts = counts.reshape(*counts.shape[:2], 1, 1, -1)
         geometry = config["geometry"][9 * i : 9 * i + 9]
         sums = np.stack([oracle.convolve(c, t[f"weight_{i}"], geometry) for c in counts]).astype(np.float64)
-        steps = np.arange(1, T + 1, dtype=np.float64)[:, None, None, None, None]
+        steps = np.arange(T + 1 - len(counts), T + 1, dtype=np.float64)[:, None, None, None, None]
         total = total + sums * t[f"gain_{i}"] / (steps * multiple)
     assert config["vector"]
     return (total + t["offset"]).astype(np.float32)[:, :, 0, 0]
 
 
 def run(path, x, T):
-    """Masks of every spiking layer by name, and the running answers [T, N, classes], for images x [N, C, H, W]."""
+    """Spikes [steps, N, ...] of every spiking layer by name, and the running answers, for images x [N, C, H, W]."""
     header, tensors = read(path)
-    assert header["format_version"] == 1
-    values, masks, answers = {}, {}, None
+    assert header["format_version"] in (1, 2)
+    neurons = Neurons(header, T)
+    values, spikes, answers = {}, {}, None
     for node in header["graph"]:
         name, config = node["name"], node["config"]
         t = {key: tensors[f"{name}/{key}"] for key in node["tensors"]}
         if node["type"] == "ImageInput":
-            values[name] = quantize(x, t)
+            values[name] = quantize(x, t, config.get("bits", 16))
         elif node["type"] == "EncodingLayer":
-            constant = current(values["input"], t["weight"], config["geometry"], t)
-            masks[name] = oracle.integrate_and_fire(
-                np.broadcast_to(constant, (T, *constant.shape)), t["threshold"]
-            ).masks
+            spikes[name] = encoding(node, t, values, neurons)
         elif node["type"] == "SpikingLayer":
             assert T <= header["details"][name]["max_T"] <= overflow_free_steps(node, t)
-            masks[name] = spiking(node, t, values, T)
+            spikes[name] = spiking(node, t, values, neurons)
         elif node["type"] == "SpikePool":
             values[name] = pooled(values[node["inputs"][0]], config["pool"], config["pool"]["multiple"])
         elif node["type"] == "SpikeConcat":
             values[name] = np.concatenate([values[i] for i in node["inputs"]], -1)
         else:
             assert node["type"] == "Readout"
-            answers = readout(node, t, values, T)
-        if name in masks:
-            values[name] = oracle.unpack(masks[name], T)
-    return masks, answers
+            answers = readout(node, t, values, neurons)
+        if name in spikes:
+            values[name] = spikes[name]
+    return spikes, answers

@@ -117,7 +117,7 @@ struct ConvIf {
   const std::int32_t* threshold;    // [O], even
   const std::int32_t* state;    // plain and with_sign: [1 or 2, N, OH, OW, O] membranes (and `sent`) before the first
                                 // step; null: n / 2 (and 0)
-  std::int32_t* state_out;      // likewise after the last step; null where `state` is
+  std::int32_t* state_out;      // likewise after the last step; or null
   std::uint8_t* out;      // masks [ceil(T/8), N, OH, OW, O], with_sign: positive spikes, then negative ones; sum: counts
                           // [1, N, OH, OW, O]
 };

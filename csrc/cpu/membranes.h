@@ -66,7 +66,7 @@ struct Membranes {
     } else {
       run_other(products);
     }
-    if (a.state != nullptr) {
+    if (a.state_out != nullptr) {
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) store_row(a.state_out + index, j, v[j]);
     }
@@ -257,8 +257,7 @@ struct Membranes {
   template <typename Products>
   inline void fire_with_sign(const Products& products) {
     Vectors sent{}, bits{}, negative{};
-    const bool from_state = a.state != nullptr;
-    for (int j = 0; from_state && j < vectors; ++j) sent[j] = row<Vector>(a.state + plane + index, j);
+    for (int j = 0; a.state != nullptr && j < vectors; ++j) sent[j] = row<Vector>(a.state + plane + index, j);
     const std::int64_t planes = ceil_div(a.steps, 8);
     for (std::int64_t t = 0; t < a.steps; ++t) {
       Vectors current;
@@ -277,7 +276,7 @@ struct Membranes {
       store_bytes(a.out + (planes + t / 8) * plane, negative);
       for (int j = 0; j < vectors; ++j) bits[j] = negative[j] = Vector{};
     }
-    for (int j = 0; from_state && j < vectors; ++j) store_row(a.state_out + plane + index, j, sent[j]);
+    for (int j = 0; a.state_out != nullptr && j < vectors; ++j) store_row(a.state_out + plane + index, j, sent[j]);
   }
 
   // Sum: as many spikes as there are thresholds in the membrane, one after the other.

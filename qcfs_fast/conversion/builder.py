@@ -10,8 +10,9 @@ in front of the readout work on counts and belong to it. Source: Bu et al., ICLR
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,13 +42,15 @@ from ..network.layers import (
 from ..network.schema import Geometry
 from ..network.snn import SNN, check_graph
 from ..operators.geometry import POINTWISE
-from ..operators.limits import ANALOG_RANGE, MAX_COUNT, MAX_SUM
+from ..operators.limits import ANALOG_RANGE, IMAGE_BITS, MAX_COUNT, MAX_SUM
+from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
 from . import units
 from .lowering import lower
 from .values import FireNode, Lowered, Part, Product, Signal
 
 CHUNK = 1 << 22  # weights quantised at once
+EXACT_BITS = 53 - 15 + 1  # a sum of K products of 16-bit weights and pixels of b bits is exact where b <= this - log2 K
 
 
 def convert(
@@ -56,6 +59,10 @@ def convert(
     weight_bits: int = 16,
     max_T: int | None = None,
     input_shape: Sequence[int] | None = None,
+    neuron: str = "plain",
+    window: int = 4,
+    iterations: int = 1,
+    step_bias: Mapping[str, Tensor] | None = None,
 ) -> SNN:
     """Convert a QCFS-trained network to a spiking network.
 
@@ -68,6 +75,12 @@ def convert(
             that no sum can overflow 32 bits up to there; a larger value costs resolution in wide layers.
         input_shape: [C, H, W] of the images; needed only where an adaptive, ceil-mode or partially padded
             average pool stands before a spiking layer. Default: what the prepared model last saw.
+        neuron: the mode of all neurons: "plain", the paper's; "offset", which wins back the accuracy that plain ones
+            lose at few time steps; "masked", "signed"; or "sum", the ANN with L = T as an integer network
+            (docs/neurons.md). It can be changed later: ``snn.neuron``.
+        window, iterations: of offset and masked neurons (:class:`qcfs_fast.Neuron`).
+        step_bias: a bias for each step and activation, from :func:`qcfs_fast.step_biases`; for plain and signed
+            neurons. T is then at most the steps of the table.
 
     Returns:
         An :class:`qcfs_fast.SNN` in eval mode, on the CPU.
@@ -92,11 +105,42 @@ def convert(
     limit = max(T, 32) if max_T is None else max_T
     if limit < T:
         raise ValueError(f"convert: max_T={limit} is below T={T}")
+    settled = Neuron(neuron, window, iterations)
+    if settled.looks_ahead:
+        limit = max(limit, window)
     _warn_if_untrained(model)
     lowered, shape = lower(model, input_shape)
     if not lowered.layers:
         raise ConversionError("the model has no QCFS activation; call qcfs_fast.prepare(model) first")
-    return _Builder(lowered, weight_bits, limit).build(T, shape)
+    if step_bias is not None:
+        limit = _add_step_bias(lowered, step_bias, settled, T, max_T)
+    return _Builder(lowered, weight_bits, limit, settled).build(T, shape)
+
+
+def _add_step_bias(
+    lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron, T: int, max_T: int | None
+) -> int:
+    """Take a table of biases off those of the layers, which become [steps, O]; returns the largest T."""
+    if not neuron.causal:
+        raise ValueError(f"convert: step_bias goes with plain and signed neurons, not with {neuron.mode}")
+    names = [node.name for node in lowered.layers]
+    if not isinstance(table, Mapping) or set(table) != set(names):
+        raise ValueError(
+            f"convert: step_bias must have a table for each activation ({', '.join(names)}); "
+            "make it with qcfs_fast.step_biases(model, batches)"
+        )
+    steps = {int(t.shape[0]) for t in table.values() if t.dim() == 2}
+    if len(steps) != 1 or min(steps) < (T if max_T is None else max_T):
+        raise ValueError(
+            f"convert: step_bias must hold [steps, C] for at least {T if max_T is None else max_T} steps; "
+            "make it with qcfs_fast.step_biases(model, batches, T=...)"
+        )
+    for node in lowered.layers:
+        bias = table[node.name].detach().to(torch.float64).cpu()
+        if bias.shape[1] not in (1, node.theta.numel()) or not bool(torch.isfinite(bias).all()):
+            raise ValueError(f"convert: step_bias of {node.name} must be finite, [steps, {node.theta.numel()}]")
+        node.step_bias = -bias.expand(-1, node.theta.numel())
+    return steps.pop()
 
 
 def _warn_if_untrained(model: nn.Module) -> None:
@@ -128,10 +172,11 @@ def _geometry(product: Product) -> Geometry:
 class _Builder:
     """Makes the nodes of a lowered network in order. `made` are pools and concatenations by what they compute."""
 
-    def __init__(self, lowered: Lowered, weight_bits: int, max_T: int) -> None:
+    def __init__(self, lowered: Lowered, weight_bits: int, max_T: int, neuron: Neuron) -> None:
         self.lowered = lowered
         self.weight_bits = weight_bits
         self.max_T = max_T
+        self.neuron = neuron
         self.layers: list[tuple[str, Layer]] = []
         self.made: dict[Any, str] = {}
         self.details: dict[str, dict[str, Any]] = {}
@@ -143,7 +188,7 @@ class _Builder:
             INPUT,
             ImageInput(
                 [IMAGE],
-                ImageConfig(channels=1 + max(image.source), vector=image.vector),
+                ImageConfig(channels=1 + max(image.source), vector=image.vector, bits=self._image_bits()),
                 {
                     "source": torch.tensor(image.source, dtype=torch.int64),
                     "scale": torch.tensor(image.scale, dtype=torch.float32),
@@ -165,7 +210,14 @@ class _Builder:
                 self._spiking(node, analog[0] if analog else None)
         self._readout()
         check_graph(self.layers)
-        return SNN(self.layers, T, self.weight_bits, self.details, shape)
+        return SNN(self.layers, T, self.weight_bits, self.details, shape, self.neuron)
+
+    def _image_bits(self) -> int:
+        """Bits of a pixel: IMAGE_BITS, or as many as leave the largest sum of the image's layers exact in double."""
+        fan_in = [
+            p.weight[0].numel() for node in self.lowered.layers for p in node.current.products if p.part.is_image
+        ]
+        return min(IMAGE_BITS, EXACT_BITS - math.ceil(math.log2(max([*fan_in, 1]))))
 
     def _add(self, name: str, layer: Layer) -> None:
         self.layers.append((name, layer))
@@ -258,8 +310,16 @@ class _Builder:
         tensors["threshold"] = torch.from_numpy(n.astype(np.int32))
         tensors["high"] = tensors["threshold"].clone()
         config = EncodingConfig(geometry, node.current.vector, (layer,))
+        max_T = MAX_SUM
+        if node.step_bias is not None:
+            max_T = node.step_bias.shape[0]
+            config = replace(config, bias_steps=max_T)
+            tensors["bias"] = torch.from_numpy(np.rint(node.step_bias.numpy() / unit).astype(np.int64))
+            if bool((tensors["bias"].abs() > tensors["threshold"]).any()):
+                raise ConversionError(f"{node.name}: step_bias exceeds a threshold; use a smaller alpha")
+            tensors["bias"] = tensors["bias"].to(torch.int32)
         self._add(node.name, EncodingLayer([INPUT], config, tensors))
-        self.details[node.name] = self._detail(node, n, exact, 16.0, MAX_SUM)
+        self.details[node.name] = self._detail(node, n, exact, 16.0, max_T)
 
     @staticmethod
     def _detail(node: FireNode, n: np.ndarray, lossless: int, bits: float, max_T: int) -> dict[str, Any]:
@@ -294,6 +354,7 @@ class _Builder:
         for i, a in enumerate(layer.amplitudes):
             tensors[f"amplitude_{i}"] = torch.from_numpy(a.astype(np.int32))
         tensors["bias"] = torch.from_numpy(layer.bias.astype(np.int32))
+        max_T = layer.max_steps
         tensors["threshold"] = torch.from_numpy(layer.threshold.astype(np.int32))
 
         inputs = [name for s in sources for name, _ in s] + [name for name, _, _ in residuals]
@@ -304,6 +365,10 @@ class _Builder:
             layers=tuple(p.layer for p in spiking),
             peaks=(*(peak for s in sources for _, peak in s), *(peak for _, _, peak in residuals)),
         )
+        if node.step_bias is not None:
+            max_T = min(max_T, node.step_bias.shape[0])
+            config = replace(config, bias_steps=node.step_bias.shape[0])
+            tensors["bias"] = tensors["bias"].reshape(node.step_bias.shape)
         if analog is not None:  # it shares the unit of the spikes' weights, so that both add up
             weight, geometry, _ = self._analog_operands(analog)
             config = replace(config, analog_geometry=geometry)
@@ -318,7 +383,7 @@ class _Builder:
         used = layer.weight_levels[layer.weight_levels > 0]
         bits = float(np.log2(used.min()) + 1) if used.size else 0.0
         self.details[node.name] = self._detail(
-            node, layer.threshold, int(layer.lossless.sum()), bits, min(layer.max_steps, MAX_SUM)
+            node, layer.threshold, int(layer.lossless.sum()), bits, min(max_T, MAX_SUM)
         )
 
     def _quantized(
@@ -332,6 +397,8 @@ class _Builder:
         """units.choose over blocks of output channels, to bound the memory it takes."""
         flat = [w.reshape(-1, w.shape[3]) for w in weights]
         theta, bias = node.theta.numpy(), node.current.bias.numpy()
+        if node.step_bias is not None:
+            bias = bias + node.step_bias.numpy()
         inputs = max(1, sum(w.shape[0] for w in flat))
         block = max(1, CHUNK // inputs)
         parts = []
@@ -339,7 +406,8 @@ class _Builder:
             s = slice(c, c + block)
             own = [(w[:, s], peak) for w, peak in zip(flat, peaks, strict=True)]
             added = [(a.numpy()[s], peak) for _, a, peak in residuals]
-            parts.append(units.choose(node.name, theta[s], own, added, bias[s], self.weight_bits, self.max_T, analog))
+            settings = (self.weight_bits, self.max_T, analog, self.neuron)
+            parts.append(units.choose(node.name, theta[s], own, added, bias[..., s], *settings))
         layer = units.join(parts)
         if layer.scarce_bits is not None:
             warnings.warn(

@@ -5,7 +5,7 @@ every output channel the threshold theta is n units, n even, and the more units,
 three limits allow (operators/limits.py):
 
     digits    |w| <= 32639 = 127 * 256 + 127, two signed base-256 digits
-    overflow  n/2 + T * (sum_k |w_k| peak_k + |b| + residuals) < 2^31 for T up to max_T
+    overflow  n/2 + T * (sum_k |w_k| peak_k + |b| + residuals) < 2^31 for T up to max_T; offset neurons need more
     2^24      beyond which nothing is gained
 
 Rounding is not always needed. If all values of a channel are multiples of theta/n for some n within the limits (powers
@@ -30,6 +30,7 @@ from ..operators.limits import (
     MAX_WEIGHT,
     overflow_free_steps,
 )
+from ..operators.neuron import Neuron
 
 Operand = tuple[np.ndarray, int]  # weights [K, O] or amplitudes [O], and the largest integer (peak) that meets them
 
@@ -88,8 +89,14 @@ def choose(
     weight_bits: int,
     max_T: int,
     analog: bool,
+    neuron: Neuron = Neuron(),  # noqa: B008 - it is frozen
 ) -> QuantizedLayer:
-    """Quantise one layer. Weights are effective (input amplitude folded in), float64 [K, O]; all else [O]."""
+    """Quantise one layer.
+
+    Weights are effective (input amplitude folded in), float64 [K, O]; the bias is [O], or one for each step [T, O]; all
+    else is [O]. `max_T` steps of `neuron` must fit.
+    """
+    bias = np.atleast_2d(bias)
     # The largest n: what a step can add to a membrane must fit, and the largest weight must fit its digits.
     largest = np.zeros(theta.size)
     for w, _ in weights:
@@ -97,11 +104,11 @@ def choose(
             raise ConversionError(f"{name}: weights are not finite (NaN or infinity); check the trained model")
         if w.shape[0]:
             largest = np.maximum(largest, np.abs(w).max(0))
-    limit = _largest_threshold(name, theta, largest, weights, amplitudes, bias, weight_bits, max_T, analog)
+    limit = _largest_threshold(name, theta, largest, weights, amplitudes, bias, weight_bits, max_T, analog, neuron)
 
     # The n taken: one that makes the channel lossless, or else simply the largest even one.
     values = [(w, weight_bits == 8) for w, _ in weights]
-    values += [(v[None], False) for v in (*(a for a, _ in amplitudes), bias)]
+    values += [(v, False) for v in (*(a[None] for a, _ in amplitudes), bias)]
     exact, lossless = _lossless_thresholds(theta, values, limit)
     threshold = np.where(lossless, exact, 2 * np.floor(limit / 2))
 
@@ -118,9 +125,13 @@ def choose(
 
     # The promise is made of the rounded integers, since loading checks it with these.
     peaks = [peak for _, peak in [*weights, *amplitudes]]
-    max_steps = overflow_free_steps(n, whole_bias, zip([*whole, *whole_amplitudes], peaks, strict=True), analog)
-    if max_steps < max_T:
-        raise ConversionError(f"{name}: overflow is possible from T={max_steps + 1} on; use a smaller max_T")
+    operands = [*zip([*whole, *whole_amplitudes], peaks, strict=True)]
+    most_bias = np.abs(whole_bias).max(0)
+    max_steps = overflow_free_steps(n, most_bias, operands, analog)
+    enough = overflow_free_steps(n, most_bias, operands, analog, *neuron.shift)
+    if enough < max_T:
+        raise ConversionError(f"{name}: overflow is possible from T={enough + 1} on; use a smaller max_T")
+    whole_bias = whole_bias[0] if whole_bias.shape[0] == 1 else whole_bias
 
     # A channel that reaches 2^20 has bits enough, and one that is lossless needs no more.
     used = levels[(levels > 0) & ~lossless & (n < 2**20)]
@@ -139,10 +150,11 @@ def _largest_threshold(
     weight_bits: int,
     max_T: int,
     analog: bool,
+    neuron: Neuron,
 ) -> np.ndarray:
     """The largest n that the three limits allow, float64 [O]; `largest` is the largest |w| of each channel."""
     # reach: the most that one step can add to a membrane, in the unit of theta. inputs: its rounded terms.
-    reach = np.abs(bias).astype(np.float64)
+    reach = np.abs(bias).max(0).astype(np.float64)
     inputs = 1.0 + sum(peak for _, peak in amplitudes)  # the bias counts once
     for w, peak in weights:
         reach += np.abs(w).sum(0) * peak
@@ -155,9 +167,11 @@ def _largest_threshold(
         reach += ANALOG_RANGE * theta
     # Each rounded term may exceed its exact value by half a unit (128 units at 8 bits).
     slack = inputs * (0.5 if weight_bits == 16 else 128.0)
-    # n/2 + max_T * (n * reach / theta + slack) <= 2^31 - 1, solved for n.
-    limit = (MAX_SUM - max_T * slack) / (0.5 + max_T * reach / theta)
-    if weight_bits == 8 and slack * max_T > MAX_SUM / 2:
+    # n/2 + iterations * n + steps * (n * reach / theta + slack) <= 2^31 - 1, solved for n.
+    window, iterations = neuron.shift
+    steps = max_T + iterations * window
+    limit = (MAX_SUM - steps * slack) / (0.5 + iterations + steps * reach / theta)
+    if weight_bits == 8 and slack * steps > MAX_SUM / 2:
         raise ConversionError(f"{name}: {inputs:.0f} inputs over {max_T} steps do not fit 32 bits; use a smaller max_T")
     with np.errstate(divide="ignore"):
         by_digits = np.where(largest > 0, MAX_WEIGHT * theta / largest, np.inf)

@@ -110,6 +110,7 @@ class FireNode:
     current: Current
     theta: Tensor  # float64 [O]
     levels: int
+    step_bias: Tensor | None = None  # float64 [steps, O], added to the bias
 
 
 @dataclass

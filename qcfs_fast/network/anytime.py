@@ -4,27 +4,29 @@ After t steps a sample's running answer is the mean of the outputs so far. Its m
 largest softmax probabilities of that mean (float64). It stops after the first step whose margin reaches the
 confidence asked for, and after T steps at the latest.
 
-The kernels run all steps of a layer in one call and keep no membranes between calls, so going on means starting
-again with more steps: `schedule` lists how many. A call with per_step gives the answers after every step up to its
-own T, and those equal the answers of any longer call, so the schedule changes the work and never the result:
+Answers are looked at after the step counts of `schedule`, 1, 2, 4, ... T by default. Plain and signed neurons go on
+from their membranes (stream.py), so no step is computed twice: the schedule says how many steps a call of the kernels
+computes at once, and a sample is computed for no more steps than the next length of the schedule after its own, less
+than twice its own with doubling lengths.
 
-    schedule 1, 2, 4, 8    runs 1 step for all, 2 for those not clear after 1, 4 for those not clear after 2, ...
-
-A sample that stops after s steps has been computed for less than 4 s steps with doubling lengths, 2 s - 1 where s is
-a power of two; one that never stops, for less than 3 T, 2 T - 1 where T is a power of two.
+Offset and masked neurons look ahead and have no state: the samples left start again with more steps. A call with
+per_step gives the answers after every step up to its own T, and those equal the answers of any longer call, so here too
+the schedule changes the work and never the result. A sample that stops after s steps has been computed for less than
+4 s steps with doubling lengths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Run = Callable[..., Tensor]
+if TYPE_CHECKING:
+    from .snn import SNN
 
 
 class Prediction(NamedTuple):
@@ -77,8 +79,23 @@ def checked_schedule(schedule: Sequence[int] | None, T: int) -> list[int]:
     return lengths
 
 
+class _Again:
+    """Answers of neurons without a state: a call of this runs all steps so far again. Used as a Stream is."""
+
+    def __init__(self, snn: SNN) -> None:
+        self._run, self._images, self._steps = snn.run, torch.empty(0), 0
+
+    def __call__(self, x: Tensor | None, steps: int, per_step: bool) -> Tensor:
+        self._images = self._images if x is None else x
+        self._steps += steps
+        return self._run(self._images, self._steps, per_step)[-steps:]
+
+    def keep(self, index: Tensor) -> None:
+        self._images = self._images[index]
+
+
 def predict(
-    run: Run,
+    snn: SNN,
     x: Tensor,
     confidence: float,
     schedule: Sequence[int],
@@ -87,38 +104,41 @@ def predict(
     """Classify, each sample with as many steps as it needs; see :meth:`SNN.predict`.
 
     Args:
-        run: the network; ``run(x, T, per_step=True)`` gives the running answers [T, N, classes].
+        snn: the network.
         x: a batch that the network takes.
         confidence, schedule: checked; the schedule's last length is T.
         batch_size: most samples to run at once; None for all.
     """
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ValueError(f"predict: batch_size must be a positive int, got {batch_size!r}")
+    parts = [_predict(snn, part, confidence, schedule) for part in x.split(batch_size or max(1, x.shape[0]))]
+    return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _predict(snn: SNN, x: Tensor, confidence: float, schedule: Sequence[int]) -> Prediction:
+    go_on: Any = snn.stream() if snn.neuron.causal else _Again(snn)
     left = torch.arange(x.shape[0], device=x.device)  # the samples whose answers are not clear yet
     used = torch.empty_like(left)
     logits: Tensor | None = None
-    for length in schedule:
-        remain = []
-        for index in left.split(batch_size or max(1, left.numel())):
-            whole = index.numel() == x.shape[0]
-            running = run(x if whole else x[index], length, per_step=True)
-            if running.dim() != 3 or running.shape[2] < 2:
-                raise ValueError(
-                    "predict: the network's output is not a list of at least two class scores, but of shape "
-                    f"{list(running.shape[1:])}; use snn(x, per_step=True)"
-                )
-            margin = margins(running)
-            step = stopping_steps(margin, confidence)
-            done = (margin >= confidence).any(0) | (length == schedule[-1])
-            if logits is None:
-                logits = running.new_empty((x.shape[0], running.shape[2]))
-            finished = index[done]
-            used[finished] = step[done]
-            logits[finished] = running[step - 1, torch.arange(index.numel(), device=x.device)][done]
-            remain.append(index[~done])
-        left = torch.cat(remain)
+    for before, length in pairwise([0, *schedule]):
+        running = go_on(x if before == 0 else None, length - before, per_step=True)
+        if running.dim() != 3 or running.shape[2] < 2:
+            raise ValueError(
+                "predict: the network's output is not a list of at least two class scores, but of shape "
+                f"{list(running.shape[1:])}; use snn(x, per_step=True)"
+            )
+        margin = margins(running)
+        step = stopping_steps(margin, confidence)
+        done = (margin >= confidence).any(0) | (length == schedule[-1])
+        if logits is None:
+            logits = running.new_empty((x.shape[0], running.shape[2]))
+        finished = left[done]
+        used[finished] = before + step[done]
+        logits[finished] = running[step - 1, torch.arange(left.numel(), device=x.device)][done]
+        left = left[~done]
         if left.numel() == 0:
             break
+        go_on.keep((~done).nonzero().flatten())
     assert logits is not None
     return Prediction(logits.argmax(1), used, logits)
 

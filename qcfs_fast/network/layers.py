@@ -3,7 +3,8 @@
 A node names the nodes that it reads (`inputs`), holds its integers as buffers, and everything else in a frozen
 configuration, so that a network can be printed, moved, compiled, exported and saved. Each class stands behind the
 configuration that describes it (schema.py); a node is checked when it is made, whoever makes it. Spikes travel as
-uint8 masks or count planes (operators/masks.py).
+uint8 masks or count planes (operators/masks.py), those of signed neurons as a pair of them (Signed). How the network is
+run (steps, mode of the neuron, states) comes with each call (Run).
 
 Several weights of one node are buffers weight_0, weight_1, ...; `sources()`, `residuals()` and `terms()` put them
 together with the nodes they belong to. A forward call looks up buffers by names that the constructor settled: moving a
@@ -12,7 +13,7 @@ module replaces its buffers, so tensors themselves cannot be kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 
 from ..backend.protocol import last_engine
 from ..operators.geometry import POINTWISE
-from ..operators.limits import ANALOG_RANGE, overflow_free_steps
+from ..operators.limits import ANALOG_RANGE, IMAGE_BITS, IMAGE_RANGE, MAX_COUNT, overflow_free_steps
+from ..operators.masks import planes
+from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
 from .schema import (
+    Bits,
     Config,
     Flag,
     Flags,
@@ -44,6 +48,41 @@ IMAGE = "<image>"  # the float image, among the values of a run
 INPUT = "input"  # the node that quantises it
 
 Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a network is run.
+
+    Attributes:
+        T: the steps that the answer stands for.
+        neuron: of all layers.
+        per_step: answers after every step, not only the last.
+        skip: the steps before this one are left out of the answer (delayed readout).
+        varying: the image has a time axis.
+        state: what layers begin with and leave, by layer, in a run that goes on from another one; None: from the start.
+        before: the steps that were run before this one.
+    """
+
+    T: int
+    neuron: Neuron = Neuron()  # noqa: RUF009 - it is frozen
+    per_step: bool = False
+    skip: int = 0
+    varying: bool = False
+    state: dict[Layer, Any] | None = None
+    before: int = 0
+
+    @property
+    def steps(self) -> int:
+        """The steps that layers compute."""
+        return self.neuron.steps(self.T)
+
+
+class Signed(NamedTuple):
+    """What signed neurons send: masks or count planes of positive spikes, and of negative ones."""
+
+    positive: Tensor
+    negative: Tensor
 
 
 class Source(NamedTuple):
@@ -110,7 +149,7 @@ class Layer(nn.Module):
     def check(self) -> None:
         """Raises FormatError where the numbers of the tensors are none that this layer can have."""
 
-    def forward(self, values: Values, T: int, per_step: bool) -> Any:
+    def forward(self, values: Values, run: Run) -> Any:
         raise NotImplementedError
 
     def buffer(self, name: str) -> Tensor:
@@ -121,6 +160,15 @@ class Layer(nn.Module):
     def tensors(self) -> list[tuple[str, Tensor]]:
         """The buffers by name."""
         return [(name, self.buffer(name)) for name in self._buffers]
+
+    def settled(self, run: Run, name: str, make: Callable[[], Any]) -> Any:
+        """What stays the same while a run goes on from another on one image (`name`); made once."""
+        if run.state is None:
+            return make()
+        held = run.state.setdefault(self, {})
+        if name not in held:
+            held[name] = make()
+        return held[name]
 
     def indexed(self, prefix: str) -> list[Tensor]:
         """Buffers prefix_0, prefix_1, ..."""
@@ -141,6 +189,7 @@ class ImageConfig(Config):
     channels_of = "source"
     channels: Size  # of the image that the user gives
     vector: Flag  # the image is a vector [N, features]
+    bits: Bits | None = None  # of a pixel, with its sign; 16 where a file does not say
 
     def check(self, inputs: Sequence[str]) -> None:
         require(list(inputs) == [IMAGE], "the image input reads the image and nothing else")
@@ -154,7 +203,10 @@ class ImageConfig(Config):
 
 
 class ImageInput(Layer):
-    """float image -> int16 with one binary exponent per sample: x = q * 2^e, |q| <= 32767."""
+    """float image -> integers with one binary exponent per sample: x = q * 2^e, |q| < 2^(bits - 1).
+
+    An image with a time axis gets one exponent for all steps of a sample, and steps and samples become one axis [T*N].
+    """
 
     config_type = ImageConfig
 
@@ -162,14 +214,24 @@ class ImageInput(Layer):
         inside = bool((self.source >= 0).all()) and bool((self.source < self.config.channels).all())
         require(inside, "source is damaged")
 
-    def forward(self, values: Values, T: int, per_step: bool) -> Any:
+    def forward(self, values: Values, run: Run) -> Any:
         x = values[IMAGE]
-        if x.dim() == 2:
-            x = x[:, :, None, None]
-        return torch.ops.qcfs_fast.quantize_input(x, self.source, self.scale, self.shift)
+        if self.config.vector:
+            x = x[..., None, None]
+        if not run.varying:
+            return torch.ops.qcfs_fast.quantize_input(x, self.source, self.scale, self.shift, self.bits)
+        T, N, C, H, W = x.shape
+        x = x.to(torch.float32).permute(1, 2, 0, 3, 4).reshape(N, C, T * H, W)
+        q, exponent = torch.ops.qcfs_fast.quantize_input(x, self.source, self.scale, self.shift, self.bits)
+        q = q.reshape(N, T, H, W, q.shape[-1]).transpose(0, 1).flatten(0, 1).contiguous()
+        return q, exponent.repeat(T)
+
+    @property
+    def bits(self) -> int:
+        return self.config.bits or 16
 
     def extra_repr(self) -> str:
-        return f"channels={self.source.numel()}, 16 bits per sample"
+        return f"channels={self.source.numel()}, {self.bits} bits per sample"
 
 
 # ---------------------------------------------------------------------------------------- spiking layers
@@ -188,6 +250,7 @@ class EncodingConfig(Config):
     geometry: Geometry
     vector: Flag  # spikes are [planes, N, C], not maps
     layers: Names  # names of the model's layers, for people
+    bias_steps: Size | None = None  # a bias for each of so many steps
 
     def check(self, inputs: Sequence[str]) -> None:
         require(len(inputs) == 1, "inputs do not match the weights")
@@ -197,11 +260,23 @@ class EncodingConfig(Config):
             "threshold": per_channel(torch.int32),
             "weight": TensorKind((torch.int16,), 4),
             **_CURRENT,
+            **({} if self.bias_steps is None else {"bias": TensorKind((torch.int32,), 2)}),
         }
 
 
+def _by_step(bias: Tensor, run: Run) -> Tensor:
+    """The bias of a run's steps, where there is one for each."""
+    return bias if bias.dim() == 1 else bias[run.before : run.before + run.T]
+
+
 class EncodingLayer(Layer):
-    """First layer: an integer convolution of the image, computed once, then T steps of integrate-and-fire."""
+    """First layer: an integer convolution of the image, then T steps of integrate-and-fire.
+
+    An image that stays the same is convolved once. Its current can be clipped to 0..theta, which changes no spike of a
+    plain neuron and leaves nothing for offset, signed or sum to mend: such neurons are plain ones on it. Where currents
+    differ from step to step, by the image, by biases or because a later call may bring another image, they are only
+    clipped far away (limits.py). On an image that stays the same both ways give the same spikes.
+    """
 
     config_type = EncodingConfig
 
@@ -214,19 +289,67 @@ class EncodingLayer(Layer):
         inside = bool((self.low >= 0).all()) and bool((self.high <= self.threshold).all())
         require(inside, "the current's range is damaged")
 
+        bias = self._buffers.get("bias")
+        if bias is not None:
+            require(bias.shape[0] == self.config.bias_steps, "bias has other steps than bias_steps")
+            require(bool((bias.abs() <= self.threshold).all()), "a bias of the first layer exceeds its threshold")
+
     @property
     def analog(self) -> Analog:
         return Analog(self.inputs[0], self.weight, self.config.geometry)
 
-    def forward(self, values: Values, T: int, per_step: bool) -> Any:
-        q, exponent = values[self.inputs[0]]
-        masks = torch.ops.qcfs_fast.conv2d_encode(
-            q, exponent, self.weight, self._geometry, self.gain, self.offset, self.low, self.high, self.threshold, T
-        )
-        return masks.flatten(2) if self._vector else masks
+    def forward(self, values: Values, run: Run) -> Any:
+        mode, bias = run.neuron.mode, self._buffers.get("bias")
+        if run.state is None and not run.varying and mode != "masked" and bias is None:
+            q, exponent = values[self.inputs[0]]
+            masks = torch.ops.qcfs_fast.conv2d_encode(
+                q, exponent, self.weight, self._geometry, self.gain, self.offset, self.low, self.high, self.threshold,
+                run.T if mode == "sum" else run.steps,
+            )  # fmt: skip
+            if mode == "sum":
+                masks = torch.ops.qcfs_fast.count(masks, run.T, False).to(torch.uint8)
+            return masks.flatten(2) if self._vector else masks
+        high = self.threshold * IMAGE_RANGE
+        current = _image_current(self, values[self.inputs[0]], self.weight, self._geometry, -high, high, run)
+        bias = torch.zeros_like(self.threshold) if bias is None else _by_step(bias, run)
+        if self._vector:
+            return _fire(self, run, True, [], [], [], [], current.flatten(-3), bias)
+        return _fire(self, run, False, [], [], [], [], [], current, bias)
 
     def extra_repr(self) -> str:
         return _describe(self.config.layers, [self.weight], [self.config.geometry], self.config.vector)
+
+
+def _image_current(
+    layer: Layer, image: Any, weight: Tensor, geometry: list[int], low: Tensor, high: Tensor, run: Run
+) -> Tensor:
+    """The current of the image, [N, OH, OW, O] or, of one with a time axis, [T, N, OH, OW, O]."""
+
+    def current() -> Tensor:
+        q, exponent = image
+        found: Tensor = torch.ops.qcfs_fast.conv2d_current(
+            q, exponent, weight, geometry, layer.gain, layer.offset, low, high
+        )
+        return found.unflatten(0, (run.T, -1)) if run.varying else found
+
+    found: Tensor = layer.settled(run, "current", current)
+    return found
+
+
+def _fire(layer: Layer, run: Run, linear: bool, *operands: Any, scales: Sequence[int] = ()) -> Any:
+    """Integrate-and-fire on the operands of conv2d_if or linear_if before T; in a run that goes on, from its state."""
+    ops = torch.ops.qcfs_fast
+    settings = (layer.threshold, run.steps, scales, run.neuron.operand(run.T))
+    if run.state is None:
+        spikes = (ops.linear_if if linear else ops.conv2d_if)(*operands, *settings)
+    else:
+        held = run.state.setdefault(layer, {})
+        operator = ops.linear_if_from if linear else ops.conv2d_if_from
+        spikes, held["state"] = operator(*operands, *settings, held.get("state"))
+    if run.neuron.mode != "signed":
+        return spikes
+    half = planes(run.steps)
+    return Signed(spikes[:half], spikes[half:])
 
 
 @dataclass(frozen=True)
@@ -238,6 +361,7 @@ class SpikingConfig(Config):
     layers: Names  # names of the model's layers, one per weight, for people
     peaks: Peaks  # largest integer of each source, then residual
     analog_geometry: Geometry | None = None  # where the image adds a current
+    bias_steps: Size | None = None  # a bias for each of so many steps
 
     @property
     def weights(self) -> int:
@@ -259,7 +383,7 @@ class SpikingConfig(Config):
         weight = TensorKind((torch.int16, torch.int8), 2 if self.vector else 4)
         return {
             "threshold": per_channel(torch.int32),
-            "bias": per_channel(torch.int32),
+            "bias": TensorKind((torch.int32,), 1 if self.bias_steps is None else 2),
             **{f"weight_{i}": weight for i in range(self.weights)},
             **{f"amplitude_{i}": per_channel(torch.int32) for i in range(self.residuals)},
             **({} if self.analog_geometry is None else {"analog_weight": TensorKind((torch.int16,), 4), **_CURRENT}),
@@ -285,6 +409,7 @@ class SpikingLayer(Layer):
         self._weight_names = [f"weight_{i}" for i in config.weight_index]
         self._amplitude_names = [f"amplitude_{i}" for i in range(config.residuals)]
         self._geometry = [v for g in config.geometry for v in g]
+        self._geometries = [list(g) for g in config.geometry]
         self._analog_geometry = None if config.analog_geometry is None else list(config.analog_geometry)
         self._vector = config.vector
 
@@ -294,6 +419,8 @@ class SpikingLayer(Layer):
             limit = ANALOG_RANGE * self.threshold.to(torch.int64)
             inside = bool((self.high <= limit).all()) and bool((self.low >= -self.high).all())
             require(inside, "the analog current's range is damaged")
+        steps = self.config.bias_steps
+        require(steps is None or self.bias.shape[0] == steps, "bias has other steps than bias_steps")
 
     def sources(self) -> list[Source]:
         index = self.config.weight_index
@@ -311,67 +438,92 @@ class SpikingLayer(Layer):
             for node, name, peak in zip(self._residual_nodes, self._amplitude_names, peaks, strict=True)
         ]
 
-    def overflow_free_steps(self) -> int:
-        """The largest T for which no membrane can leave 32 bits, from the integers that the layer holds."""
-        bounds: list[tuple[Any, int]] = [(r.amplitude.numpy(), r.peak) for r in self.residuals()]
+    def overflow_free_steps(self, neuron: Neuron) -> int:
+        """The largest T for which no integer can overflow, from those that the layer holds.
+
+        No membrane leaves 32 bits; no total of sum mode leaves its byte.
+        """
+        bounds: list[tuple[Any, int]] = [(r.amplitude.cpu().numpy(), r.peak) for r in self.residuals()]
         for i, weight in enumerate(self.indexed("weight")):
             # Sections of one pool share a weight, and all of them can be at their peaks.
             peak = sum(p for k, p in zip(self.config.weight_index, self.config.peaks, strict=False) if k == i)
-            bounds.append((weight.numpy(), peak * (256 if weight.dtype == torch.int8 else 1)))
+            bounds.append((weight.cpu().numpy(), peak * (256 if weight.dtype == torch.int8 else 1)))
         analog = self.config.analog_geometry is not None
-        return overflow_free_steps(self.threshold.numpy(), self.bias.numpy(), bounds, analog)
+        bias = self.bias.abs().reshape(-1, self.threshold.numel()).amax(0)
+        steps = overflow_free_steps(self.threshold.cpu().numpy(), bias.cpu().numpy(), bounds, analog, *neuron.shift)
+        if neuron.mode == "sum":
+            steps = min(steps, MAX_COUNT // max(self.config.peaks, default=1))
+        return steps if self.config.bias_steps is None else min(steps, self.config.bias_steps)
 
     @property
     def analog(self) -> Analog | None:
         geometry = self.config.analog_geometry
         return None if geometry is None else Analog(self.inputs[-1], self.analog_weight, geometry)
 
-    def forward(self, values: Values, T: int, per_step: bool) -> Any:
+    def forward(self, values: Values, run: Run) -> Any:
         if torch.compiler.is_compiling():
-            return self._fire(values, T)
+            return self._run(values, run)
         last_engine.set("")
-        out = self._fire(values, T)
+        out = self._run(values, run)
         if self.engine != (engine := last_engine.get()):  # assigning to a module takes longer than a small operator
             self.engine = engine
         return out
 
-    def _fire(self, values: Values, T: int) -> Tensor:
+    def _run(self, values: Values, run: Run) -> Any:
         buffers = self._buffers
         sources = [values[name] for name in self._source_nodes]
         weights = [buffers[name] for name in self._weight_names]
         residuals = [values[name] for name in self._residual_nodes]
         amplitudes = [buffers[name] for name in self._amplitude_names]
+        geometry, scales = self._geometry, []
+        if run.neuron.mode == "signed":
+            sources, weights, geometry, scales = self._signed_products(sources, weights)
+            residuals, amplitudes = _signed_residuals(residuals, amplitudes)
         current = None
         if self._analog_geometry is not None:
-            q, exponent = values[self.inputs[-1]]
-            current = torch.ops.qcfs_fast.conv2d_current(
-                q, exponent, self.analog_weight, self._analog_geometry, self.gain, self.offset, self.low, self.high
+            current = _image_current(
+                self, values[self.inputs[-1]], self.analog_weight, self._analog_geometry, self.low, self.high, run
             )
+        bias = _by_step(self.bias, run)
         if not self._vector:
-            return torch.ops.qcfs_fast.conv2d_if(
-                sources,
-                weights,
-                self._geometry,
-                residuals,
-                amplitudes,
-                current,
-                buffers["bias"],
-                buffers["threshold"],
-                T,
-            )
+            operands = (sources, weights, geometry, residuals, amplitudes, current, bias)
+            return _fire(self, run, False, *operands, scales=scales)
         if any(r.dim() == 5 and r.shape[2:4] != (1, 1) for r in residuals):
             raise ValueError("a flattened feature map cannot be added to a linear layer's output")
         sources, residuals = [s.flatten(2) for s in sources], [r.flatten(2) for r in residuals]
-        current = None if current is None else current.flatten(1)
-        return torch.ops.qcfs_fast.linear_if(
-            sources, weights, residuals, amplitudes, current, buffers["bias"], buffers["threshold"], T
-        )
+        current = None if current is None else current.flatten(-3)
+        return _fire(self, run, True, sources, weights, residuals, amplitudes, current, bias, scales=scales)
+
+    def _signed_products(
+        self, sources: list[Any], weights: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
+        """Products of both signs: the negative spikes meet the same weights, with the opposite scale."""
+        found = []
+        for x, w, g in zip(sources, weights, self._geometries, strict=True):
+            scale = 256 if w.dtype == torch.int8 else 1
+            found += [(t, w, g, s) for t, s in zip(_signs(x), (scale, -scale), strict=False)]
+        xs, ws, gs, scales = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [], [])
+        return xs, ws, [v for g in gs for v in g], scales
 
     def extra_repr(self) -> str:
         own = [s for s in self.sources() if not s.shared]
         text = _describe(self.config.layers, [s.weight for s in own], [s.geometry for s in own], self.config.vector)
         text += "".join(f" + {r.node}" for r in self.residuals())
         return text + (f", {self.engine} engine" if self.engine else "")
+
+
+def _signs(x: Any) -> tuple[Tensor, ...]:
+    """What a node sends: spikes, and negative ones where it can send them."""
+    return x if isinstance(x, Signed) else (x,)
+
+
+def _signed_residuals(residuals: list[Any], amplitudes: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    found = [
+        (t, amplitude * sign)
+        for x, amplitude in zip(residuals, amplitudes, strict=True)
+        for t, sign in zip(_signs(x), (1, -1), strict=False)
+    ]
+    return [r for r, _ in found], [a for _, a in found]
 
 
 def _describe(names: Sequence[str], weights: Sequence[Tensor], geometry: Sequence[Geometry], vector: bool) -> str:
@@ -409,17 +561,40 @@ class SpikePool(Layer):
         super().__init__(inputs, config, tensors)
         self.spec = config.pool
 
-    def forward(self, values: Values, T: int, per_step: bool) -> Any:
+    def forward(self, values: Values, run: Run) -> Any:
         x = values[self.inputs[0]]
-        rows, cols = self.spec.windows(x.shape[2], 0), self.spec.windows(x.shape[3], 1)
         if self.spec.kind == "max":
-            return torch.ops.qcfs_fast.max_pool(x, rows, cols)
-        return torch.ops.qcfs_fast.pool(x, rows, cols, self.spec.multiple, T)
+            return _max_pool(x, self.spec, run)
+        parts = [
+            torch.ops.qcfs_fast.pool(
+                t, self.spec.windows(t.shape[2], 0), self.spec.windows(t.shape[3], 1), self.spec.multiple, run.steps
+            )
+            for t in _signs(x)
+        ]
+        return Signed(*parts) if isinstance(x, Signed) else parts[0]
 
     def extra_repr(self) -> str:
         s = self.spec
         where = f"output {s.output}" if s.output else f"kernel {s.kernel}, stride {s.stride}, padding {s.padding}"
         return f"{self.inputs[0]}: {s.kind}, {where}"
+
+
+def _max_pool(x: Any, spec: PoolSpec, run: Run) -> Any:
+    """The largest value of each window: of spikes, whether any fired; of totals, the largest.
+
+    A signed maximum is positive where any spike of the window is, and negative where all of them are: where in no place
+    of the window the negative spike is missing.
+    """
+    first = _signs(x)[0]
+    rows, cols = spec.windows(first.shape[2], 0), spec.windows(first.shape[3], 1)
+    pooled = torch.ops.qcfs_fast.max_pool(first, rows, cols, run.neuron.mode == "sum")
+    if not isinstance(x, Signed):
+        return pooled
+    missing = torch.ops.qcfs_fast.max_pool(~x.negative, rows, cols)
+    negative = ~missing
+    if run.steps % 8:
+        negative[-1] &= (1 << (run.steps % 8)) - 1
+    return Signed(pooled, negative)
 
 
 @dataclass(frozen=True)
@@ -433,8 +608,12 @@ class SpikeConcat(Layer):
 
     config_type = ConcatConfig
 
-    def forward(self, values: Values, T: int, per_step: bool) -> Any:
-        return torch.cat([values[name] for name in self.inputs], -1)
+    def forward(self, values: Values, run: Run) -> Any:
+        found = [values[name] for name in self.inputs]
+        if not any(isinstance(x, Signed) for x in found):
+            return torch.cat(found, -1)
+        pairs = [x if isinstance(x, Signed) else Signed(x, torch.zeros_like(x)) for x in found]
+        return Signed(*(torch.cat(parts, -1) for parts in zip(*pairs, strict=True)))
 
     def extra_repr(self) -> str:
         return " | ".join(self.inputs)
@@ -495,14 +674,35 @@ class Readout(Layer):
             )
         ]
 
-    def forward(self, values: Values, T: int, per_step: bool) -> Tensor:
-        counts: list[Tensor] = []
-        multiples: list[int] = []
-        for node, max_pools, average_pools, vector in self._plan:
-            x, multiple = values[node], 1
+    def forward(self, values: Values, run: Run) -> Tensor:
+        counts = self._counts(values, run)
+        if run.state is None:
+            return self._answer(counts, run.T - run.skip)
+        # What a run goes on from is in the counts; an answer after each step is a readout of its own.
+        held = run.state.setdefault(self, {})
+        counts = [c + held[f"{i}"] if f"{i}" in held else c for i, c in enumerate(counts)]
+        held.update((f"{i}", c[-1:]) for i, c in enumerate(counts))
+        done = run.before + run.T - counts[0].shape[0] + 1
+        return torch.cat([self._answer([c[t : t + 1] for c in counts], done + t) for t in range(counts[0].shape[0])])
+
+    def _counts(self, values: Values, run: Run) -> list[Tensor]:
+        """The spikes of each term counted over the steps of the answer, [1 or T - skip, N, ...]."""
+        found = []
+        for node, max_pools, _, _ in self._plan:
+            x = values[node]
             for spec in max_pools:
-                x = torch.ops.qcfs_fast.max_pool(x, spec.windows(x.shape[2], 0), spec.windows(x.shape[3], 1))
-            c = torch.ops.qcfs_fast.count(x, T, per_step)
+                x = _max_pool(x, spec, run)
+            span = [0, 1] if run.neuron.mode == "sum" else [run.skip, run.T]
+            parts = [torch.ops.qcfs_fast.count(t, run.steps, run.per_step, span) for t in _signs(x)]
+            found.append(parts[0] if len(parts) == 1 else parts[0] - parts[1])
+        return found
+
+    def _answer(self, counts: list[Tensor], steps: int) -> Tensor:
+        """The mean over `steps` of the last layer's currents, from counts [1 or steps, N, ...]."""
+        settled: list[Tensor] = []
+        multiples: list[int] = []
+        for c, (_, _, average_pools, vector) in zip(counts, self._plan, strict=True):
+            multiple = 1
             for spec in average_pools:
                 rows, cols = spec.windows(c.shape[2], 0), spec.windows(c.shape[3], 1)
                 common = spec.common_multiple(c.shape[2], c.shape[3])
@@ -510,17 +710,17 @@ class Readout(Layer):
                 multiple *= common
             if vector or c.dim() == 3:
                 c = c.flatten(2)[:, :, None, None]
-            counts.append(c)
+            settled.append(c)
             multiples.append(multiple)
         buffers = self._buffers
         out = torch.ops.qcfs_fast.readout(
-            counts,
+            settled,
             [buffers[name] for name in self._weight_names],
             self._geometry,
             [buffers[name] for name in self._gain_names],
             multiples,
             buffers["offset"],
-            T,
+            steps,
         )
         if self._vector:
             return out.flatten(2)

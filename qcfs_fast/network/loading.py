@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import FormatError
+from ..operators.neuron import Neuron
 from .layers import IMAGE, LAYERS, EncodingLayer, ImageInput, Layer, SpikingLayer
 from .saving import FORMAT, FORMAT_VERSION
 from .schema import is_int, require
@@ -78,6 +79,7 @@ class _Reader:
             shape is None or (isinstance(shape, list) and all(is_int(d, 1) for d in shape)), "input_shape is damaged"
         )
         require(isinstance(h["graph"], list) and isinstance(h["details"], dict), "the graph is missing")
+        neuron = self._neuron()
         layers = [self._layer(node) for node in h["graph"]]
         require(not self.tensors, f"unknown tensors {sorted(self.tensors)[:3]}")
         check_graph(layers)
@@ -85,14 +87,23 @@ class _Reader:
         require(names == set(h["details"]), "the layers' details do not match the graph")
         for name, layer in layers:
             if isinstance(layer, SpikingLayer):
-                bound = layer.overflow_free_steps()
+                bound = layer.overflow_free_steps(Neuron())
                 said = h["details"][name]["max_T"]
                 require(
                     is_int(said, 1) and said <= bound,
                     f"{name}: claims to be free of overflow up to T={said}, but its "
                     f"weights allow {bound}; the file was altered",
                 )
-        return SNN(layers, h["T"], h["weight_bits"], h["details"], shape)
+        return SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron)
+
+    def _neuron(self) -> Neuron:
+        """The mode of the neurons; a file of format 1 has plain ones."""
+        said = self.header.get("neuron", {})
+        require(isinstance(said, dict), "neuron is damaged")
+        try:
+            return Neuron(**said)
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"neuron is damaged ({error})") from error
 
     def _layer(self, node: Any) -> tuple[str, Layer]:
         name, kind, inputs, config = node["name"], node["type"], node["inputs"], node["config"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators import masks
-from .layers import EncodingLayer, Layer, SpikingLayer
+from .layers import EncodingLayer, Layer, Signed, SpikingLayer
 from .snn import SNN
 
 
@@ -19,21 +19,31 @@ def trace(snn: SNN, x: Tensor, T: int | None = None) -> OrderedDict[str, Tensor]
     Args:
         snn: a converted network.
         x: images as for ``snn(x)``.
-        T: time steps, default ``snn.T``.
+        T: time steps, default ``snn.T``, or those that x has.
 
     Returns:
         Ordered mapping from layer name (the path of its activation) to a bool tensor [T, N, C, H, W], or
-        [T, N, C] for a linear layer, in order of execution.
+        [T, N, C] for a linear layer, in order of execution. Spikes of signed neurons are int8: -1, 0 and 1. In sum
+        mode there are uint8 counts [1, N, ...], the activations of an integer ANN.
     """
     if not isinstance(snn, SNN):
         raise TypeError(f"trace: expected a converted network (SNN), got {type(snn).__name__}")
-    steps = snn.T if T is None else T
     found: OrderedDict[str, Tensor] = OrderedDict()
+    run = snn._settled_run(x, T, False, 0)
+
+    def spikes_of(value: Any) -> Tensor:
+        if run.neuron.mode == "sum":
+            return value  # type: ignore[no-any-return]
+        if isinstance(value, Signed):
+            signs = [masks.unpack(v, run.steps) for v in value]
+            return (signs[0] - signs[1]).to(torch.int8)
+        spikes = masks.unpack(value, run.steps)[: run.T]
+        return spikes.to(torch.int8 if run.neuron.mode == "signed" else torch.bool)
 
     def watch(name: str, layer: Layer, value: Any) -> None:
         if isinstance(layer, (EncodingLayer, SpikingLayer)):
-            spikes = masks.unpack(value, steps).to(torch.bool)
+            spikes = spikes_of(value)
             found[name] = spikes.permute(0, 1, 4, 2, 3) if spikes.dim() == 5 else spikes
 
-    snn.run(x, steps, False, watch)
+    snn._execute(x, run, watch)
     return found

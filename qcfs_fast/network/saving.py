@@ -18,7 +18,7 @@ from ..files import written_atomically
 from ..version import __version__
 
 FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save(path: str | PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

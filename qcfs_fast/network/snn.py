@@ -7,6 +7,7 @@ IMAGE, every other value has the name of its node.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..operators.limits import MAX_SUM
+from ..operators.limits import MAX_COUNT, MAX_SUM
+from ..operators.neuron import Neuron
 from . import anytime, saving
-from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikingLayer, Values
+from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, Run, SpikingLayer, Values
+from .stream import Stream
 
 
 class Branch(nn.Module):
@@ -27,11 +30,12 @@ class SNN(nn.Module):
     """A spiking network that runs all T time steps of a layer in one call.
 
     Made by :func:`qcfs_fast.convert` or :func:`qcfs_fast.load`; has buffers only and stays in eval mode. A call
-    never depends on the calls before it.
+    never depends on the calls before it; :meth:`stream` gives calls that do.
 
     Attributes:
         T: time steps used when a call gives none; may be set up to ``max_T``.
-        max_T: the largest T for which no 32-bit membrane can overflow, whatever the input.
+        neuron: the mode of all neurons, a :class:`qcfs_fast.Neuron`; may be set, also by the name of a mode.
+        max_T: the largest T for which no integer can overflow in this mode, whatever the input.
         weight_bits: 16 or 8.
         details: per spiking layer, what conversion settled (see :meth:`report`).
     """
@@ -43,6 +47,7 @@ class SNN(nn.Module):
         weight_bits: int,
         details: Mapping[str, Mapping[str, Any]],
         input_shape: Sequence[int] | None,
+        neuron: Neuron = Neuron(),  # noqa: B008 - it is frozen
     ) -> None:
         super().__init__()
         self.weight_bits = weight_bits
@@ -59,8 +64,7 @@ class SNN(nn.Module):
         # Values that no node after this one reads; they are let go, so memory does not grow with depth.
         last_use = {source: name for name, layer in layers for source in layer.inputs}
         self._drop = {name: [s for s, last in last_use.items() if last == name] for name, _ in layers}
-        self.max_T = min((int(d["max_T"]) for d in self.details.values()), default=MAX_SUM)
-        self.T = T
+        self._set_neuron(neuron, T)
         self.eval()
 
     @property
@@ -71,16 +75,65 @@ class SNN(nn.Module):
     def T(self, value: int) -> None:  # noqa: N802
         self._T = self._checked_steps(value)
 
+    @property
+    def neuron(self) -> Neuron:
+        return self._neuron
+
+    @neuron.setter
+    def neuron(self, value: Neuron | str) -> None:
+        self._set_neuron(value if isinstance(value, Neuron) else Neuron(value), self._T)
+
+    def _set_neuron(self, neuron: Neuron, T: int) -> None:
+        """Settle the mode with the bounds that follow from it, and T; nothing changes if they do not fit."""
+        bounds = {name: int(d["max_T"]) for name, d in self.details.items()}
+        if neuron.mode not in ("plain", "signed", "masked"):  # whose membranes do not go farther than plain ones
+            for name, layer in self._program:
+                if isinstance(layer, SpikingLayer):
+                    # A grid was chosen for a max_T; what is promised is not more than that.
+                    bounds[name] = min(bounds[name], layer.overflow_free_steps(neuron))
+        if neuron.mode == "sum":
+            bounds = {name: min(bound, MAX_COUNT) for name, bound in bounds.items()}
+        stepwise = [n for n, m in self._program if getattr(m.config, "bias_steps", None) is not None]
+        if stepwise and not neuron.causal:
+            raise ValueError(
+                f"neuron {neuron}: layer {stepwise[0]} has a bias for each step, which was found for plain neurons; "
+                "use plain or signed, or convert without step_bias"
+            )
+        worst = min(bounds, key=lambda n: bounds[n], default="")
+        if neuron.looks_ahead and bounds and bounds[worst] < neuron.window:
+            raise ValueError(
+                f"neuron {neuron}: a window of {neuron.window} steps is beyond the overflow bound of {bounds[worst]} "
+                f"steps (layer {worst}); use a smaller window, or convert with this neuron and a larger max_T"
+            )
+        names = ("_bounds", "_max_T", "_neuron")
+        before = [self.__dict__.get(name) for name in names]
+        self._bounds, self._max_T, self._neuron = bounds, bounds.get(worst, MAX_SUM), neuron
+        try:
+            self.T = T
+        except (TypeError, ValueError):
+            for name, value in zip(names, before, strict=True):
+                setattr(self, name, value)
+            raise
+
+    @property
+    def max_T(self) -> int:  # noqa: N802
+        return self._max_T
+
     def _checked_steps(self, T: int) -> int:
         if isinstance(T, bool) or not isinstance(T, int):
             raise TypeError(f"T must be an int (time steps), got {T!r}")
         if T < 1:
             raise ValueError(f"T must be at least 1 time step, got {T}")
         if self.max_T < T:
-            worst = min(self.details, key=lambda n: int(self.details[n]["max_T"]))
+            worst = min(self._bounds, key=lambda n: self._bounds[n])
+            layer = dict(self._program)[worst]
+            if getattr(layer.config, "bias_steps", None) == self._bounds[worst]:
+                raise ValueError(f"T={T}, but step_bias has biases for {self.max_T} steps; make a table for T={T}")
+            mode = "" if self._neuron.mode == "plain" else f" in {self._neuron} mode"
             raise ValueError(
-                f"T={T} is beyond this network's overflow bound of {self.max_T} steps (layer {worst}); "
+                f"T={T} is beyond this network's overflow bound of {self.max_T} steps{mode} (layer {worst}); "
                 f"convert again with max_T={T}"
+                + ("" if self._neuron.mode == "plain" else f" and neuron={self._neuron.mode!r}")
             )
         return T
 
@@ -106,20 +159,48 @@ class SNN(nn.Module):
         """Always eval mode: a converted network has nothing to train."""
         return super().train(False)
 
-    def _check_input(self, x: Any) -> None:
+    def _check_input(self, x: Any) -> bool:
+        """Raises unless x is a batch for this network; whether it has a time axis."""
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
         first = self._program[0][1]
-        channels = first.config.channels
-        shape = f"[N, {channels}]" if first.config.vector else f"[N, {channels}, H, W]"
-        if not x.is_floating_point():
-            raise TypeError(f"expected a floating-point input {shape}, got {x.dtype}; scale images to floats first")
-        if x.dim() != (2 if first.config.vector else 4) or x.shape[1] != channels:
-            raise ValueError(f"expected an input of shape {shape}, got {list(x.shape)}")
+        channels, dims = first.config.channels, 2 if first.config.vector else 4
+        shape = f"[N, {channels}]" if dims == 2 else f"[N, {channels}, H, W]"
+        varying = x.dim() == dims + 1
+        if not x.is_floating_point() and not (varying and x.dtype == torch.uint8):
+            raise TypeError(
+                f"expected a floating-point input {shape}, got {x.dtype}; scale images to floats first "
+                f"(event counts, uint8, have a time axis: [T, {shape[1:]})"
+            )
+        if x.dim() not in (dims, dims + 1) or x.shape[x.dim() - dims + 1] != channels:
+            raise ValueError(f"expected an input of shape {shape}, or [T, {shape[1:]} over time; got {list(x.shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the input requires grad, but spiking inference has no gradient; pass x.detach()")
         if x.device != first.source.device:
             raise ValueError(f"the input is on {x.device}, the network on {first.source.device}; move one with .to()")
+        return varying
+
+    def _settled_run(self, x: Any, T: int | None, per_step: bool, skip: int) -> Run:
+        """The checks of a call."""
+        varying, neuron = self._check_input(x), self._neuron
+        if varying and T is None:
+            T = int(x.shape[0])
+        steps = self._T if T is None else self._checked_steps(T)
+        if varying:
+            if neuron.mode == "sum":
+                raise ValueError("sum mode adds up all steps of one image; for images over time use another neuron")
+            if x.shape[0] != steps:
+                raise ValueError(f"the input has {x.shape[0]} steps, but T={steps}")
+            self._checked_steps(steps)
+            if neuron.steps(steps) > steps:
+                raise ValueError(f"neuron {neuron}: the input must have at least {neuron.window} steps, got {steps}")
+        if isinstance(skip, bool) or not isinstance(skip, int):
+            raise TypeError(f"skip must be an int (time steps), got {skip!r}")
+        if not 0 <= skip < steps:
+            raise ValueError(f"skip must leave at least one of T={steps} steps, got {skip}")
+        if neuron.mode == "sum" and (per_step or skip):
+            raise ValueError("sum mode is an integer ANN, which has no steps: per_step and skip need another neuron")
+        return Run(steps, neuron, per_step, skip, varying)
 
     def run(
         self,
@@ -127,14 +208,19 @@ class SNN(nn.Module):
         T: int | None = None,
         per_step: bool = False,
         watch: Callable[[str, Layer, Any], None] | None = None,
+        skip: int = 0,
     ) -> Tensor:
-        """Execute the graph; `watch` sees each node's value. Returns [1 or T, N, ...]."""
-        steps = self._T if T is None else self._checked_steps(T)
-        self._check_input(x)
+        """Execute the graph; `watch` sees each node's value. Returns [1 or T - skip, N, ...]."""
+        return self._execute(x, self._settled_run(x, T, per_step, skip), watch)
+
+    def _execute(
+        self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None = None
+    ) -> Any:
+        """Run all nodes; without x, in a run that goes on, on the image of the run before."""
         values: Values = {IMAGE: x}
         out: Any = None
         for name, layer in self._program:
-            out = layer(values, steps, per_step)
+            out = None if name == INPUT and x is None else layer(values, run)
             if watch is not None:
                 watch(name, layer, out)
             for dead in self._drop[name]:
@@ -142,24 +228,35 @@ class SNN(nn.Module):
             values[name] = out
         return out
 
-    def forward(self, x: Tensor, T: int | None = None, per_step: bool = False) -> Tensor:
+    def forward(self, x: Tensor, T: int | None = None, per_step: bool = False, skip: int = 0) -> Tensor:
         """Run the network.
 
         Args:
-            x: float image batch [N, C, H, W] (or [N, features] for a network that starts with a linear layer).
-            T: time steps, default ``self.T``.
+            x: float image batch [N, C, H, W] (or [N, features] for a network that starts with a linear layer), shown
+                at every step. With a time axis in front, [T, N, ...], one image for each step: floats, which get one
+                exponent for all steps of a sample, or uint8, such as event counts, which are exact.
+            T: time steps, default ``self.T``, or those that x has.
             per_step: also return what the network would have answered after fewer steps.
+            skip: leave the first steps out of the answer (delayed readout): the mean over steps skip .. T-1.
 
         Returns:
             float32 [N, classes], the mean over T of the last layer's output; with ``per_step`` float32
-            [T, N, classes], the running means after each step, from the same single pass.
+            [T - skip, N, classes], the running means after each step, from the same single pass.
 
         Raises:
-            ValueError: wrong shape, T out of range, NaN or infinity in x.
-            TypeError: x is not a floating-point tensor.
+            ValueError: wrong shape, T out of range, NaN or infinity in x; per_step, skip or a time axis in sum mode.
+            TypeError: x is not a floating-point tensor, nor uint8 with a time axis.
         """
-        out = self.run(x, T, per_step)
+        out = self.run(x, T, per_step, skip=skip)
         return out if per_step else out[0]
+
+    def stream(self) -> Stream:
+        """A run that goes on from call to call: :class:`qcfs_fast.Stream`.
+
+        Raises:
+            ValueError: the neurons look at later steps (offset, masked) or have no steps (sum).
+        """
+        return Stream(self)
 
     def predict(
         self,
@@ -178,8 +275,8 @@ class SNN(nn.Module):
             x: images as for ``snn(x)``.
             confidence: margin at which a sample stops, from 0 (after one step) to 1.
             T: most steps a sample may use, default ``self.T``.
-            schedule: rising step counts, the last one T, at which the samples not done yet are run again; default
-                1, 2, 4, ..., T. It changes the time taken, never the result (anytime.py says how).
+            schedule: rising step counts, the last one T, at which answers are looked at; default 1, 2, 4, ..., T. It
+                changes the time taken, never the result (anytime.py says how).
             batch_size: most samples to run at once; default all.
 
         Returns:
@@ -191,8 +288,11 @@ class SNN(nn.Module):
         """
         steps = self._checked_steps(self.T if T is None else T)
         level, lengths = anytime.checked_confidence(confidence), anytime.checked_schedule(schedule, steps)
-        self._check_input(x)
-        return anytime.predict(self.run, x, level, lengths, batch_size)
+        if self._check_input(x):
+            raise ValueError("predict: one image for all steps of a sample is expected; use snn(x, per_step=True)")
+        if self._neuron.mode == "sum":
+            raise ValueError("predict: sum mode is an integer ANN, which has no steps to stop at; use snn(x)")
+        return anytime.predict(self, x, level, lengths, batch_size)
 
     def report(self) -> str:
         """What conversion settled, one line per spiking layer, and the overflow bound of the whole network."""
@@ -200,15 +300,16 @@ class SNN(nn.Module):
         for name, d in self.details.items():
             bits = f"{d['weight_bits_used']:.1f}"
             exact = "all" if d["lossless"] == d["channels"] else f"{d['lossless']}/{d['channels']}"
-            rows.append((name, f"theta/{d['threshold_min']}..{d['threshold_max']}", bits, exact, f"<= {d['max_T']}"))
+            rows.append((name, f"theta/{d['threshold_min']}..{d['threshold_max']}", bits, exact, f"<= {self._bounds[name]}"))
         widths = [max(len(r[i]) for r in rows) for i in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        bound = f"No 32-bit sum can overflow for T <= {self.max_T}, whatever the input."
+        mode = "" if self._neuron.mode == "plain" else f" in {self._neuron} mode"
+        bound = f"No integer can overflow for T <= {self.max_T}{mode}, whatever the input."
         shape = "" if self.input_shape is None else f" Settled for images of shape {list(self.input_shape)}."
         return "\n".join([*lines, bound + shape])
 
     def extra_repr(self) -> str:
-        return f"T={self.T}, max_T={self.max_T}, weight_bits={self.weight_bits}"
+        return f"T={self.T}, max_T={self.max_T}, weight_bits={self.weight_bits}, neuron={self._neuron}"
 
     def save(self, path: Any) -> None:
         """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`."""
@@ -225,6 +326,7 @@ class SNN(nn.Module):
         header = {
             "T": self.T,
             "weight_bits": self.weight_bits,
+            "neuron": dataclasses.asdict(self._neuron),
             "input_shape": self.input_shape,
             "details": self.details,
             "graph": graph,

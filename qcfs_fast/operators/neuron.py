@@ -20,12 +20,69 @@ then window and iterations (offset, masked), or the number of levels (sum), or z
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .limits import MAX_COUNT, MAX_ITERATIONS, MAX_WINDOW
 from .masks import planes
 
 MODES = ("plain", "offset", "masked", "signed", "sum")
 PLAIN = (0, 0, 0)
+LOOKS_AHEAD = ("offset", "masked")
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """The neuron that all layers of a network have.
+
+    Args:
+        mode: one of MODES.
+        window: steps that offset and masked look ahead, 1 to 8. Other modes do not use it.
+        iterations: first runs of offset, each from the initial potential that the one before it found.
+    """
+
+    mode: str = "plain"
+    window: int = 4
+    iterations: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"neuron must be one of {', '.join(MODES)}; got {self.mode!r}")
+        for name, value, most in (("window", self.window, MAX_WINDOW), ("iterations", self.iterations, MAX_ITERATIONS)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"neuron: {name} must be an int, got {value!r}")
+            if not 1 <= value <= most:
+                raise ValueError(f"neuron: {name} must be from 1 to {most}, got {value}")
+        if self.iterations != 1 and self.mode != "offset":
+            raise ValueError(f"neuron: only offset mode takes several iterations, not {self.mode}")
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.mode in LOOKS_AHEAD
+
+    @property
+    def causal(self) -> bool:
+        """Whether a step depends on no later one: such a neuron has a state, from which a call can go on."""
+        return self.mode in ("plain", "signed")
+
+    @property
+    def shift(self) -> tuple[int, int]:
+        """Window and iterations of the first runs that shift the initial potential, for the overflow bound."""
+        return (self.window, self.iterations) if self.mode == "offset" else (0, 0)
+
+    def steps(self, T: int) -> int:
+        """Steps that layers compute for an answer after T: a whole window, or one pass of totals."""
+        if self.mode == "sum":
+            return 1
+        return max(T, self.window) if self.looks_ahead else T
+
+    def operand(self, T: int) -> list[int]:
+        """This neuron as an operand of conv2d_if."""
+        more = (self.window, self.iterations) if self.looks_ahead else (T, 0) if self.mode == "sum" else (0, 0)
+        return [MODES.index(self.mode), *more]
+
+    def __str__(self) -> str:
+        text = f"{self.mode} (window {self.window}" + (f", {self.iterations} iterations" if self.iterations > 1 else "")
+        return text + ")" if self.looks_ahead else self.mode
 
 
 def state_rows(mode: str) -> int:

@@ -41,7 +41,7 @@ from .checks import (
 from .geometry import POINTWISE
 from .limits import IMAGE_BITS, MAX_SOURCES, SCALES
 from .masks import planes
-from .neuron import PLAIN, checked_neuron, mask_planes, state_rows
+from .neuron import MODES, PLAIN, checked_neuron, mask_planes, state_rows
 
 # torch's schema language
 _WORDS = {
@@ -370,8 +370,6 @@ class Conv2dIf(Operator):
             agree("current", tuple(self.current.shape[-4:]))
         assert shape is not None
         if self.state is not None:
-            if not state_rows(mode):
-                fail(op, f"a neuron in {mode} mode has no state that a later call could go on from")
             check_tensor(op, "state", self.state, torch.int32, [state_rows(mode), *shape])
         check_devices(op, threshold, self.bias, self.current, self.state, *x, *weight, *residual, *amplitude)
         return (mask_planes(mode, T), *shape)
@@ -434,7 +432,7 @@ class LinearIf(Operator):
 
     def as_maps(self) -> Conv2dIf:
         """The same layer as 1x1 convolutions of 1x1 maps, on views of the operands."""
-        maps = (Conv2dIf if self.state is None else Conv2dIfFrom)(
+        maps = (Conv2dIfFrom if isinstance(self, LinearIfFrom) else Conv2dIf)(
             x=[_as_map(t) for t in self.x],
             weight=[w[None, None] for w in self.weight],
             geometry=list(POINTWISE) * len(self.x),
@@ -463,7 +461,7 @@ class Conv2dIfFrom(Conv2dIf):
     """conv2d_if that goes on from a state: -> (spikes, state after the last step).
 
     A state is int32 [rows, N, OH, OW, O]: the membrane potentials and, of signed neurons, the sum of the spikes that
-    each has sent. A first state is half the threshold (and zero).
+    each has sent. Without one a run begins: half the threshold, and zero.
     """
 
     name = "conv2d_if_from"
@@ -471,7 +469,7 @@ class Conv2dIfFrom(Conv2dIf):
     without = ()
 
     def settle(self) -> tuple[int, ...]:
-        _require_state(self)
+        _check_stateful(self)
         return Conv2dIf.settle(self)
 
     def empty(self) -> Any:
@@ -487,21 +485,21 @@ class LinearIfFrom(LinearIf):
     without = ()
 
     def settle(self) -> tuple[int, ...]:
-        _require_state(self)
+        _check_stateful(self)
         return LinearIf.settle(self)
 
     def empty(self) -> Any:
         return LinearIf.empty(self), _state_of(self)
 
 
-def _require_state(a: Conv2dIf | LinearIf) -> None:
-    if a.state is None:
-        fail(a.name, "state is missing; without one use the operator of the same name without _from")
+def _check_stateful(a: Conv2dIf | LinearIf) -> None:
+    mode = checked_neuron(a.name, a.neuron, a.T)
+    if not state_rows(mode):
+        fail(a.name, f"a neuron in {mode} mode has no state that a later call could go on from")
 
 
 def _state_of(a: Conv2dIf | LinearIf) -> Tensor:
-    assert a.state is not None
-    return torch.empty_like(a.state, memory_format=torch.contiguous_format)
+    return a.threshold.new_empty((state_rows(MODES[a.neuron[0]]), *a.shape[1:]))
 
 
 # ---------------------------------------------------------------------------------- pooling and counting

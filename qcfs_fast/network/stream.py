@@ -1,0 +1,123 @@
+"""Stream: a run of a network that goes on from call to call.
+
+A neuron that looks at no later step keeps all it knows of the past in its membrane potential (a signed one also in what
+it has sent). A stream holds these states between calls, and the spikes counted so far for the readout, so that k steps
+and then k more are 2k steps, to the bit:
+
+    stream = snn.stream()
+    stream(x, steps=2)       the answer after two steps
+    stream(steps=2)          after four, on the same image, whose current is not computed again
+    stream(y, steps=4)       after eight, the last four on another image
+    stream.reset()           the next call starts anew
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .layers import Layer, Run
+
+if TYPE_CHECKING:
+    from .snn import SNN
+
+State = dict[Layer, dict[str, Tensor]]
+
+
+class Stream:
+    """A run of a network that goes on from call to call, made by :meth:`SNN.stream`.
+
+    All samples of a batch are at the same step. A call that raises leaves the stream as it was. States lie on the
+    network's device; moving the network, or changing its neuron, ends a stream.
+
+    Attributes:
+        steps: the steps computed since the start or the last reset.
+    """
+
+    def __init__(self, snn: SNN) -> None:
+        if not snn.neuron.causal:
+            raise ValueError(
+                f"stream: neurons in {snn.neuron} mode have no state to go on from; set snn.neuron to plain or signed"
+            )
+        self._snn = snn
+        self._neuron = snn.neuron
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all: the next call is the first, for a batch of any size."""
+        self.steps = 0
+        self._state: State = {}
+        self._shape: tuple[int, ...] | None = None  # of the images, [N, ...]
+        self._image_shown = False
+
+    def __call__(self, x: Tensor | None = None, steps: int | None = None, per_step: bool = False) -> Tensor:
+        """Run further steps.
+
+        Args:
+            x: images [N, ...], shown at each of these steps, or [steps, N, ...], one for each; see ``snn(x)``. None:
+                the images of the last call, which must have had no time axis.
+            steps: how many; default 1, or those that x has.
+            per_step: return the answer after each of these steps.
+
+        Returns:
+            float32 [N, classes], the mean over all steps since the start of the last layer's output; with ``per_step``
+            [steps, N, classes].
+
+        Raises:
+            ValueError: more steps in all than ``snn.max_T``, another batch than before, or as ``snn(x)``.
+        """
+        if self._snn.neuron != self._neuron:
+            raise ValueError(f"stream: it began with {self._neuron} neurons, the network now has {self._snn.neuron}")
+        varying = x is not None and self._snn._check_input(x)
+        if x is None and not self._image_shown:
+            raise ValueError("stream: which images? Pass x; the call before had none that stay the same")
+        if varying and steps is None:
+            assert x is not None
+            steps = int(x.shape[0])
+        steps = 1 if steps is None else steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"stream: steps must be a positive int, got {steps!r}")
+        if x is not None:
+            if varying and x.shape[0] != steps:
+                raise ValueError(f"stream: the input has {x.shape[0]} steps, but steps={steps}")
+            shape = tuple(x.shape[1:] if varying else x.shape)
+            if self._shape not in (None, shape):
+                raise ValueError(f"stream: it runs on images {list(self._shape or ())}, got {list(shape)}; call reset")
+            self._shape = shape
+        total = self.steps + steps
+        if total > self._snn.max_T:
+            raise ValueError(
+                f"stream: step {total} is beyond this network's bound of {self._snn.max_T} steps; call reset, or "
+                f"convert with a larger max_T"
+            )
+        # Copies, so that a call that raises changes nothing. With other images their currents go.
+        state = {layer: dict(held) for layer, held in self._state.items()}
+        for held in state.values() if x is not None else ():
+            held.pop("current", None)
+        run = Run(steps, self._neuron, per_step, varying=varying, state=state, before=self.steps)
+        out: Tensor = self._snn._execute(x, run)
+        self._state, self.steps, self._image_shown = state, total, not varying
+        return out if per_step else out[0]
+
+    def keep(self, index: Tensor) -> None:
+        """Go on with some samples of the batch: bool [N], or int64 positions."""
+        if self._shape is None:
+            raise ValueError("stream: there is no batch yet")
+        if index.dtype == torch.bool:
+            if index.shape != self._shape[:1]:
+                raise ValueError(f"stream: keep takes a bool for each of {self._shape[0]} samples")
+            index = index.nonzero().flatten()
+        if index.dim() != 1 or index.dtype != torch.int64:
+            raise TypeError(f"stream: keep takes bool [N] or int64 positions, got {index.dtype} {list(index.shape)}")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self._shape[0]:
+            raise IndexError(f"stream: keep takes positions below {self._shape[0]}")
+
+        def kept(name: str, t: Tensor) -> Any:
+            return t.index_select(0 if name == "current" else 1, index)
+
+        self._state = {
+            layer: {name: kept(name, t) for name, t in held.items()} for layer, held in self._state.items()
+        }
+        self._shape = (index.numel(), *self._shape[1:])
