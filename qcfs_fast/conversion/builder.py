@@ -114,7 +114,7 @@ def convert(
         raise ConversionError("the model has no QCFS activation; call qcfs_fast.prepare(model) first")
     if step_bias is not None:
         limit = _add_step_bias(lowered, step_bias, settled, T, max_T)
-    return _Builder(lowered, weight_bits, limit, settled).build(T, shape)
+    return _Builder(lowered, weight_bits, T, limit, settled).build(shape)
 
 
 def _add_step_bias(
@@ -172,16 +172,18 @@ def _geometry(product: Product) -> Geometry:
 class _Builder:
     """Makes the nodes of a lowered network in order. `made` are pools and concatenations by what they compute."""
 
-    def __init__(self, lowered: Lowered, weight_bits: int, max_T: int, neuron: Neuron) -> None:
+    def __init__(self, lowered: Lowered, weight_bits: int, T: int, max_T: int, neuron: Neuron) -> None:
         self.lowered = lowered
         self.weight_bits = weight_bits
+        self.T = T
         self.max_T = max_T
         self.neuron = neuron
+        self.totals = T if neuron.mode == "sum" else 1  # spikes of a neuron that one count can hold
         self.layers: list[tuple[str, Layer]] = []
         self.made: dict[Any, str] = {}
         self.details: dict[str, dict[str, Any]] = {}
 
-    def build(self, T: int, shape: tuple[int, ...] | None) -> SNN:
+    def build(self, shape: tuple[int, ...] | None) -> SNN:
         """The network: the image, then a node per activation (pools and concatenations before it), then the readout."""
         image = self.lowered.image
         self._add(
@@ -210,7 +212,7 @@ class _Builder:
                 self._spiking(node, analog[0] if analog else None)
         self._readout()
         check_graph(self.layers)
-        return SNN(self.layers, T, self.weight_bits, self.details, shape, self.neuron)
+        return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron)
 
     def _image_bits(self) -> int:
         """Bits of a pixel: IMAGE_BITS, or as many as leave the largest sum of the image's layers exact in double."""
@@ -243,11 +245,14 @@ class _Builder:
                 found.append((self._pool(inner, last), peak))
                 continue
             try:
-                sections = last.sections(MAX_COUNT // peak)
+                sections = last.sections(MAX_COUNT // (peak * self.totals))
             except ValueError:
                 raise ConversionError(
                     f"pooling of {part.node}: windows of different sizes need a common multiple of {last.multiple}, "
-                    "and count planes hold at most 255. Remedy: use images whose feature maps the pool divides evenly"
+                    f"and count planes hold at most {MAX_COUNT // self.totals}"
+                    + (f" at T={self.totals} in sum mode" if self.totals > 1 else "")
+                    + ". Remedy: use images whose feature maps the pool divides evenly"
+                    + (", or a smaller T" if self.totals > 1 else "")
                 ) from None
             found += [(self._pool(inner, s), s.largest_value() * peak) for s in sections]
         return found

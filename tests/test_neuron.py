@@ -1,0 +1,180 @@
+"""Modes of the neuron in whole networks: what they win back, the integer ANN, bounds and refusals."""
+
+import networks
+import pytest
+import torch
+from networks import converted
+
+import qcfs_fast
+from qcfs_fast.operators.neuron import MODES
+
+KINDS = [networks.Small, networks.Branches, networks.Image, networks.Perceptron, networks.Pools]
+
+
+def in_mode(kind, mode, T):
+    """A network converted for a mode, and images."""
+    shape = networks.SHAPES[kind]
+    model = qcfs_fast.prepare(networks.randomize(kind()), levels=4)
+    x = torch.randn(16, *shape, generator=torch.Generator().manual_seed(0))
+    qcfs_fast.calibrate(model, [x], progress=False)
+    return qcfs_fast.convert(model, T=T, neuron=mode, input_shape=shape), x
+
+
+def test_a_neuron_says_what_is_wrong():
+    for wrong, match in (
+        ({"mode": "fast"}, "plain, offset, masked, signed, sum"),
+        ({"mode": "offset", "window": 0}, "window must be from 1 to 8"),
+        ({"mode": "offset", "window": 9}, "window must be from 1 to 8"),
+        ({"mode": "offset", "iterations": 0}, "iterations must be from 1 to 8"),
+        ({"mode": "plain", "iterations": 2}, "only offset mode"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            qcfs_fast.Neuron(**wrong)
+    with pytest.raises(TypeError, match="window must be an int"):
+        qcfs_fast.Neuron("offset", window=2.0)
+    snn, _ = converted(networks.Small)
+    with pytest.raises(ValueError, match="neuron must be one of"):
+        snn.neuron = "fast"
+    assert snn.neuron == qcfs_fast.Neuron("plain")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_on_an_image_alone_the_first_layer_is_plain(kind):
+    """Its current does not change, so there is nothing to mend: the fused operator serves all modes but masked."""
+    snn, x = converted(kind)
+    first = next(iter(snn.spiking_layers))
+    for mode in ("offset", "signed"):
+        traces = {}
+        for m in ("plain", mode):
+            snn.neuron = m
+            traces[m] = qcfs_fast.trace(snn, x, 9)[first]
+            traces[m, "over time"] = qcfs_fast.trace(snn, x.expand(9, *x.shape))[first]
+        assert torch.equal(traces["plain"], traces[mode].bool())
+        assert torch.equal(traces["plain"], traces[mode, "over time"].bool())
+        assert int(traces[mode].min()) >= 0
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k is not networks.Image], ids=lambda k: k.__name__)
+@pytest.mark.parametrize("L", [4, 8])
+def test_sum_is_the_ann_as_an_integer_network(kind, L):
+    """At T = L the counts are the levels of the trained ANN, up to what rounding to 16 bits explains."""
+    shape = networks.SHAPES[kind]
+    model = qcfs_fast.prepare(networks.randomize(kind()), levels=L)
+    x = torch.randn(64, *shape, generator=torch.Generator().manual_seed(0))
+    qcfs_fast.calibrate(model, [x], progress=False)
+    snn = qcfs_fast.convert(model, T=L, neuron="sum", input_shape=shape)
+    counts = qcfs_fast.trace(snn, x)
+    levels = {}
+    sites = {n: m for n, m in model.named_modules() if isinstance(m, qcfs_fast.QCFS)}
+    hooks = [
+        m.register_forward_hook(lambda m, _, y, n=n: levels.setdefault(n, []).append(y.detach() / m.thresh * L))
+        for n, m in sites.items()
+    ]
+    with torch.no_grad():
+        answer = model.eval().double()(x.double())
+    for hook in hooks:
+        hook.remove()
+    different = neurons = 0
+    for name, found in counts.items():
+        site = name if name in levels else name.rsplit(".", 1)[0]
+        want = levels[site].pop(0)
+        different += int((found[0].reshape(want.shape) != want.round()).sum())
+        neurons += want.numel()
+        assert 0.05 < float(want.mean()) / L < 0.95
+    assert different / neurons < 2e-3
+    assert float((snn(x).argmax(1) == answer.argmax(1)).double().mean()) > 0.96
+
+
+def test_offset_wins_back_what_plain_loses():
+    """Counts of each layer, given the layers before it, against the levels of the ANN at T = L = 4."""
+    model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
+    x = torch.randn(64, *networks.SHAPES[networks.Small], generator=torch.Generator().manual_seed(0))
+    qcfs_fast.calibrate(model, [x], progress=False)
+    snn = qcfs_fast.convert(model, T=4)
+    wrong = {}
+    snn.neuron = "sum"
+    want = qcfs_fast.trace(snn, x)
+    for mode in ("plain", "offset", "masked", "signed"):
+        snn.neuron = mode
+        found = qcfs_fast.trace(snn, x)
+        last = list(found)[-1]
+        wrong[mode] = float((found[last].sum(0) != want[last][0]).double().mean())
+    assert wrong["plain"] > 0.05, "nothing to win back: the test is void"
+    assert wrong["offset"] < 0.25 * wrong["plain"]
+    assert wrong["signed"] < wrong["plain"]
+    assert wrong["masked"] < wrong["plain"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_answers_do_not_depend_on_batches_threads_or_T(mode):
+    snn, x = in_mode(networks.Branches, mode, 8)
+    whole = snn(x, 8)
+    assert torch.equal(torch.cat([snn(part, 8) for part in x.split(1)]), whole)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(snn(x, 8), whole)
+    finally:
+        torch.set_num_threads(threads)
+    if mode != "sum":
+        by_step = snn(x, 8, per_step=True)
+        assert all(torch.equal(snn(x, t), by_step[t - 1]) for t in (1, 2, 4, 8))
+
+
+def test_bounds_speak_for_the_mode():
+    model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
+    x = torch.randn(8, *networks.SHAPES[networks.Small], generator=torch.Generator().manual_seed(0))
+    qcfs_fast.calibrate(model, [x], progress=False)
+    snn = qcfs_fast.convert(model, T=4, max_T=8)
+    plain = snn.max_T
+    snn.neuron = "offset"
+    assert 4 <= snn.max_T <= plain - 4
+    assert f"T <= {snn.max_T} in offset (window 4) mode" in snn.report()
+    with pytest.raises(ValueError, match=r"overflow bound of .* in offset .* mode .*neuron='offset'"):
+        snn(x, snn.max_T + 1)
+    snn.neuron = "plain"
+    assert snn.max_T == plain
+    snn.T = plain
+    with pytest.raises(ValueError, match="overflow bound"):  # T does not fit, and nothing has changed
+        snn.neuron = "offset"
+    assert (snn.neuron.mode, snn.T, snn.max_T) == ("plain", plain, plain)
+    wide = qcfs_fast.convert(model, T=4, max_T=8, neuron="offset")
+    assert wide.max_T >= 8
+    short = qcfs_fast.convert(model, T=1, max_T=2)
+    if short.max_T < 8:
+        with pytest.raises(ValueError, match="a window of 8 steps is beyond"):
+            short.neuron = qcfs_fast.Neuron("offset", window=8)
+
+
+def test_counts_of_sum_mode_fit_a_byte():
+    snn, x = converted(networks.Pools)
+    plain = snn.max_T
+    snn.neuron = "sum"
+    assert snn.max_T < min(plain, 256)
+    with pytest.raises(ValueError, match="in sum mode"):
+        snn(x, snn.max_T + 1)
+
+
+def test_sum_mode_has_no_steps():
+    snn, x = converted(networks.Small)
+    snn.neuron = "sum"
+    for call in (lambda: snn(x, per_step=True), lambda: snn(x, skip=1), lambda: snn.predict(x)):
+        with pytest.raises(ValueError, match="integer ANN"):
+            call()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_and_exported(mode):
+    torch._dynamo.reset()
+    snn, x = in_mode(networks.Branches, mode, 4)
+    want = snn(x, 4)
+    assert torch.equal(torch.compile(snn, fullgraph=True, backend="aot_eager")(x, T=4), want)
+    snn.T = 4
+    assert torch.equal(torch.export.export(snn, (x,)).module()(x), want)
+
+
+@pytest.mark.parametrize("skip", [-1, 4, 9])
+def test_skip_leaves_a_step(skip):
+    snn, x = converted(networks.Small)
+    with pytest.raises(ValueError, match="skip must leave at least one of T=4 steps"):
+        snn(x, 4, skip=skip)
