@@ -26,6 +26,7 @@ from qcfs_fast.backend.triton import launch as tb
 from qcfs_fast.backend.triton import tiles as triton_tiles
 from qcfs_fast.operators import masks, reference
 from qcfs_fast.operators.geometry import POINTWISE
+from qcfs_fast.operators.neuron import MODES
 from qcfs_fast.operators.windows import PoolSpec
 
 pytestmark = pytest.mark.triton
@@ -111,6 +112,32 @@ def test_odd_sizes(size, launched):
         check("conv2d_if", evidence, 2000 + size, 3, channels=other, outputs=size, plain=True)
     evidence.check(ties=False)
     assert {"spiking_dot", "spiking_direct"} <= set(launched)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode(mode, launched):
+    """Scales, 24-bit weights, biases and currents by step, states; and layers of the image alone."""
+    evidence = Evidence()
+    for seed in range(12):
+        case = random_case(seed, **{**SMALL, "max_channels": 17}, modes=(mode,))
+        results = same("conv2d_if" + "_from" * (case.state is not None), *case.operands)
+        spikes, *state = results if isinstance(results, tuple) else (results,)
+        assert np.array_equal(spikes.numpy(), case.want.masks), f"seed {seed}"
+        assert not state or np.array_equal(state[0].numpy(), case.want.state), f"seed {seed}"
+        evidence.add(case.want)
+    evidence.check()
+    assert {"neurons", "spiking_direct", "spiking_dot"} <= set(launched)
+    if mode == "sum":
+        return
+    rng = np.random.default_rng(8)
+    n = np.array([2, 1000, 2**25 - 2], dtype=np.int32)
+    for T in (1, 5, 20):
+        current = (rng.choice([-31, -1, 0, 1, 2, 31], (T, 2, 3)) * (n.astype(np.int64) // 2) * 2 // 2).astype(np.int32)
+        neuron = [MODES.index(mode), min(T, 4), 1] if mode in ("offset", "masked") else [MODES.index(mode), 0, 0]
+        threshold = tensor(n)
+        same("linear_if", [], [], [], [], tensor(current), threshold * 0, threshold, T, [], neuron)
+        if mode in ("plain", "signed"):
+            same("linear_if_from", [], [], [], [], tensor(current), threshold * 0, threshold, T, [], neuron)
 
 
 def test_many_sources(launched):
@@ -213,7 +240,7 @@ def test_any_strides():
         got = same("conv2d_if", *operands, None if current is None else spread(current), spread(bias), spread(n), T)
         assert torch.equal(got, same("conv2d_if", x, w, g, r, a, current, bias, n, T))
         for name, *rest in (
-            ("count", T, True), ("pool", [0, 2, 1], [0, 2, 1], 0, T), ("max_pool", [0, 2, 1], [0, 2, 1]),
+            ("count", T, True), ("count", T, True, [1, 3]), ("pool", [0, 2, 1], [0, 2, 1], 0, T), ("max_pool", [0, 2, 1], [0, 2, 1]),
         ):  # fmt: skip
             same(name, spread(x[0]), *rest)
 
@@ -227,7 +254,7 @@ def test_empty_batch():
     counts = same("count", x, 4, True)
     gain = torch.ones(5, dtype=torch.float64)
     same("readout", [counts], [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [gain], [1], gain, 4)
-    same("encode", torch.zeros((0, 5), dtype=torch.int32), n, 4)
+    same("linear_if", [], [], [], [], torch.zeros((0, 5), dtype=torch.int32), n, n, 4)
     same("quantize_input", torch.zeros(0, 3, 4, 4), torch.arange(3), torch.ones(3), torch.zeros(3))
 
 
@@ -247,7 +274,8 @@ def test_first_layer(launched):
         T, groups, N = int(rng.integers(1, 21)), int(rng.choice((1, 1, 2, 3))), int(rng.integers(1, 3))
         C, O = groups * int(rng.integers(1, 5)), groups * int(rng.integers(1, 12))
         g = [*random_geometry(rng, groups)[:6], 1, 1, groups]
-        x = tensor(rng.integers(-32767, 32768, (N, 5, 6, C), dtype=np.int16))
+        limit = 2 ** int(rng.choice([7, 15, 23])) - 1
+        x = tensor(rng.integers(-limit, limit + 1, (N, 5, 6, C), dtype=np.int32))
         e = tensor(rng.integers(-21, 4, N, dtype=np.int32))
         w = tensor(random_weights(rng, (g[0], g[1], C // groups, O), 16, seed % 2 == 0))
         acc = reference.convolve(x, w, g) * torch.exp2(e.double())[:, None, None, None]
@@ -257,15 +285,15 @@ def test_first_layer(launched):
         args = (x, e, w, g, gain, tensor(rng.standard_normal(O) * 100), low, n)
         current = same("conv2d_current", *args)
         same("conv2d_encode", *args, n, T)
-        same("encode", current, n, T)
+        same("conv2d_if", [], [], [], [], [], current, torch.zeros_like(n), n, T)
         steps = np.broadcast_to(current.numpy().astype(np.int64), (T, *current.shape))
         evidence.add(oracle.integrate_and_fire(steps, n.numpy()))
     evidence.check(ties=False)
-    assert set(launched) == {"analog", "encode"}
+    assert set(launched) == {"analog", "neurons"}
 
 
 def test_first_layer_rounds_halves_to_even():
-    x = torch.arange(-32, 32, dtype=torch.int16).reshape(1, 8, 8, 1)
+    x = torch.arange(-32, 32, dtype=torch.int32).reshape(1, 8, 8, 1)
     limits = torch.tensor([-(2**31) + 1], dtype=torch.int32), torch.tensor([2**31 - 1], dtype=torch.int32)
     for exponent, gain, offset in ((-1, 1.0, 0.0), (0, 0.5, 1e9), (7, 2.0**-8, -(2.0**30)), (-300, 2.0**299, 0.0)):
         e = torch.tensor([exponent], dtype=torch.int32)
@@ -280,7 +308,8 @@ def test_constant_current_gives_qcfs_counts():
     n = 720720  # divisible by every T tried, so that z*T/n + 1/2 hits integers exactly
     for T in (1, 2, 7, 8, 9, 16, 20):
         z = torch.cat([torch.arange(-n // 2, 2 * n, 9973), torch.arange(-1, 2 * T + 2) * n // (2 * T)]).to(torch.int32)
-        masks = same("encode", z.reshape(-1, 1), torch.tensor([n], dtype=torch.int32), T)
+        threshold = torch.tensor([n], dtype=torch.int32)
+        masks = same("linear_if", [], [], [], [], z.reshape(-1, 1), threshold * 0, threshold, T)
         counts = same("count", masks, T, False).flatten().to(torch.int64)
         want = torch.div(2 * z.to(torch.int64) * T + n, 2 * n, rounding_mode="floor").clamp(0, T)
         assert torch.equal(counts, want)
@@ -295,7 +324,7 @@ def test_quantize_input(launched):
         x = tensor((rng.standard_normal((N, C, H, W)) * scales).astype(np.float32))
         source = tensor(rng.integers(0, C, C + 1))
         scale, shift = tensor(rng.standard_normal((2, C + 1)).astype(np.float32))
-        same("quantize_input", x, source, scale, shift)
+        same("quantize_input", x, source, scale, shift, int(rng.choice([2, 8, 16, 24])))
         same("quantize_input", x.contiguous(memory_format=torch.channels_last), source, scale, shift * 0)
     one = torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.zeros(1)
     # In float32 the second is a tie, which goes to 0.

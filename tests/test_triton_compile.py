@@ -35,7 +35,7 @@ MATRIX = {
 }
 SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}  # bytes a block may have, on the smallest of these devices
 KERNELS = {
-    "spiking_direct", "analog", "readout", "pool", "max_pool", "pool_counts", "count", "encode", "largest_input",
+    "spiking_direct", "analog", "readout", "pool", "max_pool", "pool_counts", "count", "neurons", "largest_input",
     "quantize",
 }  # fmt: skip
 # Everywhere the matrix kernel for each T and one of every other kernel. Where thorough: all kernels for each T, all

@@ -104,11 +104,17 @@ def other_operators(thorough):
         pixels = batch, size, size
         for groups in {1, O}:
             vectors = [empty(torch.float64, O), empty(torch.float64, O), words(O), words(O)]
-            image, exponent = empty(torch.int16, *pixels, C), words(batch)
+            image, exponent = words(*pixels, C), words(batch)
             analog = image, exponent, empty(torch.int16, 1, 1, C // groups, O), (*POINTWISE, groups), *vectors
             call("conv2d_current", *analog)
             call("conv2d_encode", *analog, words(O), 4)
-        call("encode", words(*pixels, C), words(C), 4)
+        current = words(*pixels, C)
+        for neuron in ([0, 0, 0], [1, 4, 1], [2, 4, 1], [3, 0, 0]):
+            for T in (4, 9):
+                call("conv2d_if", [], [], [], [], [], current, words(C), words(C), T, [], neuron)
+        call("conv2d_if", [], [], [], [], [], words(9, *pixels, C), words(9, C), words(C), 9)
+        totals = empty(torch.uint8, 1, *pixels, C)
+        call("conv2d_if", [], [], [], [totals], [words(C)], None, words(C), words(C), 1, [], [4, 8, 0])
         windows = [0, 1, 1] * size
         for T, planes in ((4, 1), (4, 4)):
             maps = empty(torch.uint8, planes, *pixels, C)
@@ -116,6 +122,7 @@ def other_operators(thorough):
             call("count", maps, T, False)
             call("count", maps, T, True)
         call("max_pool", maps, windows, windows)
+        call("max_pool", maps, windows, windows, True)
         counts = words(1, *pixels, C)
         call("pool_counts", counts, windows, windows, 0)
         for terms in (1, 2):

@@ -6,18 +6,21 @@
 
 One spiking layer, per output neuron (row m = pixel of the batch, channel o), for t = 0 .. T-1, in int32:
 
-    I[t] = scale * sum over products, taps, inputs k of  w[k, o] * x[k, t]
+    I[t] = sum over products of scale * sum over taps, inputs k of  w[k, o] * x[k, t]
            + sum over residuals of  amplitude[o] * x[t]  + current + bias[o]
     v[-1] = n[o] / 2      v = v + I[t]      s[t] = v >= n[o]      v = v - n[o] * s[t]
 
-with scale 1 for int16 weights and 256 for int8 weights. Layouts (C order):
+Plain neurons fire in the kernel that has the sums. All other modes of the neuron (csrc/core/contract.h), biases and
+currents by step and layers of the image alone take one more kernel, `neurons`, which reads the sums from memory.
+Layouts (C order):
 
     spikes x      uint8  masks [ceil(T/8), N, H, W, C], bit t%8 of plane t//8 is the spike at step t,
                          or counts [T, N, H, W, C], one byte 0..255 a step
     weights       int8   [digit, KH, KW, O, KP]: base-256 digits (high, low) of an int16 weight or the int8 weight
                          itself; KP is C/groups padded with zeros to 16, K innermost as the matrix units want it
     residuals     uint8  [planes, M, O], amplitude int32 [O];   current int32 [M, O]
-    membrane      int32  [M, O], only where more than 8 steps follow each other
+    membrane      int32  [rows, M, O], where steps come before or after the 8 of a launch; a second row holds what a
+                         signed neuron has sent, or whether a masked one is silent
     partial sums  int32  [steps, M, O], only where a layer has more sources than one launch takes
     output        uint8  masks [ceil(T/8), M, O]
 
@@ -226,6 +229,7 @@ def spiking_dot(
     M, OH, OW, O, group_outputs, plane,
     PRODUCTS: tl.constexpr,     # 1 or 2
     DIGITS: tl.constexpr,       # 2: int16 weights, 1: int8 weights
+    SCALE: tl.constexpr,        # of both products
     HORNER: tl.constexpr,       # both digits in one set of accumulators
     COUNT0: tl.constexpr, COUNT1: tl.constexpr,    # coding of each input
     STEPS: tl.constexpr,        # steps of this launch, 1 to 8
@@ -275,11 +279,10 @@ def spiking_dot(
         back += tl.load(sums0 + o, mask=o_ok, other=0)
     if PRODUCTS > 1 and COUNT1:
         back += tl.load(sums1 + o, mask=o_ok, other=0)
-    scale: tl.constexpr = 8 if DIGITS == 1 else 0
     back = back[None, :]
     sums = ()
     for t in tl.static_range(STEPS):
-        sums = sums + ((acc[t] + high[t] + back) << scale,)
+        sums = sums + ((acc[t] + high[t] + back) * SCALE,)
     _epilogue(
         sums, tile_m, rows, o, row_ok, o_ok, O, plane,
         r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
@@ -297,7 +300,7 @@ def spiking_direct(
     r0, amplitude0, r1, amplitude1, current, bias, threshold, v_in, v_out, partial_in, partial_out, out,
     M, OH, OW, O, group_outputs, plane,
     PRODUCTS: tl.constexpr,     # 0 or 1
-    SCALE: tl.constexpr,        # 1: int16 weights, 256: int8 weights
+    SCALE: tl.constexpr,        # of the product
     GROUPED: tl.constexpr,      # whether outputs differ in the inputs they read
     COUNT: tl.constexpr, STEPS: tl.constexpr,
     R: tl.constexpr, RCOUNT0: tl.constexpr, RCOUNT1: tl.constexpr, CURRENT: tl.constexpr,
@@ -351,6 +354,113 @@ def spiking_direct(
 
 
 @triton.jit
+def _total(
+    partial, current, bias, i, o, valid, plane, current_step, bias_step, levels, t: tl.constexpr,
+    PARTIAL: tl.constexpr, CURRENT: tl.constexpr,
+):  # fmt: skip
+    """What step t integrates."""
+    constant = tl.load(bias + t * tl.cast(bias_step, tl.int64) + o, mask=valid, other=0)
+    if CURRENT:
+        constant += tl.load(current + t * tl.cast(current_step, tl.int64) + i, mask=valid, other=0)
+    total = constant * levels
+    if PARTIAL:
+        total += tl.load(partial + t * plane + i, mask=valid, other=0)
+    return total
+
+
+@triton.jit
+def _held(v, n, ALONE: tl.constexpr):
+    """A layer of the image alone holds its membranes within 32 thresholds."""
+    if ALONE:
+        v = tl.maximum(tl.minimum(v, n * 32), n * -32)
+    return v
+
+
+@triton.jit(do_not_specialize=["plane", "current_step", "bias_step", "levels"])
+def neurons(
+    partial,         # int32 [STEPS, plane], the sums over products and residuals
+    current,         # int32 [plane], or one for each step, current_step apart
+    bias,            # int32 [O], or one for each step, bias_step apart
+    threshold,       # int32 [O]
+    v_in, v_out,     # int32 [rows, plane]
+    out,             # uint8 [plane]: masks of STEPS steps, or counts
+    negative,        # uint8 [plane]: masks of negative spikes
+    O, plane, current_step, bias_step,
+    levels,          # of sum mode, else 1
+    MODE: tl.constexpr,         # index in operators/neuron.py
+    WINDOW: tl.constexpr,       # steps to look ahead, at the first steps of a layer; else 0
+    ITERATIONS: tl.constexpr,
+    STEPS: tl.constexpr, PARTIAL: tl.constexpr, CURRENT: tl.constexpr, ALONE: tl.constexpr,
+    CONTINUED: tl.constexpr, CONTINUES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The end of a layer in every mode, a thread for each neuron. Grid: (tiles of the neurons)."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    plane = tl.cast(plane, tl.int64)
+    valid = i < plane
+    o = i % O
+    n = tl.load(threshold + o, mask=valid, other=2)
+    v = n >> 1
+    more = n * 0  # signed: what was sent; masked: 1 if silent
+    if CONTINUED:
+        v = tl.load(v_in + i, mask=valid, other=0)
+        if MODE == 2 or MODE == 3:
+            more = tl.load(v_in + plane + i, mask=valid, other=0)
+    for _ in tl.static_range(ITERATIONS if WINDOW > 0 else 0):
+        v0 = v
+        count = n * 0
+        least = n * 0 + 2147483647
+        largest = n * 0 - 2147483647
+        for t in tl.static_range(WINDOW):
+            v += _total(
+                partial, current, bias, i, o, valid, plane, current_step, bias_step, levels, t, PARTIAL, CURRENT
+            )
+            v = _held(v, n, ALONE)
+            fired = v >= n
+            least = tl.where(fired, tl.minimum(least, v), least)
+            largest = tl.where(fired, largest, tl.maximum(largest, v))
+            count += fired.to(tl.int32)
+            v = tl.where(fired, v - n, v)
+        if MODE == 2:
+            more = (v <= 0).to(tl.int32)
+            v = v0
+        else:
+            residual = v - v0 + (n >> 1)
+            many = (residual < 0) & (count > 0)
+            few = (residual >= n) & (count < WINDOW)
+            fewer = tl.maximum(n, tl.where(many, least, n) - n + 1)
+            added = tl.maximum(n, n - tl.where(few, largest, n))
+            v = _held(v0 - tl.where(many, fewer, 0) + tl.where(few, added, 0), n, ALONE)
+    bits = n * 0
+    minus = n * 0
+    for t in tl.static_range(STEPS):
+        v += _total(partial, current, bias, i, o, valid, plane, current_step, bias_step, levels, t, PARTIAL, CURRENT)
+        v = _held(v, n, ALONE)
+        if MODE == 4:  # as many spikes as there are thresholds in the membrane
+            for _ in range(levels):
+                fired = v >= n
+                v = tl.where(fired, v - n, v)
+                bits += fired.to(tl.int32)
+        else:
+            fired = v >= n
+            if MODE == 3:
+                down = (v < 0) & (more > 0)
+                v = tl.where(down, v + n, v)
+                more += fired.to(tl.int32) - down.to(tl.int32)
+                minus |= down.to(tl.int32) << t
+            v = tl.where(fired, v - n, v)
+            bits |= fired.to(tl.int32) << t
+    if MODE == 2:
+        bits = tl.where(more > 0, 0, bits)
+    tl.store(out + i, bits.to(tl.uint8), mask=valid)
+    if MODE == 3:
+        tl.store(negative + i, minus.to(tl.uint8), mask=valid)
+    if CONTINUES:
+        tl.store(v_out + i, v, mask=valid)
+        if MODE == 2 or MODE == 3:
+            tl.store(v_out + plane + i, more, mask=valid)
+
+
+@triton.jit
 def _encode_planes(current, n, out, index, valid, plane, T):
     """The recursion on a constant current, all T steps; writes ceil(T/8) planes at `index`."""
     plane = tl.cast(plane, tl.int64)
@@ -365,24 +475,6 @@ def _encode_planes(current, n, out, index, valid, plane, T):
         tl.store(out + p * plane + index, bits.to(tl.uint8), mask=valid)
 
 
-@triton.jit(do_not_specialize=["M", "T"])
-def encode(
-    current,      # int32 [M, C]
-    threshold,    # int32 [C]
-    out,          # uint8 [ceil(T/8), M, C]
-    M, C, plane, T,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Grid: (tiles of M, tiles of C)."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    c = tl.program_id(1) * BN + tl.arange(0, BN)
-    valid = (m < M)[:, None] & (c < C)[None, :]
-    index = m.to(tl.int64)[:, None] * C + c[None, :]
-    z = tl.load(current + index, mask=valid, other=0)
-    n = tl.zeros_like(z) + tl.load(threshold + c, mask=c < C, other=2)[None, :]
-    _encode_planes(z, n, out, index, valid, plane, T)
-
-
 @triton.jit
 def _power_of_two(e):
     """2^e in double from its bits, e within -1022 .. 1023 (clamped)."""
@@ -394,7 +486,7 @@ def _power_of_two(e):
     do_not_specialize=["M", "OH", "OW", "H", "W", "C", "K", "KW", "TAPS", "SH", "SW", "PH", "PW", "DH", "DW", "T"]
 )
 def analog(
-    x,                     # int16 [N, H, W, C]
+    x,                     # int32 [N, H, W, C], of up to 24 bits
     exponent,              # int32 [N]
     w,                     # int16 [KH, KW, K, O], K = C/groups
     gain, offset,          # float64 [O]
@@ -407,7 +499,7 @@ def analog(
 ):  # fmt: skip
     """current = clamp(rint(acc * ((gain * 2^half) * 2^(e-half)) + offset), low, high); FIRE: then encode it.
 
-    acc in int64, from int32 products (|x| * |w| < 2^31). Grid: (tiles of M, tiles of O).
+    acc in int64, from products of up to 39 bits. Grid: (tiles of M, tiles of O).
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok = m < M
@@ -425,12 +517,12 @@ def analog(
         ix = ox * SW - PW + (tap - ky * KW) * DW
         inside = row_ok & (iy >= 0) & (iy < H) & (ix >= 0) & (ix < W)
         address = x + ((image * H + iy) * W + ix) * C + (i - tap * K)
-        b = tl.load(w + tl.cast(i, tl.int64) * O + o, mask=o_ok, other=0).to(tl.int32)
+        b = tl.load(w + tl.cast(i, tl.int64) * O + o, mask=o_ok, other=0).to(tl.int64)
         if GROUPED:
-            a = tl.load(address[:, None] + first[None, :], mask=inside[:, None] & o_ok[None, :], other=0).to(tl.int32)
+            a = tl.load(address[:, None] + first[None, :], mask=inside[:, None] & o_ok[None, :], other=0).to(tl.int64)
         else:
-            a = tl.load(address, mask=inside, other=0).to(tl.int32)[:, None]
-        acc += (a * b[None, :]).to(tl.int64)
+            a = tl.load(address, mask=inside, other=0).to(tl.int64)[:, None]
+        acc += a * b[None, :]
     e = tl.load(exponent + image, mask=row_ok, other=0)
     half = e >> 1
     scale = tl.load(gain + o, mask=o_ok, other=0.0)[None, :] * _power_of_two(half)[:, None]
@@ -488,11 +580,11 @@ def pool(
 
 @triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
 def max_pool(
-    x, rows, cols, out,    # as in pool; x and out are masks
+    x, rows, cols, out,    # as in pool; x and out are masks or, with LARGEST, counts
     H, W, C, OH, OW, plane_in, plane_out,
-    BC: tl.constexpr,
+    LARGEST: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """OR over each window: 8 steps in a byte. Grid: (output pixels, tiles of C, planes)."""
+    """OR over each window, 8 steps in a byte, or its largest count. Grid: (output pixels, tiles of C, planes)."""
     pixel = tl.program_id(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     plane = tl.program_id(2).to(tl.int64)
@@ -503,7 +595,11 @@ def max_pool(
     for iy in range(tl.load(rows + 3 * oy), tl.load(rows + 3 * oy + 1)):
         for ix in range(tl.load(cols + 3 * ox), tl.load(cols + 3 * ox + 1)):
             at = ((image * H + iy) * W + ix) * C + c
-            bits |= tl.load(x + plane * plane_in + at, mask=c < C, other=0)
+            m = tl.load(x + plane * plane_in + at, mask=c < C, other=0)
+            if LARGEST:
+                bits = tl.maximum(bits, m)
+            else:
+                bits |= m
     tl.store(out + plane * plane_out + pixel.to(tl.int64) * C + c, bits, mask=c < C)
 
 
@@ -530,24 +626,24 @@ def pool_counts(
     tl.store(out + pixel.to(tl.int64) * C + c, acc, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["elements", "T"])
+@triton.jit(do_not_specialize=["elements", "first", "last"])
 def count(
     x,           # uint8 masks [ceil(T/8), elements] or counts [T, elements]
-    out,         # int32 [1, elements] totals or, with PREFIX, [T, elements] running sums
-    elements, T,
+    out,         # int32 [1, elements] totals or, with PREFIX, [last - first, elements] running sums
+    elements, first, last,    # steps that are counted
     COUNT: tl.constexpr, PREFIX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = i < elements
     plane = tl.cast(elements, tl.int64)
     total = tl.zeros([BLOCK], tl.int32)
-    for t in range(T):
+    for t in range(first, last):
         if COUNT:
             total += tl.load(x + t * plane + i, mask=valid, other=0).to(tl.int32)
         else:
             total += (tl.load(x + (t // 8) * plane + i, mask=valid, other=0).to(tl.int32) >> (t % 8)) & 1
         if PREFIX:
-            tl.store(out + t * plane + i, total, mask=valid)
+            tl.store(out + (t - first) * plane + i, total, mask=valid)
     if not PREFIX:
         tl.store(out + i, total, mask=valid)
 
@@ -651,17 +747,19 @@ def largest_input(
     tl.atomic_max(largest_bits + image, tl.max(tl.where(valid, bits, 0), axis=0))
 
 
-@triton.jit(do_not_specialize=["per_sample", "C", "W", "stride_n", "stride_c", "stride_h", "stride_w"])
+@triton.jit(do_not_specialize=["per_sample", "limit", "C", "W", "stride_n", "stride_c", "stride_h", "stride_w"])
 def quantize(
     x, source, scale, shift, largest_bits,    # as in largest_input
-    out,                              # int16 [N, H, W, C]
+    out,                              # int32 [N, H, W, C]
     exponent,                         # int32 [N]
+    limit, BITS: tl.constexpr,        # (2^(BITS-1) - 1) * 2^(54-BITS), and the bits of a pixel
     per_sample, C, W, stride_n, stride_c, stride_h, stride_w,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """q = rint(z * 2^-e) with the smallest e for which largest <= 32767 * 2^e. Grid: N * tiles of a sample.
+    """q = rint(z * 2^-e) with the smallest e for which largest <= (2^(BITS-1) - 1) * 2^e. Grid: N * tiles of a sample.
 
-    With largest = f * 2^q and f of 53 bits, 32767 * 2^38 has 53 bits too: e = q + 38 if f is not above it, else q + 39.
+    With largest = f * 2^q and f of 53 bits, `limit` has 53 bits too: e = q + 54 - BITS if f is not above it, else one
+    more.
     """
     tiles = tl.cdiv(per_sample, BLOCK)
     sample = tl.program_id(0) // tiles
@@ -672,11 +770,11 @@ def quantize(
     largest = tl.load(largest_bits + image)
     bits = largest.to(tl.float32, bitcast=True).to(tl.float64).to(tl.int64, bitcast=True)
     fraction = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000
-    e = ((bits >> 52) - 1023 - 52 + 38).to(tl.int32)
-    e = tl.where(fraction <= 9006924376834048, e, e + 1)
+    e = ((bits >> 52) - 1023 - 52 + 54 - BITS).to(tl.int32)
+    e = tl.where(fraction <= limit, e, e + 1)
     e = tl.where(largest == 0, 0, e)
     z = _scaled_input(x, source, scale, shift, image, i, valid, C, W, stride_n, stride_c, stride_h, stride_w)
     q = (z.to(tl.float64) * _power_of_two(-e) + ROUND) - ROUND
-    tl.store(out + image * per_sample + i, q.to(tl.int16), mask=valid)
+    tl.store(out + image * per_sample + i, q.to(tl.int32), mask=valid)
     if tile == 0:
         tl.store(exponent + image, e)

@@ -22,11 +22,13 @@ import triton
 from torch import Tensor
 
 from ...operators.geometry import split
+from ...operators.neuron import MODES
 from ...operators.signature import (
     NOT_FINITE,
     Conv2dCurrent,
     Conv2dEncode,
     Conv2dIf,
+    Conv2dIfFrom,
     Count,
     MaxPool,
     Pool,
@@ -154,6 +156,7 @@ class Product:
     key: Tensor  # the tensor the caller holds, under which the packed weight is kept
     geometry: tuple[int, ...]
     count: bool
+    scale: int
 
     @property
     def inputs(self) -> int:
@@ -200,7 +203,7 @@ def plan(products: Sequence[Product], residuals: Sequence[Residual], matrix_unit
         fits = [
             p
             for p in rest
-            if p.geometry[8] == first.geometry[8]
+            if (p.geometry[8], p.scale) == (first.geometry[8], first.scale)
             and first.depth + p.depth < (COUNT_DEPTH if first.count or p.count else MASK_DEPTH)
         ]
         pair = (first, fits[0]) if fits else (first,)
@@ -216,13 +219,17 @@ def plan(products: Sequence[Product], residuals: Sequence[Residual], matrix_unit
 
 @dataclass
 class _StepGroup:
-    """Up to 8 consecutive steps of a layer, and the tensors that pass between its launches."""
+    """Up to 8 consecutive steps of a layer, and the tensors that pass between its launches.
+
+    Membranes are [rows, N, OH, OW, O]; v_in is None where the layer begins, v_out where nothing follows.
+    """
 
     first: int
     steps: int
     v_in: Tensor | None
     v_out: Tensor | None
     out: Tensor
+    negative: Tensor | None  # masks of negative spikes
 
     def start(self, count: bool) -> int:
         """The plane at which a spike tensor's bytes for these steps begin."""
@@ -268,7 +275,7 @@ def _spiking_launch(
             x, size, window = p.operands(group.start(p.count))
             product = [x, p.weight, p.x.stride(0), *size, p.inputs, *window]
             outputs, count, grouped = O // p.geometry[8], p.count, p.geometry[8] > 1
-            scale = 256 if p.weight.dtype == torch.int8 else 1
+            scale = p.scale
         tile = tiles.plain(O, group.steps, INTERPRETED)
         _launch(
             kernels.spiking_direct,
@@ -296,6 +303,7 @@ def _spiking_launch(
     flags |= {
         "PRODUCTS": len(launch.products),
         "DIGITS": digits_used,
+        "SCALE": first.scale,
         "HORNER": horner,
         "COUNT0": counts[0],
         "COUNT1": bool(counts[1:]) and counts[1],
@@ -326,13 +334,35 @@ def _spiking_launch(
     run(tiles.choose(problem, run, first.x.device, INTERPRETED))
 
 
+def _neurons_launch(a: Conv2dIf, group: _StepGroup, sums: Tensor | None) -> None:
+    """The end of a layer in any mode, from the sums [steps, N, OH, OW, O] of its products and residuals."""
+    none = a.threshold
+    code, more, iterations = a.neuron
+    mode = MODES[code]
+    plane = group.out.numel()
+    by_step = [t is not None and t.dim() == d for t, d in ((a.current, 5), (a.bias, 2))]
+    current = a.current[group.first] if a.current is not None and by_step[0] else a.current
+    bias = a.bias[group.first] if by_step[1] else a.bias
+    state = [none if t is None else t for t in (group.v_in, group.v_out, group.out, group.negative)]
+    looks_ahead = mode in ("offset", "masked") and group.first == 0
+    block = 128
+    _launch(
+        kernels.neurons, (_blocks(plane, block),),
+        none if sums is None else sums, none if current is None else current, bias, a.threshold, *state,
+        a.threshold.numel(), plane, plane * by_step[0], a.threshold.numel() * by_step[1], more if mode == "sum" else 1,
+        MODE=code, WINDOW=more if looks_ahead else 0, ITERATIONS=iterations, STEPS=group.steps,
+        PARTIAL=sums is not None, CURRENT=current is not None, ALONE=not a.x and not a.residual,
+        CONTINUED=group.v_in is not None, CONTINUES=group.v_out is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
 def _plan_spiking(a: Conv2dIf) -> Plan:
     products = [
-        Product(x, w, key, g, x.shape[0] == a.T)
-        for x, w, key, g in zip(a.x, a.weight, a.keys, split(a.geometry), strict=True)
+        Product(x, w, key, g, x.shape[0] == a.T, scale)
+        for x, w, key, g, scale in zip(a.x, a.weight, a.keys, split(a.geometry), a.scales, strict=True)
     ]
     residuals = [Residual(r, m, r.shape[0] == a.T) for r, m in zip(a.residual, a.amplitude, strict=True)]
-    launches = plan(products, residuals, _matrix_units(a.threshold.device))
+    launches = plan(products, residuals, _matrix_units(a.threshold.device)) if products or residuals else []
     packings = [
         Packing("triton", (p.key,), functools.partial(pack_weight, p.weight.detach()), in_place=True)
         for launch in launches
@@ -343,26 +373,35 @@ def _plan_spiking(a: Conv2dIf) -> Plan:
 
 
 @KERNELS.operator(Conv2dIf, _plan_spiking)
-def _spiking(a: Conv2dIf, settled: Plan, packed: list[Packed]) -> Tensor:
-    out: Tensor = a.empty()
-    shape = a.shape[1:]
+@KERNELS.operator(Conv2dIfFrom, _plan_spiking)
+def _spiking(a: Conv2dIf, settled: Plan, packed: list[Packed]) -> Any:
+    result = a.empty()
+    out, state_out = result if isinstance(result, tuple) else (result, None)
+    shape, mode = a.shape[1:], MODES[a.neuron[0]]
     supply = iter(packed)
     launches = [(step, [] if step.direct else [next(supply) for _ in step.products]) for step in settled.detail]
-    v: Tensor | None = None
-    for plane in range(out.shape[0]):
+    # Plain neurons whose bias and current are the same at every step fire in the kernel that has the sums.
+    fused = bool(launches) and mode == "plain" and a.bias.dim() == 1 and (a.current is None or a.current.dim() == 4)
+    rows = 2 if mode in ("masked", "signed") else 1
+    planes = out.shape[0] // (2 if mode == "signed" else 1)
+    v = a.state
+    for plane in range(planes):
         first = plane * MAX_STEPS
         steps = min(MAX_STEPS, a.T - first)
-        v_out = a.threshold.new_empty(shape) if first + steps < a.T else None
-        group = _StepGroup(first, steps, v, v_out, out[plane])
+        v_out = a.threshold.new_empty((rows, *shape)) if first + steps < a.T else state_out
+        group = _StepGroup(first, steps, v, v_out, out[plane], out[planes + plane] if mode == "signed" else None)
         partial: Tensor | None = None
-        for launch, weights in launches[:-1]:
+        for launch, weights in launches[:-1] if fused else launches:
             # A new tensor each time: a launch that reads what it writes could not be repeated for timing.
             sums = a.threshold.new_empty((steps, *shape))
             _spiking_launch(launch, weights, group, partial, sums, None, a.bias, a.threshold)
             partial = sums
-        _spiking_launch(*launches[-1], group, partial, None, a.current, a.bias, a.threshold)
+        if fused:
+            _spiking_launch(*launches[-1], group, partial, None, a.current, a.bias, a.threshold)
+        else:
+            _neurons_launch(a, group, partial)
         v = v_out
-    return out
+    return result
 
 
 # ---------------------------------------------------------------------------------------- first layer
@@ -405,7 +444,10 @@ def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
     # The check needs the result on the host; a graph under capture cannot wait for it.
     if not capturing(x) and largest.numel() and int(largest.max()) >= INFINITY:
         raise ValueError(NOT_FINITE)
-    _launch(kernels.quantize, grid, *operands, q, exponent, size, C, W, *x.stride(), BLOCK=block)
+    limit = (2 ** (a.bits - 1) - 1) << (54 - a.bits)
+    _launch(
+        kernels.quantize, grid, *operands, q, exponent, limit, a.bits, size, C, W, *x.stride(), BLOCK=block
+    )
     return q, exponent
 
 
@@ -440,7 +482,8 @@ def _max_pool(a: MaxPool) -> Tensor:
     block = _power(C, 32, 256)
     _launch(
         kernels.max_pool, (_rows("max_pool", N, OH, OW), _blocks(C, block), x.shape[0]),
-        x, *_windows(a, x.device), out, H, W, C, OH, OW, x.stride(0), out.stride(0), BC=block, num_warps=1,
+        x, *_windows(a, x.device), out, H, W, C, OH, OW, x.stride(0), out.stride(0), LARGEST=a.counts,
+        BC=block, num_warps=1,
     )  # fmt: skip
     return out
 
@@ -450,7 +493,7 @@ def _count(a: Count) -> Tensor:
     out: Tensor = a.empty()
     elements, block = a.x[0].numel(), 512
     _launch(
-        kernels.count, (_blocks(elements, block),), a.x, out, elements, a.T,
+        kernels.count, (_blocks(elements, block),), a.x, out, elements, a.first, a.last,
         COUNT=a.x.shape[0] == a.T, PREFIX=a.prefix, BLOCK=block,
     )  # fmt: skip
     return out
