@@ -11,6 +11,7 @@ from .backend.information import info
 from .conversion.builder import convert
 from .conversion.preparation import prepare
 from .errors import ConversionError, FormatError
+from .model.biases import step_biases
 from .model.calibration import calibrate
 from .model.qcfs import QCFS
 from .model.simulation import Simulation, simulate
@@ -42,5 +43,6 @@ __all__ = [
     "prepare",
     "profile",
     "simulate",
+    "step_biases",
     "trace",
 ]

@@ -3,7 +3,9 @@
     qcfs.py         the activation QCFS, and what counts as one
     graph.py        a torch module as a torch.fx graph; the names of its activations
     calibration.py  thresholds from data
-    simulation.py   the spiking network step by step in float64
+    neurons.py      the neuron's modes in floating point
+    simulation.py   the spiking network in float64
+    biases.py       biases by layer and time step from data
 
 This floor stands beside network: it knows nothing of integers and imports only errors.
 """

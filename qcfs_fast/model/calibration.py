@@ -11,7 +11,7 @@ sampled; then theta is chosen per site:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,6 +60,21 @@ def _best_theta(sample: Tensor, levels: int) -> float:
     return float(candidates[int(torch.argmin(errors))])
 
 
+def images_of(batches: Iterable[Any], caller: str) -> Iterator[Tensor]:
+    """The image tensors of batches that may be tuples with labels; `caller` is named in errors."""
+    seen = False
+    for batch in batches:
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{caller}: expected tensors or (tensor, ...) tuples, got {type(x).__name__}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{caller}: a batch holds NaN or infinity; clean the data first")
+        seen = True
+        yield x
+    if not seen:
+        raise ValueError(f"{caller}: batches is empty; give at least one batch of images")
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -102,23 +117,14 @@ def calibrate(
     was_training = model.training
     model.eval()
     handles = [m.register_forward_hook(hook(name)) for name, m in sites]
-    seen = 0
     try:
         with torch.no_grad():
-            for batch in tqdm(batches, desc="calibrating", unit="batch", disable=not progress):
-                x = batch[0] if isinstance(batch, (tuple, list)) else batch
-                if not isinstance(x, Tensor):
-                    raise TypeError(f"calibrate: expected tensors or (tensor, ...) tuples, got {type(x).__name__}")
-                if not bool(torch.isfinite(x).all()):
-                    raise ValueError("calibrate: a batch holds NaN or infinity; clean the data first")
+            for x in images_of(tqdm(batches, desc="calibrating", unit="batch", disable=not progress), "calibrate"):
                 model(x.to(first.device, first.dtype))
-                seen += 1
     finally:
         for handle in handles:
             handle.remove()
         model.train(was_training)
-    if seen == 0:
-        raise ValueError("calibrate: batches is empty; give at least one batch of images")
     for name, module in tqdm(sites, desc="thresholds", unit="layer", disable=not progress):
         theta = module.thresh.detach().clone().reshape(-1)
         silent = 0

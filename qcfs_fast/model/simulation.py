@@ -1,26 +1,38 @@
-"""simulate: the SNN step by step in plain PyTorch, as the usual simulators run it.
+"""simulate: the spiking network in plain PyTorch, in float64, with which the integer network is compared.
 
-In float64 it defines the correct result, with which the integer network is compared: the prepared model itself, its
-activations replaced by integrate-and-fire neurons, called T times. Source: Bu et al., ICLR 2022, equations 1 to 3, with
-the initial membrane potential theta/2 of its section 4.3.
+The prepared model itself runs, its activations replaced by neurons (neurons.py). Some neurons look at later steps
+before they fire, so a layer needs its currents of all steps at once. Therefore time is folded into the batch: the model
+runs once on [S * N, ...]. Its other layers treat samples one by one, so to them steps are further images. Only neurons
+unfold them.
+
+`step_network` is the usual other way, a network of stateful neurons that is called once for each step. It is what the
+benchmarks measure.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .graph import call_sites, evaluating, symbolic_trace
-from .qcfs import is_qcfs, over_channels
+from .neurons import LOOK_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
+from .qcfs import over_channels
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Simulation(NamedTuple):
-    """output [T, N, classes]; spikes per site, bool [T, N, C, H, W]; membranes before reset, same shape."""
+    """output [T - skip, N, classes]; spikes per site [T, N, C, H, W]; membrane potentials before reset, same shape.
+
+    Spikes are bool, of signed neurons int8 (-1, 0, 1). In sum mode they are int64 counts [1, N, C, H, W], the
+    membrane potential is the sum of all currents and theta/2, and the output is [1, N, classes].
+    """
 
     output: Tensor
     spikes: OrderedDict[str, Tensor]
@@ -30,53 +42,83 @@ class Simulation(NamedTuple):
 class IF(nn.Module):
     """Integrate-and-fire neuron with soft reset; starts at theta/2, fires at v >= theta, amplitude theta."""
 
-    def __init__(self, threshold: Tensor, record: bool) -> None:
+    def __init__(self, threshold: Tensor) -> None:
         super().__init__()
         self.threshold: Tensor
         self.register_buffer("threshold", threshold)
-        self.record = record
-        self.forced: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
         self.v: Tensor | None = None
-        self.spikes: list[Tensor] = []
-        self.membranes: list[Tensor] = []
-        self.t = 0
 
     def forward(self, x: Tensor) -> Tensor:
         theta = over_channels(self.threshold, x)
         v = theta / 2 + x if self.v is None else self.v + x
         fired = v >= theta
-        if self.record:
-            self.spikes.append(fired)
-            self.membranes.append(v)
         self.v = v - theta * fired
-        out = fired if self.forced is None else self.forced[self.t]
-        self.t += 1
-        return theta * out
+        return theta * fired
 
 
-def step_network(
-    model: nn.Module, dtype: torch.dtype = torch.float64, record: bool = False
-) -> tuple[nn.Module, dict[str, IF]]:
-    """A copy of the model in eval mode with every QCFS call site its own IF neuron, and the neurons by name.
+class _Layer(nn.Module):
+    """The neurons of one call site: currents [S * N, C, ...] of S steps -> amplitudes of the same shape.
 
-    Call it T times on the same input and average; reset the neurons before the next input.
+    In sum mode there is one step, the mean of T.
     """
+
+    def __init__(self, threshold: Tensor, mode: str, window: int, iterations: int, T: int, steps: int) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.mode, self.window, self.iterations, self.T, self.steps = mode, window, iterations, T, steps
+        self.bias: Tensor | None = None
+        self.forced: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = over_channels(self.threshold, x)
+        currents = x.unflatten(0, (self.steps, x.shape[0] // self.steps))
+        if self.mode == "sum":
+            self.fired = count(currents, theta, self.T)
+        else:
+            if self.bias is not None:
+                if self.bias.shape[1] != x.shape[1]:
+                    raise ValueError(
+                        f"simulate: step_bias has {self.bias.shape[1]} channels for an activation of {x.shape[1]}; "
+                        "call step_biases on this model"
+                    )
+                currents = currents - self.bias.reshape(self.steps, 1, -1, *([1] * (x.dim() - 2)))
+            self.fired = fire(currents, theta, self.mode, self.window, self.iterations)
+        spikes = self.fired.spikes if self.forced is None else self.forced
+        if spikes.shape != currents.shape:
+            raise ValueError(
+                f"simulate: force has spikes of shape {tuple(spikes.shape)} for an activation of "
+                f"{tuple(currents.shape)}; give those of this model and these images"
+            )
+        amplitude = spikes.flatten(0, 1).to(x.dtype).contiguous()  # models may call view
+        return theta * (amplitude / self.T if self.mode == "sum" else amplitude)
+
+
+def _with_neurons(
+    model: nn.Module, dtype: torch.dtype, neuron: Callable[[Tensor], Module]
+) -> tuple[nn.Module, OrderedDict[str, Module]]:
+    """A copy of the model in eval mode with every QCFS call site its own neuron, made from its thresholds."""
     with evaluating(model):
         gm = copy.deepcopy(symbolic_trace(model)).to(dtype)
     gm._forward_pre_hooks.clear()
-    neurons: dict[str, IF] = {}
+    neurons: OrderedDict[str, Module] = OrderedDict()
     for i, (name, node, module) in enumerate(list(call_sites(gm))):
-        if not is_qcfs(module):
-            continue
-        neurons[name] = IF(module.thresh.detach().reshape(-1).clone(), record)
+        neurons[name] = neuron(module.thresh.detach().reshape(-1).clone())
         gm.add_submodule(f"_if_{i}", neurons[name])
         node.target = f"_if_{i}"
     gm.delete_all_unused_submodules()
     gm.recompile()
     return gm.eval(), neurons
+
+
+def step_network(model: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, OrderedDict[str, IF]]:
+    """A copy of the model in eval mode with every QCFS call site its own IF neuron, and the neurons by name.
+
+    Call it T times on the same input and average; reset the neurons before the next input.
+    """
+    return _with_neurons(model, dtype, IF)
 
 
 def simulate(
@@ -86,44 +128,144 @@ def simulate(
     dtype: torch.dtype = torch.float64,
     spikes: bool = False,
     force: Mapping[str, Tensor] | None = None,
+    neuron: str = "plain",
+    window: int = 4,
+    iterations: int = 1,
+    step_bias: Mapping[str, Tensor] | None = None,
+    skip: int = 0,
 ) -> Tensor | Simulation:
-    """Simulate the spiking network of a prepared model, one step at a time.
+    """Simulate the spiking network of a prepared model.
 
     Args:
         model: the model that convert() takes. It is not changed.
-        x: images [N, C, H, W] (or [N, features]), presented as the same current at every step.
-        T: time steps.
+        x: images [N, C, H, W] (or [N, features]), presented as the same current at every step; or input that changes
+            with time, [T, N, C, H, W] (or [T, N, features]), one image for each step. Floating point or uint8.
+        T: time steps. In sum mode the number of levels.
         dtype: arithmetic of the simulation; float64 defines the correct result, float32 is what simulators usually run.
-        spikes: also return spikes and membranes per layer.
+        spikes: also return spikes and membrane potentials per layer.
         force: spikes by site name, as :func:`qcfs_fast.trace` returns them. Each layer then reads these instead
             of what its neighbours fired, so that layers can be compared one by one on the same input.
+        neuron: the mode of all neurons: plain, offset, masked, signed or sum (qcfs_fast/model/neurons.py says what each
+            does and where it was published).
+        window: steps that offset and masked neurons look at before they fire, 1 to 8. With fewer time steps the
+            network runs `window` steps inside and the output is of the first T.
+        iterations: how often offset neurons correct their initial potential, 1 to 8.
+        step_bias: what each layer subtracts from its currents, by site name, as :func:`qcfs_fast.step_biases` returns
+            it: [at least T, channels]. For plain and signed neurons.
+        skip: steps that the output leaves out (delayed readout), below T.
 
     Returns:
-        [T, N, classes]: running means of the output after each step, as ``snn(x, per_step=True)``; with
-        ``spikes`` a :class:`Simulation`.
+        [T - skip, N, classes]: means of the output over the steps skip .. t for each t, as ``snn(x, per_step=True)``;
+        in sum mode [1, N, classes]. With ``spikes`` a :class:`Simulation`.
+
+    Raises:
+        ValueError: an argument is out of range, or does not fit the mode or the input.
+        TypeError: x is not a tensor of floating point or uint8.
     """
-    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+    if not _is_int(T, 1):
         raise ValueError(f"simulate: T must be a positive int (time steps), got {T!r}")
-    network, neurons = step_network(model, dtype, record=spikes)
-    if force is not None:
-        missing = sorted(set(neurons) - set(force))
-        if missing:
-            raise ValueError(f"simulate: force has no spikes for {', '.join(missing)}")
-        for name, neuron in neurons.items():
-            neuron.forced = force[name].to(dtype).contiguous()  # models may call view
-    x = x.to(dtype)
-    outputs = []
+    if neuron not in MODES:
+        raise ValueError(f"simulate: neuron must be one of {', '.join(MODES)}, got {neuron!r}")
+    if not _is_int(window, 1, MAX_WINDOW):
+        raise ValueError(f"simulate: window must be an int of 1 to {MAX_WINDOW} steps, got {window!r}")
+    if not _is_int(iterations, 1, MAX_ITERATIONS if neuron == "offset" else 1):
+        raise ValueError(
+            f"simulate: iterations must be an int of 1 to {MAX_ITERATIONS} for offset neurons and 1 for all others, "
+            f"got {iterations!r} for {neuron}"
+        )
+    if not _is_int(skip, 0, 0 if neuron == "sum" else T - 1):
+        raise ValueError(f"simulate: skip must be an int of 0 to T - 1 steps, and 0 in sum mode, got {skip!r}")
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.dtype == torch.uint8):
+        raise TypeError(
+            f"simulate: x must be a tensor of floating point or uint8, got "
+            f"{x.dtype if isinstance(x, Tensor) else type(x).__name__}; use x.float()"
+        )
+    steps = 1 if neuron == "sum" else max(T, window) if neuron in LOOK_AHEAD else T
+    x = _over_time(x, T, neuron, steps).to(dtype)
+
+    network, layers = _with_neurons(model, dtype, lambda theta: _Layer(theta, neuron, window, iterations, T, steps))
+    if step_bias is not None:
+        if neuron not in ("plain", "signed"):
+            raise ValueError(f"simulate: {neuron} neurons take no step_bias; use neuron='plain' or 'signed'")
+        for name, layer in layers.items():
+            layer.bias = _step_bias(name, step_bias, layer.threshold, T)
+    forced = {} if force is None else {name: _forced(name, force, steps, x.shape[1]) for name in layers}
+
+    # Time in the batch takes `steps` times the memory, so `steps` times fewer images run together.
+    outputs, parts = [], []
+    together = max(1, x.shape[1] // steps)
     with torch.no_grad():
-        total: Tensor | None = None
-        for t in range(T):
-            y = network(x)
-            total = y if total is None else total + y
-            outputs.append(total / (t + 1))
-    output = torch.stack(outputs)
+        for first in range(0, max(1, x.shape[1]), together):
+            here = slice(first, first + together)
+            for name in forced:
+                layers[name].forced = forced[name][:, here]
+            part = x[:, here]
+            y = network(part.flatten(0, 1))
+            outputs.append(y.unflatten(0, part.shape[:2])[:T])
+            if spikes:
+                parts.append([layer.fired for layer in layers.values()])
+    output = torch.cat(outputs, 1)[skip:].cumsum(0)
+    output = output / torch.arange(1, len(output) + 1, dtype=dtype, device=x.device).reshape(
+        -1, *[1] * (output.dim() - 1)
+    )
     if not spikes:
         return output
+    found = {name: [part[i] for part in parts] for i, name in enumerate(layers)}
     return Simulation(
         output,
-        OrderedDict((n, torch.stack(m.spikes)) for n, m in neurons.items()),
-        OrderedDict((n, torch.stack(m.membranes)) for n, m in neurons.items()),
+        OrderedDict((name, torch.cat([f.spikes[:T] for f in fired], 1)) for name, fired in found.items()),
+        OrderedDict((name, torch.cat([f.membranes[:T] for f in fired], 1)) for name, fired in found.items()),
     )
+
+
+def _is_int(value: object, low: int, high: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _over_time(x: Tensor, T: int, neuron: str, steps: int) -> Tensor:
+    """The input of every step, [steps, N, ...]."""
+    if x.dim() in (2, 4):
+        return x.expand(steps, *x.shape)
+    if x.dim() not in (3, 5):
+        raise ValueError(
+            "simulate: x must be images [N, C, H, W] or vectors [N, features], or either with time first, got shape "
+            f"{tuple(x.shape)}"
+        )
+    if neuron == "sum":
+        raise ValueError(
+            "simulate: sum mode has no time steps, so its input cannot change with time; give one image, for example "
+            "x.mean(0), or use another neuron"
+        )
+    if x.shape[0] != T:
+        raise ValueError(f"simulate: x has {x.shape[0]} steps (its first dimension), so T must be that, got {T}")
+    if steps > T:
+        raise ValueError(
+            f"simulate: {neuron} neurons look at {steps} steps (window), and x has {T}; use window={T} or longer input"
+        )
+    return x
+
+
+def _named(what: str, name: str, given: Mapping[str, Tensor]) -> Tensor:
+    if name not in given:
+        raise ValueError(f"simulate: {what} for {name}; give one for each activation of the model")
+    return given[name]
+
+
+def _step_bias(name: str, step_bias: Mapping[str, Tensor], threshold: Tensor, T: int) -> Tensor:
+    """The biases of one layer for T steps, [T, C]; whether C fits shows when the layer runs."""
+    bias = _named("step_bias has no biases", name, step_bias)
+    if bias.dim() != 2 or bias.shape[0] < T:
+        raise ValueError(
+            f"simulate: step_bias of {name} must be [at least T = {T}, channels], got {tuple(bias.shape)}; "
+            f"call step_biases with T={T} or more"
+        )
+    return bias[:T].to(threshold)
+
+
+def _forced(name: str, force: Mapping[str, Tensor], steps: int, images: int) -> Tensor:
+    spikes = _named("force has no spikes", name, force)
+    if spikes.dim() < 3 or spikes.shape[0] < steps or spikes.shape[1] != images:
+        raise ValueError(
+            f"simulate: force must hold {steps} steps and {images} images, got shape {tuple(spikes.shape)} for {name}"
+        )
+    return spikes[:steps]
