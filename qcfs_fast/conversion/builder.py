@@ -2,6 +2,8 @@
 
     trace and lower (lowering.py)  ->  round each layer to its integer grid (units.py)  ->  nodes (network/layers.py)
 
+With data at hand, each layer is rounded for what the nodes made so far send to it (rounding.py).
+
 Lowering says what each neuron integrates, as a sum of signals with float64 weights. Only integers travel between nodes,
 so the amplitudes of the signals and the divisors of their pools are folded into those weights here; then the weights
 become integers as well. A pool in front of a spiking layer becomes a node of its own, shared by all that read it; pools
@@ -11,13 +13,14 @@ in front of the readout work on counts and belong to it. Source: Bu et al., ICLR
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ..errors import ConversionError
 from ..model.qcfs import is_qcfs
@@ -43,7 +46,7 @@ from ..network.snn import SNN, check_graph
 from ..operators.geometry import POINTWISE
 from ..operators.limits import ANALOG_RANGE, MAX_COUNT, MAX_SUM
 from ..operators.windows import PoolSpec
-from . import units
+from . import rounding, units
 from .lowering import lower
 from .values import FireNode, Lowered, Part, Product, Signal
 
@@ -56,6 +59,8 @@ def convert(
     weight_bits: int = 16,
     max_T: int | None = None,
     input_shape: Sequence[int] | None = None,
+    data: Iterable[Any] | None = None,
+    progress: bool = True,
 ) -> SNN:
     """Convert a QCFS-trained network to a spiking network.
 
@@ -68,12 +73,24 @@ def convert(
             that no sum can overflow 32 bits up to there; a larger value costs resolution in wide layers.
         input_shape: [C, H, W] of the images; needed only where an adaptive, ceil-mode or partially padded
             average pool stands before a spiking layer. Default: what the prepared model last saw.
+        data: image batches [N, C, H, W] (or [N, features]), or (images, ...) tuples as a DataLoader gives; some
+            hundred images are enough, and labels are not used. With data, weights are rounded so that their errors
+            compensate each other on these images in T steps (see below). Default: each is rounded to the nearest.
+        progress: with data, show a progress bar.
 
     Returns:
         An :class:`qcfs_fast.SNN` in eval mode, on the CPU.
 
     Raises:
         ConversionError: a layer has no spiking counterpart, or does not fit 32 bits; the message names it.
+        TypeError, ValueError: an argument is none that this function takes; the message names it.
+
+    Rounding by data takes one layer after the other. What the network converted so far sends to the layer gives the
+    mean and the covariance of its inputs. The weights of a channel are rounded one by one, each so that it makes up
+    for the errors of those before it, and the bias takes up the mean error that is left. The method is that of
+    Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023.
+    It trains nothing, and the same data gives the same network. Lossless channels stay as they are; so do the first
+    layer, which reads the analog image, and the readout: their 16 bits fit their weights alone.
 
     Source: Bu et al., "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency Spiking Neural
     Networks", ICLR 2022: initial membrane potential theta/2, soft reset, threshold = trained lambda.
@@ -96,7 +113,10 @@ def convert(
     lowered, shape = lower(model, input_shape)
     if not lowered.layers:
         raise ConversionError("the model has no QCFS activation; call qcfs_fast.prepare(model) first")
-    return _Builder(lowered, weight_bits, limit).build(T, shape)
+    image = lowered.image
+    batches = None if data is None else rounding.checked_batches(data, 1 + max(image.source), image.vector)
+    prefix = None if batches is None else rounding.Prefix(batches, T)
+    return _Builder(lowered, weight_bits, limit, prefix).build(T, shape, progress and data is not None)
 
 
 def _warn_if_untrained(model: nn.Module) -> None:
@@ -128,7 +148,8 @@ def _geometry(product: Product) -> Geometry:
 class _Builder:
     """Makes the nodes of a lowered network in order. `made` are pools and concatenations by what they compute."""
 
-    def __init__(self, lowered: Lowered, weight_bits: int, max_T: int) -> None:
+    def __init__(self, lowered: Lowered, weight_bits: int, max_T: int, prefix: rounding.Prefix | None) -> None:
+        self.prefix = prefix
         self.lowered = lowered
         self.weight_bits = weight_bits
         self.max_T = max_T
@@ -136,7 +157,7 @@ class _Builder:
         self.made: dict[Any, str] = {}
         self.details: dict[str, dict[str, Any]] = {}
 
-    def build(self, T: int, shape: tuple[int, ...] | None) -> SNN:
+    def build(self, T: int, shape: tuple[int, ...] | None, progress: bool) -> SNN:
         """The network: the image, then a node per activation (pools and concatenations before it), then the readout."""
         image = self.lowered.image
         self._add(
@@ -151,7 +172,9 @@ class _Builder:
                 },
             ),
         )
-        for node in self.lowered.layers:
+        for i, node in enumerate(tqdm(self.lowered.layers, desc="rounding", unit="layer", disable=not progress)):
+            if self.prefix is not None:
+                self.prefix.keep({name for later in self.lowered.layers[i:] for name in later.current.nodes()})
             products = node.current.products
             # The image is not spikes: its current is computed once, in double, and the same at every step.
             analog = [p for p in products if p.part.is_image] + [
@@ -169,6 +192,8 @@ class _Builder:
 
     def _add(self, name: str, layer: Layer) -> None:
         self.layers.append((name, layer))
+        if self.prefix is not None:
+            self.prefix.add(name, layer)
 
     def _unused(self, stem: str) -> str:
         taken = {n for n, _ in self.layers} | {n.name for n in self.lowered.layers}
@@ -283,6 +308,18 @@ class _Builder:
         residuals = [r for s in current.identities if s is not analog for r in self._residuals(s, node.name)]
         peaks = [sum(peak for _, peak in s) for s in sources]  # all sections of a pool meet the same weight
         layer = self._quantized(node, weights, peaks, residuals, analog is not None)
+        if self.prefix is not None and spiking and not layer.lossless.all():
+            read = [([n for n, _ in s], _geometry(p)) for s, p in zip(sources, spiking, strict=True)]
+            layer = rounding.compensated(
+                layer,
+                [w.reshape(-1, w.shape[3]) for w in weights],
+                current.bias.numpy(),
+                [*peaks, *(peak for _, _, peak in residuals)],
+                self.prefix.moments(read, current.vector),
+                self.weight_bits,
+                self.max_T,
+                analog is not None,
+            )
 
         dtype = np.int16 if self.weight_bits == 16 else np.int8
         tensors: dict[str, Tensor] = {}
