@@ -73,8 +73,8 @@ def convert(
             that no sum can overflow 32 bits up to there; a larger value costs resolution in wide layers.
         input_shape: [C, H, W] of the images; needed only where an adaptive, ceil-mode or partially padded
             average pool stands before a spiking layer. Default: what the prepared model last saw.
-        data: image batches [N, C, H, W] (or [N, features]), or (images, ...) tuples as a DataLoader gives; some
-            hundred images are enough, and labels are not used. With data, weights are rounded so that their errors
+        data: image batches [N, C, H, W] (or [N, features]), or (images, ...) tuples as a DataLoader gives; a
+            thousand images are enough, and labels are not used. With data, weights are rounded so that their errors
             compensate each other on these images in T steps (see below). Default: each is rounded to the nearest.
         progress: with data, show a progress bar.
 
@@ -89,8 +89,9 @@ def convert(
     mean and the covariance of its inputs. The weights of a channel are rounded one by one, each so that it makes up
     for the errors of those before it, and the bias takes up the mean error that is left. The method is that of
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023.
-    It trains nothing, and the same data gives the same network. Lossless channels stay as they are; so do the first
-    layer, which reads the analog image, and the readout: their 16 bits fit their weights alone.
+    It trains nothing, and the same data gives the same network. On trained networks about half of the spikes that
+    rounding changes in a layer remain; where depth multiplies each of them, labels gain less. Lossless channels stay
+    as they are. So do the first layer, which reads the analog image, and the readout; both have 16 bits at any setting.
 
     Source: Bu et al., "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency Spiking Neural
     Networks", ICLR 2022: initial membrane potential theta/2, soft reset, threshold = trained lambda.

@@ -95,7 +95,7 @@ def checked_batches(data: Any, channels: int, vector: bool) -> list[Tensor]:
         if x.numel():
             batches.append(x.detach().cpu())
     if not batches:
-        raise ValueError("convert: data is empty; give at least one batch of images (some hundred images are enough)")
+        raise ValueError("convert: data is empty; give at least one batch of images (a thousand images are enough)")
     return batches
 
 
