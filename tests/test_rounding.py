@@ -132,14 +132,16 @@ def test_moments_are_those_of_all_windows(geometry, T, monkeypatch):
     assert torch.allclose(found.mean, want.mean)
     assert torch.allclose(found.covariance[0], want.covariance[0], atol=1e-9)
 
-    # Two products in one layer: their inputs stand side by side, and every group of either sees its own.
-    pointwise = (1, 1, sh, sw, 0, 0, 1, 1, 1)
-    if (KH, KW) == (3, 3):
-        both = prefix.moments([(["a", "b"], geometry), (["a"], pointwise)], False)
-        K = rows.shape[2]
-        assert both.mean.shape == (groups, K + 8)
-        assert torch.equal(both.covariance[0][:, :K, :K], found.covariance[0])
-        assert torch.equal(both.mean[0, K:], both.mean[-1, K:])
+    # Two products in one layer: their inputs stand side by side, and every group sees its own of either.
+    second = [(["a"], (KH, KW, sh, sw, ph, pw, dh, dw, 2))]
+    alone = prefix.moments(second, False)
+    both = prefix.moments([(["a", "b"], geometry), *second], False)
+    K, G = rows.shape[2], both.mean.shape[0]
+    assert max(groups, 2) == G
+    for g in range(G):
+        for moments, inputs, group in ((found, slice(0, K), g * groups // G), (alone, slice(K, None), g * 2 // G)):
+            assert torch.equal(both.mean[g, inputs], moments.mean[group])
+            assert torch.equal(both.covariance[0][g, inputs, inputs], moments.covariance[0][group])
 
 
 def test_samples_where_there_are_many_windows(monkeypatch):

@@ -227,8 +227,9 @@ def compensated(
 ) -> QuantizedLayer:
     """The layer with weights and bias rounded anew for inputs with these moments.
 
-    A channel keeps its weights, each rounded to the nearest, where they serve the data better. A lossless channel
-    keeps everything, and so does one whose membrane could otherwise leave 32 bits within max_T steps.
+    A channel keeps its weights, each rounded to the nearest, where they serve the data better, and its bias as well
+    where its membrane could otherwise leave 32 bits within max_T steps. A lossless channel has no errors to compensate,
+    so nothing of it changes.
 
     Args:
         layer: the layer, rounded value by value.
@@ -257,9 +258,8 @@ def compensated(
     better = found_cost < nearest_cost
     flat = (found.transpose(0, 1).flatten(1) * step).numpy().astype(np.int64)
     parts = np.split(flat, np.cumsum([w.shape[0] for w in weights])[:-1])
-    whole = [np.where(better & ~layer.lossless, new, old) for new, old in zip(parts, layer.weights, strict=True)]
+    whole = [np.where(better, new, old) for new, old in zip(parts, layer.weights, strict=True)]
     whole_bias = np.where(better, found_bias, nearest_bias).astype(np.int64)
-    whole_bias = np.where(layer.lossless, layer.bias, whole_bias)
 
     def steps(channels: slice) -> int:
         terms = zip([*whole, *layer.amplitudes], peaks, strict=True)
