@@ -69,6 +69,11 @@ def join(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
     )
 
 
+def weight_grid(weight_bits: int) -> tuple[int, int]:
+    """The step of a weight's grid in units, and the largest number of steps."""
+    return (256, MAX_BYTE_WEIGHT) if weight_bits == 8 else (1, MAX_WEIGHT)
+
+
 def _odd_bases() -> list[int]:
     return [*range(3, 64, 2), 75, 81, 225]
 
@@ -114,7 +119,7 @@ def choose(
 
     # Everything in units of theta / n.
     step = threshold / theta
-    digit, max_weight = (256, MAX_BYTE_WEIGHT) if weight_bits == 8 else (1, MAX_WEIGHT)
+    digit, max_weight = weight_grid(weight_bits)
     whole = [
         (np.clip(np.rint(w * (step / digit)), -max_weight, max_weight) * digit).astype(np.int64) for w, _ in weights
     ]

@@ -101,6 +101,10 @@ class Current:
     def channels(self) -> int:
         return self.bias.numel()
 
+    def nodes(self) -> set[str]:
+        """The nodes whose integers it sums."""
+        return {p.part.node for p in self.products} | {q.node for s in self.identities for q in s.parts}
+
 
 @dataclass
 class FireNode:

@@ -512,6 +512,13 @@ class SpikingLayer(Layer):
         return text + (f", {self.engine} engine" if self.engine else "")
 
 
+def counted(x: Any, run: Run) -> Tensor:
+    """What a node sends, counted over the steps of the answer: int32 [1 or T - skip, N, ...]."""
+    span = [0, 1] if run.neuron.mode == "sum" else [run.skip, run.T]
+    parts = [torch.ops.qcfs_fast.count(t, run.steps, run.per_step, span) for t in _signs(x)]
+    return parts[0] if len(parts) == 1 else parts[0] - parts[1]
+
+
 def _signs(x: Any) -> tuple[Tensor, ...]:
     """What a node sends: spikes, and negative ones where it can send them."""
     return x if isinstance(x, Signed) else (x,)
@@ -692,9 +699,7 @@ class Readout(Layer):
             x = values[node]
             for spec in max_pools:
                 x = _max_pool(x, spec, run)
-            span = [0, 1] if run.neuron.mode == "sum" else [run.skip, run.T]
-            parts = [torch.ops.qcfs_fast.count(t, run.steps, run.per_step, span) for t in _signs(x)]
-            found.append(parts[0] if len(parts) == 1 else parts[0] - parts[1])
+            found.append(counted(x, run))
         return found
 
     def _answer(self, counts: list[Tensor], steps: int) -> Tensor:
