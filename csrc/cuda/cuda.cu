@@ -271,7 +271,10 @@ int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch)
   }
   const std::int64_t k = a.g.kernel_h * a.g.kernel_w * a.in_channels, pixels = a.batch * a.out_h * a.out_w;
   if (!analog_on_tensor_cores(a.g, a.in_channels, a.out_channels)) return unsupported;
-  if (pixels >= max_pixels || a.in_h * a.in_w >= max_pixels || a.out_channels >= max_k) return unsupported;
+  if (pixels >= max_pixels || a.out_channels >= max_k) return unsupported;
+  // An offset from a pixel to its farthest tap has 32 bits.
+  const std::int64_t reach = (a.in_h + 2 * a.g.pad_h) * (a.in_w + 2 * a.g.pad_w);
+  if (reach >= max_pixels || reach * a.in_channels >= max_pixels) return unsupported;
   if (a.batch == 0) return ok;
   const std::int32_t* words = a.steps > 0 ? a.threshold : a.out_current;
   const ImageTensorParams p{a,

@@ -102,7 +102,9 @@ static __global__ void __launch_bounds__(image_tensor_threads)
       const std::int32_t kernel_w = static_cast<std::int32_t>(a.g.kernel_w);
       const std::int32_t dy = tap / kernel_w * static_cast<std::int32_t>(a.g.dilation_h);
       const std::int32_t dx = tap % kernel_w * static_cast<std::int32_t>(a.g.dilation_w);
-      const std::int64_t offset = (static_cast<std::int64_t>(dy) * W + dx) * C + k % C;
+      // Within an image this fits (analog()); a tap that does not exist may wrap, and is not read.
+      const std::int32_t line = wrapping_add(wrapping_multiply(dy, W), dx);
+      const std::int32_t offset = wrapping_add(wrapping_multiply(line, C), k % C);
       QCFS_UNROLL
       for (int i = 0; i < gathered; ++i) {
         const bool valid = k < p.k && static_cast<std::uint32_t>(y[i] + dy) < static_cast<std::uint32_t>(H) &&
