@@ -50,7 +50,6 @@ def test_every_kernel_is_there_for_every_architecture_without_spills(report):
         "epilogue",
         "image_tensor",
         "image_direct",
-        "encode",
         "pool",
         "count",
         "readout",

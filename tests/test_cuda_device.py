@@ -12,6 +12,7 @@ from torch import nn
 import qcfs_fast
 from qcfs_fast import backend
 from qcfs_fast.backend import cuda as cuda_backend
+from qcfs_fast.operators.neuron import MODES
 
 problem = "torch sees no GPU" if not torch.cuda.is_available() else cuda_backend.unavailable()
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(problem != "", reason=problem or "runs")]
@@ -39,6 +40,20 @@ def test_random_layers_equal_the_oracle():
         case = random_case(seed)
         got = torch.ops.qcfs_fast.conv2d_if(*on_gpu(case.operands))
         assert np.array_equal(got.cpu().numpy(), case.want.masks), f"seed {seed}"
+        evidence.add(case.want)
+    evidence.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_layers_of_every_mode(mode):
+    evidence = Evidence()
+    for seed in range(60):
+        case = random_case(5000 + seed, modes=(mode,))
+        operator = torch.ops.qcfs_fast.conv2d_if if case.state is None else torch.ops.qcfs_fast.conv2d_if_from
+        got = operator(*on_gpu(case.operands))
+        spikes, *state = got if isinstance(got, tuple) else (got,)
+        assert np.array_equal(spikes.cpu().numpy(), case.want.masks), f"seed {seed}"
+        assert all(np.array_equal(s.cpu().numpy(), case.want.state) for s in state), f"seed {seed}"
         evidence.add(case.want)
     evidence.check()
 
@@ -131,6 +146,27 @@ def test_several_streams():
                 results.append(snn(x))
     torch.cuda.synchronize()
     assert all(torch.equal(want, r.cpu()) for r in results)
+
+
+def test_a_graph_made_under_inference_mode():
+    snn, images = converted(4)
+    want = snn(images)
+    snn = snn.to("cuda")
+    with torch.inference_mode():
+        graph = qcfs_fast.cuda_graph(snn, images.cuda())
+    assert torch.equal(want, graph(images.cuda()).cpu())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_graphs_on_two_devices():
+    snn, images = converted(4)
+    others = torch.randn_like(images)
+    want, want_others = snn(images), snn(others)
+    for device in ("cuda:0", "cuda:1"):
+        snn = snn.to(device)
+        graph = qcfs_fast.cuda_graph(snn, images.to(device))
+        assert torch.equal(want, graph(images.to(device)).cpu())
+        assert torch.equal(want_others, graph(others.to(device)).cpu())
 
 
 @pytest.mark.parametrize("T", [4, 10])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import emulated_cuda
 import numpy as np
+import oracle
 import pytest
 import torch
 from layers import Evidence, random_case
@@ -23,6 +24,7 @@ from qcfs_fast import backend
 from qcfs_fast.backend import choice, protocol
 from qcfs_fast.backend import cuda as cuda_backend
 from qcfs_fast.backend.packing import PackedWeights
+from qcfs_fast.operators.neuron import MODES
 from qcfs_fast.operators.signature import Operator, QuantizeInput
 
 pytestmark = [
@@ -58,18 +60,19 @@ def checked(tmp_path_factory):
 def test_kernels_against_plain_loops(checked):
     totals = {}
     for seed in (1, 2):
-        result = run(checked, seed, 40)
+        result = run(checked, seed, 50)
         assert result.returncode == 0, result.stdout + result.stderr
         words = result.stdout.split()
         for name, value in zip(words[0::2], words[1::2], strict=True):
             totals.setdefault(name, []).append(float(value))
     assert all(0.05 < rate < 0.95 for rate in totals.pop("rate")), "the test is void: silent or saturated neurons"
     sums = {name: sum(values) for name, values in totals.items()}
-    assert sums["layers"] == 80
+    assert sums["layers"] == 100
     # Every path was taken, and thresholds were met exactly (>= and > differ).
     least = {
         "ties": 300, "tensor": 20, "direct": 20, "split": 5, "several": 5, "long": 15, "counted": 10, "extreme": 5,
         "wide": 3, "small": 5, "counts": 5, "images": 8, "other": 80,
+        "states": 5, "alone": 3, "plain": 15, "offset": 8, "masked": 8, "signed": 8, "sum": 8,
     }  # fmt: skip
     assert {n: sums[n] for n in least if sums[n] < least[n]} == {}
 
@@ -82,6 +85,7 @@ def plain_objects(tmp_path_factory):
 
 # One line of the kernels changed, as a slip of the pen would.
 CONV, IMAGE = "cuda/kernels/conv_if_tensor.h", "cuda/kernels/image_tensor.h"
+EPILOGUE, PARAMETERS = "cuda/kernels/epilogue.h", "cuda/kernels/parameters.h"
 MUTATIONS = {
     "none": (CONV, "copies_wait<0>();", "copies_wait<0>();"),
     "swizzle of the copy only": (CONV, "shared + chunk_offset(thread / 4, thread % 4);", "shared + thread * 16;"),
@@ -97,10 +101,27 @@ MUTATIONS = {
         "weight += static_cast<std::int64_t>(p.padded_out)",
         "weight += (p.padded_out + 1)",
     ),
-    "second digit without its shift": (CONV, "if (done == digit_stages) Conv", "if (done == digit_stages + 1) Conv"),
+    "second digit without its shift": (CONV, "product], second_digit)", "product], 0)"),
+    "the product of the stage": (CONV, "if (done == product_end) {", "if (done == product_end + 1) {"),
+    "sign of a scale": (PARAMETERS, "from.negative != to.negative ? -1", "from.negative != to.negative ? 1"),
+    "the last scale": (
+        CONV,
+        "multiply_sums(scale_of(p.products[product]));",
+        "multiply_sums(scale_of(p.products[0]));",
+    ),
+    "bias of the first step": (
+        EPILOGUE,
+        "load_values<width>(value, from + t * step);",
+        "load_values<width>(value, from);",
+    ),
+    "one spike too many": (EPILOGUE, "least - n + 1;", "least - n;"),
+    "one spike too few": (EPILOGUE, "left >= n && spikes < window", "left >= n"),
+    "masked at zero": (EPILOGUE, "more = end > 0;", "more = end >= 0;"),
+    "negative spikes unpaid": (EPILOGUE, "v < 0 && sent > 0", "v < 0 && sent >= 0"),
+    "membrane limit": (EPILOGUE, "v > limit ? limit", "v > 2 * limit ? limit"),
     "slices of a split": (CONV, "p.partial + (blockIdx.z * p.steps + t)", "p.partial + (blockIdx.z / 2 * p.steps + t)"),
-    "digits of the image": (IMAGE, "high[i] |= (q >> 8)", "high[i] |= (q >> 7)"),
-    "pixels of the image": (IMAGE, "first_pixel + first_row + 8 * i", "first_pixel + first_row + 7 * i"),
+    "digits of the image": (IMAGE, "(q >> (16 - 8 * d) & 0xff)", "(q >> (16 - 7 * d) & 0xff)"),
+    "pixels of the image": (IMAGE, "first_pixel + first_row + row_step * i", "first_pixel + first_row + 7 * i"),
     "strict comparison": ("core/neuron.h", "v >= threshold;", "v > threshold;"),
 }
 
@@ -205,6 +226,41 @@ def test_random_layers_against_the_oracle(on_cuda):
             evidence.add(case.want)
     assert calls == {"conv2d_if": 40}
     evidence.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_layers_of_every_mode(on_cuda, mode):
+    """Scales, a bias and a current by step, and states come with them; T on both sides of a launch's eight steps."""
+    evidence = Evidence()
+    with on_cuda() as calls:
+        for seed in range(24):
+            linear = seed % 3 == 2
+            case = random_case(3000 + seed, max_T=20, max_pixels=5, modes=(mode,), linear=linear)
+            case.check("linear_if" if linear else "conv2d_if")
+            evidence.add(case.want)
+    assert sum(calls.values()) == 24
+    assert (calls["conv2d_if_from"] > 0) == (mode in ("plain", "signed"))
+    evidence.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_of_the_image_alone(on_cuda, mode):
+    """Its membranes are held within 32 thresholds."""
+    rng = np.random.default_rng(8)
+    T = 1 if mode == "sum" else 19
+    n = np.full(5, 512, dtype=np.int32)
+    current = rng.integers(-31 * 512, 31 * 512 + 1, (T, 2, 3, 3, 5)).astype(np.int32)
+    current[:, 0] = np.abs(current[:, 0])  # reaches the limit
+    settings = mode, {"offset": 6, "masked": 3, "sum": 15}.get(mode, 0), {"offset": 3, "masked": 1}.get(mode, 0)
+    levels = 15 if mode == "sum" else 1
+    want = oracle.fire(current.astype(np.int64) * levels, n, *settings, alone=True)
+    zero = torch.zeros(5, dtype=torch.int32)
+    neuron = [MODES.index(mode), *settings[1:]]
+    with on_cuda():
+        got = torch.ops.qcfs_fast.conv2d_if(
+            [], [], [], [], [], torch.from_numpy(current), zero, torch.from_numpy(n), T, [], neuron
+        )
+    assert np.array_equal(got.numpy(), want.masks)
 
 
 def net():

@@ -69,13 +69,15 @@ class SpikingLayer {
   }
 
   bool on_tensor_cores() const { return plan_.path == qcfs::cuda::Path::tensor_cores; }
-  std::int64_t workspace_bytes() const { return plan_.membrane_bytes + plan_.partial_bytes; }
-  // `packed` holds one tensor for each product, or none where the direct kernel runs.
-  void fire(const std::string& op, const py::list& packed, py::handle workspace, py::handle out) {
+  std::int64_t workspace_bytes() const { return plan_.workspace_bytes(); }
+  // `packed` holds one tensor for each product, or none where the direct kernel runs; `state` is None where the layer
+  // has none.
+  void fire(const std::string& op, const py::list& packed, py::handle workspace, py::handle out, py::handle state) {
     const Guard guard(where_, op);
     std::vector<const std::int8_t*> weights;
     for (const py::handle w : packed) weights.push_back(data<const std::int8_t>(w));
     a_.layer.out = data<std::uint8_t>(out);
+    a_.layer.state_out = data<std::int32_t>(state);
     check(qcfs::cuda::conv_if(a_.layer, weights.data(), plan_, data<void>(workspace), guard.launch()), op);
   }
 
@@ -127,11 +129,6 @@ void analog(const Where& where, py::handle call, py::handle packed, py::handle o
   qcfs::AnalogConv a = qcfs::python::analog_conv(call);
   qcfs::python::set_output(a, out);
   check(qcfs::cuda::analog(a, data<const std::int8_t>(packed), guard.launch()), op);
-}
-
-void encode(const Where& where, py::handle call, py::handle out) {
-  const Guard guard(where, "encode");
-  check(qcfs::cuda::encode(qcfs::python::encode(call, out), guard.launch()), "encode");
 }
 
 // Both tables of windows on the device, int64 [out, 3].
@@ -198,7 +195,6 @@ PYBIND11_MODULE(QCFS_CUDA_MODULE, m) {
   m.def("pack_weight", &pack_weight);
   m.def("analog_on_tensor_cores", &analog_on_tensor_cores);
   m.def("analog", &analog);
-  m.def("encode", &encode);
   m.def("pool", &pool);
   m.def("pool_counts", &pool_counts);
   m.def("count", &count);

@@ -41,9 +41,9 @@ struct TileShape {
 struct Plan {
   Path path;
   TileKind tile;
-  int splits;    // 1: fused; more: partial sums, then a second kernel
-  int slices;    // partial sums per output: `splits`, or 0 when fused
-  std::int64_t membrane_bytes;
+  int splits;                     // of K; more than one: partial sums, then a second kernel
+  int slices;                     // partial sums per output: `splits`, or 0 when fused
+  std::int64_t membrane_bytes;    // and what else a neuron carries from launch to launch
   std::int64_t partial_bytes;
   std::int64_t workspace_bytes() const { return membrane_bytes + partial_bytes; }
 };

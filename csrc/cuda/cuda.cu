@@ -68,6 +68,20 @@ bool fits(const ConvIf& a) {
   return a.batch * a.out_h * a.out_w < max_pixels && k < max_k;
 }
 
+// Whether the kernels that make the currents also end the layer; else the currents go through memory to the epilogue
+// kernel.
+bool fuses(const ConvIf& a, int splits) {
+  return a.product_count > 0 && splits == 1 && (a.neuron.mode == Mode::plain || a.neuron.mode == Mode::sum);
+}
+
+int slices_of(const ConvIf& a, int splits) { return a.product_count == 0 || fuses(a, splits) ? 0 : splits; }
+
+// int32 values that a neuron carries from launch to launch.
+int carried(const ConvIf& a) {
+  if (a.steps <= 8) return 0;
+  return a.neuron.mode == Mode::masked || a.neuron.mode == Mode::with_sign ? 2 : 1;
+}
+
 // Whether the plan is one of this layer's: another layer's could mean too small a workspace or weights in another
 // order.
 bool fits(const ConvIf& a, const Plan& plan) {
@@ -76,8 +90,8 @@ bool fits(const ConvIf& a, const Plan& plan) {
   for (int i = 0; i < a.product_count; ++i) {
     stages += stages_of(a.products[i].g.kernel_h * a.products[i].g.kernel_w, a.products[i].x.channels);
   }
-  if (plan.splits < 1 || plan.slices != (plan.splits > 1 ? plan.splits : 0)) return false;
-  if (plan.membrane_bytes < (a.steps > 8 ? outputs * 4 : 0)) return false;
+  if (plan.splits < 1 || plan.slices != slices_of(a, plan.splits)) return false;
+  if (plan.membrane_bytes < carried(a) * outputs * 4) return false;
   if (plan.partial_bytes < plan.slices * steps * outputs * 4) return false;
   if (plan.path == Path::direct) return plan.splits == 1;
   return suits_tensor_cores(a) && (plan.splits - 1) * ceil_div(stages, plan.splits) < stages;    // no split is empty
@@ -102,8 +116,12 @@ bool quads_are_aligned(std::int64_t channels, std::initializer_list<const std::i
 Plan plan_conv_if(const ConvIf& a, const Device& device) {
   Plan plan{Path::direct, TileKind::small, 1, 0, 0, 0};
   const std::int64_t outputs = a.batch * a.out_h * a.out_w * a.out_channels;
-  if (a.steps > 8) plan.membrane_bytes = outputs * 4;
-  if (!suits_tensor_cores(a)) return plan;
+  plan.membrane_bytes = carried(a) * outputs * 4;
+  if (!suits_tensor_cores(a)) {
+    plan.slices = slices_of(a, 1);
+    plan.partial_bytes = plan.slices * (a.steps < 8 ? a.steps : 8) * outputs * 4;
+    return plan;
+  }
   plan.path = Path::tensor_cores;
   Work w{a.batch * a.out_h * a.out_w, a.out_channels, 0, a.steps < 8 ? a.steps : 8, 1, false};
   for (int i = 0; i < a.product_count; ++i) {
@@ -115,10 +133,8 @@ Plan plan_conv_if(const ConvIf& a, const Device& device) {
   const Choice c = choose_tile(w, device);
   plan.tile = c.tile;
   plan.splits = static_cast<int>(ceil_div(w.stages, ceil_div(w.stages, c.splits)));    // none empty
-  if (plan.splits > 1) {
-    plan.slices = plan.splits;
-    plan.partial_bytes = plan.slices * w.steps * outputs * 4;
-  }
+  plan.slices = slices_of(a, plan.splits);
+  plan.partial_bytes = plan.slices * w.steps * outputs * 4;
   return plan;
 }
 
@@ -137,8 +153,15 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
   p.residual_count = a.residual_count;
   p.digits = a.product_count > 0 ? a.products[0].weight_bytes : 2;
   p.padded_out = static_cast<std::int32_t>(padded_channels(a.out_channels));
-  p.current = a.current;
-  p.bias = a.bias;
+  p.mode = a.neuron.mode;
+  p.window = a.neuron.window;
+  p.iterations = a.neuron.iterations;
+  p.levels = a.neuron.levels;
+  p.held = image_alone(a);
+  if (a.steps > 1) {    // one step has the same operands at every step, which sum mode counts `levels` times
+    p.current_step = a.current_step;
+    p.bias_step = a.bias_step;
+  }
   p.threshold = a.threshold;
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   for (int i = 0; i < a.product_count; ++i) {
@@ -159,20 +182,24 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
     q.dilation_w = u16(g.dilation_w);
     q.groups = u16(g.groups);
     q.count = from.x.coding == Coding::count;
-    q.copy_bytes = widest_copy(from.x.data, from.x.channels);
+    q.negative = from.scale < 0;
+    q.exponent = from.scale == 1 || from.scale == -1 ? 0 : from.scale == 256 || from.scale == -256 ? 1 : 2;
     q.weight = plan.path == Path::tensor_cores ? packed[i] : from.weight;
     p.stages += stages_of(g.kernel_h * g.kernel_w, from.x.channels);
   }
   p.split_stages = static_cast<std::int32_t>(ceil_div(p.stages, plan.splits));
   p.slices = plan.slices;
-  std::int32_t* membrane = static_cast<std::int32_t*>(workspace);
+  std::int32_t* carry = static_cast<std::int32_t*>(workspace);
   std::int32_t* partial = reinterpret_cast<std::int32_t*>(static_cast<char*>(workspace) + plan.membrane_bytes);
   for (std::int64_t t = 0; t < a.steps; t += 8) {
     p.steps = static_cast<std::int32_t>(a.steps - t < 8 ? a.steps - t : 8);
-    p.membrane_in = t > 0 ? membrane : nullptr;
-    p.membrane_out = t + 8 < a.steps ? membrane : nullptr;
+    p.state_in = t > 0 ? carry : a.state;
+    p.state_out = t + 8 < a.steps ? carry : a.state_out;
+    p.current = a.current == nullptr ? nullptr : a.current + t * a.current_step;
+    p.bias = a.bias + t * a.bias_step;
     p.partial = plan.slices > 0 ? partial : nullptr;
     p.out = a.out + t / 8 * plane;
+    if (p.mode == Mode::with_sign) p.negative = p.out + ceil_div(a.steps, 8) * plane;
     p.wide_out = widest_copy(p.out, a.out_channels) == 16;
     for (int i = 0; i < a.product_count; ++i) {
       const Spikes& x = a.products[i].x;
@@ -181,7 +208,8 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
       // Every plane of a launch must be as aligned as the first; in_plane is a multiple of C.
       p.products[i].copy_bytes = widest_copy(p.products[i].x, x.channels);
     }
-    p.quads = quads_are_aligned(a.out_channels, {p.current, p.bias, p.threshold, membrane, partial}, {p.out});
+    p.quads = quads_are_aligned(a.out_channels, {p.current, p.bias, p.threshold, p.state_in, p.state_out, p.partial},
+                                {p.out});
     for (int i = 0; i < a.residual_count; ++i) {
       const Residual& r = a.residuals[i];
       const bool count = r.coding == Coding::count;
@@ -195,6 +223,7 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
       code = k.epilogue(p, launch.stream);
     } else if (plan.path == Path::direct) {
       code = k.direct(p, launch.stream);
+      if (code == ok && plan.slices > 0) code = k.epilogue(p, launch.stream);
     } else {
       // The last launch of a layer with counts may have one step. Every tile then loads one plane, and `counts` is
       // none.
@@ -242,7 +271,10 @@ int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch)
   }
   const std::int64_t k = a.g.kernel_h * a.g.kernel_w * a.in_channels, pixels = a.batch * a.out_h * a.out_w;
   if (!analog_on_tensor_cores(a.g, a.in_channels, a.out_channels)) return unsupported;
-  if (pixels >= max_pixels || a.in_h * a.in_w >= max_pixels || a.out_channels >= max_k) return unsupported;
+  if (pixels >= max_pixels || a.out_channels >= max_k) return unsupported;
+  // An offset from a pixel to its farthest tap has 32 bits.
+  const std::int64_t reach = (a.in_h + 2 * a.g.pad_h) * (a.in_w + 2 * a.g.pad_w);
+  if (reach >= max_pixels || reach * a.in_channels >= max_pixels) return unsupported;
   if (a.batch == 0) return ok;
   const std::int32_t* words = a.steps > 0 ? a.threshold : a.out_current;
   const ImageTensorParams p{a,
@@ -252,11 +284,7 @@ int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch)
                             static_cast<std::int32_t>(padded_channels(a.out_channels)),
                             quads_are_aligned(a.out_channels, {words}, {a.out_mask})};
   const Grid grid{ceil_div(pixels, image_rows), ceil_div(a.out_channels, image_cols)};
-  return launch_kernel(image_tensor_kernel, grid, image_tensor_threads, 8 * image_plane, launch.stream, p);
-}
-
-int encode(const Encode& a, const Launch& launch) {
-  return launch_elements(encode_kernel, a.pixels * a.channels, launch.stream, a);
+  return launch_kernel(image_tensor_kernel, grid, image_tensor_threads, 2 * image_stage, launch.stream, p);
 }
 
 int pool(const Pool& a, const Launch& launch) {
@@ -293,7 +321,9 @@ int readout(const Readout& a, const Launch& launch) {
 }
 
 int quantize(const Quantize& a, std::uint32_t* workspace, const Launch& launch) {
-  const QuantizeParams p{a, workspace};
+  int size = 0;
+  while ((a.largest >> size) != 0) ++size;
+  const QuantizeParams p{a, size, workspace};
   const Grid grid{a.batch * ceil_div(a.height * a.width, elementwise_threads)};
   int code = clear_words(workspace, static_cast<std::size_t>(a.batch + 1), launch.stream);
   if (code == ok) code = launch_kernel(largest_kernel, grid, elementwise_threads, 0, launch.stream, p);

@@ -48,7 +48,6 @@ int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_chann
 bool analog_on_tensor_cores(const Geometry& g, std::int64_t channels, std::int64_t out_channels);
 int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch);
 
-int encode(const Encode& a, const Launch& launch);
 int pool(const Pool& a, const Launch& launch);
 int pool_counts(const PoolCounts& a, const Launch& launch);
 int count(const Count& a, const Launch& launch);

@@ -14,8 +14,8 @@ namespace qcfs::cuda {
 QCFS_HD static inline std::int32_t wrapping_add(std::int32_t a, std::int32_t b) {
   return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b));
 }
-QCFS_HD static inline std::int32_t shift_left(std::int32_t a, int bits) {
-  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) << bits);
+QCFS_HD static inline std::int32_t wrapping_multiply(std::int32_t a, std::int32_t b) {
+  return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) * static_cast<std::uint32_t>(b));
 }
 
 // Where wgmma finds a matrix in shared memory: rows of 64 bytes with the swizzle of chunk_offset() (tensor_layout.h),

@@ -24,6 +24,7 @@ from ..operators.signature import (
     Conv2dCurrent,
     Conv2dEncode,
     Conv2dIf,
+    Conv2dIfFrom,
     Count,
     LinearIf,
     MaxPool,
@@ -133,13 +134,15 @@ def _plan_spiking(a: Conv2dIf) -> Plan:
 
 
 @KERNELS.operator(Conv2dIf, _plan_spiking)
-def _spiking(a: Conv2dIf, plan: Plan, packed: list[Packed]) -> Tensor:
+@KERNELS.operator(Conv2dIfFrom, _plan_spiking)
+def _spiking(a: Conv2dIf, plan: Plan, packed: list[Packed]) -> Any:
     if plan.detail is None:  # more sources than the kernels' structs hold
-        return reference.conv2d_if(a)
-    out: Tensor = a.empty()
+        return getattr(reference, a.name)(a)
+    result = a.empty()
+    out, state = result if isinstance(result, tuple) else (result, None)
     workspace = _empty(out, (plan.detail.workspace_bytes,), torch.uint8)
-    plan.detail.fire(a.caller, [p[0] for p in packed], workspace, out)
-    return out
+    plan.detail.fire(a.caller, [p[0] for p in packed], workspace, out, state)
+    return result
 
 
 def _plan_analog(a: Conv2dCurrent) -> Plan:

@@ -27,7 +27,8 @@ class CudaGraph:
         self.run = run  # keeps the network, whose weights the graph reads
         self.graph = torch.cuda.CUDAGraph()
         self._flags: list[Tensor] = []
-        with torch.cuda.device(example.device), torch.no_grad():
+        # Normal tensors even under inference_mode: a later call outside of it must write to the input.
+        with torch.cuda.device(example.device), torch.inference_mode(False), torch.no_grad():
             self.input = example.detach().clone()
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -37,7 +38,8 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(side)
             saved, cuda.captured_flags = cuda.captured_flags, self._flags
             try:
-                with torch.cuda.graph(self.graph):
+                # Torch's own capture stream belongs to the device of the process's first capture.
+                with torch.cuda.graph(self.graph, stream=side):
                     self.output = run(self.input)
             finally:
                 cuda.captured_flags = saved

@@ -75,8 +75,10 @@ void run_case(int threads, Evidence& evidence, unsigned& engines) {
     const std::uint32_t isa = cpu::kernel_set_isa(k);
     if ((isa & ~usable_isa()) != 0) continue;
     for (const cpu::Engine wanted : {cpu::Engine::events, cpu::Engine::dense}) {
-      const Guarded<std::uint8_t> out(planes_of(Coding::mask, a.steps) * layer.outputs());
+      const Guarded<std::uint8_t> out(layer.out_bytes());
+      const Guarded<std::int32_t> state(layer.state_words());
       a.out = out.data();
+      if (a.state != nullptr) a.state_out = state.data();
       const cpu::Engine engine = cpu::choose_engine(a, {isa, threads, wanted});
       std::deque<Guarded<std::uint8_t>> packed;
       for (int i = 0; i < a.product_count; ++i) {
@@ -88,7 +90,7 @@ void run_case(int threads, Evidence& evidence, unsigned& engines) {
       engines |= 1u << static_cast<int>(engine);
       const std::string name = std::string(cpu::kernel_set_name(k)) + " " + cpu::engine_name(engine);
       if (cpu::conv_if(a, {isa, threads, engine}) != Status::ok) fail(name);
-      layer.check(out, name);
+      layer.check(out, state, name);
     }
   }
 }

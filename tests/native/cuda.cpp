@@ -52,7 +52,7 @@ struct Totals {
   Evidence evidence;
   i64 layers = 0, neurons = 0;
   i64 tensor = 0, direct = 0, split = 0, several = 0, long_runs = 0, counted = 0, extreme = 0, images = 0, other = 0;
-  i64 tiles[3] = {0, 0, 0};
+  i64 tiles[3] = {0, 0, 0}, modes[5] = {0, 0, 0, 0, 0}, states = 0, alone = 0;
 } totals;
 
 cuda::Launch launch_settings() {
@@ -63,11 +63,26 @@ cuda::Launch launch_settings() {
   return {nullptr, d};
 }
 
+// A plain layer of one product, without operands.
+ConvIf layer_of(i64 N, i64 OH, i64 OW, i64 O, i64 T, const Product& product) {
+  ConvIf a{};
+  a.batch = N;
+  a.out_h = OH;
+  a.out_w = OW;
+  a.out_channels = O;
+  a.steps = T;
+  a.products = &product;
+  a.product_count = 1;
+  return a;
+}
+
 void spiking_layer(i64 steps) {
   const RandomLayer<Block> layer(steps, totals.evidence);
   ConvIf a = layer.a;
-  const Block<std::uint8_t> got(planes_of(Coding::mask, a.steps) * layer.outputs(), chance(0.1) ? 3 : 0);
+  const Block<std::uint8_t> got(layer.out_bytes(), chance(0.1) ? 3 : 0);
+  const Block<std::int32_t> state(layer.state_words());
   a.out = got.data();
+  if (a.state != nullptr) a.state_out = state.data();
   const cuda::Launch launch = launch_settings();
   cuda::Plan plan = cuda::plan_conv_if(a, launch.device);
   const int compiled = cuda::compiled_steps(std::min<i64>(a.steps, 8));
@@ -86,19 +101,24 @@ void spiking_layer(i64 steps) {
     }
     if (chance(0.3)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 5)));
     plan.splits = static_cast<int>(cuda::ceil_div(stages, cuda::ceil_div(stages, plan.splits)));
-    plan.slices = plan.splits > 1 ? plan.splits : 0;
+    const bool fused = a.neuron.mode == Mode::plain || a.neuron.mode == Mode::sum;
+    plan.slices = plan.splits > 1 || !fused ? plan.splits : 0;
     plan.partial_bytes = plan.slices * std::min<i64>(a.steps, 8) * layer.outputs() * 4;
   }
   const Block<std::int32_t> workspace(plan.workspace_bytes() / 4);
   for (i64 i = 0; i < workspace.count(); ++i) workspace[i] = 0x5a5a5a5a;
   const int code = cuda::conv_if(a, packed_data.data(), plan, workspace.data(), launch);
   if (code != 0) fail(std::string("conv_if: ") + cuda::describe(code));
-  layer.check(got, "conv_if, path " + std::to_string(static_cast<int>(plan.path)) + " tile " +
-                       std::to_string(static_cast<int>(plan.tile)) + " splits " + std::to_string(plan.splits));
+  layer.check(got, state,
+              "conv_if, path " + std::to_string(static_cast<int>(plan.path)) + " tile " +
+                  std::to_string(static_cast<int>(plan.tile)) + " splits " + std::to_string(plan.splits));
   ++totals.layers;
   totals.neurons += layer.outputs();
   totals.long_runs += a.steps > 8;
   totals.extreme += layer.extreme;
+  totals.states += a.state != nullptr;
+  totals.alone += image_alone(a);
+  ++totals.modes[static_cast<int>(a.neuron.mode)];
   for (const Product& p : layer.products) totals.counted += p.x.coding == Coding::count && a.steps > 1;
   if (plan.path == Path::tensor_cores) {
     ++totals.tensor;
@@ -131,10 +151,13 @@ void analog_layer() {
   const i64 OH = out_size(H, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h);
   const i64 OW = out_size(W, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w);
   const i64 T = any_of<i64>({0, 1, 4, 8, 11}), outputs = N * OH * OW * O, planes = planes_of(Coding::mask, T);
-  const Block<std::int16_t> x(N * H * W * C), weight(g.kernel_h * g.kernel_w * C / groups * O);
-  const Block<std::int32_t> exponent(N), low(O), high(O), threshold(O);
+  const Block<std::int16_t> weight(g.kernel_h * g.kernel_w * C / groups * O);
+  const Block<std::int32_t> x(N * H * W * C), exponent(N), low(O), high(O), threshold(O);
   const Block<double> gain(O), offset(O);
-  for (i64 i = 0; i < x.count(); ++i) x[i] = static_cast<std::int16_t>(chance(0.1) ? -32767 : uniform(-32767, 32767));
+  const i64 largest = any_of<i64>({127, 32767, 8388607});
+  for (i64 i = 0; i < x.count(); ++i) {
+    x[i] = static_cast<std::int32_t>(chance(0.1) ? any_of({-largest, largest}) : uniform(-largest, largest));
+  }
   for (i64 i = 0; i < weight.count(); ++i) weight[i] = static_cast<std::int16_t>(uniform(-32639, 32639));
   for (i64 n = 0; n < N; ++n) exponent[n] = static_cast<std::int32_t>(uniform(-20, 3));
   for (i64 o = 0; o < O; ++o) {
@@ -203,10 +226,6 @@ void analog_layer() {
     expect_equal(want, got, "analog current");
   } else {
     expect_equal(want_mask, got_mask, "analog encoding");
-    const Block<std::uint8_t> again(planes * outputs);
-    const Encode e{N * OH * OW, O, T, want.data(), threshold.data(), again.data()};
-    if (cuda::encode(e, launch_settings()) != 0) fail("encode");
-    expect_equal(want_mask, again, "encode");
   }
 }
 
@@ -221,15 +240,15 @@ std::vector<i64> windows(i64 size, bool divided) {
 
 void pooling() {
   const i64 N = uniform(1, 2), H = uniform(1, 7), W = uniform(1, 7), C = any_of<i64>({1, 3, 4, 5, 8, 17});
-  const i64 T = any_of<i64>({1, 2, 4, 8, 9, 17}), kind = uniform(0, 2);
-  const bool any = kind == 2;
-  const Coding coding = kind == 1 ? Coding::count : Coding::mask;
+  const i64 T = any_of<i64>({1, 2, 4, 8, 9, 17}), kind = uniform(0, 3);
+  const Pooling pooling = kind == 3 ? Pooling::largest : kind == 2 ? Pooling::any : Pooling::sum;
+  const Coding coding = kind % 2 == 1 ? Coding::count : Coding::mask;
   const i64 multiple = chance(0.5) ? 36 : 0;    // divisible by all window sizes up to 3 x 3
   const std::vector<i64> rows = windows(H, multiple != 0), cols = windows(W, multiple != 0);
   const i64 OH = static_cast<i64>(rows.size()) / 3, OW = static_cast<i64>(cols.size()) / 3;
   const Block<std::uint8_t> x(planes_of(coding, T) * N * H * W * C, chance(0.2) ? 1 : 0);
-  fill_spikes(x, coding, 0.4, 3);
-  const i64 planes = any ? planes_of(coding, T) : T, outputs = N * OH * OW * C;
+  fill_spikes(x, coding, 0.4, pooling == Pooling::largest ? 255 : 3);
+  const i64 planes = pooling == Pooling::any ? planes_of(coding, T) : T, outputs = N * OH * OW * C;
   const Block<std::uint8_t> want(planes * outputs), got(planes * outputs);
   for (i64 p = 0; p < planes; ++p) {
     for (i64 index = 0; index < outputs; ++index) {
@@ -239,17 +258,21 @@ void pooling() {
       for (i64 r = h[0]; r < h[1]; ++r) {
         for (i64 k = w[0]; k < w[1]; ++k) {
           const i64 at = ((n * H + r) * W + k) * C + c;
-          if (any)
+          if (pooling == Pooling::any)
             sum |= x[p * N * H * W * C + at];
+          else if (pooling == Pooling::largest)
+            sum = std::max<i64>(sum, x[p * N * H * W * C + at]);
           else
             sum += value_of(x.data(), coding, N * H * W * C, at, p);
         }
       }
-      if (!any && multiple != 0) sum *= multiple / (h[2] * w[2]);
+      if (pooling == Pooling::sum && multiple != 0) sum *= multiple / (h[2] * w[2]);
       want[p * outputs + index] = static_cast<std::uint8_t>(sum);
     }
   }
-  const Pool a{N, H, W, C, OH, OW, T, coding, any, rows.data(), cols.data(), any ? 0 : multiple, x.data(), got.data()};
+  const Pool a{N,        H,         W,       C,           OH,          OW,
+               T,        coding,    pooling, rows.data(), cols.data(), pooling == Pooling::sum ? multiple : 0,
+               x.data(), got.data()};
   if (cuda::pool(a, launch_settings()) != 0) fail("pool");
   expect_equal(want, got, "pool");
 }
@@ -260,16 +283,18 @@ void counting() {
   const bool prefix = chance(0.5);
   const Block<std::uint8_t> x(planes_of(coding, T) * n);
   fill_spikes(x, coding, 0.3, 255);
-  const Block<std::int32_t> want((prefix ? T : 1) * n), got((prefix ? T : 1) * n);
+  const i64 first = chance(0.5) ? 0 : uniform(0, T - 1), last = chance(0.5) ? T : uniform(first + 1, T);
+  const i64 rows = prefix ? last - first : 1;
+  const Block<std::int32_t> want(rows * n), got(rows * n);
   for (i64 i = 0; i < n; ++i) {
     i64 sum = 0;
-    for (i64 t = 0; t < T; ++t) {
+    for (i64 t = first; t < last; ++t) {
       sum += value_of(x.data(), coding, n, i, t);
-      if (prefix) want[t * n + i] = static_cast<std::int32_t>(sum);
+      if (prefix) want[(t - first) * n + i] = static_cast<std::int32_t>(sum);
     }
     if (!prefix) want[i] = static_cast<std::int32_t>(sum);
   }
-  if (cuda::count({n, T, coding, prefix, x.data(), got.data()}, launch_settings()) != 0) fail("count");
+  if (cuda::count({n, T, first, last, coding, prefix, x.data(), got.data()}, launch_settings()) != 0) fail("count");
   expect_equal(want, got, "count");
 }
 
@@ -376,11 +401,13 @@ void quantizing() {
   if (special == 2) {
     for (i64 i = 0; i < image; ++i) x[sample * image + i] = 0;
   }
-  if (special == 3) x[sample * image] = 32767.0f * 4;    // a power of two times 32767: the smaller exponent
+  const auto largest = static_cast<std::int32_t>((i64{1} << (any_of<i64>({2, 8, 16, 24}) - 1)) - 1);
+  if (special == 3) {    // a power of two times the largest: the smaller exponent
+    x[sample * image] = static_cast<float>(largest) * 4;
+  }
   const i64 sn = image, sc = channels_last ? 1 : H * W, sh = channels_last ? W * from : W,
             sw = channels_last ? from : 1;
-  const Block<std::int16_t> want(N * H * W * C), got(N * H * W * C);
-  const Block<std::int32_t> want_e(N), got_e(N);
+  const Block<std::int32_t> want(N * H * W * C), got(N * H * W * C), want_e(N), got_e(N);
   bool bad = false;
   for (i64 n = 0; n < N; ++n) {
     std::vector<double> z;
@@ -391,25 +418,25 @@ void quantizing() {
       z.push_back(static_cast<double>(value + shift[c]));
       finite &= std::isfinite(z.back());
     }
-    double largest = 0;
-    for (const double v : z) largest = std::max(largest, std::abs(v));
+    double top = 0;
+    for (const double v : z) top = std::max(top, std::abs(v));
     bad |= !finite;
     int e = 0;
-    if (finite && largest > 0) {
+    if (finite && top > 0) {
       e = -200;
-      while (largest > std::ldexp(32767.0, e)) ++e;
+      while (top > std::ldexp(largest, e)) ++e;
     }
     want_e[n] = e;
     for (i64 i = 0; i < H * W * C; ++i) {
       want[n * H * W * C + i] =
-          finite ? static_cast<std::int16_t>(std::nearbyint(std::ldexp(z[static_cast<std::size_t>(i)], -e)))
-                 : std::int16_t{0};
+          finite ? static_cast<std::int32_t>(std::nearbyint(std::ldexp(z[static_cast<std::size_t>(i)], -e))) : 0;
     }
   }
   const Block<std::uint32_t> workspace(N + 1);
   for (i64 i = 0; i <= N; ++i) workspace[i] = 77;
-  const Quantize a{N,          H,           W, C, x.data(), sn, sc, sh, sw, source.data(), scale.data(), shift.data(),
-                   got.data(), got_e.data()};
+  const Quantize a{
+      N,          H,           W, C, largest, x.data(), sn, sc, sh, sw, source.data(), scale.data(), shift.data(),
+      got.data(), got_e.data()};
   if (cuda::quantize(a, workspace.data(), launch_settings()) != 0) fail("quantize");
   if (workspace[N] != static_cast<std::uint32_t>(bad)) fail("quantize: the flag for NaN and infinity is wrong");
   expect_equal(want, got, "quantize");
@@ -440,8 +467,11 @@ void large_input(Path path) {
       want[pixel * O + o] = sum >= threshold[o];
     }
   }
-  const Product product{{x, Coding::mask, 1, W, C}, weight.data(), 1, g};
-  const ConvIf a{N, 1, 2, O, 1, &product, 1, nullptr, 0, nullptr, bias.data(), threshold.data(), got.data()};
+  const Product product{{x, Coding::mask, 1, W, C}, weight.data(), 1, 256, g};
+  ConvIf a = layer_of(N, 1, 2, O, 1, product);
+  a.bias = bias.data();
+  a.threshold = threshold.data();
+  a.out = got.data();
   const cuda::Launch launch = launch_settings();
   const cuda::Plan plan = cuda::plan_conv_if(a, launch.device);
   if (plan.path != path) fail("the large input took another path");
@@ -464,8 +494,8 @@ void refusals() {
   const auto refused = [](int code, int want, const char* what) {
     if (code != want) fail(std::string(what) + " were not refused, or with another code");
   };
-  const Product product{{nullptr, Coding::mask, 1, 1, 64}, nullptr, 2, {1, 1, 1, 1, 0, 0, 1, 1, 1}};
-  const ConvIf layer{1, 2, 2, 64, 4, &product, 1, nullptr, 0, nullptr, nullptr, nullptr, nullptr};
+  const Product product{{nullptr, Coding::mask, 1, 1, 64}, nullptr, 2, 1, {1, 1, 1, 1, 0, 0, 1, 1, 1}};
+  const ConvIf layer = layer_of(1, 2, 2, 64, 4, product);
   const auto conv_if = [](const ConvIf& a, const cuda::Plan& plan) {
     return cuda::conv_if(a, nullptr, plan, nullptr, {});
   };
@@ -503,6 +533,9 @@ void refusals() {
   a = layer;
   a.steps = 9;
   refused(conv_if(a, plan), cuda::wrong_plan, "membranes without memory");
+  a = layer;
+  a.neuron.mode = Mode::with_sign;
+  refused(conv_if(a, plan), cuda::wrong_plan, "currents without memory");
   a = layer;
   a.out_channels = 4;
   refused(conv_if(a, plan), cuda::wrong_plan, "too few outputs for tensor cores");
@@ -580,7 +613,8 @@ int main(int argc, char** argv) {
   std::printf(
       "layers %lld neurons %lld rate %.4f ties %lld tensor %lld direct %lld split %lld several %lld long %lld counted "
       "%lld "
-      "extreme %lld wide %lld small %lld counts %lld images %lld other %lld\n",
+      "extreme %lld wide %lld small %lld counts %lld images %lld other %lld states %lld alone %lld plain %lld offset "
+      "%lld masked %lld signed %lld sum %lld\n",
       static_cast<long long>(totals.layers), static_cast<long long>(totals.neurons), totals.evidence.rate(),
       static_cast<long long>(totals.evidence.ties), static_cast<long long>(totals.tensor),
       static_cast<long long>(totals.direct), static_cast<long long>(totals.split),
@@ -588,6 +622,9 @@ int main(int argc, char** argv) {
       static_cast<long long>(totals.counted), static_cast<long long>(totals.extreme),
       static_cast<long long>(totals.tiles[0]), static_cast<long long>(totals.tiles[1]),
       static_cast<long long>(totals.tiles[2]), static_cast<long long>(totals.images),
-      static_cast<long long>(totals.other));
+      static_cast<long long>(totals.other), static_cast<long long>(totals.states), static_cast<long long>(totals.alone),
+      static_cast<long long>(totals.modes[0]), static_cast<long long>(totals.modes[1]),
+      static_cast<long long>(totals.modes[2]), static_cast<long long>(totals.modes[3]),
+      static_cast<long long>(totals.modes[4]));
   return 0;
 }

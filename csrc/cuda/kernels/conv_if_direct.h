@@ -5,7 +5,8 @@
 //
 //     thread (pixel, o):   for tap, for channel of o's group:  w = weight[tap, channel, o]
 //                                                              acc[t] += bit t of mask * w     t = 0 .. T-1
-//                          then the epilogue: residuals, integrate, fire, soft reset, one mask byte
+//                          then the epilogue: residuals, integrate, fire, soft reset, one mask byte; or, for
+//                          the modes that the epilogue kernel ends, acc[t] to memory
 //
 // Neighbouring threads own neighbouring channels. So weights, outputs and the masks of a depthwise layer are read and
 // written coalesced, and all threads of a pixel read the same masks of an ungrouped layer.
@@ -35,11 +36,16 @@ __global__ void __launch_bounds__(direct_threads, 4) conv_if_direct_kernel(const
   std::int32_t acc[T][1];
   QCFS_UNROLL
   for (int t = 0; t < T; ++t) acc[t][0] = 0;
+  const auto multiply_sums = [&](std::int32_t factor) {
+    QCFS_UNROLL
+    for (int t = 0; t < T; ++t) acc[t][0] = wrapping_multiply(acc[t][0], factor);
+  };
   for (std::int32_t i = 0; i < p.product_count; ++i) {
     const ProductParams& q = p.products[i];
     const std::int32_t inputs = q.channels / q.groups;
     const std::int32_t first = o / (p.out_channels / q.groups) * inputs;
     const std::int64_t plane = static_cast<std::int64_t>(p.batch) * q.height * q.width * q.channels;
+    multiply_sums(i > 0 ? scale_ratio(p.products[i - 1], q, 0) : 1);
     for (std::int32_t kh = 0; kh < q.kernel_h; ++kh) {
       const std::int32_t y = row * q.stride_h - q.pad_h + kh * q.dilation_h;
       if (y < 0 || y >= q.height) continue;
@@ -51,22 +57,30 @@ __global__ void __launch_bounds__(direct_threads, 4) conv_if_direct_kernel(const
         std::int64_t at = static_cast<std::int64_t>(kh * q.kernel_w + kw) * inputs * p.out_channels + o;
         for (std::int32_t c = 0; c < inputs; ++c, at += p.out_channels) {
           const std::int32_t w = p.digits == 2 ? static_cast<const std::int16_t*>(q.weight)[at]
-                                               : static_cast<const std::int8_t*>(q.weight)[at] * 256;
+                                               : static_cast<const std::int8_t*>(q.weight)[at];
           if (q.count) {
             QCFS_UNROLL
             for (int t = 0; t < T; ++t) {
-              if (t < p.steps) acc[t][0] += w * from[t * plane + c];
+              if (t < p.steps) acc[t][0] = wrapping_add(acc[t][0], w * from[t * plane + c]);
             }
           } else {
             const std::int32_t mask = from[c];
             QCFS_UNROLL
-            for (int t = 0; t < T; ++t) acc[t][0] += (mask >> t) & 1 ? w : 0;
+            for (int t = 0; t < T; ++t) acc[t][0] = wrapping_add(acc[t][0], (mask >> t) & 1 ? w : 0);
           }
         }
       }
     }
   }
-  p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, acc));
+  multiply_sums(scale_of(p.products[p.product_count - 1]));
+  if (p.partial == nullptr) {
+    p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, acc));
+    return;
+  }
+  QCFS_UNROLL
+  for (int t = 0; t < T; ++t) {
+    if (t < p.steps) p.partial[static_cast<std::int64_t>(t) * p.pixels * p.out_channels + index] = acc[t][0];
+  }
 }
 
 template <int T>

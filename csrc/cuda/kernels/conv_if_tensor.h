@@ -1,6 +1,6 @@
 // Spiking convolution and linear layer on tensor cores: implicit GEMM over spike masks, integrate-and-fire fused.
 //
-//     I[t] = sum_k w[k] * x[k, t] + residuals + current + bias        k over products, taps, input channels
+//     I[t] = sum_k scale * w[k] * x[k, t] + residuals + current + bias        k over products, taps, input channels
 //     v[-1] = n/2     v += I[t]     s[t] = v >= n  (inclusive)     v -= n * s[t]  (soft reset, one spike a step)
 //
 // Operands (T sits in the bits of a mask byte; in the leading dimension of count planes):
@@ -21,9 +21,11 @@
 //          |  (m >> t) & 0x01010101                |
 //          +--> A fragment of step t ----> mma.sync m16n8k32 u8 x s8 --> acc[t], 32-bit, in registers
 //
-// 16-bit weights are two digits, w = 256 * d1 + d0. The loop runs over all of K with d1, then acc <<= 8, then over all
-// of K with d0 (Horner), so no second set of accumulators exists. Then the epilogue: the recursion over T runs in
-// registers, and the mask bytes pass through shared memory so that a store has 16 of them.
+// 16-bit weights are two digits, w = 256 * d1 + d0. The loop runs over all of K with d1, then acc *= 256, then over all
+// of K with d0 (Horner), so no second set of accumulators exists. Scales work likewise: where a product begins, the
+// sums so far are multiplied by the quotient of the scale before and its own. Then the epilogue: the recursion over T
+// runs in registers, and the mask bytes pass through shared memory so that a store has 16 of them. Modes that need more
+// registers than the plain neuron leave their currents in memory, as a split K does, for the epilogue kernel.
 //
 // Registers a thread: T * row_parts * BN / 2 accumulators (64 to 128), BN / 4 weight fragments, 4 to 8 masks, about 40
 // addresses. With 128 threads that stays under 255 registers, without spills, and lets two blocks share an SM: one
@@ -374,13 +376,21 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
   for (std::int32_t s = 0; s < stages - 1; ++s) load_next(s);
 
   typename Conv::Accumulators acc;
-  const auto clear = [](std::int32_t& a) { a = 0; };
-  const auto times_256 = [](std::int32_t& a) { a = shift_left(a, 8); };
-  Conv::for_each(acc, clear);
+  Conv::for_each(acc, [](std::int32_t& a) { a = 0; });
+  const auto multiply_sums = [&](std::int32_t factor) {
+    if (factor != 1) Conv::for_each(acc, [=](std::int32_t& a) { a = wrapping_multiply(a, factor); });
+  };
 
   const std::int32_t a_lane = chunk_offset(16 * parts * warp + lane % 16, lane / 16);
   const std::int32_t b_lane = chunk_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  std::int32_t product = first_product - 1, product_left = 0;    // of the stage being multiplied; count layers only
+  // The product being multiplied, and the stage at which the next one begins, or it again with the second digit.
+  std::int32_t product = first_product, product_end = 0;
+  const auto set_end = [&](std::int32_t done, std::int32_t stage_of_product) {
+    const ProductParams& q = p.products[product];
+    const std::int32_t end = done + stages_of(q.kernel_h * q.kernel_w, q.channels) - stage_of_product;
+    product_end = done < digit_stages && end > digit_stages ? digit_stages : end;
+  };
+  set_end(0, first_stage);
   std::int32_t slot = 0;
   QCFS_ROLLED
   for (std::int32_t done = 0; done < total; ++done) {
@@ -390,14 +400,12 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
 #endif
     __syncthreads();    // everyone's copies have landed, and everyone has left the slot that is refilled next
     load_next(slot == 0 ? stages - 1 : slot - 1);
-    if (done == digit_stages) Conv::for_each(acc, times_256);
-    if (any_counts) {
-      if (product_left == 0 || done == digit_stages) {
-        product = done == digit_stages ? first_product : product + 1;
-        const ProductParams& q = p.products[product];
-        product_left = stages_of(q.kernel_h * q.kernel_w, q.channels) - (product == first_product ? first_stage : 0);
-      }
-      --product_left;
+    if (done == product_end) {
+      const bool second_digit = done == digit_stages;
+      const std::int32_t before = product;
+      product = second_digit ? first_product : product + 1;
+      multiply_sums(scale_ratio(p.products[before], p.products[product], second_digit));
+      set_end(done, second_digit ? first_stage : 0);
     }
     const bool count = any_counts && p.products[product].count;
 #if defined(QCFS_HAS_WGMMA)
@@ -410,7 +418,7 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
     }
     slot = slot + 1 == stages ? 0 : slot + 1;
   }
-  if (p.digits == 1) Conv::for_each(acc, times_256);
+  multiply_sums(scale_of(p.products[product]));
   copies_wait<0>();
   __syncthreads();
 

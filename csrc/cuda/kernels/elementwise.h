@@ -1,11 +1,10 @@
-// Everything around the layers: weight packing, encoding, pooling, counting, quantisation of the image. All of it is
+// Everything around the layers: weight packing, pooling, counting, quantisation of the image. All of it is
 // bound by memory: a thread has one output position and, where operands are bytes, 4 neighbouring channels.
 //
-//     encode       v[-1] = n/2; v += current; s = v >= n; v -= n*s     current int32 [P, C] -> masks [ceil(T/8), P, C]
-//     pool         window sums of bits or counts -> counts [T, N, OH, OW, C]; with `any` the OR of masks
+//     pool         window sums of bits or counts -> counts [T, N, OH, OW, C]; the OR of masks; the largest of counts
 //     pool_counts  window sums of int32 [images, H, W, C]
-//     count        bits or counts summed over T -> int32 [1 or T, n]
-//     quantize     float32 [N, C, H, W], any strides -> int16 NHWC, x = q * 2^e, e per sample
+//     count        bits or counts summed over steps first .. last-1 -> int32 [1 or last - first, n]
+//     quantize     float32 [N, C, H, W], any strides -> int32 NHWC, x = q * 2^e, e per sample
 //
 // Exact: integers, and for quantize float32 steps rounded to nearest (never fused) and powers of two.
 #pragma once
@@ -88,15 +87,7 @@ static __global__ void pack_kernel(const __grid_constant__ PackParams p) {
   }
 }
 
-// ------------------------------------------------------------------------------- encoding, counting
-
-static __global__ void encode_kernel(const __grid_constant__ Encode p) {
-  const std::int64_t index = global_thread();
-  const std::int64_t plane = p.pixels * p.channels;
-  if (index >= plane) return;
-  const std::int32_t current[1] = {p.current[index]};
-  encode_current<1>(current, p.threshold + index % p.channels, p.out + index, plane, p.steps);
-}
+// ----------------------------------------------------------------------------------------- counting
 
 struct CountParams {
   Count a;
@@ -107,14 +98,15 @@ static __global__ void count_kernel(const __grid_constant__ CountParams p) {
   const std::int64_t quad = global_thread(), n = p.a.elements;
   if (quad >= p.row.quads) return;
   std::uint32_t sum[4] = {0, 0, 0, 0}, word = 0;
-  for (std::int64_t t = 0; t < p.a.steps; ++t) {
+  for (std::int64_t t = p.a.first; t < p.a.last; ++t) {
     const bool mask = p.a.coding == Coding::mask;
-    if (!mask || t % 8 == 0) word = load_quad(p.a.x + (mask ? t / 8 : t) * n + 4 * quad, p.row, 4 * quad);
+    if (!mask || t % 8 == 0 || t == p.a.first)
+      word = load_quad(p.a.x + (mask ? t / 8 : t) * n + 4 * quad, p.row, 4 * quad);
     const std::uint32_t step = mask ? word >> (t % 8) & 0x01010101u : word;
     QCFS_UNROLL
     for (int j = 0; j < 4; ++j) sum[j] += step >> (8 * j) & 0xff;
-    if (!p.a.prefix && t + 1 != p.a.steps) continue;
-    std::int32_t* out = p.a.out + (p.a.prefix ? t * n : 0) + 4 * quad;
+    if (!p.a.prefix && t + 1 != p.a.last) continue;
+    std::int32_t* out = p.a.out + (p.a.prefix ? (t - p.a.first) * n : 0) + 4 * quad;
     QCFS_UNROLL
     for (int j = 0; j < 4; ++j) {
       if (4 * quad + j < n) out[j] = static_cast<std::int32_t>(sum[j]);
@@ -130,6 +122,16 @@ struct PoolParams {
   std::int64_t planes;    // outputs are numbered over input planes, samples, rows, columns, quads of channels
 };
 
+QCFS_DEVICE std::uint32_t larger_bytes(std::uint32_t a, std::uint32_t b) {
+  std::uint32_t word = 0;
+  QCFS_UNROLL
+  for (int shift = 0; shift < 32; shift += 8) {
+    const std::uint32_t x = a >> shift & 0xff, y = b >> shift & 0xff;
+    word |= (x > y ? x : y) << shift;
+  }
+  return word;
+}
+
 // One thread has four channels of one output position and all the steps of an input plane. Sums stay below 256
 // (contract), so four of them are added in one word.
 static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
@@ -140,7 +142,7 @@ static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
   index /= p.channels.quads;
   const std::int64_t col = index % a.out_w, line = index / a.out_w, row = line % a.out_h;
   const std::int64_t sample = line / a.out_h % a.batch, plane = line / a.out_h / a.batch;
-  const bool bits = a.coding == Coding::mask && !a.any;
+  const bool bits = a.coding == Coding::mask && a.pooling == Pooling::sum;
   const std::int32_t steps = bits ? static_cast<std::int32_t>(a.steps - 8 * plane < 8 ? a.steps - 8 * plane : 8) : 1;
   const std::int64_t *h = a.rows + 3 * row, *w = a.cols + 3 * col;
   const std::uint8_t* x = a.x + (plane * a.batch + sample) * a.in_h * a.in_w * a.channels + first;
@@ -151,8 +153,10 @@ static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
       if (bits) {
         QCFS_UNROLL
         for (int t = 0; t < 8; ++t) sum[t] += word >> t & 0x01010101u;
+      } else if (a.pooling == Pooling::largest) {
+        sum[0] = larger_bytes(sum[0], word);
       } else {
-        sum[0] = a.any ? sum[0] | word : sum[0] + word;
+        sum[0] = a.pooling == Pooling::any ? sum[0] | word : sum[0] + word;
       }
     }
   }
@@ -186,6 +190,7 @@ static __global__ void pool_counts_kernel(const __grid_constant__ PoolCounts p) 
 
 struct QuantizeParams {
   Quantize a;
+  int size;                  // bits of a pixel without the sign: a.largest = 2^size - 1
   std::uint32_t* largest;    // [batch + 1]: bits of the largest |x'| of each sample (floats >= 0 order as their bits
                              // do), then the flag for NaN and infinity
 };
@@ -229,19 +234,18 @@ static __global__ void largest_kernel(const __grid_constant__ QuantizeParams p) 
 static __global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {
   const ImagePixel i = image_pixel(p.a);
   if (!i.exists) return;
-  std::int16_t* out = p.a.out + (i.sample * p.a.height * p.a.width + i.pixel) * p.a.channels;
+  std::int32_t* out = p.a.out + (i.sample * p.a.height * p.a.width + i.pixel) * p.a.channels;
   const std::uint32_t bits = p.largest[i.sample];
   const bool finite = bits < infinity_bits;
   int e = 0;
   if (finite && bits != 0) {
-    // largest = f * 2^e with f in [1/2, 1), and 32767 = (1 - 2^-15) * 2^15.
+    // largest = f * 2^e with f in [1/2, 1), and a.largest = (1 - 2^-size) * 2^size.
     const double f = frexp(static_cast<double>(float_of(bits)), &e);
-    e -= f <= 32767.0 / 32768.0 ? 15 : 14;
+    e -= f <= static_cast<double>(p.a.largest) / (p.a.largest + 1) ? p.size : p.size - 1;
   }
   const double unit = ldexp(1.0, -e);
   for (std::int64_t c = 0; c < p.a.channels; ++c) {
-    out[c] = finite ? static_cast<std::int16_t>(rint(mul_rn(static_cast<double>(transformed(p.a, i, c)), unit)))
-                    : std::int16_t{0};
+    out[c] = finite ? static_cast<std::int32_t>(rint(mul_rn(static_cast<double>(transformed(p.a, i, c)), unit))) : 0;
   }
   if (i.pixel != 0) return;
   p.a.exponent[i.sample] = e;

@@ -1,8 +1,13 @@
-// The end of a layer: from currents to mask bytes.
+// The end of a layer: from currents to mask bytes, in the modes of the contract.
 //
-//     integrate_and_fire   a spiking layer: adds residuals, bias and constant current, then for the launch's steps
+//     integrate_and_fire   the plain neuron and sum mode, for every kernel that makes currents: adds residuals, bias
+//     and
+//                          the image's current, then for the launch's steps
 //                              v += I[t]     s[t] = v >= n     v -= n * s[t]
-//     encode_current       the same recursion on a current that is the same at every step, v[-1] = n/2
+//     end_neuron           any mode, for the epilogue kernel, which finds the sums over the products in memory: offset
+//                          and masked neurons run over the same currents again. A window is no longer than the first
+//                          launch, so later launches only go on from what it left.
+//     encode_current       the plain recursion on a current that is the same at every step, v[-1] = n/2
 //     image_epilogue       the first layer, whose result is either the current itself or its encoding
 //
 // A thread ends `width` neighbouring channels of one pixel: 4 where every operand [.., O] may be accessed so (one
@@ -59,22 +64,37 @@ QCFS_DEVICE void store_bytes(std::uint8_t* to, std::uint32_t bytes) {
   }
 }
 
-// Ends `width` neighbouring output neurons, the first of which is `index` = pixel * O + o. `currents` hold the sums
-// over the products; those of steps that the launch does not have are ignored. Returns the mask bytes, the first one
-// lowest.
+// Adds an operand [.., O], `from` at the first of these neurons, to what they integrate: to `constant` where it is the
+// same at every step, else, `step` values from one step to the next, to `currents`.
 template <int T, int width>
-QCFS_DEVICE std::uint32_t integrate_and_fire(const LayerParams& p, std::int64_t index, std::int32_t o,
-                                             std::int32_t (&currents)[T][width]) {
-  const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
-  std::int32_t constant[width], n[width], v[width];
-  load_values<width>(constant, p.bias + o);
-  load_values<width>(n, p.threshold + o);
-  if (p.current != nullptr) {
-    std::int32_t current[width];
-    load_values<width>(current, p.current + index);
+QCFS_DEVICE void add_operand(const std::int32_t* from, std::int64_t step, std::int32_t steps,
+                             std::int32_t (&constant)[width], std::int32_t (&currents)[T][width]) {
+  std::int32_t value[width];
+  if (step == 0) {
+    load_values<width>(value, from);
     QCFS_UNROLL
-    for (int j = 0; j < width; ++j) constant[j] += current[j];
+    for (int j = 0; j < width; ++j) constant[j] = wrapping_add(constant[j], value[j]);
+    return;
   }
+  QCFS_UNROLL
+  for (int t = 0; t < T; ++t) {
+    if (t >= steps) break;
+    load_values<width>(value, from + t * step);
+    QCFS_UNROLL
+    for (int j = 0; j < width; ++j) currents[t][j] = wrapping_add(currents[t][j], value[j]);
+  }
+}
+
+// All that `width` neighbouring neurons integrate: at step t, currents[t] + constant. The first one is `index` =
+// pixel * O + o. `currents` hold the sums over the products; those of steps that the launch does not have are ignored.
+template <int T, int width>
+QCFS_DEVICE void add_sources(const LayerParams& p, std::int64_t index, std::int32_t o, std::int32_t (&constant)[width],
+                             std::int32_t (&currents)[T][width]) {
+  const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
+  QCFS_UNROLL
+  for (int j = 0; j < width; ++j) constant[j] = 0;
+  add_operand<T, width>(p.bias + o, p.bias_step, p.steps, constant, currents);
+  if (p.current != nullptr) add_operand<T, width>(p.current + index, p.current_step, p.steps, constant, currents);
   QCFS_ROLLED
   for (std::int32_t i = 0; i < p.residual_count; ++i) {
     const ResidualParams& r = p.residuals[i];
@@ -87,27 +107,166 @@ QCFS_DEVICE std::uint32_t integrate_and_fire(const LayerParams& p, std::int64_t 
       QCFS_UNROLL
       for (int j = 0; j < width; ++j) {
         const std::uint32_t byte = bytes >> (8 * j) & 0xff;
-        currents[t][j] += amplitude[j] * static_cast<std::int32_t>(r.count ? byte : byte >> t & 1);
+        const std::int32_t spikes = static_cast<std::int32_t>(r.count ? byte : byte >> t & 1);
+        currents[t][j] = wrapping_add(currents[t][j], amplitude[j] * spikes);
       }
     }
   }
-  if (p.membrane_in != nullptr) {
-    load_values<width>(v, p.membrane_in + index);
+}
+
+// The count of a neuron in sum mode: floor((current + n / 2) / n), from 0 to `levels`.
+QCFS_DEVICE std::uint32_t count_spikes(std::int32_t current, std::int32_t n, std::int32_t levels) {
+  const std::int32_t v = n / 2 + current;
+  if (v < 0) return 0;
+  const std::uint32_t count = static_cast<std::uint32_t>(v) / static_cast<std::uint32_t>(n);
+  return count < static_cast<std::uint32_t>(levels) ? count : static_cast<std::uint32_t>(levels);
+}
+
+// Ends `width` neighbouring plain neurons, or neurons in sum mode, whose operands are those of add_sources. Returns
+// their bytes, the first one lowest.
+template <int T, int width>
+QCFS_DEVICE std::uint32_t integrate_and_fire(const LayerParams& p, std::int64_t index, std::int32_t o,
+                                             std::int32_t (&currents)[T][width]) {
+  std::int32_t constant[width], n[width], v[width];
+  add_sources<T, width>(p, index, o, constant, currents);
+  load_values<width>(n, p.threshold + o);
+  std::uint32_t bits = 0;
+  if constexpr (T == 1) {
+    if (p.mode == Mode::sum) {
+      QCFS_UNROLL
+      for (int j = 0; j < width; ++j) {
+        bits |= count_spikes(currents[0][j] + constant[j] * p.levels, n[j], p.levels) << (8 * j);
+      }
+      return bits;
+    }
+  }
+  if (p.state_in != nullptr) {
+    load_values<width>(v, p.state_in + index);
   } else {
     QCFS_UNROLL
     for (int j = 0; j < width; ++j) v[j] = n[j] / 2;
   }
-  std::uint32_t bits = 0;
   QCFS_UNROLL
   for (int t = 0; t < T; ++t) {
     if (t >= p.steps) break;
     QCFS_UNROLL
     for (int j = 0; j < width; ++j) {
-      bits |= static_cast<std::uint32_t>(fire(v[j], currents[t][j] + constant[j], n[j])) << (8 * j + t);
+      const std::int32_t current = wrapping_add(currents[t][j], constant[j]);
+      bits |= static_cast<std::uint32_t>(fire(v[j], current, n[j])) << (8 * j + t);
     }
   }
-  if (p.membrane_out != nullptr) store_values<width>(p.membrane_out + index, v);
+  if (p.state_out != nullptr) store_values<width>(p.state_out + index, v);
   return bits;
+}
+
+// One neuron and all that it integrates in a launch, for the modes that run over the currents more than once or keep
+// more than a membrane, and for membranes that are held within limits.
+template <int T>
+struct Integrator {
+  std::int32_t n;
+  std::int32_t steps;
+  std::int32_t limit;    // of the membrane, on both sides
+  std::int32_t current[T];
+
+  QCFS_DEVICE std::int32_t hold(std::int32_t v) const { return v > limit ? limit : v < -limit ? -limit : v; }
+
+  // Plain steps from v, the first `count` of them; see(membrane before reset, spike). Returns the bits of the spikes.
+  template <typename See>
+  QCFS_DEVICE std::uint32_t run(std::int32_t& v, std::int32_t count, See&& see) const {
+    std::uint32_t bits = 0;
+    QCFS_UNROLL
+    for (int t = 0; t < T; ++t) {
+      if (t >= count) break;
+      const std::int32_t before = hold(v + current[t]);
+      v = before;
+      const std::int32_t spike = fire(v, 0, n);
+      see(before, spike);
+      bits |= static_cast<std::uint32_t>(spike) << t;
+    }
+    return bits;
+  }
+  QCFS_DEVICE std::uint32_t run(std::int32_t& v, std::int32_t count) const {
+    return run(v, count, [](std::int32_t, std::int32_t) {});
+  }
+
+  // Offset: the initial potential that mends what a first run from v0 gets wrong.
+  QCFS_DEVICE std::int32_t shifted(std::int32_t v0, std::int32_t window) const {
+    std::int32_t v = v0, spikes = 0, least = INT32_MAX, largest = INT32_MIN;
+    run(v, window, [&](std::int32_t before, std::int32_t spike) {
+      spikes += spike;
+      if (spike && before < least) least = before;
+      if (!spike && before > largest) largest = before;
+    });
+    const std::int32_t left = v - v0 + n / 2;
+    if (left < 0 && spikes > 0) {
+      const std::int32_t fewer = least - n + 1;
+      return hold(v0 - (fewer > n ? fewer : n));
+    }
+    if (left >= n && spikes < window) {
+      const std::int32_t more = n - largest;
+      return hold(v0 + (more > n ? more : n));
+    }
+    return v0;
+  }
+
+  // Signed: the bits of the positive spikes, and those of the negative ones 8 bits higher.
+  QCFS_DEVICE std::uint32_t run_with_sign(std::int32_t& v, std::int32_t& sent) const {
+    std::uint32_t bits = 0;
+    QCFS_UNROLL
+    for (int t = 0; t < T; ++t) {
+      if (t >= steps) break;
+      v = hold(v + current[t]);
+      const std::int32_t down = v < 0 && sent > 0, up = fire(v, 0, n);
+      v += down ? n : 0;
+      sent += up - down;
+      bits |= static_cast<std::uint32_t>(up | down << 8) << t;
+    }
+    return bits;
+  }
+};
+
+// Ends one neuron in any mode; `currents` hold the sums over the products.
+template <int T>
+QCFS_DEVICE void end_neuron(const LayerParams& p, std::int64_t index, std::int32_t o, std::int32_t (&currents)[T][1]) {
+  if (p.mode == Mode::sum || (p.mode == Mode::plain && !p.held)) {
+    p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, currents));
+    return;
+  }
+  std::int32_t constant[1];
+  add_sources<T, 1>(p, index, o, constant, currents);
+  Integrator<T> neuron;
+  neuron.n = p.threshold[o];
+  neuron.steps = p.steps;
+  neuron.limit = p.held ? image_membrane * neuron.n : INT32_MAX;
+  QCFS_UNROLL
+  for (int t = 0; t < T; ++t) neuron.current[t] = wrapping_add(currents[t][0], constant[0]);
+
+  const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
+  const bool first = p.state_in == nullptr;
+  std::int32_t v = first ? neuron.n / 2 : p.state_in[index];
+  std::int32_t more = 0;    // `sent` of signed neurons; whether masked ones may fire
+  if (!first && (p.mode == Mode::with_sign || p.mode == Mode::masked)) more = p.state_in[plane + index];
+  if (first && p.mode == Mode::offset) {
+    QCFS_ROLLED
+    for (std::int32_t i = 0; i < p.iterations; ++i) v = neuron.shifted(v, p.window);
+  }
+  if (first && p.mode == Mode::masked) {
+    std::int32_t end = v;
+    neuron.run(end, p.window);
+    more = end > 0;
+  }
+  std::uint32_t bits = 0;
+  if (p.mode == Mode::with_sign) {
+    bits = neuron.run_with_sign(v, more);
+    p.negative[index] = static_cast<std::uint8_t>(bits >> 8);
+  } else {
+    bits = neuron.run(v, p.steps);
+    if (p.mode == Mode::masked && more == 0) bits = 0;
+  }
+  p.out[index] = static_cast<std::uint8_t>(bits);
+  if (p.state_out == nullptr) return;
+  p.state_out[index] = v;
+  if (p.mode == Mode::with_sign || p.mode == Mode::masked) p.state_out[plane + index] = more;
 }
 
 constexpr int epilogue_threads = 128;
@@ -128,8 +287,7 @@ __global__ void __launch_bounds__(epilogue_threads, 4) epilogue_kernel(const __g
         acc[t][0] = wrapping_add(acc[t][0], p.partial[(i * p.steps + t) * plane + index]);
     }
   }
-  const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
-  p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, acc));
+  end_neuron<T>(p, index, static_cast<std::int32_t>(index % p.out_channels), acc);
 }
 
 template <int T>

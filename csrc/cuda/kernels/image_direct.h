@@ -1,12 +1,12 @@
 // Convolution of the image without tensor cores, then the neuron's steps: a first layer that is grouped, or has too few
 // inputs or outputs for image_tensor.h.
 //
-//     acc = sum_k w[k] * q[k]        k over taps and channels; 16-bit integers, summed in 64 bits
+//     acc = sum_k w[k] * q[k]        k over taps and channels; 16 and 24 bits, summed in 64
 //     z   = acc * (gain[c] * 2^e[n]) + offset[c]      double, each operation rounded to nearest, never fused
 //     I   = clamp(rint(z), low[c], high[c])           halves to even
 //     then I itself, or  v[-1] = n/2; v += I; s[t] = v >= n; v -= n * s[t]  for t = 0 .. T-1
 //
-// Layouts: q int16 [N, H, W, C]; weights int16 [KH, KW, C/groups, O]; T sits in the bits of the resulting mask bytes
+// Layouts: q int32 [N, H, W, C]; weights int16 [KH, KW, C/groups, O]; T sits in the bits of the resulting mask bytes
 // [ceil(T/8), N, OH, OW, O].
 //
 //              O channels: 4 neighbours a thread
@@ -53,7 +53,7 @@ static __global__ void __launch_bounds__(image_direct_threads)
     if (y < 0 || y >= a.in_h) continue;
     for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
       const std::int64_t x0 = col * g.stride_w - g.pad_w + kw * g.dilation_w;
-      const std::int16_t* from = a.x + ((sample * a.in_h + y) * a.in_w + x0) * a.in_channels + group * group_in;
+      const std::int32_t* from = a.x + ((sample * a.in_h + y) * a.in_w + x0) * a.in_channels + group * group_in;
       const std::int16_t* weight = a.weight + (kh * g.kernel_w + kw) * group_in * a.out_channels + o;
       bool inside[direct_pixels];
       QCFS_UNROLL
