@@ -123,7 +123,7 @@ struct ConvIf {
 };
 
 // Whether a layer keeps its membranes within +-image_membrane thresholds.
-constexpr bool image_alone(const ConvIf& a) { return a.product_count == 0 && a.residual_count == 0; }
+static constexpr bool image_alone(const ConvIf& a) { return a.product_count == 0 && a.residual_count == 0; }
 
 // Convolution of the analog input: current = clamp(rint(acc * (gain[c] * 2^e[n]) + offset[c]), low[c], high[c])
 // with acc = sum w*q exact and the rest in IEEE double without contraction. With `steps` > 0 the

@@ -501,7 +501,7 @@ class SpikingLayer(Layer):
         found = []
         for x, w, g in zip(sources, weights, self._geometries, strict=True):
             scale = 256 if w.dtype == torch.int8 else 1
-            found += [(t, w, g, s) for t, s in zip(_signs(x), (scale, -scale), strict=False)]
+            found += [(t, w, g, s) for t, s in zip(signs(x), (scale, -scale), strict=False)]
         xs, ws, gs, scales = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [], [])
         return xs, ws, [v for g in gs for v in g], scales
 
@@ -515,11 +515,11 @@ class SpikingLayer(Layer):
 def counted(x: Any, run: Run) -> Tensor:
     """What a node sends, counted over the steps of the answer: int32 [1 or T - skip, N, ...]."""
     span = [0, 1] if run.neuron.mode == "sum" else [run.skip, run.T]
-    parts = [torch.ops.qcfs_fast.count(t, run.steps, run.per_step, span) for t in _signs(x)]
+    parts = [torch.ops.qcfs_fast.count(t, run.steps, run.per_step, span) for t in signs(x)]
     return parts[0] if len(parts) == 1 else parts[0] - parts[1]
 
 
-def _signs(x: Any) -> tuple[Tensor, ...]:
+def signs(x: Any) -> tuple[Tensor, ...]:
     """What a node sends: spikes, and negative ones where it can send them."""
     return x if isinstance(x, Signed) else (x,)
 
@@ -528,7 +528,7 @@ def _signed_residuals(residuals: list[Any], amplitudes: list[Tensor]) -> tuple[l
     found = [
         (t, amplitude * sign)
         for x, amplitude in zip(residuals, amplitudes, strict=True)
-        for t, sign in zip(_signs(x), (1, -1), strict=False)
+        for t, sign in zip(signs(x), (1, -1), strict=False)
     ]
     return [r for r, _ in found], [a for _, a in found]
 
@@ -571,12 +571,12 @@ class SpikePool(Layer):
     def forward(self, values: Values, run: Run) -> Any:
         x = values[self.inputs[0]]
         if self.spec.kind == "max":
-            return _max_pool(x, self.spec, run)
+            return max_pooled(x, self.spec, run)
         parts = [
             torch.ops.qcfs_fast.pool(
                 t, self.spec.windows(t.shape[2], 0), self.spec.windows(t.shape[3], 1), self.spec.multiple, run.steps
             )
-            for t in _signs(x)
+            for t in signs(x)
         ]
         return Signed(*parts) if isinstance(x, Signed) else parts[0]
 
@@ -586,13 +586,13 @@ class SpikePool(Layer):
         return f"{self.inputs[0]}: {s.kind}, {where}"
 
 
-def _max_pool(x: Any, spec: PoolSpec, run: Run) -> Any:
+def max_pooled(x: Any, spec: PoolSpec, run: Run) -> Any:
     """The largest value of each window: of spikes, whether any fired; of totals, the largest.
 
     A signed maximum is positive where any spike of the window is, and negative where all of them are: where in no place
     of the window the negative spike is missing.
     """
-    first = _signs(x)[0]
+    first = signs(x)[0]
     rows, cols = spec.windows(first.shape[2], 0), spec.windows(first.shape[3], 1)
     pooled = torch.ops.qcfs_fast.max_pool(first, rows, cols, run.neuron.mode == "sum")
     if not isinstance(x, Signed):
@@ -698,7 +698,7 @@ class Readout(Layer):
         for node, max_pools, _, _ in self._plan:
             x = values[node]
             for spec in max_pools:
-                x = _max_pool(x, spec, run)
+                x = max_pooled(x, spec, run)
             found.append(counted(x, run))
         return found
 

@@ -119,6 +119,10 @@ class SNN(nn.Module):
     def max_T(self) -> int:  # noqa: N802
         return self._max_T
 
+    def bound(self, layer: str) -> int:
+        """The largest T for which a spiking layer, by name, cannot overflow in the mode of its neurons."""
+        return self._bounds[layer]
+
     def _checked_steps(self, T: int) -> int:
         if isinstance(T, bool) or not isinstance(T, int):
             raise TypeError(f"T must be an int (time steps), got {T!r}")

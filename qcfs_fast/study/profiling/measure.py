@@ -23,7 +23,17 @@ from tqdm import tqdm
 from ... import backend
 from ...backend.information import info
 from ...network import anytime
-from ...network.layers import EncodingLayer, ImageInput, Layer, Readout, SpikePool, SpikingLayer
+from ...network.layers import (
+    EncodingLayer,
+    ImageInput,
+    Layer,
+    Readout,
+    Signed,
+    SpikePool,
+    SpikingLayer,
+    max_pooled,
+    signs,
+)
 from ...network.snn import SNN
 from ...operators.masks import at_step
 from . import synapses
@@ -38,22 +48,27 @@ RASTER_IMAGES, RASTER_NEURONS = 8, 128
 
 
 class _Spikes:
-    """Spikes of one plane, added up over batches: per step and position, and per neuron."""
+    """Spikes of one plane, of both signs, added up over batches: per step and position, and per neuron."""
 
-    def __init__(self, T: int, shape: Shape, device: torch.device) -> None:
-        self.positions = torch.zeros((T, *shape[:2]), dtype=torch.int64, device=device)
+    def __init__(self, steps: int, shape: Shape, device: torch.device) -> None:
+        self.positions = torch.zeros((steps, *shape[:2]), dtype=torch.int64, device=device)
         self.neurons = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.negative = 0
 
-    def add(self, masks: Tensor) -> None:
-        T = self.positions.shape[0]
-        for t in range(T):
-            fired = at_step(masks, t, T).sum(0, dtype=torch.int64).reshape(self.neurons.shape)
-            self.neurons += fired
-            self.positions[t] += fired.sum(2)
+    def add(self, value: Any) -> None:
+        steps = self.positions.shape[0]
+        for masks in signs(value):
+            for t in range(steps):
+                fired = at_step(masks, t, steps).sum(0, dtype=torch.int64).reshape(self.neurons.shape)
+                self.neurons += fired
+                self.positions[t] += fired.sum(2)
+        if isinstance(value, Signed):
+            self.negative += sum(int(at_step(value.negative, t, steps).sum()) for t in range(steps))
 
 
 def _node_shape(value: Any, layer: Layer) -> Shape:
     """Height, width and channels of a node's value."""
+    value = value[0] if isinstance(value, Signed) else value
     if isinstance(layer, ImageInput):
         _, height, width, channels = value[0].shape
     elif value.dim() == 3:
@@ -68,6 +83,10 @@ class _Measurement:
 
     def __init__(self, snn: SNN, T: int, raster_layer: str) -> None:
         self.snn, self.T, self.raster_layer = snn, T, raster_layer
+        self.neuron = snn.neuron
+        self.steps = snn.neuron.steps(T)  # that layers compute
+        self.is_ann = snn.neuron.mode == "sum"
+        self.varying = False  # whether the images change with time
         self.device = next(snn.buffers()).device
         self.shapes: dict[str, Shape] = {}
         self.spikes: dict[Plane, _Spikes] = {}
@@ -96,9 +115,11 @@ class _Measurement:
             else:
                 self._add_node(name, layer, value)
 
-        out = self.snn.run(x, self.T, True, watch)
-        self.images += x.shape[0]
-        self.batches.append(x.shape[0])
+        self.run = self.snn._settled_run(x, self.T, not self.is_ann, 0)
+        self.varying |= self.run.varying
+        out: Tensor = self.snn._execute(x, self.run, watch)
+        self.images += out.shape[1]
+        self.batches.append(out.shape[1])
         return out
 
     def _add_node(self, name: str, layer: Layer, value: Any) -> None:
@@ -116,25 +137,32 @@ class _Measurement:
             if node == name:
                 masks, pooled_shape = value, shape
                 for spec in specs:
-                    rows, cols = spec.windows(pooled_shape[0], 0), spec.windows(pooled_shape[1], 1)
-                    masks = torch.ops.qcfs_fast.max_pool(masks, rows, cols)
+                    masks = max_pooled(masks, spec, self.run)
                     pooled_shape = synapses.pooled(pooled_shape, spec)
                 self._add_spikes(Plane(name, specs), masks, pooled_shape)
         if name == self.raster_layer and not self.raster:
             self.raster = self._raster(name, value)
 
-    def _add_spikes(self, plane: Plane, masks: Tensor, shape: Shape) -> None:
+    def _add_spikes(self, plane: Plane, value: Any, shape: Shape) -> None:
         if plane not in self.spikes:
-            self.spikes[plane] = _Spikes(self.T, shape, self.device)
-        self.spikes[plane].add(masks)
+            self.spikes[plane] = _Spikes(self.steps, shape, self.device)
+        self.spikes[plane].add(value)
 
-    def _raster(self, name: str, masks: Tensor) -> dict[str, Any]:
-        """Firing steps of evenly spaced neurons for the first images."""
-        fired = torch.stack([at_step(masks, t, self.T)[:RASTER_IMAGES].flatten(1) for t in range(self.T)]).cpu()
+    def _raster(self, name: str, value: Any) -> dict[str, Any]:
+        """Steps at which evenly spaced neurons send anything, for the first images."""
+        sent = [
+            sum(at_step(masks, t, self.steps)[:RASTER_IMAGES].flatten(1) for masks in signs(value))
+            for t in range(min(self.T, self.steps))
+        ]
+        fired = torch.stack([torch.as_tensor(s) for s in sent]).cpu()
         neurons = fired.shape[2]
         shown = sorted({i * neurons // min(neurons, RASTER_NEURONS) for i in range(min(neurons, RASTER_NEURONS))})
         steps = [[fired[:, n, i].nonzero().flatten().tolist() for i in shown] for n in range(fired.shape[1])]
         return {"layer": name, "of_neurons": neurons, "neurons": shown, "steps": steps}
+
+    def first_runs(self, t: int) -> int:
+        """How often what arrives at step t is integrated before the run that counts."""
+        return self.neuron.iterations if self.neuron.looks_ahead and t < self.neuron.window else 0
 
     def timed_run(self, x: Tensor) -> None:
         """Run a batch once more and add each node's seconds."""
@@ -155,7 +183,7 @@ class _Measurement:
         self.snn.run(x, self.T, False, watch)
 
     def record_answers(self, running: Tensor, targets: Tensor | None) -> None:
-        """Keep margins and labels of a batch's running outputs [T, N, classes]."""
+        """Keep margins and labels of a batch's running outputs [T, N, classes] (of an integer ANN [1, N, classes])."""
         if running.dim() != 3 or running.shape[2] < 2:
             if targets is not None:
                 raise ValueError(
@@ -192,9 +220,9 @@ def profile(
 
     Args:
         snn: a converted network.
-        batches: an iterable of image batches as for ``snn(x)``, or of (images, labels) tuples as a DataLoader gives;
-            images of one size. They are moved to the network's device.
-        T: time steps, default ``snn.T``.
+        batches: an iterable of image batches as for ``snn(x)``, also over time [T, N, ...], or of (images, labels)
+            tuples as a DataLoader gives; images of one size. They are moved to the network's device.
+        T: time steps, default ``snn.T``, or those of the first batch where images change with time.
         labels: whole numbers, one for each image of all batches in order, where `batches` has none.
         raster_layer: spiking layer whose spikes to keep for the raster plot; default the last one.
         analog_every_step: charge the layer that reads the image T times instead of once.
@@ -211,30 +239,33 @@ def profile(
     """
     if not isinstance(snn, SNN):
         raise TypeError(f"profile: expected a converted network (SNN), got {type(snn).__name__}")
-    steps = snn.T if T is None else snn._checked_steps(T)
+    steps = None if T is None else snn._checked_steps(T)
     names = list(snn.spiking_layers)
     if raster_layer is not None and raster_layer not in names:
         raise ValueError(f"profile: no spiking layer is called {raster_layer!r}; there are {', '.join(names)}")
     every_label = None if labels is None else torch.as_tensor(labels)
-    m = _Measurement(snn, steps, raster_layer or names[-1])
+    m: _Measurement | None = None
     image_shape: tuple[int, ...] = ()
     with torch.no_grad():
         for batch in tqdm(
             [batches] if isinstance(batches, Tensor) else batches, desc="profiling", unit="batch", disable=not progress
         ):
             x, targets = _images_and_targets(batch)
-            if x.shape[:1] == (0,):
+            if x.numel() == 0:
                 continue
+            x = x.to(next(snn.buffers()).device)
+            varying = snn._check_input(x)
+            if m is None:
+                m = _Measurement(snn, steps or (int(x.shape[0]) if varying else snn.T), raster_layer or names[-1])
+            image_shape = tuple(x.shape[1 + varying :])
             if every_label is not None:
                 if targets is not None:
                     raise ValueError("profile: the batches hold labels and labels= is given too; give one of them")
-                targets = every_label[m.images : m.images + x.shape[0]]
-            x = x.to(m.device)
-            image_shape = tuple(x.shape[1:])
+                targets = every_label[m.images : m.images + x.shape[int(varying)]]
             running = m.counting_run(x)
             m.record_answers(running, None if targets is None else torch.as_tensor(targets).to(m.device))
             m.timed_run(x)
-    if m.images == 0:
+    if m is None:
         raise ValueError("profile: batches is empty; give at least one batch of images")
     if every_label is not None and len(every_label) != m.images:
         raise ValueError(f"profile: {len(every_label)} labels for {m.images} images")
@@ -267,7 +298,7 @@ def _engine(layer: Layer, device: torch.device) -> str:
 def _layer_profile(
     m: _Measurement, name: str, layer: Layer, found: synapses.Afferents | None, analog_runs: int
 ) -> LayerProfile:
-    T, images = m.T, m.images
+    images = m.images
     kind = _KINDS.get(type(layer).__name__, "readout" if isinstance(layer, Readout) else "spiking")
     if isinstance(layer, Readout):
         shape = m.outputs
@@ -283,53 +314,66 @@ def _layer_profile(
         seconds=m.seconds[name] / images,
     )
     if isinstance(layer, (EncodingLayer, SpikingLayer)):
-        _fill_in_neurons(row, m.spikes[Plane(name)], images, T)
+        _fill_in_neurons(row, m.spikes[Plane(name)], m)
         detail = m.snn.details[name]
-        row.max_T = int(detail["max_T"])
+        row.max_T = m.snn.bound(name)
         row.threshold = int(detail["threshold_min"]), int(detail["threshold_max"])
     if found is not None:
         _fill_in_operations(row, found, m, analog_runs)
     return row
 
 
-def _fill_in_neurons(row: LayerProfile, spikes: _Spikes, images: int, T: int) -> None:
+def _fill_in_neurons(row: LayerProfile, spikes: _Spikes, m: _Measurement) -> None:
     """Rates and counts of one layer's neurons."""
     by_neuron = spikes.neurons.cpu().flatten()
+    slots = m.images * (m.T if m.is_ann else m.steps)  # spikes that a neuron can send
     row.neurons = by_neuron.numel()
     row.spikes_by_step = spikes.positions.sum((1, 2)).tolist()
     row.spikes = sum(row.spikes_by_step)
-    row.rate_by_step = [n / (images * row.neurons) for n in row.spikes_by_step]
-    row.rate = row.spikes / (images * T * row.neurons)
-    row.updates = images * T * row.neurons
+    row.negative_spikes = spikes.negative
+    row.rate_by_step = [n * m.steps / (slots * row.neurons) for n in row.spikes_by_step]
+    row.rate = row.spikes / (slots * row.neurons)
+    first_runs = m.neuron.window * m.neuron.iterations if m.neuron.looks_ahead else 0
+    row.updates = m.images * (m.steps + first_runs) * row.neurons
     row.dead = int((by_neuron == 0).sum())
-    row.saturated = int((by_neuron == images * T).sum())
+    row.saturated = int((by_neuron == slots).sum())
     row.rate_histogram = torch.bincount(
-        (by_neuron * RATE_BINS // (images * T)).clamp(max=RATE_BINS - 1), minlength=RATE_BINS
+        (by_neuron * RATE_BINS // slots).clamp(max=RATE_BINS - 1), minlength=RATE_BINS
     ).tolist()
 
 
 def _fill_in_operations(row: LayerProfile, found: synapses.Afferents, m: _Measurement, analog_runs: int) -> None:
     """Synaptic operations of one layer, and the energy by convention."""
     row.synapses, row.synapses_with_padding = found.synapses, found.with_padding
-    row.accumulates_by_step = [0] * m.T
-    for bundle in found.bundles:
-        made = bundle.operations(m.spikes[bundle.plane].positions.cpu()).tolist()
-        row.accumulates_by_step = [a + b for a, b in zip(row.accumulates_by_step, made, strict=True)]
-        row.residual_accumulates += sum(made) if bundle.residual else 0
-    row.accumulates = sum(row.accumulates_by_step)
-    row.multiply_accumulates = found.analog * m.images * analog_runs
+    if m.is_ann:
+        row.multiply_accumulates = found.synapses * m.images
+    else:
+        row.accumulates_by_step = [0] * m.steps
+        for bundle in found.bundles:
+            made = bundle.operations(m.spikes[bundle.plane].positions.cpu()).tolist()
+            if row.kind != "readout":
+                made = [n * (1 + m.first_runs(t)) for t, n in enumerate(made)]
+            else:
+                made[m.T :] = [0] * (m.steps - m.T)  # the answer is read after T steps
+            row.accumulates_by_step = [a + b for a, b in zip(row.accumulates_by_step, made, strict=True)]
+            row.residual_accumulates += sum(made) if bundle.residual else 0
+        row.accumulates = sum(row.accumulates_by_step)
+        row.multiply_accumulates = found.analog * m.images * analog_runs
     row.energy_pj = (row.accumulates * ACCUMULATE_PJ + row.multiply_accumulates * MULTIPLY_ACCUMULATE_PJ) / m.images
     row.ann_energy_pj = row.synapses * MULTIPLY_ACCUMULATE_PJ
 
 
-def _totals(layers: Sequence[LayerProfile], images: int, T: int, max_T: int) -> dict[str, Any]:
+def _totals(layers: Sequence[LayerProfile], m: _Measurement) -> dict[str, Any]:
+    images, slots = m.images, m.T if m.is_ann else m.steps
+
     def total(name: str) -> Any:
         return sum(getattr(row, name) for row in layers)
 
     return {
         "neurons": total("neurons"),
-        "rate": total("spikes") / (images * T * total("neurons")),
+        "rate": total("spikes") / (images * slots * total("neurons")),
         "spikes_per_image": total("spikes") / images,
+        "negative_spikes_per_image": total("negative_spikes") / images,
         "accumulates_per_image": total("accumulates") / images,
         "residual_accumulates_per_image": total("residual_accumulates") / images,
         "multiply_accumulates_per_image": total("multiply_accumulates") / images,
@@ -341,7 +385,7 @@ def _totals(layers: Sequence[LayerProfile], images: int, T: int, max_T: int) -> 
         "dead": total("dead"),
         "saturated": total("saturated"),
         "seconds": total("seconds"),
-        "max_T": max_T,
+        "max_T": m.snn.max_T,
     }
 
 
@@ -361,7 +405,7 @@ def _environment(m: _Measurement) -> dict[str, Any]:
 
 def _profile(m: _Measurement, image_shape: tuple[int, ...], analog_every_step: bool) -> Profile:
     found = synapses.afferents(m.snn, m.shapes)
-    analog_runs = m.T if analog_every_step else 1
+    analog_runs = m.T if analog_every_step or m.varying else 1
     layers = [_layer_profile(m, name, layer, found.get(name), analog_runs) for name, layer in m.snn.layers.items()]
     accuracy = agreement = curve = None
     if m.answers:
@@ -370,15 +414,16 @@ def _profile(m: _Measurement, image_shape: tuple[int, ...], analog_every_step: b
         targets = torch.cat(m.targets) if m.targets else None
         if targets is not None:
             accuracy = (answers == targets).to(torch.float64).mean(1).tolist()
-        curve = anytime.trade_off(margin, answers, targets, CONFIDENCES)
+        curve = None if m.is_ann else anytime.trade_off(margin, answers, targets, CONFIDENCES)
     return Profile(
         T=m.T,
         images=m.images,
         image_shape=image_shape,
         weight_bits=m.snn.weight_bits,
+        neuron=str(m.neuron),
         analog_every_step=analog_every_step,
         layers=layers,
-        totals=_totals(layers, m.images, m.T, m.snn.max_T),
+        totals=_totals(layers, m),
         accuracy_by_step=accuracy,
         agreement_by_step=agreement,
         anytime=curve,

@@ -74,7 +74,7 @@ def accuracy_by_step(p: Record) -> Any:
     if p.agreement_by_step is None:
         return None
     figure, axes = _figure(3.1)
-    steps = range(1, p.T + 1)
+    steps = range(1, len(p.agreement_by_step) + 1)
     marker = "o" if p.T <= 32 else None
     if p.accuracy_by_step is not None:
         axes.plot(steps, [100 * a for a in p.accuracy_by_step], color=BLUE, marker=marker, ms=4, label="accuracy")
@@ -172,7 +172,7 @@ def rate_by_layer_and_step(p: Record) -> Any:
     figure, axes = _figure(_rows_height(len(rows)))
     image = axes.imshow(
         [[100 * v for v in r.rate_by_step] for r in rows], aspect="auto", cmap="Blues", vmin=0,
-        extent=(0.5, p.T + 0.5, len(rows) - 0.5, -0.5), interpolation="nearest",
+        extent=(0.5, len(rows[0].rate_by_step) + 0.5, len(rows) - 0.5, -0.5), interpolation="nearest",
     )  # fmt: skip
     axes.grid(visible=False)
     _name_rows(axes, rows)
@@ -398,7 +398,7 @@ def page(p: Record) -> str:
         ) from error
     e = p.environment
     facts = [
-        f"T = {p.T}", f"{p.images} images of {'x'.join(map(str, p.image_shape))}", f"{p.weight_bits}-bit weights",
+        f"T = {p.T}", f"{p.neuron} neurons", f"{p.images} images of {'x'.join(map(str, p.image_shape))}", f"{p.weight_bits}-bit weights",
         f"qcfs_fast {e['qcfs_fast']}", str(e.get("kernels", e["device"])), f"{e['threads']} threads",
     ]  # fmt: skip
     with matplotlib.rc_context(STYLE):

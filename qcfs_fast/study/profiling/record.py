@@ -8,7 +8,11 @@ Which operations are charged differs between publications. Here:
                           these are also listed separately.
     multiply-accumulate   The layer that reads the image is charged once per image, because its current is the same
                           at every step and this library computes it once. On demand it is charged T times, as in a
-                          step-by-step simulator.
+                          step-by-step simulator, and so it is for images that change with time.
+    modes                 Negative spikes cost what positive ones do. Neurons that look ahead (offset, masked) compute at
+                          least the steps of their window, and what arrives in the window is integrated once more for
+                          each first run, though this library keeps the currents and does not add them up again. An
+                          integer ANN (sum) is charged its multiply-accumulates.
     readout               A spike costs one accumulate per class, as on event-driven hardware. (This library runs the
                           readout once per image, on spike counts.)
     ANN                   The same graph, run densely once, costs one multiply-accumulate per synapse.
@@ -54,7 +58,8 @@ class LayerProfile:
         the padding, as the usual counters do.
     accumulates: synaptic operations of the arriving spikes; residual_accumulates is the part on residual connections.
     multiply_accumulates: those of the layer that reads the image.
-    updates: membrane updates.
+    negative_spikes: the part of the spikes that signed neurons took back.
+    updates: membrane updates, those of first runs over a window among them.
     energy_pj, ann_energy_pj: picojoules per image.
     dead: neurons that never fired; saturated: neurons that fired at every step of every image.
     rate_histogram: number of neurons by firing rate, in 20 equal bins from 0 to 1.
@@ -72,6 +77,7 @@ class LayerProfile:
     synapses: int = 0
     synapses_with_padding: int = 0
     spikes: int = 0
+    negative_spikes: int = 0
     spikes_by_step: list[int] = field(default_factory=list)
     rate: float | None = None
     rate_by_step: list[float] = field(default_factory=list)
@@ -98,6 +104,8 @@ class Record:
     anytime: mean_steps, accuracy and agreement of ``snn.predict`` by confidence. This and agreement_by_step are None
         if the output is not class scores.
     raster: the firing steps of some neurons of one layer for the first images.
+    neuron: the mode of the neurons. Lists by step have an entry for each step that layers compute: those of a window
+        where that is longer than T, and one for an integer ANN (sum mode), whose neurons have counts.
     """
 
     T: int
@@ -112,6 +120,7 @@ class Record:
     anytime: list[dict] | None
     raster: dict[str, Any]
     environment: dict[str, Any]
+    neuron: str = "plain"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: every field, and what the figures mean."""

@@ -34,8 +34,9 @@ class Profile(Record):
     def summary(self) -> str:
         """The main figures in a few sentences."""
         t = self.totals
+        mode = "" if self.neuron == "plain" else f", {self.neuron} neurons"
         lines = [
-            f"{self.images} images, T = {self.T}: {t['neurons']} neurons fire at {t['rate']:.1%} of the steps; "
+            f"{self.images} images, T = {self.T}{mode}: {t['neurons']} neurons fire at {t['rate']:.1%} of the steps; "
             f"{t['dead']} never fired, {t['saturated']} always did.",
             f"Per image: {format_count(t['accumulates_per_image'])} accumulates and "
             f"{format_count(t['multiply_accumulates_per_image'])} multiply-accumulates, "
@@ -45,8 +46,11 @@ class Profile(Record):
         shares = self.agreement_by_step if self.accuracy_by_step is None else self.accuracy_by_step
         if shares is not None:
             what = "Accuracy" if self.accuracy_by_step is not None else "Images with their final label (none was given)"
-            by_step = ", ".join(f"{t}: {shares[t - 1]:.2%}" for t in doubling(self.T))
-            lines.append(f"{what} by time steps: {by_step}.")
+            if len(shares) < self.T:
+                lines.append(f"{what} as an integer ANN: {shares[0]:.2%}.")
+            else:
+                by_step = ", ".join(f"{t}: {shares[t - 1]:.2%}" for t in doubling(self.T))
+                lines.append(f"{what} by time steps: {by_step}.")
         return "\n".join(lines)
 
     def table(self) -> str:
