@@ -15,6 +15,7 @@ def small_net():
     model = on_grid(
         nn.Sequential(nn.Linear(6, 7), QCFS(4), nn.Linear(7, 4), QCFS(4, channels=4), nn.Linear(4, 3)), seed=2
     )
+    model[1].thresh.data.fill_(2.0)
     model[3].thresh.data = torch.tensor([0.5, 1.0, 2.0, 1.0])
     return model
 
@@ -66,7 +67,7 @@ def ftbc(model, x, T, alpha):
 @pytest.mark.parametrize("sizes", [(16,), (9, 1, 6)])
 def test_against_plain_loops(alpha, sizes):
     """All values are dyadic (16 images), so nothing is rounded. Batches count by their images."""
-    model, x = small_net(), images((6,), 16, grid=8)
+    model, x = small_net(), images((6,), 16, grid=64)
     found = qcfs_fast.step_biases(model, x.split(sizes), 5, alpha)
     want = ftbc(model, x, 5, alpha)
     assert list(found) == ["1", "3"]
@@ -74,6 +75,8 @@ def test_against_plain_loops(alpha, sizes):
         assert table.dtype == torch.float64
         assert table.tolist() == want[name]
         assert (table != 0).double().mean() > 0.5
+    spikes = [qcfs_fast.simulate(model, x, 5, spikes=True, step_bias=b).spikes["1"] for b in (None, found)]
+    assert not torch.equal(*spikes)  # so the second table depends on the first
 
 
 def test_means_cover_images_and_positions():
@@ -81,7 +84,7 @@ def test_means_cover_images_and_positions():
     linear = small_net()
     conv = nn.Sequential(nn.Conv2d(6, 7, 1), QCFS(4), nn.Conv2d(7, 4, 1), QCFS(4, channels=4), nn.Conv2d(4, 3, 1))
     conv.load_state_dict({k: v.reshape(*v.shape, 1, 1) if v.dim() == 2 else v for k, v in linear.state_dict().items()})
-    x = images((6,), 16, grid=8)
+    x = images((6,), 16, grid=64)
     pictures = x.reshape(2, 2, 4, 6).permute(0, 3, 1, 2)
     want = qcfs_fast.step_biases(linear, [x], 3)
     found = qcfs_fast.step_biases(conv, [(pictures, None)], 3)
