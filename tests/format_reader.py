@@ -117,9 +117,7 @@ def spiking(node, t, values, neurons):
             weight, source = weight[None, None], source.reshape(*source.shape[:2], 1, 1, -1)
         products.append((source, weight, g[9 * i : 9 * i + 9]))
     residuals = [(r, t[f"amplitude_{i}"]) for i, r in enumerate(x[len(index) :])]
-    currents = oracle.currents(
-        products, residuals, constant, neurons.bias(t), neurons.steps, levels=neurons.levels
-    )
+    currents = oracle.currents(products, residuals, constant, neurons.bias(t), neurons.steps, levels=neurons.levels)
     return neurons.fire(currents, t["threshold"])
 
 

@@ -141,7 +141,9 @@ def random_case(
         v = rng.integers(-2, 3, (1, N, oh, ow, O)) * (threshold // 2)
         state = np.concatenate([v, rng.integers(0, 3, v.shape)])[: 1 + (mode == "signed")].astype(np.int32)
     settings = mode, levels if mode == "sum" else window, iterations
-    want = oracle.fire(total, threshold, *settings, state=state) if varied else oracle.integrate_and_fire(total, threshold)
+    want = (
+        oracle.fire(total, threshold, *settings, state=state) if varied else oracle.integrate_and_fire(total, threshold)
+    )
     x, w = [tensor(p[0]) for p in summed], [tensor(p[1]) for p in summed]
     r, amplitude = [tensor(p[0]) for p in added], [tensor(p[1]) for p in added]
     current = None if constant is None else tensor(constant)

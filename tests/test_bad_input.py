@@ -40,7 +40,11 @@ def snn():
     ("x", "error", "message"),
     [
         (np.zeros((1, 3, 8, 8)), TypeError, "expected a torch.Tensor, got ndarray"),
-        (torch.zeros(1, 4, 8, 8), ValueError, r"expected an input of shape \[N, 3, H, W\], got \[1, 4, 8, 8\]"),
+        (
+            torch.zeros(1, 4, 8, 8),
+            ValueError,
+            r"expected an input of shape \[N, 3, H, W\], or \[T, N, 3, H, W\] over time; got \[1, 4, 8, 8\]",
+        ),
         (torch.zeros(3, 8, 8), ValueError, r"expected an input of shape \[N, 3, H, W\]"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, "expected a floating-point input"),
         (torch.full((1, 3, 8, 8), float("nan")), ValueError, "NaN or infinity"),

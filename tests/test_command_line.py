@@ -323,7 +323,11 @@ def test_eval_errors(place, tmp_path, capsys):
         (net, tmp_path / "keys.npz", "has no array images or labels, only x, y"),
         (net, tmp_path / "labels.npz", "labels must be 4 integers"),
         (net, tmp_path / "objects.npz", "not a complete .npz file"),
-        (net, tmp_path / "channels.npz", "expected an input of shape [N, 3, H, W], got [4, 2, 10, 12]"),
+        (
+            net,
+            tmp_path / "channels.npz",
+            "expected an input of shape [N, 3, H, W], or [T, N, 3, H, W] over time; got [4, 2, 10, 12]",
+        ),
     ]
     for network, data, message in cases:
         code, out, err = run(capsys, "eval", network, data, "--quiet", "--state", tmp_path / "state")

@@ -62,7 +62,7 @@ def test_the_stored_networks_have_every_type_of_node():
 
 
 def compare_with_the_page(path, images, snn, steps):
-    """The reader of format_reader.py and the network: the same spikes of every layer and the same answers, to the bit."""
+    """The reader of format_reader.py and the network: the same spikes of every layer and the same answers."""
     spikes, logits = format_reader.run(path, images.numpy(), steps)
     ours = qcfs_fast.trace(snn, images, steps)
     rates = []

@@ -278,6 +278,35 @@ def test_operations_from_the_model_itself():
         assert rows[name].accumulates_by_step == found.tolist(), name
 
 
+@pytest.mark.parametrize("mode", ["offset", "masked", "signed", "sum"])
+def test_what_a_mode_really_costs(mode):
+    snn, _, x = converted(networks.Groups)
+    T, window = 3, 4
+    plain = {row.name: row for row in profiled(snn, x, T=4).layers}
+    snn.neuron = mode
+    p = profiled(snn, x, T=T)
+    json.dumps(p.to_dict())
+    assert mode in p.summary()
+    spikes = qcfs_fast.trace(snn, x, T)
+    for row in p.layers:
+        if row.kind == "spiking" and mode == "sum":
+            assert (row.accumulates, row.multiply_accumulates) == (0, row.synapses * len(x))
+            assert row.spikes == int(spikes[row.name].sum())
+        if row.kind not in ("spiking", "analog"):
+            continue
+        if mode in ("offset", "masked"):  # the window's four steps, and once more for the first run
+            assert row.updates == len(x) * row.neurons * (window + window)
+            assert len(row.spikes_by_step) == window
+        elif mode == "signed":
+            assert row.spikes == int(spikes[row.name].abs().sum())
+            assert row.negative_spikes == int((spikes[row.name] < 0).sum())
+    first = next(name for name, row in plain.items() if row.accumulates)
+    if mode == "offset":  # what arrives at the first spiking layer is as in plain mode at T = 4, and is added up twice
+        assert p.layers[list(plain).index(first)].accumulates == 2 * plain[first].accumulates
+    if mode == "signed":
+        assert sum(row.negative_spikes for row in p.layers) > 0
+
+
 @pytest.mark.slow
 def test_vgg16_arithmetic():
     """The figures that docs/report.md spells out, on the full-size network for 32x32 images."""

@@ -161,7 +161,9 @@ def test_lossless_channels_stay():
     weights[:, 3], bias[3] = np.rint(weights[:, 3] * 8) / 8, 0.25
     layer = units.choose("layer", np.ones(10), [(weights, 1)], [], bias, 8, 32, False)
     assert layer.lossless.tolist() == [c == 3 for c in range(10)]
-    found = rounding.compensated(layer, [weights], bias, [1], moments_of(correlated(0), 4), 8, 32, False, qcfs_fast.Neuron())
+    found = rounding.compensated(
+        layer, [weights], bias, [1], moments_of(correlated(0), 4), 8, 32, False, qcfs_fast.Neuron()
+    )
     same = (found.weights[0] == layer.weights[0]).all(0)
     assert same.tolist() == layer.lossless.tolist()
     assert found.bias[3] == layer.bias[3]

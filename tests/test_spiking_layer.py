@@ -134,8 +134,7 @@ def test_rules_by_hand(engine):
     assert by_hand("offset", [4, -3, 0], (3, 1)) == [0b000]
     # A = 9: v0 = 2 - max(4, 9 - 4 + 1) = -4, so 3 -7: the step no longer fires, just so.
     assert by_hand("offset", [7, -10], (2, 1)) == [0b00]
-    # One too few: -4 5*, then 1 + n = residual 5 - 4 = 1: not below n. With 2 0 10* the residual is 6 >= 4, count 1 of 3,
-    # B = 2: v0 = 2 + max(4, 4 - 2) = 6, so 6* 0+... = 6* 2 12*: two spikes.
+    # One too few: 2 0 10*, residual 6 >= 4, count 1 of 3, B = 2: v0 = 2 + max(4, 4 - 2) = 6, so 6* 0 10*: two spikes.
     assert by_hand("plain", [0, -2, 10]) == [0b100]
     assert by_hand("offset", [0, -2, 10], (3, 1)) == [0b101]
     # Saturated: it fires at every step already, so nothing is added. 12* 18* 24*

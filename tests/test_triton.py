@@ -240,7 +240,8 @@ def test_any_strides():
         got = same("conv2d_if", *operands, None if current is None else spread(current), spread(bias), spread(n), T)
         assert torch.equal(got, same("conv2d_if", x, w, g, r, a, current, bias, n, T))
         for name, *rest in (
-            ("count", T, True), ("count", T, True, [1, 3]), ("pool", [0, 2, 1], [0, 2, 1], 0, T), ("max_pool", [0, 2, 1], [0, 2, 1]),
+            ("count", T, True), ("count", T, True, [1, 3]),
+            ("pool", [0, 2, 1], [0, 2, 1], 0, T), ("max_pool", [0, 2, 1], [0, 2, 1]),
         ):  # fmt: skip
             same(name, spread(x[0]), *rest)
 

@@ -21,7 +21,8 @@
 //     signed   s = +1 if v >= n; -1 if v < 0 and `sent` > 0, the sum of its spikes so far; v -= n * s
 //     sum      One step, whose inputs are totals over time, and `levels`:
 //              I = products + residuals + levels * (current + bias); the output is the count
-//              clip(floor((I + n / 2) / n), 0, levels), which `levels` plain steps give if all of I arrives at the first.
+//              clip(floor((I + n / 2) / n), 0, levels), which `levels` plain steps give if all of I arrives at the
+//              first.
 //
 // A layer without products and residuals integrates the image's current alone, |current| <= 31 n with n < 2^25. It
 // keeps v, v0 too, within +-32 n: after every addition of a current, and v0 after every shift.
@@ -110,16 +111,17 @@ struct ConvIf {
   int product_count;
   const Residual* residuals;
   int residual_count;
-  const std::int32_t* current;      // [N, OH, OW, O], or one for each step [T, N, OH, OW, O], or null
-  std::int64_t current_step;        // int32 values from the current of a step to that of the next, 0: the same at every step
-  const std::int32_t* bias;         // [O], or one for each step [T, O]
-  std::int64_t bias_step;           // likewise
+  const std::int32_t* current;    // [N, OH, OW, O], or one for each step [T, N, OH, OW, O], or null
+  std::int64_t
+      current_step;            // int32 values from the current of a step to that of the next, 0: the same at every step
+  const std::int32_t* bias;    // [O], or one for each step [T, O]
+  std::int64_t bias_step;      // likewise
   const std::int32_t* threshold;    // [O], even
   const std::int32_t* state;    // plain and with_sign: [1 or 2, N, OH, OW, O] membranes (and `sent`) before the first
                                 // step; null: n / 2 (and 0)
   std::int32_t* state_out;      // likewise after the last step; or null
-  std::uint8_t* out;      // masks [ceil(T/8), N, OH, OW, O], with_sign: positive spikes, then negative ones; sum: counts
-                          // [1, N, OH, OW, O]
+  std::uint8_t* out;    // masks [ceil(T/8), N, OH, OW, O], with_sign: positive spikes, then negative ones; sum: counts
+                        // [1, N, OH, OW, O]
 };
 
 // Whether a layer keeps its membranes within +-image_membrane thresholds.

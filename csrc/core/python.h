@@ -166,9 +166,9 @@ inline Pool pool(py::handle a, py::handle out, const Windows& w) {
   const py::object x = QCFS_ATTRIBUTE(a, "x");
   const std::vector<std::int64_t> in = shape(x);    // [planes, N, H, W, C]
   const std::int64_t steps = max ? in[0] : integer(QCFS_ATTRIBUTE(a, "T"));
-  const Pooling pooling = !max                                     ? Pooling::sum
+  const Pooling pooling = !max                                       ? Pooling::sum
                           : QCFS_ATTRIBUTE(a, "counts").cast<bool>() ? Pooling::largest
-                                                                   : Pooling::any;
+                                                                     : Pooling::any;
   return {in[1],
           in[2],
           in[3],

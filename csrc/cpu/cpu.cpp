@@ -110,7 +110,8 @@ Status pool_counts(const PoolCounts& a, const Options& options) {
 
 Status count(const Count& a, const Options& options) {
   const KernelSet& k = choose(options.isa);
-  return run_rows(a.elements, a.last - a.first, options.threads, [&](std::int64_t e0, std::int64_t e1) { k.count(a, e0, e1); });
+  return run_rows(a.elements, a.last - a.first, options.threads,
+                  [&](std::int64_t e0, std::int64_t e1) { k.count(a, e0, e1); });
 }
 
 Status readout(const Readout& a, const Options& options) {

@@ -182,7 +182,7 @@ struct DenseLayer {
   std::int64_t plane_h, plane_w;    // positions of one phase; output (r, c) is position r * plane_w + c
   DenseProduct product[max_products];
   const Segment* segments;
-  const int* chunk;    // [chunks + 1] ranges of segments, each of products of one scale
+  const int* chunk;              // [chunks + 1] ranges of segments, each of products of one scale
   const std::int32_t* factor;    // [chunks]: what sums so far are multiplied by before a chunk's products are added
   int chunks;
   const std::int8_t* packed;    // all products: [panels, segments, ..]

@@ -1,8 +1,8 @@
 // Integrate, fire, reset: the last step of every spiking layer, in every mode of the neuron (contract.h).
 //
 // The membranes of vectors * lanes output channels of one pixel stay in registers over all steps; each step adds one
-// current, and every eighth writes a byte of mask to each channel. Offset and masked neurons first run over the steps of
-// their window, on the same currents: an engine gives the sums of a step as often as it is asked.
+// current, and every eighth writes a byte of mask to each channel. Offset and masked neurons first run over the steps
+// of their window, on the same currents: an engine gives the sums of a step as often as it is asked.
 #pragma once
 
 #include <cassert>

@@ -141,9 +141,7 @@ def convert(
     return _Builder(lowered, weight_bits, T, limit, settled, prefix).build(shape, progress and data is not None)
 
 
-def _add_step_bias(
-    lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron, T: int, max_T: int | None
-) -> int:
+def _add_step_bias(lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron, T: int, max_T: int | None) -> int:
     """Take a table of biases off those of the layers, which become [steps, O]; returns the largest T."""
     if not neuron.causal:
         raise ValueError(f"convert: step_bias goes with plain and signed neurons, not with {neuron.mode}")
@@ -251,9 +249,7 @@ class _Builder:
 
     def _image_bits(self) -> int:
         """Bits of a pixel: IMAGE_BITS, or as many as leave the largest sum of the image's layers exact in double."""
-        fan_in = [
-            p.weight[0].numel() for node in self.lowered.layers for p in node.current.products if p.part.is_image
-        ]
+        fan_in = [p.weight[0].numel() for node in self.lowered.layers for p in node.current.products if p.part.is_image]
         return min(IMAGE_BITS, EXACT_BITS - math.ceil(math.log2(max([*fan_in, 1]))))
 
     def _add(self, name: str, layer: Layer) -> None:

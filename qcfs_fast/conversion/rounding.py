@@ -230,8 +230,8 @@ def compensated(
     """The layer with weights and bias rounded anew for inputs with these moments.
 
     A channel keeps its weights, each rounded to the nearest, where they serve the data better, and its bias as well
-    where its membrane could otherwise leave 32 bits within max_T steps of `neuron`. A lossless channel has no errors to compensate,
-    so nothing of it changes.
+    where its membrane could otherwise leave 32 bits within max_T steps of `neuron`. A lossless channel has no errors to
+    compensate, so nothing of it changes.
 
     Args:
         layer: the layer, rounded value by value.

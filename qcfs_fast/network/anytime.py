@@ -20,13 +20,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .snn import SNN
 
 
 class Prediction(NamedTuple):
@@ -82,7 +79,7 @@ def checked_schedule(schedule: Sequence[int] | None, T: int) -> list[int]:
 class _Again:
     """Answers of neurons without a state: a call of this runs all steps so far again. Used as a Stream is."""
 
-    def __init__(self, snn: SNN) -> None:
+    def __init__(self, snn: Any) -> None:
         self._run, self._images, self._steps = snn.run, torch.empty(0), 0
 
     def __call__(self, x: Tensor | None, steps: int, per_step: bool) -> Tensor:
@@ -95,7 +92,7 @@ class _Again:
 
 
 def predict(
-    snn: SNN,
+    snn: Any,
     x: Tensor,
     confidence: float,
     schedule: Sequence[int],
@@ -115,7 +112,7 @@ def predict(
     return Prediction(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _predict(snn: SNN, x: Tensor, confidence: float, schedule: Sequence[int]) -> Prediction:
+def _predict(snn: Any, x: Tensor, confidence: float, schedule: Sequence[int]) -> Prediction:
     go_on: Any = snn.stream() if snn.neuron.causal else _Again(snn)
     left = torch.arange(x.shape[0], device=x.device)  # the samples whose answers are not clear yet
     used = torch.empty_like(left)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..backend.protocol import last_engine
 from ..operators.geometry import POINTWISE
-from ..operators.limits import ANALOG_RANGE, IMAGE_BITS, IMAGE_RANGE, MAX_COUNT, overflow_free_steps
+from ..operators.limits import ANALOG_RANGE, IMAGE_RANGE, MAX_COUNT, overflow_free_steps
 from ..operators.masks import planes
 from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
@@ -472,10 +472,11 @@ class SpikingLayer(Layer):
     def _run(self, values: Values, run: Run) -> Any:
         buffers = self._buffers
         sources = [values[name] for name in self._source_nodes]
-        weights = [buffers[name] for name in self._weight_names]
+        weights: list[Any] = [buffers[name] for name in self._weight_names]
         residuals = [values[name] for name in self._residual_nodes]
-        amplitudes = [buffers[name] for name in self._amplitude_names]
-        geometry, scales = self._geometry, []
+        amplitudes: list[Any] = [buffers[name] for name in self._amplitude_names]
+        geometry: list[int] = self._geometry
+        scales: list[int] = []
         if run.neuron.mode == "signed":
             sources, weights, geometry, scales = self._signed_products(sources, weights)
             residuals, amplitudes = _signed_residuals(residuals, amplitudes)
@@ -495,8 +496,8 @@ class SpikingLayer(Layer):
         return _fire(self, run, True, sources, weights, residuals, amplitudes, current, bias, scales=scales)
 
     def _signed_products(
-        self, sources: list[Any], weights: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[int], list[int]]:
+        self, sources: list[Any], weights: list[Any]
+    ) -> tuple[list[Any], list[Any], list[int], list[int]]:
         """Products of both signs: the negative spikes meet the same weights, with the opposite scale."""
         found = []
         for x, w, g in zip(sources, weights, self._geometries, strict=True):
@@ -524,7 +525,7 @@ def signs(x: Any) -> tuple[Tensor, ...]:
     return x if isinstance(x, Signed) else (x,)
 
 
-def _signed_residuals(residuals: list[Any], amplitudes: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _signed_residuals(residuals: list[Any], amplitudes: list[Any]) -> tuple[list[Any], list[Any]]:
     found = [
         (t, amplitude * sign)
         for x, amplitude in zip(residuals, amplitudes, strict=True)

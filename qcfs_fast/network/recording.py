@@ -33,7 +33,7 @@ def trace(snn: SNN, x: Tensor, T: int | None = None) -> OrderedDict[str, Tensor]
 
     def spikes_of(value: Any) -> Tensor:
         if run.neuron.mode == "sum":
-            return value  # type: ignore[no-any-return]
+            return value
         if isinstance(value, Signed):
             signs = [masks.unpack(v, run.steps) for v in value]
             return (signs[0] - signs[1]).to(torch.int8)

@@ -217,9 +217,7 @@ class SNN(nn.Module):
         """Execute the graph; `watch` sees each node's value. Returns [1 or T - skip, N, ...]."""
         return self._execute(x, self._settled_run(x, T, per_step, skip), watch)
 
-    def _execute(
-        self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None = None
-    ) -> Any:
+    def _execute(self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None = None) -> Any:
         """Run all nodes; without x, in a run that goes on, on the image of the run before."""
         values: Values = {IMAGE: x}
         out: Any = None
@@ -304,7 +302,9 @@ class SNN(nn.Module):
         for name, d in self.details.items():
             bits = f"{d['weight_bits_used']:.1f}"
             exact = "all" if d["lossless"] == d["channels"] else f"{d['lossless']}/{d['channels']}"
-            rows.append((name, f"theta/{d['threshold_min']}..{d['threshold_max']}", bits, exact, f"<= {self._bounds[name]}"))
+            rows.append(
+                (name, f"theta/{d['threshold_min']}..{d['threshold_max']}", bits, exact, f"<= {self._bounds[name]}")
+            )
         widths = [max(len(r[i]) for r in rows) for i in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         mode = "" if self._neuron.mode == "plain" else f" in {self._neuron} mode"

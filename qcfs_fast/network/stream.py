@@ -13,15 +13,12 @@ and then k more are 2k steps, to the bit:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .layers import Layer, Run
-
-if TYPE_CHECKING:
-    from .snn import SNN
 
 State = dict[Layer, dict[str, Tensor]]
 
@@ -36,7 +33,7 @@ class Stream:
         steps: the steps computed since the start or the last reset.
     """
 
-    def __init__(self, snn: SNN) -> None:
+    def __init__(self, snn: Any) -> None:
         if not snn.neuron.causal:
             raise ValueError(
                 f"stream: neurons in {snn.neuron} mode have no state to go on from; set snn.neuron to plain or signed"
@@ -117,7 +114,5 @@ class Stream:
         def kept(name: str, t: Tensor) -> Any:
             return t.index_select(0 if name == "current" else 1, index)
 
-        self._state = {
-            layer: {name: kept(name, t) for name, t in held.items()} for layer, held in self._state.items()
-        }
+        self._state = {layer: {name: kept(name, t) for name, t in held.items()} for layer, held in self._state.items()}
         self._shape = (index.numel(), *self._shape[1:])

@@ -105,7 +105,9 @@ def checked_neuron(op: str, neuron: Sequence[int], T: int) -> str:
         if not condition:
             raise ValueError(f"qcfs_fast::{op}: {what}, got neuron={list(neuron)} at T={T}")
 
-    require(len(neuron) == 3 and 0 <= neuron[0] < len(MODES), f"neuron must be three ints, the first below {len(MODES)}")
+    require(
+        len(neuron) == 3 and 0 <= neuron[0] < len(MODES), f"neuron must be three ints, the first below {len(MODES)}"
+    )
     mode, (_, window, iterations) = MODES[neuron[0]], neuron
     if mode in ("offset", "masked"):
         require(1 <= window <= min(T, MAX_WINDOW), f"the window must have 1 to {MAX_WINDOW} steps and no more than T")

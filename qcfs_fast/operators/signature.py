@@ -300,7 +300,7 @@ class Conv2dIf(Operator):
     name = "conv2d_if"
     dtype = torch.uint8
     anchor = "threshold"
-    without = ("state",)
+    without: ClassVar[tuple[str, ...]] = ("state",)
     x: list[Tensor]  # masks or counts [.., N, H, W, C]
     weight: list[Tensor]  # one dtype
     geometry: list[int]
@@ -403,7 +403,7 @@ class LinearIf(Operator):
     name = "linear_if"
     dtype = torch.uint8
     anchor = "threshold"
-    without = ("state",)
+    without: ClassVar[tuple[str, ...]] = ("state",)
     x: list[Tensor]  # masks or counts [.., N, K]
     weight: list[Tensor]  # [K, O]
     residual: list[Tensor]  # masks or counts [.., N, O]
@@ -529,7 +529,7 @@ class Pool(Operator):
 
 @dataclass(slots=True, eq=False)
 class MaxPool(Operator):
-    """Whether any neuron of a window fired, step by step: masks -> masks. With `counts` the largest: counts -> counts."""
+    """Whether any neuron of a window fired, step by step: masks -> masks. With `counts` the largest of count planes."""
 
     name = "max_pool"
     dtype = torch.uint8

@@ -30,7 +30,7 @@ namespace {
 template <class Isa>
 constexpr int analog_columns = Isa::analog_vectors * Isa::lanes;
 
-constexpr int analog_pixels = 3;               // of one register block, two digits each
+constexpr int analog_pixels = 3;    // of one register block, two digits each
 constexpr int digit_bits = 12;
 constexpr int max_analog_pairs = 15;           // of inputs, whose sum int32 holds
 constexpr std::int64_t waiting_pixels = 12;    // pixels whose sums wait for the last step together

@@ -130,7 +130,8 @@ void fire_block(const EventLayer& layer, const EventTile& tile, const MergedList
                                              prefetch, sums);
     }
   }
-  if (layer.chunks == 0) fire_chunk<Isa, Weight, vectors, full>(layer, tile, lists, 0, channel, nullptr, 1, 1, {}, sums);
+  if (layer.chunks == 0)
+    fire_chunk<Isa, Weight, vectors, full>(layer, tile, lists, 0, channel, nullptr, 1, 1, {}, sums);
 }
 
 template <class Isa, typename Weight>

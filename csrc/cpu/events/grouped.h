@@ -74,9 +74,8 @@ void fire_grouped_as(const EventLayer& layer, const RowSpan& span, std::uint32_t
       }
       for (std::int64_t channel = 0; channel < a.out_channels; channel += lanes) {
         Membranes<Isa, 1, false> membranes(a, layer.neurons, channel, (span.sample * a.out_h + row) * a.out_w + col);
-        membranes.run([&](std::int64_t t, Int<Isa>(&current)[1]) {
-          current[0] = load<Int<Isa>>(sums + t * padded + channel);
-        });
+        membranes.run(
+            [&](std::int64_t t, Int<Isa>(&current)[1]) { current[0] = load<Int<Isa>>(sums + t * padded + channel); });
       }
     }
   }

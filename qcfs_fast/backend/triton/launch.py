@@ -445,9 +445,7 @@ def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
     if not capturing(x) and largest.numel() and int(largest.max()) >= INFINITY:
         raise ValueError(NOT_FINITE)
     limit = (2 ** (a.bits - 1) - 1) << (54 - a.bits)
-    _launch(
-        kernels.quantize, grid, *operands, q, exponent, limit, a.bits, size, C, W, *x.stride(), BLOCK=block
-    )
+    _launch(kernels.quantize, grid, *operands, q, exponent, limit, a.bits, size, C, W, *x.stride(), BLOCK=block)
     return q, exponent
 
 

@@ -398,7 +398,8 @@ def page(p: Record) -> str:
         ) from error
     e = p.environment
     facts = [
-        f"T = {p.T}", f"{p.neuron} neurons", f"{p.images} images of {'x'.join(map(str, p.image_shape))}", f"{p.weight_bits}-bit weights",
+        f"T = {p.T}", f"{p.neuron} neurons",
+        f"{p.images} images of {'x'.join(map(str, p.image_shape))}", f"{p.weight_bits}-bit weights",
         f"qcfs_fast {e['qcfs_fast']}", str(e.get("kernels", e["device"])), f"{e['threads']} threads",
     ]  # fmt: skip
     with matplotlib.rc_context(STYLE):

@@ -9,10 +9,10 @@ Which operations are charged differs between publications. Here:
     multiply-accumulate   The layer that reads the image is charged once per image, because its current is the same
                           at every step and this library computes it once. On demand it is charged T times, as in a
                           step-by-step simulator, and so it is for images that change with time.
-    modes                 Negative spikes cost what positive ones do. Neurons that look ahead (offset, masked) compute at
-                          least the steps of their window, and what arrives in the window is integrated once more for
-                          each first run, though this library keeps the currents and does not add them up again. An
-                          integer ANN (sum) is charged its multiply-accumulates.
+    modes                 Negative spikes cost what positive ones do. Neurons that look ahead (offset, masked) compute
+                          at least the steps of their window, and what arrives in the window is integrated once more
+                          for each first run, though this library keeps the currents and does not add them up again.
+                          An integer ANN (sum) is charged its multiply-accumulates.
     readout               A spike costs one accumulate per class, as on event-driven hardware. (This library runs the
                           readout once per image, on spike counts.)
     ANN                   The same graph, run densely once, costs one multiply-accumulate per synapse.
