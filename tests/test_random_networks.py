@@ -15,6 +15,7 @@ from torch import nn
 
 import qcfs_fast
 from qcfs_fast import QCFS
+from qcfs_fast.operators.neuron import MODES
 
 STEPS = ("layer", "projection", "identity", "image", "pool", "concatenation")
 
@@ -94,30 +95,51 @@ class Random(nn.Module):
         return self.out((self.wide(values[-1]) if self.head == "pooled" else values[-1]).flatten(1))
 
 
-def test_random_networks_on_a_grid_convert_exactly():
-    seen, spikes, neurons, ties = Counter(), 0, 0, 0
+@st.composite
+def neurons(draw):
+    """A neuron and the steps T of a run."""
+    mode = draw(st.sampled_from(MODES))
+    window = draw(st.integers(1, 8)) if mode in ("offset", "masked") else 4
+    iterations = draw(st.integers(1, 3)) if mode == "offset" else 1
+    return qcfs_fast.Neuron(mode, window, iterations), draw(
+        st.sampled_from((1, 3, 4) if mode == "sum" else (1, 3, 4, 9, 16))
+    )
 
-    @settings(max_examples=30, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
-    @given(plans(), st.integers(0, 2**31), st.sampled_from((1, 3, 4, 9, 16)), st.sampled_from((8, 16)))
-    def check(plan, seed, T, bits):
-        nonlocal spikes, neurons, ties
+
+def run(snn, x, T):
+    return snn(x, T)[None] if snn.neuron.mode == "sum" else snn(x, T, per_step=True)
+
+
+def test_random_networks_on_a_grid_convert_exactly():
+    seen, spikes, sites, ties = Counter(), 0, 0, 0
+
+    @settings(max_examples=60, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    @given(plans(), st.integers(0, 2**31), neurons(), st.sampled_from((8, 16)), st.booleans())
+    def check(plan, seed, mode, bits, over_time):
+        nonlocal spikes, sites, ties
+        neuron, T = mode
+        options = {"neuron": neuron.mode, "window": neuron.window, "iterations": neuron.iterations}
         model = networks.on_grid(Random(*plan), seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # thresholds may be those of a model without training
-            snn = qcfs_fast.convert(model, T=T, weight_bits=bits, input_shape=(3, 8, 8))
+            snn = qcfs_fast.convert(model, T=T, weight_bits=bits, input_shape=(3, 8, 8), **options)
         assert all(d["lossless"] == d["channels"] for d in snn.details.values())
         x = networks.images((3, 8, 8), 2, seed=seed, grid=64)
-        meaning = qcfs_fast.simulate(model, x, T, spikes=True)
+        if over_time and neuron.steps(T) == T and neuron.mode != "sum":
+            x = networks.images((3, 8, 8), 2 * T, seed=seed, grid=64).reshape(T, 2, 3, 8, 8)
+            seen["over time"] += 1
+        meaning = qcfs_fast.simulate(model, x, T, spikes=True, **options)
         found = qcfs_fast.trace(snn, x)
         assert list(found) == list(meaning.spikes)
         for name, theirs in meaning.spikes.items():
-            assert torch.equal(found[name], theirs), name
-            spikes, neurons = spikes + int(theirs.sum()), neurons + theirs.numel()
+            assert torch.equal(found[name].to(theirs.dtype), theirs), name
+            share = theirs.double().abs().sum() / (T if neuron.mode == "sum" else 1)
+            spikes, sites = spikes + float(share), sites + theirs.numel()
             ties += int((meaning.membranes[name] == model.get_submodule(name).thresh.item()).sum())
-        torch.testing.assert_close(snn(x, per_step=True), meaning.output.float(), rtol=2e-7, atol=1e-7)
-        seen.update([plan[1], *(kind for kind, *_ in plan[0])])
+        torch.testing.assert_close(run(snn, x, T), meaning.output.float(), rtol=2e-7, atol=1e-7)
+        seen.update([plan[1], neuron.mode, *(kind for kind, *_ in plan[0])])
 
     check()
-    assert set(STEPS) | {"linear", "pooled", "convolution"} <= set(seen)
-    assert 0.05 < spikes / neurons < 0.95
+    assert {*STEPS, *MODES, "linear", "pooled", "convolution", "over time"} <= set(seen)
+    assert 0.05 < spikes / sites < 0.95
     assert ties > 0
