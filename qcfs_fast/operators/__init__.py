@@ -3,6 +3,7 @@
 signature.py  every operator once: operands, checks, shape of the result; the schema follows
 checks.py     what the checks are made of
 reference.py  every operator in plain torch, slow and exact
+neuron.py     the modes of the neuron
 geometry.py   the geometry of a convolution
 windows.py    the windows of a pool
 masks.py      spike masks and count planes
