@@ -38,6 +38,7 @@ struct Membranes {
   std::int64_t width;      // channels that exist, at most vectors * lanes
   std::int64_t index;      // of the first neuron in one plane of the output
   std::int64_t plane;      // neurons of one
+  bool held;               // within image_membrane thresholds
   Vectors v;
   Vectors residual_bytes;    // of the first residual, masks of 8 steps
 
@@ -47,7 +48,8 @@ struct Membranes {
         channel(first),
         width(smaller(conv.out_channels - first, vectors * lanes)),
         index(pixel * conv.out_channels + first),
-        plane(conv.batch * conv.out_h * conv.out_w * conv.out_channels) {
+        plane(conv.batch * conv.out_h * conv.out_w * conv.out_channels),
+        held(image_alone(conv)) {
     static_assert(vectors * lanes <= channel_padding, "the operands in Neurons are padded to whole vectors");
     assert(first >= 0 && first < conv.out_channels && (!full || width == vectors * lanes));
   }
@@ -125,28 +127,25 @@ struct Membranes {
     }
   }
 
-  // All that step t integrates. In sum mode bias and the image's current count once for each level.
-  template <typename Products>
+  // All that step t integrates. Totals (sum mode) hold bias and the image's current once for each level.
+  template <bool totals = false, typename Products>
   inline void integrate(const Products& products, std::int64_t t, Vectors& current) {
     products(t, current);
     for (int i = 0; i < a.residual_count; ++i) add_residual(i, t, current);
-    const std::int32_t levels = a.neuron.levels;
+    const std::int32_t levels = totals ? a.neuron.levels : 1;
     if (a.current != nullptr) {
       const std::int32_t* image = a.current + t * a.current_step + index;
       QCFS_UNROLL
-      for (int j = 0; j < vectors; ++j) current[j] += row<Vector>(image, j) * (levels > 0 ? levels : 1);
+      for (int j = 0; j < vectors; ++j) current[j] += row<Vector>(image, j) * levels;
     }
     const std::int32_t* bias = neurons.bias + t * neurons.bias_step + channel;
     QCFS_UNROLL
-    for (int j = 0; j < vectors; ++j) {
-      const Vector b = load<Vector>(bias + j * lanes);
-      current[j] += levels > 0 ? b * levels : b;
-    }
+    for (int j = 0; j < vectors; ++j) current[j] += load<Vector>(bias + j * lanes) * levels;
   }
 
   // A layer of the image alone holds its membranes within a number of thresholds.
   inline void hold(Vectors& membranes) const {
-    if (!image_alone(a)) return;
+    if (!held) return;
     QCFS_UNROLL
     for (int j = 0; j < vectors; ++j) {
       const Vector limit = threshold(j) * image_membrane;
@@ -283,7 +282,7 @@ struct Membranes {
   template <typename Products>
   inline void count(const Products& products) {
     Vectors current, counts{};
-    integrate(products, 0, current);
+    integrate<true>(products, 0, current);
     for (int j = 0; j < vectors; ++j) v[j] += current[j];
     for (int k = 0; k < a.neuron.levels; ++k) {
       for (int j = 0; j < vectors; ++j) {

@@ -1,6 +1,7 @@
 // Convolution of the analog image: exact integer sums of 24-bit pixels times 16-bit weights, then the constant-current
 // neuron. Products are 38 bits wide, so a pixel is split into two signed digits of 12 bits, x = 4096 * high + low; a
-// multiply-add of pairs (s16 x s16 -> s32) sums each digit over up to 30 inputs below 2^31. Per row of output pixels:
+// multiply-add of pairs (s16 x s16 -> s32) sums each digit over as many kernel rows as the weights allow: digits are
+// at most 2048, so any inputs whose weights have magnitudes that add up to less than 2^20. Per row of output pixels:
 //
 //     split       the kernel's input rows, with their padding      [kernel rows][high, low][columns * C]   int16
 //     multiply    pixels x digits, times packed weights            [panels][kernel rows][pairs][columns][2]
@@ -8,9 +9,9 @@
 //                 (an odd one out is multiplied by zero)            int32 sums
 //     finish      (4096 * high + low) * gain + offset in double -> grid -> spikes of all steps
 //
-// Kernels dilated in width get rows in which the inputs of each output pixel were made neighbours. More than 30 inputs
-// go in parts, whole kernel rows where they fit, whose sums are added up in double, exact below 2^53. Grouped layers
-// take a plain loop.
+// Kernels dilated in width get rows in which the inputs of each output pixel were made neighbours. More kernel rows, or
+// more than 30 inputs where one row alone is too much, go in parts, whose sums are added up in double, exact below
+// 2^53. Grouped layers take a plain loop.
 #pragma once
 
 #include <cassert>
@@ -32,7 +33,7 @@ constexpr int analog_columns = Isa::analog_vectors * Isa::lanes;
 
 constexpr int analog_pixels = 3;    // of one register block, two digits each
 constexpr int digit_bits = 12;
-constexpr int max_analog_pairs = 15;           // of inputs, whose sum int32 holds
+constexpr int max_analog_pairs = 15;           // of inputs, whose sum int32 holds for any weights
 constexpr std::int64_t waiting_pixels = 12;    // pixels whose sums wait for the last step together
 
 struct AnalogSizes {
@@ -57,15 +58,36 @@ inline AnalogSizes analog_sizes(const AnalogConv& a) {
 template <class Isa>
 std::size_t pack_analog_bytes(const AnalogConv& a) {
   const AnalogSizes s = analog_sizes<Isa>(a);
-  return a.g.groups > 1 ? 64 : static_cast<std::size_t>(s.padded_out * a.g.kernel_h * s.pairs * 4 + slack);
+  return a.g.groups > 1 ? 64 : static_cast<std::size_t>(cache_line + s.padded_out * a.g.kernel_h * s.pairs * 4 + slack);
+}
+
+// Kernel rows whose sums int32 holds, wherever they begin: 0 if not even one. The packed weights begin with it.
+inline std::int64_t kernel_rows_of_a_part(const AnalogConv& a, std::int64_t inputs) {
+  constexpr std::int64_t limit = std::int64_t{1} << (31 - (digit_bits - 1));
+  std::int64_t rows = a.g.kernel_h;
+  for (std::int64_t c = 0; c < a.out_channels; ++c) {
+    for (std::int64_t first = 0; first < a.g.kernel_h; ++first) {
+      std::int64_t sum = 0;
+      for (std::int64_t k = first * inputs; k < a.g.kernel_h * inputs; ++k) {
+        const std::int64_t w = a.weight[k * a.out_channels + c];
+        sum += w < 0 ? -w : w;
+        if (sum >= limit) {
+          rows = smaller(rows, k / inputs - first);
+          break;
+        }
+      }
+    }
+  }
+  return rows;
 }
 
 template <class Isa>
 void pack_analog(const AnalogConv& a, void* out) {
   if (a.g.groups > 1) return;
   const AnalogSizes s = analog_sizes<Isa>(a);
-  std::int16_t* to = static_cast<std::int16_t*>(out);
-  __builtin_memset(to, 0, pack_analog_bytes<Isa>(a));
+  __builtin_memset(out, 0, pack_analog_bytes<Isa>(a));
+  *static_cast<std::int64_t*>(out) = kernel_rows_of_a_part(a, s.inputs);
+  std::int16_t* to = reinterpret_cast<std::int16_t*>(static_cast<char*>(out) + cache_line);
   for (std::int64_t channel0 = 0; channel0 < s.padded_out; channel0 += analog_columns<Isa>) {
     for (std::int64_t kh = 0; kh < a.g.kernel_h; ++kh) {
       for (std::int64_t k = 0; k < s.inputs; ++k) {
@@ -146,14 +168,15 @@ inline void multiply_digits(const std::int16_t* x, const AnalogSizes& s, const s
 
 // Sums of one pixel block in double, in parts whose sums int32 holds: whole kernel rows, or parts of a long one.
 template <class Isa>
-inline void sum_pixels(const AnalogConv& a, const AnalogSizes& s, const std::int16_t* x, const std::int16_t* w,
-                       std::int64_t count, std::int64_t stride, double* sum) {
-  const std::int64_t rows = larger(1, max_analog_pairs / s.pairs);
+inline void sum_pixels(const AnalogConv& a, const AnalogSizes& s, std::int64_t rows_of_a_part, const std::int16_t* x,
+                       const std::int16_t* w, std::int64_t count, std::int64_t stride, double* sum) {
+  const std::int64_t rows = larger(1, rows_of_a_part);
+  const std::int64_t pairs_of_a_part = rows_of_a_part > 0 ? s.pairs : max_analog_pairs;
   for (std::int64_t kh = 0; kh < a.g.kernel_h; kh += rows) {
-    for (std::int64_t k = 0; k < s.pairs; k += max_analog_pairs) {
+    for (std::int64_t k = 0; k < s.pairs; k += pairs_of_a_part) {
       std::int32_t part[2 * analog_pixels * analog_columns<Isa>];
       multiply_digits<Isa>(x + 2 * kh * s.length + 2 * k, s, w + 2 * (kh * s.pairs + k) * analog_columns<Isa>,
-                           smaller(rows, a.g.kernel_h - kh), smaller(max_analog_pairs, s.pairs - k), part);
+                           smaller(rows, a.g.kernel_h - kh), smaller(pairs_of_a_part, s.pairs - k), part);
       for (std::int64_t i = 0; i < count; ++i) {
         const std::int32_t* high = part + 2 * i * analog_columns<Isa>;
         const std::int32_t* low = high + analog_columns<Isa>;
@@ -181,6 +204,7 @@ inline void fire_pixel(const ConvIf& end, const Neurons& neurons, std::int64_t p
     image[j] = full ? load<Int<Isa>>(from) : load_some<Int<Isa>>(from, smaller(lanes, end.out_channels - channel));
   }
   Membranes<Isa, vectors, full> membranes(end, neurons, channel, pixel);
+  membranes.held = false;    // a current of 0 .. n takes no membrane out of 32 bits
   membranes.run([&](std::int64_t, Int<Isa>(&to)[vectors]) {
     QCFS_UNROLL
     for (int j = 0; j < vectors; ++j) to[j] = image[j];
@@ -194,8 +218,8 @@ inline void fire_pixels(const ConvIf& end, const Neurons& neurons, std::int64_t 
   const std::int64_t O = end.out_channels;
   for (std::int64_t i = 0; i < count; ++i) {
     std::int64_t channel = 0;
-    for (; O - channel >= 2 * lanes; channel += 2 * lanes) {
-      fire_pixel<Isa, 2, true>(end, neurons, pixel + i, channel, current + i * O);
+    for (; O - channel >= 4 * lanes; channel += 4 * lanes) {
+      fire_pixel<Isa, 4, true>(end, neurons, pixel + i, channel, current + i * O);
     }
     for (; channel < O; channel += lanes) {
       fire_pixel<Isa, 1, false>(end, neurons, pixel + i, channel, current + i * O);
@@ -245,7 +269,7 @@ std::size_t analog_workspace(const AnalogConv& a) {
 
 template <class Isa>
 void analog(const AnalogConv& a, const ConvIf& end, const Neurons& neurons, const RowSpan& span, void* workspace) {
-  const void* packed = a.packed;
+  const char* packed = static_cast<const char*>(a.packed);
   assert(packed != nullptr && reinterpret_cast<std::uintptr_t>(workspace) % cache_line == 0);
   const AnalogSizes s = analog_sizes<Isa>(a);
   const AnalogPlaces at = analog_places(a, s);
@@ -255,6 +279,7 @@ void analog(const AnalogConv& a, const ConvIf& end, const Neurons& neurons, cons
   double* sum = reinterpret_cast<double*>(space + at.sum);                        // [waiting_pixels, padded_out]
   std::int32_t* current = reinterpret_cast<std::int32_t*>(space + at.current);    // [waiting_pixels, O]
   std::int16_t* digits = reinterpret_cast<std::int16_t*>(space + at.digits);      // [kernel rows, 2, length]
+  const std::int64_t rows_of_a_part = a.g.groups > 1 ? 0 : *reinterpret_cast<const std::int64_t*>(packed);
   for (std::int64_t c = 0; c < O; ++c) gain[c] = __builtin_ldexp(a.gain[c], a.exponent[span.sample]);
   for (std::int64_t row = span.row0; row < span.row1; ++row) {
     for (std::int64_t kh = 0; a.g.groups == 1 && kh < a.g.kernel_h; ++kh) {
@@ -270,10 +295,11 @@ void analog(const AnalogConv& a, const ConvIf& end, const Neurons& neurons, cons
         }
       } else {
         for (std::int64_t channel0 = 0; channel0 < s.padded_out; channel0 += analog_columns<Isa>) {
-          const std::int16_t* w = static_cast<const std::int16_t*>(packed) + 2 * channel0 * a.g.kernel_h * s.pairs;
+          const std::int16_t* w =
+              reinterpret_cast<const std::int16_t*>(packed + cache_line) + 2 * channel0 * a.g.kernel_h * s.pairs;
           for (std::int64_t i = 0; i < count; i += analog_pixels) {
-            sum_pixels<Isa>(a, s, digits + (col0 + i) * s.step, w, smaller(analog_pixels, count - i), s.padded_out,
-                            sum + i * s.padded_out + channel0);
+            sum_pixels<Isa>(a, s, rows_of_a_part, digits + (col0 + i) * s.step, w, smaller(analog_pixels, count - i),
+                            s.padded_out, sum + i * s.padded_out + channel0);
           }
         }
       }
