@@ -68,14 +68,6 @@ bool fits(const ConvIf& a) {
   return a.batch * a.out_h * a.out_w < max_pixels && k < max_k;
 }
 
-// Whether the kernels that make the currents also end the layer; else the currents go through memory to the epilogue
-// kernel.
-bool fuses(const ConvIf& a, int splits) {
-  return a.product_count > 0 && splits == 1 && (a.neuron.mode == Mode::plain || a.neuron.mode == Mode::sum);
-}
-
-int slices_of(const ConvIf& a, int splits) { return a.product_count == 0 || fuses(a, splits) ? 0 : splits; }
-
 // int32 values that a neuron carries from launch to launch.
 int carried(const ConvIf& a) {
   if (a.steps <= 8) return 0;
@@ -90,7 +82,7 @@ bool fits(const ConvIf& a, const Plan& plan) {
   for (int i = 0; i < a.product_count; ++i) {
     stages += stages_of(a.products[i].g.kernel_h * a.products[i].g.kernel_w, a.products[i].x.channels);
   }
-  if (plan.splits < 1 || plan.slices != slices_of(a, plan.splits)) return false;
+  if (plan.splits < 1 || plan.slices != (plan.splits > 1 ? plan.splits : 0)) return false;
   if (plan.membrane_bytes < carried(a) * outputs * 4) return false;
   if (plan.partial_bytes < plan.slices * steps * outputs * 4) return false;
   if (plan.path == Path::direct) return plan.splits == 1;
@@ -117,11 +109,7 @@ Plan plan_conv_if(const ConvIf& a, const Device& device) {
   Plan plan{Path::direct, TileKind::small, 1, 0, 0, 0};
   const std::int64_t outputs = a.batch * a.out_h * a.out_w * a.out_channels;
   plan.membrane_bytes = carried(a) * outputs * 4;
-  if (!suits_tensor_cores(a)) {
-    plan.slices = slices_of(a, 1);
-    plan.partial_bytes = plan.slices * (a.steps < 8 ? a.steps : 8) * outputs * 4;
-    return plan;
-  }
+  if (!suits_tensor_cores(a)) return plan;
   plan.path = Path::tensor_cores;
   Work w{a.batch * a.out_h * a.out_w, a.out_channels, 0, a.steps < 8 ? a.steps : 8, 1, false};
   for (int i = 0; i < a.product_count; ++i) {
@@ -133,8 +121,10 @@ Plan plan_conv_if(const ConvIf& a, const Device& device) {
   const Choice c = choose_tile(w, device);
   plan.tile = c.tile;
   plan.splits = static_cast<int>(ceil_div(w.stages, ceil_div(w.stages, c.splits)));    // none empty
-  plan.slices = slices_of(a, plan.splits);
-  plan.partial_bytes = plan.slices * w.steps * outputs * 4;
+  if (plan.splits > 1) {
+    plan.slices = plan.splits;
+    plan.partial_bytes = plan.slices * w.steps * outputs * 4;
+  }
   return plan;
 }
 
@@ -208,7 +198,8 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
       // Every plane of a launch must be as aligned as the first; in_plane is a multiple of C.
       p.products[i].copy_bytes = widest_copy(p.products[i].x, x.channels);
     }
-    p.quads = quads_are_aligned(a.out_channels, {p.current, p.bias, p.threshold, p.state_in, p.state_out, p.partial},
+    p.quads = (p.mode == Mode::plain || p.mode == Mode::sum) &&
+              quads_are_aligned(a.out_channels, {p.current, p.bias, p.threshold, p.state_in, p.state_out, p.partial},
                                 {p.out});
     for (int i = 0; i < a.residual_count; ++i) {
       const Residual& r = a.residuals[i];
@@ -223,7 +214,6 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
       code = k.epilogue(p, launch.stream);
     } else if (plan.path == Path::direct) {
       code = k.direct(p, launch.stream);
-      if (code == ok && plan.slices > 0) code = k.epilogue(p, launch.stream);
     } else {
       // The last launch of a layer with counts may have one step. Every tile then loads one plane, and `counts` is
       // none.

@@ -101,8 +101,7 @@ void spiking_layer(i64 steps) {
     }
     if (chance(0.3)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 5)));
     plan.splits = static_cast<int>(cuda::ceil_div(stages, cuda::ceil_div(stages, plan.splits)));
-    const bool fused = a.neuron.mode == Mode::plain || a.neuron.mode == Mode::sum;
-    plan.slices = plan.splits > 1 || !fused ? plan.splits : 0;
+    plan.slices = plan.splits > 1 ? plan.splits : 0;
     plan.partial_bytes = plan.slices * std::min<i64>(a.steps, 8) * layer.outputs() * 4;
   }
   const Block<std::int32_t> workspace(plan.workspace_bytes() / 4);
@@ -533,9 +532,6 @@ void refusals() {
   a = layer;
   a.steps = 9;
   refused(conv_if(a, plan), cuda::wrong_plan, "membranes without memory");
-  a = layer;
-  a.neuron.mode = Mode::with_sign;
-  refused(conv_if(a, plan), cuda::wrong_plan, "currents without memory");
   a = layer;
   a.out_channels = 4;
   refused(conv_if(a, plan), cuda::wrong_plan, "too few outputs for tensor cores");

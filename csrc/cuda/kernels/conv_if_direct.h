@@ -5,8 +5,7 @@
 //
 //     thread (pixel, o):   for tap, for channel of o's group:  w = weight[tap, channel, o]
 //                                                              acc[t] += bit t of mask * w     t = 0 .. T-1
-//                          then the epilogue: residuals, integrate, fire, soft reset, one mask byte; or, for
-//                          the modes that the epilogue kernel ends, acc[t] to memory
+//                          then the epilogue: residuals, integrate, fire, soft reset, one mask byte
 //
 // Neighbouring threads own neighbouring channels. So weights, outputs and the masks of a depthwise layer are read and
 // written coalesced, and all threads of a pixel read the same masks of an ungrouped layer.
@@ -73,14 +72,7 @@ __global__ void __launch_bounds__(direct_threads, 4) conv_if_direct_kernel(const
     }
   }
   multiply_sums(scale_of(p.products[p.product_count - 1]));
-  if (p.partial == nullptr) {
-    p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, acc));
-    return;
-  }
-  QCFS_UNROLL
-  for (int t = 0; t < T; ++t) {
-    if (t < p.steps) p.partial[static_cast<std::int64_t>(t) * p.pixels * p.out_channels + index] = acc[t][0];
-  }
+  p.out[index] = end_neuron<T>(p, index, o, acc);
 }
 
 template <int T>

@@ -24,8 +24,7 @@
 // 16-bit weights are two digits, w = 256 * d1 + d0. The loop runs over all of K with d1, then acc *= 256, then over all
 // of K with d0 (Horner), so no second set of accumulators exists. Scales work likewise: where a product begins, the
 // sums so far are multiplied by the quotient of the scale before and its own. Then the epilogue: the recursion over T
-// runs in registers, and the mask bytes pass through shared memory so that a store has 16 of them. Modes that need more
-// registers than the plain neuron leave their currents in memory, as a split K does, for the epilogue kernel.
+// runs in registers, and the mask bytes pass through shared memory so that a store has 16 of them.
 //
 // Registers a thread: T * row_parts * BN / 2 accumulators (64 to 128), BN / 4 weight fragments, 4 to 8 masks, about 40
 // addresses. With 128 threads that stays under 255 registers, without spills, and lets two blocks share an SM: one
@@ -319,7 +318,7 @@ struct ConvTile {
         QCFS_UNROLL
         for (int t = 0; t < T; ++t) sums[t][0] = currents[transposed(t, row, col) + j];
         if (p.partial == nullptr) {
-          tile[row * cols + col + j] = static_cast<unsigned char>(integrate_and_fire<T, 1>(p, index + j, o + j, sums));
+          tile[row * cols + col + j] = end_neuron<T>(p, index + j, o + j, sums);
         } else {
           QCFS_UNROLL
           for (int t = 0; t < T; ++t) {

@@ -1,17 +1,16 @@
 // The end of a layer: from currents to mask bytes, in the modes of the contract.
 //
-//     integrate_and_fire   the plain neuron and sum mode, for every kernel that makes currents: adds residuals, bias
-//     and
-//                          the image's current, then for the launch's steps
+//     integrate_and_fire   the plain neuron and sum mode: adds residuals, bias and the image's current, then for the
+//                          launch's steps
 //                              v += I[t]     s[t] = v >= n     v -= n * s[t]
-//     end_neuron           any mode, for the epilogue kernel, which finds the sums over the products in memory: offset
-//                          and masked neurons run over the same currents again. A window is no longer than the first
-//                          launch, so later launches only go on from what it left.
+//     end_neuron           any mode, one neuron. Offset and masked neurons run over the same currents again. A window
+//                          is no longer than the first launch, so later launches only go on from what it left.
 //     encode_current       the plain recursion on a current that is the same at every step, v[-1] = n/2
 //     image_epilogue       the first layer, whose result is either the current itself or its encoding
 //
-// A thread ends `width` neighbouring channels of one pixel: 4 where every operand [.., O] may be accessed so (one
-// 16-byte access of int32, one 4-byte access of masks), else 1. Exact: integers.
+// A thread ends `width` neighbouring channels of one pixel: of plain neurons 4 where every operand [.., O] may be
+// accessed so (one 16-byte access of int32, one 4-byte access of masks), else 1. One neuron of the other modes needs no
+// more registers than four plain ones. Exact: integers.
 #pragma once
 
 #include <cstdint>
@@ -225,12 +224,12 @@ struct Integrator {
   }
 };
 
-// Ends one neuron in any mode; `currents` hold the sums over the products.
+// Ends one neuron in any mode; operands as in add_sources. Returns its byte of `out`.
 template <int T>
-QCFS_DEVICE void end_neuron(const LayerParams& p, std::int64_t index, std::int32_t o, std::int32_t (&currents)[T][1]) {
+QCFS_DEVICE std::uint8_t end_neuron(const LayerParams& p, std::int64_t index, std::int32_t o,
+                                    std::int32_t (&currents)[T][1]) {
   if (p.mode == Mode::sum || (p.mode == Mode::plain && !p.held)) {
-    p.out[index] = static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, currents));
-    return;
+    return static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, currents));
   }
   std::int32_t constant[1];
   add_sources<T, 1>(p, index, o, constant, currents);
@@ -263,10 +262,11 @@ QCFS_DEVICE void end_neuron(const LayerParams& p, std::int64_t index, std::int32
     bits = neuron.run(v, p.steps);
     if (p.mode == Mode::masked && more == 0) bits = 0;
   }
-  p.out[index] = static_cast<std::uint8_t>(bits);
-  if (p.state_out == nullptr) return;
-  p.state_out[index] = v;
-  if (p.mode == Mode::with_sign || p.mode == Mode::masked) p.state_out[plane + index] = more;
+  if (p.state_out != nullptr) {
+    p.state_out[index] = v;
+    if (p.mode == Mode::with_sign || p.mode == Mode::masked) p.state_out[plane + index] = more;
+  }
+  return static_cast<std::uint8_t>(bits);
 }
 
 constexpr int epilogue_threads = 128;
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(epilogue_threads, 4) epilogue_kernel(const __g
         acc[t][0] = wrapping_add(acc[t][0], p.partial[(i * p.steps + t) * plane + index]);
     }
   }
-  end_neuron<T>(p, index, static_cast<std::int32_t>(index % p.out_channels), acc);
+  p.out[index] = end_neuron<T>(p, index, static_cast<std::int32_t>(index % p.out_channels), acc);
 }
 
 template <int T>

@@ -41,7 +41,7 @@ struct LayerParams {
   std::int32_t slices;          // partial sums of an output that the epilogue kernel adds
   std::int32_t padded_out;      // O rounded up as in packed weights
   std::int32_t wide_out;        // the output may be stored 16 bytes at a time
-  std::int32_t quads;           // in every operand [.., O], four neighbouring channels may be accessed at once
+  std::int32_t quads;           // four neighbouring channels are ended at once: aligned in every operand [.., O]
   Mode mode;
   std::int32_t window, iterations, levels;    // as in Neuron
   std::int32_t held;                          // membranes stay within +-image_membrane thresholds
@@ -50,7 +50,7 @@ struct LayerParams {
   const std::int32_t* bias;
   std::int64_t bias_step;
   const std::int32_t* threshold;
-  const std::int32_t* state_in;    // null: the first launch, with membranes of n / 2
+  const std::int32_t* state_in;    // null: membranes begin at n / 2
   std::int32_t* state_out;         // null: nothing goes on from the last step
   std::int32_t* partial;           // [slices, steps, pixels, O]; null when fused
   std::uint8_t* out;               // the launch's mask plane, or the counts of sum mode
