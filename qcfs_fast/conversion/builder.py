@@ -132,8 +132,6 @@ def convert(
     if not lowered.layers:
         raise ConversionError("the model has no QCFS activation; call qcfs_fast.prepare(model) first")
     if step_bias is not None:
-        if data is not None:
-            raise ValueError("convert: data goes with one bias for all steps, not with step_bias; leave one out")
         limit = _add_step_bias(lowered, step_bias, settled, T, max_T)
     image = lowered.image
     batches = None if data is None else rounding.checked_batches(data, 1 + max(image.source), image.vector)
@@ -386,7 +384,7 @@ class _Builder:
             layer = rounding.compensated(
                 layer,
                 [w.reshape(-1, w.shape[3]) for w in weights],
-                current.bias.numpy(),
+                node.bias().numpy(),
                 [*peaks, *(peak for _, _, peak in residuals)],
                 self.prefix.moments(read, current.vector),
                 self.weight_bits,
@@ -447,9 +445,7 @@ class _Builder:
     ) -> units.QuantizedLayer:
         """units.choose over blocks of output channels, to bound the memory it takes."""
         flat = [w.reshape(-1, w.shape[3]) for w in weights]
-        theta, bias = node.theta.numpy(), node.current.bias.numpy()
-        if node.step_bias is not None:
-            bias = bias + node.step_bias.numpy()
+        theta, bias = node.theta.numpy(), node.bias().numpy()
         inputs = max(1, sum(w.shape[0] for w in flat))
         block = max(1, CHUNK // inputs)
         parts = []
