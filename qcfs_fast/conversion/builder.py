@@ -103,9 +103,11 @@ def convert(
     mean and the covariance of its inputs. The weights of a channel are rounded one by one, each so that it makes up
     for the errors of those before it, and the bias takes up the mean error that is left. The method is that of
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023.
-    It trains nothing, and the same data gives the same network. On trained networks about half of the spikes that
-    rounding changes in a layer remain; where depth multiplies each of them, labels gain less. Lossless channels stay
-    as they are. So do the first layer, which reads the analog image, and the readout; both have 16 bits at any setting.
+    It trains nothing, and the same data gives the same network. Measured on two trained networks at 8 bits, about half
+    of the spikes that rounding changes in a layer remained at T = 4, and 75 to 90 % at T = 1. Labels hardly changed:
+    through many layers one wrong spike does as much as two. 16 bits keep more labels than 8 bits with data. Lossless
+    channels stay as they are. So do the first layer, which reads the analog image, and the readout; both have 16 bits
+    at any setting.
 
     Source: Bu et al., "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency Spiking Neural
     Networks", ICLR 2022: initial membrane potential theta/2, soft reset, threshold = trained lambda.
