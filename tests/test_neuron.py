@@ -270,7 +270,9 @@ def test_what_step_bias_refuses():
         ({"step_bias": table, "T": 5}, "for at least 5 steps"),
         ({"step_bias": table, "T": 4, "max_T": 8}, "for at least 8 steps"),
         ({"step_bias": nan}, "must be finite"),
-        ({"step_bias": far}, "exceeds a threshold"),
+        ({"step_bias": {**table, name: table[name][0]}}, "must hold tensors"),
+        ({"step_bias": {**table, name: table[name].tolist()}}, "must hold tensors"),
+        ({"step_bias": far}, "exceeds half a threshold"),
         ({"step_bias": table, "data": [x]}, "data goes with one bias for all steps"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -24,6 +24,12 @@ inline Int<Isa> scaled(Int<Isa> sum, std::int32_t scale) {
   return reinterpret_cast<const Int<Isa>&>(x);
 }
 
+template <class Isa>
+inline Int<Isa> wrapped_sum(Int<Isa> a, Int<Isa> b) {
+  const Unsigned<Isa> x = reinterpret_cast<const Unsigned<Isa>&>(a) + reinterpret_cast<const Unsigned<Isa>&>(b);
+  return reinterpret_cast<const Int<Isa>&>(x);
+}
+
 // full: every lane holds a channel. Otherwise the last vectors are partial and need memcpy of a variable length, a
 // library call before which the compiler spills all live accumulators.
 template <class Isa, int vectors, bool full>

@@ -63,7 +63,7 @@ def convert(
     weight_bits: int = 16,
     max_T: int | None = None,
     input_shape: Sequence[int] | None = None,
-    neuron: str = "plain",
+    neuron: Neuron | str = "plain",
     window: int = 4,
     iterations: int = 1,
     step_bias: Mapping[str, Tensor] | None = None,
@@ -84,7 +84,7 @@ def convert(
         neuron: the mode of all neurons: "plain", the paper's; "offset", which wins back the accuracy that plain ones
             lose at few time steps; "masked", "signed"; or "sum", the ANN with L = T as an integer network
             (docs/neurons.md). It can be changed later: ``snn.neuron``.
-        window, iterations: of offset and masked neurons (:class:`qcfs_fast.Neuron`).
+        window, iterations: of offset and masked neurons, where `neuron` is no :class:`qcfs_fast.Neuron` itself.
         step_bias: a bias for each step and activation, from :func:`qcfs_fast.step_biases`; for plain and signed
             neurons. T is then at most the steps of the table.
         data: image batches [N, C, H, W] (or [N, features]), or (images, ...) tuples as a DataLoader gives; a
@@ -126,7 +126,7 @@ def convert(
     limit = max(T, 32) if max_T is None else max_T
     if limit < T:
         raise ValueError(f"convert: max_T={limit} is below T={T}")
-    settled = Neuron(neuron, window, iterations)
+    settled = neuron if isinstance(neuron, Neuron) else Neuron(neuron, window, iterations)
     if settled.looks_ahead:
         limit = max(limit, window)
     _warn_if_untrained(model)
@@ -135,14 +135,18 @@ def convert(
         raise ConversionError("the model has no QCFS activation; call qcfs_fast.prepare(model) first")
     if step_bias is not None:
         limit = _add_step_bias(lowered, step_bias, settled, T, max_T)
+    totals = min(T if max_T is None else max_T, MAX_COUNT) if settled.mode == "sum" else 1
     image = lowered.image
     batches = None if data is None else rounding.checked_batches(data, 1 + max(image.source), image.vector)
     prefix = None if batches is None else rounding.Prefix(batches, Run(T, settled))
-    return _Builder(lowered, weight_bits, T, limit, settled, prefix).build(shape, progress and data is not None)
+    return _Builder(lowered, weight_bits, T, limit, settled, totals, prefix).build(shape, progress and data is not None)
 
 
 def _add_step_bias(lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron, T: int, max_T: int | None) -> int:
-    """Take a table of biases off those of the layers, which become [steps, O]; returns the largest T."""
+    """Take a table of biases off those of the layers, which become [steps, O]; returns the largest T.
+
+    With max_T given no more steps are taken than that: the integer grid must serve them all.
+    """
     if not neuron.causal:
         raise ValueError(f"convert: step_bias goes with plain and signed neurons, not with {neuron.mode}")
     names = [node.name for node in lowered.layers]
@@ -151,18 +155,20 @@ def _add_step_bias(lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron
             f"convert: step_bias must have a table for each activation ({', '.join(names)}); "
             "make it with qcfs_fast.step_biases(model, batches)"
         )
-    steps = {int(t.shape[0]) for t in table.values() if t.dim() == 2}
+    sound = all(isinstance(t, Tensor) and t.dim() == 2 for t in table.values())
+    steps = {int(t.shape[0]) for t in table.values()} if sound else set()
     if len(steps) != 1 or min(steps) < (T if max_T is None else max_T):
         raise ValueError(
-            f"convert: step_bias must hold [steps, C] for at least {T if max_T is None else max_T} steps; "
+            f"convert: step_bias must hold tensors [steps, C] for at least {T if max_T is None else max_T} steps; "
             "make it with qcfs_fast.step_biases(model, batches, T=...)"
         )
+    taken = steps.pop() if max_T is None else max_T
     for node in lowered.layers:
         bias = table[node.name].detach().to(torch.float64).cpu()
         if bias.shape[1] not in (1, node.theta.numel()) or not bool(torch.isfinite(bias).all()):
             raise ValueError(f"convert: step_bias of {node.name} must be finite, [steps, {node.theta.numel()}]")
-        node.step_bias = -bias.expand(-1, node.theta.numel())
-    return steps.pop()
+        node.step_bias = -bias[:taken].expand(-1, node.theta.numel())
+    return taken
 
 
 def _warn_if_untrained(model: nn.Module) -> None:
@@ -201,6 +207,7 @@ class _Builder:
         T: int,
         max_T: int,
         neuron: Neuron,
+        totals: int,
         prefix: rounding.Prefix | None,
     ) -> None:
         self.prefix = prefix
@@ -209,7 +216,7 @@ class _Builder:
         self.T = T
         self.max_T = max_T
         self.neuron = neuron
-        self.totals = T if neuron.mode == "sum" else 1  # spikes of a neuron that one count can hold
+        self.totals = totals  # spikes of a neuron that one count holds
         self.layers: list[tuple[str, Layer]] = []
         self.made: dict[Any, str] = {}
         self.details: dict[str, dict[str, Any]] = {}
@@ -353,8 +360,8 @@ class _Builder:
             max_T = node.step_bias.shape[0]
             config = replace(config, bias_steps=max_T)
             tensors["bias"] = torch.from_numpy(np.rint(node.step_bias.numpy() / unit).astype(np.int64))
-            if bool((tensors["bias"].abs() > tensors["threshold"]).any()):
-                raise ConversionError(f"{node.name}: step_bias exceeds a threshold; use a smaller alpha")
+            if bool((tensors["bias"].abs() > tensors["threshold"] // 2).any()):
+                raise ConversionError(f"{node.name}: step_bias exceeds half a threshold; use a smaller alpha")
             tensors["bias"] = tensors["bias"].to(torch.int32)
         self._add(node.name, EncodingLayer([INPUT], config, tensors))
         self.details[node.name] = self._detail(node, n, exact, 16.0, max_T)

@@ -223,8 +223,7 @@ def choose_weight_scale(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The unit of 16-bit weights [K, O] per channel, and whether it is exact.
 
     It is for the analog first layer and the readout: their sums are scaled in double, so the unit need not divide a
-    threshold. A power of two is taken where all
-    weights are multiples of it, and largest / 32639 elsewhere.
+    threshold. A power of two is taken where all weights are multiples of it, and largest / 32639 elsewhere.
     """
     largest = np.abs(w).max(0) if w.shape[0] else np.zeros(w.shape[1])
     safe = np.where(largest > 0, largest, 1.0)
@@ -237,7 +236,7 @@ def choose_analog_unit(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Unit and threshold n of a layer that integrates the analog image alone.
 
     The unit is a power of two near theta / 2^24, so a dyadic current is exact; a float32 theta is then an even
-    number of units too. The current is clipped to [0, theta], which changes no spike of a constant current,
+    number of units too. The current of an image that stays is clipped to [0, theta], which changes no spike,
     so there is no bound on T.
     """
     unit = 2.0 ** (np.floor(np.log2(theta)) - 24)

@@ -25,11 +25,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MODES = ("plain", "offset", "masked", "signed", "sum")
-LOOK_AHEAD = ("offset", "masked")
-MAX_WINDOW = 8
-MAX_ITERATIONS = 8
-
 
 class Fired(NamedTuple):
     """What neurons did: spikes and membrane potentials before each reset [S, ...], and the potential at the end [...].

@@ -20,8 +20,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..operators.limits import MAX_ITERATIONS, MAX_WINDOW
+from ..operators.neuron import LOOKS_AHEAD, MODES
 from .graph import call_sites, evaluating, symbolic_trace
-from .neurons import LOOK_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
+from .neurons import count, fire
 from .qcfs import over_channels
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -180,7 +182,7 @@ def simulate(
             f"simulate: x must be a tensor of floating point or uint8, got "
             f"{x.dtype if isinstance(x, Tensor) else type(x).__name__}; use x.float()"
         )
-    steps = 1 if neuron == "sum" else max(T, window) if neuron in LOOK_AHEAD else T
+    steps = 1 if neuron == "sum" else max(T, window) if neuron in LOOKS_AHEAD else T
     x = _over_time(x, T, neuron, steps).to(dtype)
 
     network, layers = _with_neurons(model, dtype, lambda theta: _Layer(theta, neuron, window, iterations, T, steps))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..backend.protocol import last_engine
 from ..operators.geometry import POINTWISE
-from ..operators.limits import ANALOG_RANGE, IMAGE_RANGE, MAX_COUNT, overflow_free_steps
+from ..operators.limits import ANALOG_RANGE, IMAGE_RANGE, MAX_COUNT, MAX_IMAGE_THRESHOLD, MAX_SUM, overflow_free_steps
 from ..operators.masks import planes
 from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
@@ -108,7 +108,7 @@ class Residual(NamedTuple):
 
 
 class Analog(NamedTuple):
-    """The convolution of the quantised image that a layer integrates as a constant current."""
+    """The convolution of the quantised image that a layer integrates as a current."""
 
     node: str
     weight: Tensor
@@ -286,17 +286,24 @@ class EncodingLayer(Layer):
 
     def check(self) -> None:
         _check_thresholds(self.threshold)
+        require(bool((self.threshold <= MAX_IMAGE_THRESHOLD).all()), f"a threshold exceeds {MAX_IMAGE_THRESHOLD}")
+        ordered = bool((self.low <= self.high).all())
         inside = bool((self.low >= 0).all()) and bool((self.high <= self.threshold).all())
-        require(inside, "the current's range is damaged")
+        require(ordered and inside, "the current's range is damaged")
 
         bias = self._buffers.get("bias")
         if bias is not None:
             require(bias.shape[0] == self.config.bias_steps, "bias has other steps than bias_steps")
-            require(bool((bias.abs() <= self.threshold).all()), "a bias of the first layer exceeds its threshold")
+            small = bool((bias.to(torch.int64).abs() <= self.threshold // 2).all())
+            require(small, "a bias of the first layer exceeds half a threshold")
 
     @property
     def analog(self) -> Analog:
         return Analog(self.inputs[0], self.weight, self.config.geometry)
+
+    def overflow_free_steps(self, neuron: Neuron) -> int:
+        """The largest T: any, or that of the biases."""
+        return self.config.bias_steps or MAX_SUM
 
     def forward(self, values: Values, run: Run) -> Any:
         mode, bias = run.neuron.mode, self._buffers.get("bias")
@@ -332,7 +339,7 @@ def _image_current(
         )
         return found.unflatten(0, (run.T, -1)) if run.varying else found
 
-    found: Tensor = layer.settled(run, "current", current)
+    found: Tensor = current() if run.varying else layer.settled(run, "current", current)
     return found
 
 
@@ -417,7 +424,8 @@ class SpikingLayer(Layer):
         _check_thresholds(self.threshold)
         if self.config.analog_geometry is not None:
             limit = ANALOG_RANGE * self.threshold.to(torch.int64)
-            inside = bool((self.high <= limit).all()) and bool((self.low >= -self.high).all())
+            inside = bool((self.low <= self.high).all()) and bool((self.high <= limit).all())
+            inside = inside and bool((self.low >= -limit).all())
             require(inside, "the analog current's range is damaged")
         steps = self.config.bias_steps
         require(steps is None or self.bias.shape[0] == steps, "bias has other steps than bias_steps")

@@ -7,7 +7,7 @@ made (schema.py). The bound on T that rules out overflow is computed again from 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..operators.neuron import Neuron
-from .layers import IMAGE, LAYERS, EncodingLayer, ImageInput, Layer, SpikingLayer
+from .layers import IMAGE, LAYERS, EncodingLayer, ImageInput, Layer, SpikeConcat, SpikePool, SpikingLayer
 from .saving import FORMAT, FORMAT_VERSION
 from .schema import is_int, require
 from .snn import SNN, check_graph
+
+# Numbers in the details of a spiking layer, which report and profile show.
+DETAILS = ("channels", "lossless", "threshold_min", "threshold_max", "weight_bits_used", "max_T")
 
 
 def load(path: Any) -> SNN:
@@ -50,10 +53,26 @@ def load(path: Any) -> SNN:
         return _Reader(header, tensors).read()
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise FormatError(
             f"{path}: a field is missing or has the wrong form ({type(error).__name__}: {error})"
         ) from error
+
+
+def _check_peaks(layers: Sequence[tuple[str, Layer]]) -> None:
+    """The largest integer that each input can have, as the nodes before it say: the overflow bounds are made of it."""
+    peaks: dict[str, int] = {}
+    for name, layer in layers:
+        found = [peaks.get(node, 1) for node in layer.inputs]
+        if isinstance(layer, SpikingLayer):
+            said = layer.config.peaks
+            require(
+                all(s >= f for s, f in zip(said, found, strict=False)), f"{name}: peaks are less than its inputs' own"
+            )
+        if isinstance(layer, SpikeConcat):
+            peaks[name] = max(found)
+        elif isinstance(layer, SpikePool):
+            peaks[name] = found[0] * (layer.spec.largest_value() if layer.spec.kind == "avg" else 1)
 
 
 class _Reader:
@@ -83,17 +102,19 @@ class _Reader:
         layers = [self._layer(node) for node in h["graph"]]
         require(not self.tensors, f"unknown tensors {sorted(self.tensors)[:3]}")
         check_graph(layers)
-        names = {n for n, layer in layers if isinstance(layer, (EncodingLayer, SpikingLayer))}
-        require(names == set(h["details"]), "the layers' details do not match the graph")
-        for name, layer in layers:
-            if isinstance(layer, SpikingLayer):
-                bound = layer.overflow_free_steps(Neuron())
-                said = h["details"][name]["max_T"]
-                require(
-                    is_int(said, 1) and said <= bound,
-                    f"{name}: claims to be free of overflow up to T={said}, but its "
-                    f"weights allow {bound}; the file was altered",
-                )
+        _check_peaks(layers)
+        spiking = {n: layer for n, layer in layers if isinstance(layer, (EncodingLayer, SpikingLayer))}
+        require(set(spiking) == set(h["details"]), "the layers' details do not match the graph")
+        for name, layer in spiking.items():
+            said = h["details"][name]
+            missing = [key for key in DETAILS if not is_int(said.get(key), 0) and key != "weight_bits_used"]
+            require(not missing, f"{name}: details lack {', '.join(missing)}")
+            bound = layer.overflow_free_steps(Neuron())
+            require(
+                is_int(said["max_T"], 1) and said["max_T"] <= bound,
+                f"{name}: claims to be free of overflow up to T={said['max_T']}, but its "
+                f"weights allow {bound}; the file was altered",
+            )
         return SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron)
 
     def _neuron(self) -> Neuron:
@@ -101,7 +122,7 @@ class _Reader:
         said = self.header.get("neuron", {})
         require(isinstance(said, dict), "neuron is damaged")
         try:
-            return Neuron(**said)
+            return Neuron(**{key: said[key] for key in ("mode", "window", "iterations") if key in said})
         except (TypeError, ValueError) as error:
             raise FormatError(f"neuron is damaged ({error})") from error
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..operators.limits import MAX_COUNT, MAX_SUM
+from ..operators.limits import MAX_COUNT, MAX_SOURCES, MAX_SUM
 from ..operators.neuron import Neuron
 from . import anytime, saving
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, Run, SpikingLayer, Values
@@ -93,6 +93,14 @@ class SNN(nn.Module):
                     bounds[name] = min(bounds[name], layer.overflow_free_steps(neuron))
         if neuron.mode == "sum":
             bounds = {name: min(bound, MAX_COUNT) for name, bound in bounds.items()}
+        if neuron.mode == "signed":
+            for name, layer in self._program:
+                sent = (layer.sources(), layer.residuals()) if isinstance(layer, SpikingLayer) else ()
+                if any(2 * len(found) > MAX_SOURCES for found in sent):
+                    raise ValueError(
+                        f"neuron {neuron}: layer {name} sums more inputs than {MAX_SOURCES // 2}, and signed neurons send "
+                        "two kinds of spikes; use another neuron"
+                    )
         stepwise = [n for n, m in self._program if getattr(m.config, "bias_steps", None) is not None]
         if stepwise and not neuron.causal:
             raise ValueError(
@@ -136,8 +144,7 @@ class SNN(nn.Module):
             mode = "" if self._neuron.mode == "plain" else f" in {self._neuron} mode"
             raise ValueError(
                 f"T={T} is beyond this network's overflow bound of {self.max_T} steps{mode} (layer {worst}); "
-                f"convert again with max_T={T}"
-                + ("" if self._neuron.mode == "plain" else f" and neuron={self._neuron.mode!r}")
+                f"convert again with max_T={T}" + (" and this neuron" if mode else "")
             )
         return T
 
@@ -195,7 +202,6 @@ class SNN(nn.Module):
                 raise ValueError("sum mode adds up all steps of one image; for images over time use another neuron")
             if x.shape[0] != steps:
                 raise ValueError(f"the input has {x.shape[0]} steps, but T={steps}")
-            self._checked_steps(steps)
             if neuron.steps(steps) > steps:
                 raise ValueError(f"neuron {neuron}: the input must have at least {neuron.window} steps, got {steps}")
         if isinstance(skip, bool) or not isinstance(skip, int):

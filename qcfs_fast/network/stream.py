@@ -67,7 +67,7 @@ class Stream:
         """
         if self._snn.neuron != self._neuron:
             raise ValueError(f"stream: it began with {self._neuron} neurons, the network now has {self._snn.neuron}")
-        varying = x is not None and self._snn._check_input(x)
+        varying, shape = x is not None and self._snn._check_input(x), self._shape
         if x is None and not self._image_shown:
             raise ValueError("stream: which images? Pass x; the call before had none that stay the same")
         if varying and steps is None:
@@ -79,10 +79,10 @@ class Stream:
         if x is not None:
             if varying and x.shape[0] != steps:
                 raise ValueError(f"stream: the input has {x.shape[0]} steps, but steps={steps}")
-            shape = tuple(x.shape[1:] if varying else x.shape)
-            if self._shape not in (None, shape):
-                raise ValueError(f"stream: it runs on images {list(self._shape or ())}, got {list(shape)}; call reset")
-            self._shape = shape
+            found = tuple(x.shape[1:] if varying else x.shape)
+            if shape not in (None, found):
+                raise ValueError(f"stream: it runs on images {list(shape or ())}, got {list(found)}; call reset")
+            shape = found
         total = self.steps + steps
         if total > self._snn.max_T:
             raise ValueError(
@@ -95,13 +95,15 @@ class Stream:
             held.pop("current", None)
         run = Run(steps, self._neuron, per_step, varying=varying, state=state, before=self.steps)
         out: Tensor = self._snn._execute(x, run)
-        self._state, self.steps, self._image_shown = state, total, not varying
+        self._state, self._shape, self.steps, self._image_shown = state, shape, total, not varying
         return out if per_step else out[0]
 
     def keep(self, index: Tensor) -> None:
         """Go on with some samples of the batch: bool [N], or int64 positions."""
         if self._shape is None:
             raise ValueError("stream: there is no batch yet")
+        if not isinstance(index, Tensor):
+            raise TypeError(f"stream: keep takes a tensor, bool [N] or int64 positions, got {type(index).__name__}")
         if index.dtype == torch.bool:
             if index.shape != self._shape[:1]:
                 raise ValueError(f"stream: keep takes a bool for each of {self._shape[0]} samples")

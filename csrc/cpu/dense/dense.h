@@ -162,7 +162,8 @@ void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sa
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
         current[j] = load<Int<Isa>>(sum + j * lanes);
-        if (digits == 2) current[j] = scaled<Isa>(current[j], 256) + load<Int<Isa>>(sum + (vectors + j) * lanes);
+        if (digits == 2)
+          current[j] = wrapped_sum<Isa>(scaled<Isa>(current[j], 256), load<Int<Isa>>(sum + (vectors + j) * lanes));
         if (scale != 1) current[j] = scaled<Isa>(current[j], scale);
       }
     });

@@ -85,14 +85,16 @@ void fire_chunk(const EventLayer& layer, const EventTile& tile, const MergedList
       for (std::int64_t t = 0; t < a.steps; ++t, sum += vectors * lanes) {
         Int<Isa> acc[vectors];
         QCFS_UNROLL
-        for (int j = 0; j < vectors; ++j) acc[j] = first ? Int<Isa>{} : load<Int<Isa>>(sum + j * lanes);
-        if (factor != 1) {
-          QCFS_UNROLL
-          for (int j = 0; j < vectors; ++j) acc[j] = scaled<Isa>(acc[j], factor);
-        }
+        for (int j = 0; j < vectors; ++j) acc[j] = first || factor != 1 ? Int<Isa>{} : load<Int<Isa>>(sum + j * lanes);
         if (layer.chunks > 0) {
           prefetch.some(list + row_lists);
           add_rows<Isa, Weight>(rows, *list++, largest_input, acc);
+        }
+        if (factor != 1) {
+          QCFS_UNROLL
+          for (int j = 0; j < vectors; ++j) {
+            acc[j] = wrapped_sum<Isa>(acc[j], scaled<Isa>(load<Int<Isa>>(sum + j * lanes), factor));
+          }
         }
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) store(sum + j * lanes, acc[j]);

@@ -351,7 +351,7 @@ def _neurons_launch(a: Conv2dIf, group: _StepGroup, sums: Tensor | None) -> None
         none if sums is None else sums, none if current is None else current, bias, a.threshold, *state,
         a.threshold.numel(), plane, plane * by_step[0], a.threshold.numel() * by_step[1], more if mode == "sum" else 1,
         MODE=code, WINDOW=more if looks_ahead else 0, ITERATIONS=iterations, STEPS=group.steps,
-        PARTIAL=sums is not None, CURRENT=current is not None, ALONE=not a.x and not a.residual,
+        PARTIAL=sums is not None, CURRENT=current is not None, ALONE=not a.x and not a.residual and mode != "sum",
         CONTINUED=group.v_in is not None, CONTINUES=group.v_out is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
 

@@ -108,7 +108,10 @@ class NetworkCases:
 
     def ours(self, batch: int, T: int) -> Callable[[], Tensor]:
         """The call of the 16-bit network alone."""
-        snn, images = copy.deepcopy(self.snns["qcfs_fast 16-bit"]).to(self.device), torch.rand(batch, 3, self.size, self.size)
+        snn, images = (
+            copy.deepcopy(self.snns["qcfs_fast 16-bit"]).to(self.device),
+            torch.rand(batch, 3, self.size, self.size),
+        )
         images = images.to(self.device)
         return lambda: snn(images, T)
 
