@@ -155,6 +155,67 @@ def test_counts_of_sum_mode_fit_a_byte():
         snn(x, snn.max_T + 1)
 
 
+@pytest.mark.filterwarnings("ignore:convert. no threshold")
+def test_pools_in_sum_mode_that_need_too_many_inputs_are_refused_by_convert():
+    """A window's totals must fit a byte, so that large windows are cut into sections, each an input of its own."""
+    first, second = (torch.nn.Sequential(torch.nn.Conv2d(c, 2, 1), qcfs_fast.QCFS(4)) for c in (1, 2))
+    head = (torch.nn.Flatten(), torch.nn.Linear(2, 2))
+    wide = networks.on_grid(torch.nn.Sequential(first, torch.nn.AvgPool2d(20), second, *head))
+    options = {"neuron": "sum", "input_shape": (1, 20, 20)}
+    assert qcfs_fast.convert(wide, T=4, **options)(torch.rand(1, 1, 20, 20)).shape == (1, 2)
+    with pytest.raises(qcfs_fast.ConversionError, match=r"at most 64 of each fit.*or a smaller T"):
+        qcfs_fast.convert(wide, T=250, **options)
+    with pytest.raises(ValueError, match="in sum mode T is at most 255"):
+        qcfs_fast.convert(wide, T=256, **options)
+
+
+@pytest.mark.parametrize("mode", ["plain", "signed"])
+def test_biases_by_step_go_on_in_streams_and_files(mode, tmp_path):
+    """That the spikes are right is in test_random_networks.py."""
+    snn, x, _ = with_biases(mode)
+    whole = snn(x, per_step=True)
+    stream = snn.stream()
+    assert torch.equal(stream(x, steps=3), whole[2])
+    assert torch.equal(stream(steps=5, per_step=True), whole[3:])
+    assert torch.equal(snn(x.expand(8, *x.shape)), whole[-1])
+    snn.save(tmp_path / "net.safetensors")
+    read = qcfs_fast.load(tmp_path / "net.safetensors")
+    assert torch.equal(read(x, 3), whole[2])
+    for one in (snn, read):
+        assert one.max_T == 8
+        with pytest.raises(ValueError, match="has biases for 8 steps"):
+            one(x, 9)
+        with pytest.raises(ValueError, match="use plain or signed"):
+            one.neuron = "offset"
+
+
+def test_biases_by_step_that_convert_refuses():
+    _, _, (model, table) = with_biases("plain")
+    first = next(iter(table))
+    for wrong, match in (
+        ({}, "a table for each activation"),
+        ({**table, first: table[first][:5]}, "all of the same number of steps"),
+        ({**table, first: table[first].numpy()}, "must hold a tensor"),
+        ({**table, first: table[first][:, :1].repeat(1, 2)}, f"step_bias of {first} must be finite"),
+        ({**table, first: table[first] * float("nan")}, f"step_bias of {first} must be finite"),
+        ({**table, first: table[first] + 1e6}, "exceeds a threshold"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            qcfs_fast.convert(model, T=4, step_bias=wrong)
+    with pytest.raises(ValueError, match="of at least 9"):
+        qcfs_fast.convert(model, T=9, step_bias=table)
+    with pytest.raises(ValueError, match="goes with plain and signed neurons, not with offset"):
+        qcfs_fast.convert(model, T=4, step_bias=table, neuron="offset")
+
+
+def with_biases(mode):
+    """A network of 8 steps with a bias for each, and images; what it was converted from."""
+    shape = networks.SHAPES[networks.Branches]
+    model, x = networks.lively(networks.randomize(networks.Branches()), shape), networks.images(shape)
+    table = qcfs_fast.step_biases(model, [x], T=8, progress=False)
+    return qcfs_fast.convert(model, T=8, neuron=mode, step_bias=table), x, (model, table)
+
+
 def test_sum_mode_has_no_steps():
     snn, x = converted(networks.Small)
     snn.neuron = "sum"

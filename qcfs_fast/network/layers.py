@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..backend.protocol import last_engine
 from ..operators.geometry import POINTWISE
-from ..operators.limits import ANALOG_RANGE, IMAGE_RANGE, MAX_COUNT, overflow_free_steps
+from ..operators.limits import ANALOG_RANGE, IMAGE_RANGE, MAX_COUNT, MAX_SUM, overflow_free_steps
 from ..operators.masks import planes
 from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
@@ -293,6 +293,10 @@ class EncodingLayer(Layer):
         if bias is not None:
             require(bias.shape[0] == self.config.bias_steps, "bias has other steps than bias_steps")
             require(bool((bias.abs() <= self.threshold).all()), "a bias of the first layer exceeds its threshold")
+
+    def overflow_free_steps(self, neuron: Neuron) -> int:
+        """The largest T: no integer can overflow (limits.py), but biases by step come to an end."""
+        return MAX_SUM if self.config.bias_steps is None else self.config.bias_steps
 
     @property
     def analog(self) -> Analog:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,13 @@ class _Reader:
         names = {n for n, layer in layers if isinstance(layer, (EncodingLayer, SpikingLayer))}
         require(names == set(h["details"]), "the layers' details do not match the graph")
         for name, layer in layers:
-            if isinstance(layer, SpikingLayer):
+            if isinstance(layer, (EncodingLayer, SpikingLayer)):
                 bound = layer.overflow_free_steps(Neuron())
                 said = h["details"][name]["max_T"]
                 require(
                     is_int(said, 1) and said <= bound,
                     f"{name}: claims to be free of overflow up to T={said}, but its "
-                    f"weights allow {bound}; the file was altered",
+                    f"integers allow {bound}; the file was altered",
                 )
         return SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron)
 
@@ -101,7 +102,7 @@ class _Reader:
         said = self.header.get("neuron", {})
         require(isinstance(said, dict), "neuron is damaged")
         try:
-            return Neuron(**said)
+            return Neuron(**{f.name: said[f.name] for f in fields(Neuron) if f.name in said})
         except (TypeError, ValueError) as error:
             raise FormatError(f"neuron is damaged ({error})") from error
 
