@@ -1,11 +1,14 @@
 """Modes of the neuron in whole networks: what they win back, the integer ANN, bounds and refusals."""
 
 import networks
+import numpy as np
+import oracle
 import pytest
 import torch
 from networks import converted
 
 import qcfs_fast
+from qcfs_fast.operators.limits import overflow_free_steps
 from qcfs_fast.operators.neuron import MODES
 
 KINDS = [networks.Small, networks.Branches, networks.Image, networks.Perceptron, networks.Pools]
@@ -239,3 +242,97 @@ def test_skip_leaves_a_step(skip):
     snn, x = converted(networks.Small)
     with pytest.raises(ValueError, match="skip must leave at least one of T=4 steps"):
         snn(x, 4, skip=skip)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_overflow_bound_at_the_bound(mode):
+    """Neurons whose currents are as large as the bound allows, in all orders of sign: as plain integers give them."""
+    rng = np.random.default_rng(0)
+    farthest = 0
+    for n in (2, 1000, 2**24):
+        for window, iterations in ((1, 1), (4, 1), (4, 3), (8, 8)) if mode == "offset" else ((4, 1),):
+            T = 1 if mode == "sum" else window + 2
+            levels = 6 if mode == "sum" else 1
+            shift = (window, iterations) if mode == "offset" else (0, 0)
+            steps = T * levels
+            most = (2**31 - 1 - n // 2 - shift[1] * n) // (steps + shift[0] * shift[1])
+            bound = [np.array([v]) for v in (n, most)]
+            assert overflow_free_steps(*bound, [], False, *shift) == steps
+            signs = rng.choice([-1, 1, -1, 1, 0], (T, 3000))
+            signs[:, :2] = [1, -1]  # always the same
+            signs[:window, 2:4], signs[window:, 2:4] = [1, -1], [-1, 1]
+            currents = signs * most
+            for i in range(0, 3000, 7):  # not only the extremes
+                currents[:, i] = rng.integers(-most, most + 1, T)
+            settings = {"sum": (levels, 0), "offset": (window, iterations), "masked": (window, 1)}.get(mode, (0, 0))
+            want = [oracle.fire_neuron([int(c) * levels for c in column], n, mode, *settings) for column in currents.T]
+            farthest = max(farthest, *(abs(b) for _, before, _ in want for b in before))
+            assert farthest < 2**31
+            silent = torch.zeros((T + 7) // 8, 3000, 1, dtype=torch.uint8)
+            threshold = torch.tensor([n], dtype=torch.int32)
+            current = torch.from_numpy(currents.astype(np.int32))[:, :, None]
+            spikes = torch.ops.qcfs_fast.linear_if(
+                [silent], [torch.ones(1, 1, dtype=torch.int16)], [], [], current, threshold * 0, threshold, T, [],
+                [MODES.index(mode), *settings],
+            ).numpy()[..., 0]  # fmt: skip
+            if mode == "sum":
+                assert spikes[0].tolist() == [s[0] for s, _, _ in want]
+                continue
+            expected = np.array([s for s, _, _ in want]).T
+            half = len(spikes) // (2 if mode == "signed" else 1)
+            found = oracle.unpack(spikes[:half], T)
+            assert np.array_equal(found - (oracle.unpack(spikes[half:], T) if mode == "signed" else 0), expected)
+    assert farthest > 2**30, "nothing came near the bound: the test is void"
+
+
+@pytest.mark.parametrize("mode", ["plain", "signed"])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_biases_by_step(kind, mode, tmp_path):
+    """Layer by layer as in float64; a file keeps them; fewer steps are a prefix; a stream goes through them."""
+    shape = networks.SHAPES[kind]
+    model = qcfs_fast.prepare(networks.randomize(kind()), levels=4)
+    x = torch.randn(24, *shape, generator=torch.Generator().manual_seed(0))
+    qcfs_fast.calibrate(model, [x], progress=False)
+    table = qcfs_fast.step_biases(model, [x[:16]], T=6, progress=False)
+    snn = qcfs_fast.convert(model, T=6, neuron=mode, step_bias=table, max_T=6, input_shape=shape)
+    assert snn.max_T == 6
+    spikes = qcfs_fast.trace(snn, x)
+    meaning = qcfs_fast.simulate(model, x, 6, spikes=True, force=spikes, neuron=mode, step_bias=table).spikes
+    different = sum(int((spikes[k] != meaning[k]).sum()) for k in spikes)
+    assert different <= 3 + 2e-4 * sum(s.numel() for s in spikes.values())
+    without = qcfs_fast.trace(qcfs_fast.convert(model, T=6, neuron=mode, input_shape=shape), x)
+    assert any(not torch.equal(spikes[k], without[k]) for k in spikes)
+    snn.save(tmp_path / "net")
+    again = qcfs_fast.load(tmp_path / "net")
+    whole = snn(x, per_step=True)
+    assert torch.equal(again(x, per_step=True), whole)
+    assert torch.equal(snn(x, 3), whole[2])
+    assert torch.equal(snn(x.expand(6, *x.shape), per_step=True), whole)
+    stream = again.stream()
+    assert torch.equal(stream(x, steps=2), whole[1])
+    assert torch.equal(stream(steps=4, per_step=True), whole[2:])
+    with pytest.raises(ValueError, match="step_bias has biases for 6 steps; make a table for T=7"):
+        snn(x, 7)
+    with pytest.raises(ValueError, match="has a bias for each step"):
+        snn.neuron = "offset"
+
+
+def test_what_step_bias_refuses():
+    model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
+    x = torch.randn(8, *networks.SHAPES[networks.Small])
+    qcfs_fast.calibrate(model, [x], progress=False)
+    table = qcfs_fast.step_biases(model, [x], T=4, progress=False)
+    name = next(iter(table))
+    nan = {**table, name: table[name] * float("nan")}
+    far = {**table, name: table[name] + 1e6}
+    for options, match in (
+        ({"neuron": "offset", "step_bias": table}, "goes with plain and signed neurons"),
+        ({"step_bias": dict(list(table.items())[1:])}, "a table for each activation"),
+        ({"step_bias": table, "T": 5}, "for at least 5 steps"),
+        ({"step_bias": table, "T": 4, "max_T": 8}, "for at least 8 steps"),
+        ({"step_bias": nan}, "must be finite"),
+        ({"step_bias": far}, "exceeds a threshold"),
+        ({"step_bias": table, "data": [x]}, "data goes with one bias for all steps"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            qcfs_fast.convert(model, **{"T": 4, **options})

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from markers import slow_but
-from networks import converted, images
+from networks import converted, images, lively
 
 import qcfs_fast
 from qcfs_fast.conversion import rounding, units
@@ -200,6 +200,32 @@ def test_every_network_converts(kind, bits):
         if isinstance(layer, SpikingLayer):
             assert layer.overflow_free_steps(qcfs_fast.Neuron()) == snn.details[name]["max_T"] >= 32
     assert snn(x).shape == (3, 5)
+
+
+@pytest.mark.parametrize("mode", slow_but(["signed"], ["offset", "masked", "signed", "sum"]))
+def test_every_mode_of_the_neuron(mode):
+    """The prefix runs as the network will, and the bound holds for it."""
+    plain, x = converted(networks.Small, neuron=mode, weight_bits=8)
+    data = [images(networks.SHAPES[networks.Small], 8, seed=11)]
+    snn, _ = converted(networks.Small, neuron=mode, weight_bits=8, data=data, progress=False)
+    assert any(not torch.equal(v, plain.state_dict()[k]) for k, v in snn.state_dict().items())
+    assert snn.max_T >= 32
+    layers = [m for m in snn.layers.values() if isinstance(m, SpikingLayer)]
+    assert all(m.overflow_free_steps(snn.neuron) >= snn.max_T for m in layers)
+    assert snn(x).shape == (3, 5)
+
+
+def test_every_step_of_a_bias_takes_up_the_same():
+    shape = networks.SHAPES[networks.Small]
+    model = lively(networks.randomize(networks.Small()), shape)
+    data = [images(shape, 8, seed=11)]
+    options = {"max_T": 4, "weight_bits": 8, "step_bias": qcfs_fast.step_biases(model, data, T=4)}
+    before = qcfs_fast.convert(model, **options).layers["block1.relu"].bias
+    after = qcfs_fast.convert(model, data=data, progress=False, **options).layers["block1.relu"].bias
+    moved = (after - before).double()
+    assert moved.shape == (4, 8)
+    assert float((moved.amax(0) - moved.amin(0)).max()) <= 1  # but for rounding
+    assert float(moved.abs().max()) > 10
 
 
 def test_a_network_on_a_grid_is_unchanged():

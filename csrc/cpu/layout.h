@@ -105,6 +105,7 @@ struct EventCut {
 
 // The lists of the input rows of one product that a wave reads, by row and step.
 struct EventLists {
+  int same_as;    // an earlier product of the same input and geometry, whose lists these are; or the product itself
   InputRows in;
   EventCut cut;
   // A position already contains column * channels. The inputs under neighbouring taps of one kernel row are then one

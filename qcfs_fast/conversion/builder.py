@@ -103,9 +103,11 @@ def convert(
     mean and the covariance of its inputs. The weights of a channel are rounded one by one, each so that it makes up
     for the errors of those before it, and the bias takes up the mean error that is left. The method is that of
     Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", ICLR 2023.
-    It trains nothing, and the same data gives the same network. On trained networks about half of the spikes that
-    rounding changes in a layer remain; where depth multiplies each of them, labels gain less. Lossless channels stay
-    as they are. So do the first layer, which reads the analog image, and the readout; both have 16 bits at any setting.
+    It trains nothing, and the same data gives the same network. Measured on two trained networks at 8 bits, about half
+    of the spikes that rounding changes in a layer remained at T = 4, and 75 to 90 % at T = 1. Labels hardly changed:
+    through many layers one wrong spike does as much as two. 16 bits keep more labels than 8 bits with data. Lossless
+    channels stay as they are. So do the first layer, which reads the analog image, and the readout; both have 16 bits
+    at any setting.
 
     Source: Bu et al., "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency Spiking Neural
     Networks", ICLR 2022: initial membrane potential theta/2, soft reset, threshold = trained lambda.
@@ -134,8 +136,6 @@ def convert(
     if not lowered.layers:
         raise ConversionError("the model has no QCFS activation; call qcfs_fast.prepare(model) first")
     if step_bias is not None:
-        if data is not None:
-            raise ValueError("convert: data goes with one bias for all steps, not with step_bias; leave one out")
         limit = _add_step_bias(lowered, step_bias, settled, T, max_T)
     image = lowered.image
     batches = None if data is None else rounding.checked_batches(data, 1 + max(image.source), image.vector)
@@ -395,7 +395,7 @@ class _Builder:
             layer = rounding.compensated(
                 layer,
                 [w.reshape(-1, w.shape[3]) for w in weights],
-                current.bias.numpy(),
+                node.bias().numpy(),
                 [*peaks, *(peak for _, _, peak in residuals)],
                 self.prefix.moments(read, current.vector),
                 self.weight_bits,
@@ -456,9 +456,7 @@ class _Builder:
     ) -> units.QuantizedLayer:
         """units.choose over blocks of output channels, to bound the memory it takes."""
         flat = [w.reshape(-1, w.shape[3]) for w in weights]
-        theta, bias = node.theta.numpy(), node.current.bias.numpy()
-        if node.step_bias is not None:
-            bias = bias + node.step_bias.numpy()
+        theta, bias = node.theta.numpy(), node.bias().numpy()
         inputs = max(1, sum(w.shape[0] for w in flat))
         block = max(1, CHUNK // inputs)
         parts = []

@@ -235,7 +235,8 @@ def compensated(
 
     Args:
         layer: the layer, rounded value by value.
-        weights, bias: what was rounded, float64 [K, O] per product and [O].
+        weights, bias: what was rounded, float64 [K, O] per product and [O], or a bias for each step
+            [steps, O].
         peaks: largest integers that meet the weights, then the residual amplitudes.
     """
     step, largest = weight_grid(weight_bits)
@@ -247,12 +248,13 @@ def compensated(
         return joined.reshape(joined.shape[0], groups, -1).transpose(0, 1).contiguous()
 
     def completed(whole: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The bias for these weights [O], and E[(e . x + d)^2] with it, in units."""
+        """The bias for these weights, and E[(e . x + d)^2] with it, in units."""
         error = (exact - whole) * step
         wanted = bias / layer.unit + (error * moments.mean[:, :, None]).sum(1).flatten().numpy()
         cost = sum((error[:, b] * (c @ error[:, b])).sum(1) for b, c in moments.blocks())
         assert isinstance(cost, Tensor)
-        return np.rint(wanted), cost.flatten().numpy() + (wanted - np.rint(wanted)) ** 2
+        rest = np.atleast_2d(wanted - np.rint(wanted))  # all steps take up the same mean error
+        return np.rint(wanted), cost.flatten().numpy() + (rest**2).mean(0)
 
     exact, nearest = grouped([w / layer.unit for w in weights]), grouped(layer.weights)
     found = torch.cat([round_sequentially(exact[:, b], c, largest) for b, c in moments.blocks()], 1)
@@ -266,12 +268,12 @@ def compensated(
     def steps(neuron: Neuron, channels: slice = slice(None)) -> int:
         terms = zip([*whole, *layer.amplitudes], peaks, strict=True)
         own = [(w[..., channels], peak) for w, peak in terms]
-        return overflow_free_steps(layer.threshold[channels], whole_bias[channels], own, analog, *neuron.shift)
+        largest_bias = np.abs(np.atleast_2d(whole_bias)).max(0)[channels]
+        return overflow_free_steps(layer.threshold[channels], largest_bias, own, analog, *neuron.shift)
 
     if steps(neuron) < max_T:
-        for c in range(whole_bias.size):
+        for c in range(layer.threshold.size):
             if steps(neuron, slice(c, c + 1)) < max_T:
-                whole_bias[c] = layer.bias[c]
-                for new, old in zip(whole, layer.weights, strict=True):
-                    new[:, c] = old[:, c]
+                for new, old in zip([*whole, whole_bias], [*layer.weights, layer.bias], strict=True):
+                    new[..., c] = old[..., c]
     return replace(layer, weights=whole, bias=whole_bias, max_steps=steps(Neuron()))

@@ -116,6 +116,10 @@ class FireNode:
     levels: int
     step_bias: Tensor | None = None  # float64 [steps, O], added to the bias
 
+    def bias(self) -> Tensor:
+        """The current's bias [O], or with that of each step [steps, O]."""
+        return self.current.bias if self.step_bias is None else self.current.bias + self.step_bias
+
 
 @dataclass
 class Lowered:

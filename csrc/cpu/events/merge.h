@@ -119,8 +119,15 @@ void merge_events(const EventLayer& layer, const EventTile& tile, std::int64_t r
   std::uint16_t* to = out.position;
   RowSpanOfLists* const row_spans = static_cast<RowSpanOfLists*>(workspace);
   PixelSpanOfLists* const spans = reinterpret_cast<PixelSpanOfLists*>(row_spans + max_k_blocks(layer));
+  const MergedList* first[max_products];    // of each product
   for (int i = 0; i < a.product_count; ++i) {
     const EventLists& lists = layer.lists[i];
+    first[i] = merged;
+    if (lists.same_as != i) {
+      const std::int64_t same = lists.cut.chunks * (tile.col1 - tile.col0) * steps;
+      for (std::int64_t k = 0; k < same; ++k) *merged++ = first[lists.same_as][k];
+      continue;
+    }
     for (std::int64_t chunk = 0; chunk < lists.cut.chunks; ++chunk) {
       const int under_row = spans_under_row(layer, i, chunk, tile.sample, row, row_spans);
       for (std::int64_t col = tile.col0; col < tile.col1; ++col) {

@@ -61,11 +61,21 @@ int weight_bytes_of(const ConvIf& a) { return a.product_count > 0 ? a.products[0
 
 std::int64_t panels_of(const ConvIf& a) { return ceil_div(a.out_channels, event_panel_channels(weight_bytes_of(a))); }
 
+// Whether two products read the same inputs in the same way: digits of one weight do.
+bool same_inputs(const Product& p, const Product& q) {
+  const Geometry &g = p.g, &h = q.g;
+  return p.x.data == q.x.data && p.x.coding == q.x.coding && p.x.channels == q.x.channels && g.kernel_h == h.kernel_h &&
+         g.kernel_w == h.kernel_w && g.stride_h == h.stride_h && g.stride_w == h.stride_w && g.pad_h == h.pad_h &&
+         g.pad_w == h.pad_w && g.dilation_h == h.dilation_h && g.dilation_w == h.dilation_w && g.groups == h.groups;
+}
+
 // A layer on its way through its waves. With `grouped` lists are not merged.
 EventLayer begin_layer(const ConvIf& a, bool grouped) {
   EventLayer layer{};
   layer.a = &a;
   for (int i = 0; i < a.product_count; ++i) {
+    int& same_as = layer.lists[i].same_as;
+    while (same_as < i && !same_inputs(a.products[same_as], a.products[i])) ++same_as;
     layer.lists[i].largest_input = grouped || weight_bytes_of(a) == 2 ? 255 : largest_input(a, a.products[i]);
   }
   return layer;
@@ -79,6 +89,11 @@ void place_lists(EventLayer& layer, bool grouped, Arena& arena) {
   for (int i = 0; i < a.product_count; ++i) {
     const Product& p = a.products[i];
     EventLists& l = layer.lists[i];
+    if (l.same_as != i) {
+      l = layer.lists[l.same_as];
+      layer.chunks += l.cut.chunks;
+      continue;
+    }
     l.in = input_rows(p, layer.wave.row0, layer.wave.row1);
     l.cut = cut_events(p);
     l.used_in_place = !grouped && l.cut.k_blocks == 1;
@@ -103,7 +118,7 @@ class MergedRows {
     for (int i = 0; i < a.product_count; ++i) {
       const EventLists& l = layer.lists[i];
       values |= a.products[i].x.coding == Coding::count;
-      if (!l.used_in_place) capacity_ += columns * a.steps * l.cut.chunks * (l.cut.rows + 4);
+      if (!l.used_in_place && l.same_as == i) capacity_ += columns * a.steps * l.cut.chunks * (l.cut.rows + 4);
     }
     lists_ = layer.chunks * columns * a.steps;
     first_.lists = arena.take<MergedList>(rows * lists_);
@@ -129,10 +144,11 @@ void list_wave(const KernelSet& k, const EventLayer& layer, int threads) {
   const ConvIf& a = *layer.a;
   const std::int64_t samples = samples_of(layer.wave);
   std::int64_t list_rows = 0;
-  for (int i = 0; i < a.product_count; ++i) list_rows += samples * layer.lists[i].in.rows;
+  const auto rows_of_product = [&](int i) { return layer.lists[i].same_as == i ? layer.lists[i].in.rows : 0; };
+  for (int i = 0; i < a.product_count; ++i) list_rows += samples * rows_of_product(i);
   run_parallel(list_rows, threads, [&](std::int64_t i) {
     int product = 0;
-    while (i >= samples * layer.lists[product].in.rows) i -= samples * layer.lists[product++].in.rows;
+    while (i >= samples * rows_of_product(product)) i -= samples * rows_of_product(product++);
     const std::int64_t rows = layer.lists[product].in.rows;
     k.list_events(a, product, layer.wave, layer.lists[product], layer.wave.sample0 + i / rows, i % rows);
   });
