@@ -8,7 +8,7 @@ import torch
 
 import qcfs_fast
 from qcfs_fast.study.benchmark import comparison, contenders
-from qcfs_fast.study.benchmark.cases import LayerCase, NetworkCases, spiking_macs
+from qcfs_fast.study.benchmark.cases import OURS, LayerCase, NetworkCases, spiking_macs
 from qcfs_fast.study.benchmark.measure import Effort, interleaved, live_bytes
 from qcfs_fast.study.benchmark.results import Results, read
 
@@ -26,7 +26,10 @@ def tiny():
     qcfs_fast.calibrate(made.model, [torch.rand(8, 3, 12, 12)], progress=False)
     for module in contenders.activations(made.model).values():
         module.thresh.data.mul_(1.4)
-    made.snns = {b: qcfs_fast.convert(made.model, T=4, weight_bits=b) for b in (16, 8)}
+    made.snns = {
+        name: qcfs_fast.convert(made.model, T=4, weight_bits=bits, neuron=neuron)
+        for name, (neuron, bits) in OURS.items()
+    }
     with torch.no_grad():
         yield made
 

@@ -40,6 +40,12 @@ CLASSES = 100
 NETWORKS = {"resnet18 224": ("resnet18", 224), "vgg16_bn 32": ("vgg16_bn", 32), "vgg16_bn 224": ("vgg16_bn", 224)}
 BATCHES = (1, 8, 32)
 STEPS = (1, 2, 4, 8, 16)
+OURS = {  # neuron and weight bits of our networks; that of sum mode is an integer ANN, for T up to what its bytes hold
+    "qcfs_fast 16-bit": ("plain", 16),
+    "qcfs_fast 8-bit": ("plain", 8),
+    "qcfs_fast offset 16-bit": ("offset", 16),
+    "qcfs_fast integer ANN 8-bit": ("sum", 8),
+}
 QUICK = {("resnet18 224", 1): STEPS, ("resnet18 224", 8): (4,), ("vgg16_bn 32", 1): STEPS, ("vgg16_bn 32", 32): (4,)}
 
 
@@ -95,18 +101,21 @@ class NetworkCases:
         self.model = firing_network(name, self.size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # VGG's first linear layer, repeated 49-fold at 32 pixels, has 13 bits
-            self.snns = {bits: convert(self.model, T=4, weight_bits=bits, max_T=max(STEPS)) for bits in (16, 8)}
+            self.snns = {
+                name: convert(self.model, T=4, weight_bits=bits, max_T=max(STEPS), neuron=neuron)
+                for name, (neuron, bits) in OURS.items()
+            }
 
     def ours(self, batch: int, T: int) -> Callable[[], Tensor]:
         """The call of the 16-bit network alone."""
-        snn, images = copy.deepcopy(self.snns[16]).to(self.device), torch.rand(batch, 3, self.size, self.size)
+        snn, images = copy.deepcopy(self.snns["qcfs_fast 16-bit"]).to(self.device), torch.rand(batch, 3, self.size, self.size)
         images = images.to(self.device)
         return lambda: snn(images, T)
 
     def check_ours(self) -> float:
         """Share of spikes that differ from the float64 simulation, layer by layer; raises if it is large."""
         image = torch.rand(1, 3, self.size, self.size)
-        spikes = trace(self.snns[16], image, 4)
+        spikes = trace(self.snns["qcfs_fast 16-bit"], image, 4)
         forced = simulate(self.model, image, 4, spikes=True, force=spikes)
         assert not isinstance(forced, Tensor)
         return check_share(f"{self.label}: ours and float64", *count_differing(spikes, forced.spikes), 1e-4)
@@ -123,7 +132,7 @@ class NetworkCases:
         anns: dict[str, float] = {}
         loops: dict[str, float] = {}
         for T in steps:
-            spikes = trace(self.snns[16], images[:2], T)
+            spikes = trace(self.snns["qcfs_fast 16-bit"], images[:2], T)
             rate = mean_rate(spikes)
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise AssertionError(f"{self.label}, T={T}: firing rate {rate:.1%} is not in 8 to 18 %")
@@ -146,8 +155,8 @@ class NetworkCases:
                 "T": T,
                 "firing rate": rate,
                 "check": checks,
-                "live bytes": live_bytes(self.snns[16], images, T),
-                **spiking_macs(self.snns[16], images, T),
+                "live bytes": live_bytes(self.snns["qcfs_fast 16-bit"], images, T),
+                **spiking_macs(self.snns["qcfs_fast 16-bit"], images, T),
                 "contenders": {**rows, **{n: {"error": e} for n, e in peers.errors.items() if only in n}},
             }
             gc.collect()
@@ -159,7 +168,7 @@ class NetworkCases:
         with the eager ones by their logits, and loosely: in a network with random weights one flipped spike spreads.
         """
         found = {"qcfs_fast 16-bit, spikes apart from float64": self.check_ours()}
-        spikes = trace(self.snns[16], images, T)
+        spikes = trace(self.snns["qcfs_fast 16-bit"], images, T)
         levels = quantised(self.model, images)
         logits: dict[str, Tensor] = {}
         for name, call in list(peers.calls.items()):
@@ -171,7 +180,7 @@ class NetworkCases:
                 continue
             eager = name.removesuffix(" compiled")
             if name.startswith("qcfs_fast") and self.device.type == "cuda":
-                if not torch.equal(out, self.snns[16 if "16-bit" in name else 8](images, T)):
+                if not torch.equal(out, self.snns[name.rsplit(" ", 1)[0]](images, T)):
                     raise AssertionError(f"{name}: differs from the CPU kernels")
                 continue
             if name in peers.networks and "ReLU" not in name:

@@ -23,6 +23,8 @@ Case = Mapping[str, Any]
 SERIES: tuple[tuple[str, str, str, str], ...] = (
     ("qcfs_fast 16-bit", r"qcfs_fast 16-bit.*", "#c1121f", "o"),
     ("qcfs_fast 8-bit", r"qcfs_fast 8-bit.*", "#f4845f", "o"),
+    ("qcfs_fast offset 16-bit", r"qcfs_fast offset 16-bit.*", "#7b2cbf", "o"),
+    ("integer ANN 8-bit", r"qcfs_fast integer ANN 8-bit.*", "#c77dff", "o"),
     ("ANN fp32, fastest form", r"ANN .*fp32.*", "#6c757d", "s"),
     ("ANN bf16, fastest form", r"ANN .*bf16.*", "#adb5bd", "s"),
     ("T-loop fp32", r"T-loop fp32.*", "#1d3557", "^"),

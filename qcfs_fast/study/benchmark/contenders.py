@@ -1,6 +1,7 @@
 """The contenders of a comparison: one network, with the same weights and thresholds, run in every usual way.
 
-    qcfs_fast       the converted network with 16- and 8-bit weights; on a GPU once per backend that can run
+    qcfs_fast       the converted network with 16- and 8-bit weights, with offset neurons, and as an integer ANN; on a
+                    GPU once per backend that can run
     ANN             the network itself, one pass. Once with its QCFS activation, and once with ReLU in its place, which
                     is cheaper and is what a user who wants no spikes would run
     T-loop          the plain simulator: the network with integrate-and-fire neurons, called T times
@@ -165,12 +166,12 @@ class Contenders:
 
     Args:
         model: a prepared network with a threshold per layer.
-        snns: the converted networks by weight bits.
+        snns: the converted networks by name.
         images: [N, C, H, W] on the device to measure on.
         compiled: also under torch.compile.
     """
 
-    def __init__(self, model: nn.Module, snns: Mapping[int, SNN], images: Tensor, compiled: bool = True) -> None:
+    def __init__(self, model: nn.Module, snns: Mapping[str, SNN], images: Tensor, compiled: bool = True) -> None:
         self.calls: dict[str, Call] = {}
         self.errors: dict[str, str] = {}
         self.networks: dict[str, nn.Module] = {}  # float networks with neurons or QCFS, for `count_differences`
@@ -178,9 +179,9 @@ class Contenders:
         self.base = folded(model)
         device = images.device
         self.inputs = {n: images.to(d).contiguous(memory_format=_format(images)) for n, d in DTYPES.items()}
-        for bits, snn in snns.items():
+        for name, snn in snns.items():
             for gpu in gpu_backends() if device.type == "cuda" else [None]:
-                self._attempt(f"qcfs_fast {bits}-bit" + (f" {gpu}" if gpu else ""), partial(self._ours, snn, gpu))
+                self._attempt(name + (f" {gpu}" if gpu else ""), partial(self._ours, snn, gpu))
         self.first = next(iter(activations(self.base)))
         for label in DTYPES:
             for name, make in (("ReLU", _relu), ("QCFS", _qcfs)):
