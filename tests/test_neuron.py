@@ -158,6 +158,20 @@ def test_counts_of_sum_mode_fit_a_byte():
         snn(x, snn.max_T + 1)
 
 
+@pytest.mark.filterwarnings("ignore:convert. no threshold")
+def test_pools_in_sum_mode_that_need_too_many_inputs_are_refused_by_convert():
+    """A window's totals must fit a byte, so that large windows are cut into sections, each an input of its own."""
+    first, second = (torch.nn.Sequential(torch.nn.Conv2d(c, 2, 1), qcfs_fast.QCFS(4)) for c in (1, 2))
+    head = (torch.nn.Flatten(), torch.nn.Linear(2, 2))
+    wide = networks.on_grid(torch.nn.Sequential(first, torch.nn.AvgPool2d(20), second, *head))
+    options = {"neuron": "sum", "input_shape": (1, 20, 20)}
+    assert qcfs_fast.convert(wide, T=4, **options)(torch.rand(1, 1, 20, 20)).shape == (1, 2)
+    with pytest.raises(qcfs_fast.ConversionError, match=r"at most 64 of each fit.*or a smaller T"):
+        qcfs_fast.convert(wide, T=250, **options)
+    with pytest.raises(ValueError, match="in sum mode T is at most 255"):
+        qcfs_fast.convert(wide, T=256, **options)
+
+
 def test_sum_mode_has_no_steps():
     snn, x = converted(networks.Small)
     snn.neuron = "sum"
@@ -267,13 +281,15 @@ def test_what_step_bias_refuses():
     for options, match in (
         ({"neuron": "offset", "step_bias": table}, "goes with plain and signed neurons"),
         ({"step_bias": dict(list(table.items())[1:])}, "a table for each activation"),
-        ({"step_bias": table, "T": 5}, "for at least 5 steps"),
-        ({"step_bias": table, "T": 4, "max_T": 8}, "for at least 8 steps"),
+        ({"step_bias": table, "T": 5}, "of at least 5"),
+        ({"step_bias": table, "T": 4, "max_T": 8}, "of at least 8"),
+        ({"step_bias": {**table, name: table[name][:3]}}, "all of the same number of steps"),
+        ({"step_bias": {**table, name: table[name].numpy()}}, "must hold a tensor"),
+        ({"step_bias": {**table, name: table[name][:, :1].repeat(1, 2)}}, "must be finite"),
         ({"step_bias": nan}, "must be finite"),
-        ({"step_bias": {**table, name: table[name][0]}}, "must hold tensors"),
-        ({"step_bias": {**table, name: table[name].tolist()}}, "must hold tensors"),
+        ({"step_bias": {**table, name: table[name][0]}}, "must hold a tensor"),
+        ({"step_bias": {**table, name: table[name].tolist()}}, "must hold a tensor"),
         ({"step_bias": far}, "exceeds half a threshold"),
-        ({"step_bias": table, "data": [x]}, "data goes with one bias for all steps"),
     ):
         with pytest.raises(ValueError, match=match):
             qcfs_fast.convert(model, **{"T": 4, **options})

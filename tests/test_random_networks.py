@@ -18,6 +18,7 @@ from qcfs_fast import QCFS
 from qcfs_fast.operators.neuron import MODES
 
 STEPS = ("layer", "projection", "identity", "image", "pool", "concatenation")
+FIRING = STEPS[:4]
 
 
 @st.composite
@@ -114,21 +115,27 @@ def test_random_networks_on_a_grid_convert_exactly():
     seen, spikes, sites, ties = Counter(), 0, 0, 0
 
     @settings(max_examples=60, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
-    @given(plans(), st.integers(0, 2**31), neurons(), st.sampled_from((8, 16)), st.booleans())
-    def check(plan, seed, mode, bits, over_time):
+    @given(plans(), st.integers(0, 2**31), neurons(), st.sampled_from((8, 16)), st.booleans(), st.booleans())
+    def check(plan, seed, mode, bits, over_time, by_step):
         nonlocal spikes, sites, ties
         neuron, T = mode
         options = {"neuron": neuron.mode, "window": neuron.window, "iterations": neuron.iterations}
+        biases = None
+        if by_step and neuron.causal:
+            generator = torch.Generator().manual_seed(seed)
+            channels = {f"act{i}": p["out"] for i, (kind, _, p) in enumerate(plan[0]) if kind in FIRING}
+            biases = {k: torch.randint(-4, 5, (T, c), generator=generator) / 16 for k, c in channels.items()}
+            seen["biases by step"] += 1
         model = networks.on_grid(Random(*plan), seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # thresholds may be those of a model without training
-            snn = qcfs_fast.convert(model, T=T, weight_bits=bits, input_shape=(3, 8, 8), **options)
+            snn = qcfs_fast.convert(model, T=T, weight_bits=bits, input_shape=(3, 8, 8), step_bias=biases, **options)
         assert all(d["lossless"] == d["channels"] for d in snn.details.values())
         x = networks.images((3, 8, 8), 2, seed=seed, grid=64)
         if over_time and neuron.steps(T) == T and neuron.mode != "sum":
             x = networks.images((3, 8, 8), 2 * T, seed=seed, grid=64).reshape(T, 2, 3, 8, 8)
             seen["over time"] += 1
-        meaning = qcfs_fast.simulate(model, x, T, spikes=True, **options)
+        meaning = qcfs_fast.simulate(model, x, T, spikes=True, step_bias=biases, **options)
         found = qcfs_fast.trace(snn, x)
         assert list(found) == list(meaning.spikes)
         for name, theirs in meaning.spikes.items():
@@ -140,6 +147,6 @@ def test_random_networks_on_a_grid_convert_exactly():
         seen.update([plan[1], neuron.mode, *(kind for kind, *_ in plan[0])])
 
     check()
-    assert {*STEPS, *MODES, "linear", "pooled", "convolution", "over time"} <= set(seen)
+    assert {*STEPS, *MODES, "linear", "pooled", "convolution", "over time", "biases by step"} <= set(seen)
     assert 0.05 < spikes / sites < 0.95
     assert ties > 0

@@ -96,6 +96,24 @@ def test_delayed_readout():
     assert torch.equal(snn(x, 11, skip=4), late[-1])
 
 
+def test_rows_can_be_dropped_between_images():
+    """A time axis shorter than the batch, whose currents are of no use to the next call."""
+    snn, x = of_kind(networks.Image)
+    stream = snn.stream()
+    stream(x[None])
+    index = torch.tensor([len(x) - 1])
+    stream.keep(index)
+    assert torch.equal(stream(x[index], steps=4), snn(x, 5)[index])
+
+
+def test_a_first_call_that_raises_leaves_a_new_stream():
+    snn, x = of_kind(networks.Small)
+    stream = snn.stream()
+    with pytest.raises(ValueError, match="NaN"):
+        stream(torch.full_like(x, float("nan")))
+    assert torch.equal(stream(x[:1], steps=3), snn(x[:1], 3))
+
+
 def test_what_a_stream_refuses():
     snn, x = of_kind(networks.Small)
     for mode in ("offset", "masked", "sum"):
@@ -122,8 +140,9 @@ def test_what_a_stream_refuses():
         stream.keep(torch.tensor([True]))
     with pytest.raises(IndexError, match="positions below"):
         stream.keep(torch.tensor([99]))
-    with pytest.raises(TypeError, match="int64 positions"):
-        stream.keep(torch.tensor([0.5]))
+    for wrong in (torch.tensor([0.5]), [0]):
+        with pytest.raises(TypeError, match="int64 positions"):
+            stream.keep(wrong)
     assert stream.steps == 2  # none of these changed it
     assert torch.equal(stream(steps=9), snn(x))
     assert not torch.equal(before, snn(x))

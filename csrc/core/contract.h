@@ -112,10 +112,9 @@ struct ConvIf {
   const Residual* residuals;
   int residual_count;
   const std::int32_t* current;    // [N, OH, OW, O], or one for each step [T, N, OH, OW, O], or null
-  std::int64_t
-      current_step;            // int32 values from the current of a step to that of the next, 0: the same at every step
-  const std::int32_t* bias;    // [O], or one for each step [T, O]
-  std::int64_t bias_step;      // likewise
+  std::int64_t current_step;      // int32 values from one step's current to the next one's; 0: all steps have the same
+  const std::int32_t* bias;       // [O], or one for each step [T, O]
+  std::int64_t bias_step;         // likewise
   const std::int32_t* threshold;    // [O], even
   const std::int32_t* state;    // plain and with_sign: [1 or 2, N, OH, OW, O] membranes (and `sent`) before the first
                                 // step; null: n / 2 (and 0)

@@ -46,7 +46,7 @@ from ..network.layers import (
 from ..network.schema import Geometry
 from ..network.snn import SNN, check_graph
 from ..operators.geometry import POINTWISE
-from ..operators.limits import ANALOG_RANGE, IMAGE_BITS, MAX_COUNT, MAX_SUM
+from ..operators.limits import ANALOG_RANGE, IMAGE_BITS, MAX_COUNT, MAX_SOURCES, MAX_SUM
 from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
 from . import rounding, units
@@ -127,6 +127,8 @@ def convert(
     if limit < T:
         raise ValueError(f"convert: max_T={limit} is below T={T}")
     settled = neuron if isinstance(neuron, Neuron) else Neuron(neuron, window, iterations)
+    if settled.mode == "sum" and T > MAX_COUNT:
+        raise ValueError(f"convert: in sum mode T is at most {MAX_COUNT}, the levels that a count has; got {T}")
     if settled.looks_ahead:
         limit = max(limit, window)
     _warn_if_untrained(model)
@@ -155,11 +157,11 @@ def _add_step_bias(lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron
             f"convert: step_bias must have a table for each activation ({', '.join(names)}); "
             "make it with qcfs_fast.step_biases(model, batches)"
         )
-    sound = all(isinstance(t, Tensor) and t.dim() == 2 for t in table.values())
-    steps = {int(t.shape[0]) for t in table.values()} if sound else set()
+    steps = {int(t.shape[0]) if isinstance(t, Tensor) and t.dim() == 2 else 0 for t in table.values()}
     if len(steps) != 1 or min(steps) < (T if max_T is None else max_T):
         raise ValueError(
-            f"convert: step_bias must hold tensors [steps, C] for at least {T if max_T is None else max_T} steps; "
+            "convert: step_bias must hold a tensor [steps, C] for each activation, all of the same number of steps and "
+            f"of at least {T if max_T is None else max_T}; "
             "make it with qcfs_fast.step_biases(model, batches, T=...)"
         )
     taken = steps.pop() if max_T is None else max_T
@@ -386,6 +388,12 @@ class _Builder:
         weights = [_fold(p, part.amplitude) for p, part in zip(spiking, parts, strict=True)]
         sources = [self._sources(p) for p in parts]
         residuals = [r for s in current.identities if s is not analog for r in self._residuals(s, node.name)]
+        if max(sum(map(len, sources)), len(residuals)) > MAX_SOURCES:
+            raise ConversionError(
+                f"{node.name}: it sums {sum(map(len, sources))} inputs and {len(residuals)} residuals, at most "
+                f"{MAX_SOURCES} of each fit. A pool whose sums exceed {MAX_COUNT} is cut into sections, each an input. "
+                "Remedy: smaller pools" + (", or a smaller T" if self.totals > 1 else "")
+            )
         peaks = [sum(peak for _, peak in s) for s in sources]  # all sections of a pool meet the same weight
         layer = self._quantized(node, weights, peaks, residuals, analog is not None)
         if self.prefix is not None and spiking and not layer.lossless.all():

@@ -297,13 +297,13 @@ class EncodingLayer(Layer):
             small = bool((bias.to(torch.int64).abs() <= self.threshold // 2).all())
             require(small, "a bias of the first layer exceeds half a threshold")
 
+    def overflow_free_steps(self, neuron: Neuron) -> int:
+        """The largest T: no integer can overflow (limits.py), but biases by step come to an end."""
+        return MAX_SUM if self.config.bias_steps is None else self.config.bias_steps
+
     @property
     def analog(self) -> Analog:
         return Analog(self.inputs[0], self.weight, self.config.geometry)
-
-    def overflow_free_steps(self, neuron: Neuron) -> int:
-        """The largest T: any, or that of the biases."""
-        return self.config.bias_steps or MAX_SUM
 
     def forward(self, values: Values, run: Run) -> Any:
         mode, bias = run.neuron.mode, self._buffers.get("bias")

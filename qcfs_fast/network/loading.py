@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class _Reader:
         said = self.header.get("neuron", {})
         require(isinstance(said, dict), "neuron is damaged")
         try:
-            return Neuron(**{key: said[key] for key in ("mode", "window", "iterations") if key in said})
+            return Neuron(**{f.name: said[f.name] for f in fields(Neuron) if f.name in said})
         except (TypeError, ValueError) as error:
             raise FormatError(f"neuron is damaged ({error})") from error
 

@@ -98,8 +98,8 @@ class SNN(nn.Module):
                 sent = (layer.sources(), layer.residuals()) if isinstance(layer, SpikingLayer) else ()
                 if any(2 * len(found) > MAX_SOURCES for found in sent):
                     raise ValueError(
-                        f"neuron {neuron}: layer {name} sums more inputs than {MAX_SOURCES // 2}, and signed neurons send "
-                        "two kinds of spikes; use another neuron"
+                        f"neuron {neuron}: layer {name} sums more than {MAX_SOURCES // 2} inputs, and signed neurons "
+                        "send two kinds of spikes; use another neuron"
                     )
         stepwise = [n for n, m in self._program if getattr(m.config, "bias_steps", None) is not None]
         if stepwise and not neuron.causal:

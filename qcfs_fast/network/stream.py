@@ -9,6 +9,9 @@ and then k more are 2k steps, to the bit:
     stream(steps=2)          after four, on the same image, whose current is not computed again
     stream(y, steps=4)       after eight, the last four on another image
     stream.reset()           the next call starts anew
+
+Floating-point images get one exponent for all steps of a call. So frames in several calls are those of one call, to the
+bit, where they are integers or otherwise need no rounding to 24 bits.
 """
 
 from __future__ import annotations
@@ -76,6 +79,7 @@ class Stream:
         steps = 1 if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"stream: steps must be a positive int, got {steps!r}")
+        shape = self._shape
         if x is not None:
             if varying and x.shape[0] != steps:
                 raise ValueError(f"stream: the input has {x.shape[0]} steps, but steps={steps}")
@@ -103,7 +107,7 @@ class Stream:
         if self._shape is None:
             raise ValueError("stream: there is no batch yet")
         if not isinstance(index, Tensor):
-            raise TypeError(f"stream: keep takes a tensor, bool [N] or int64 positions, got {type(index).__name__}")
+            raise TypeError(f"stream: keep takes bool [N] or int64 positions, got {type(index).__name__}")
         if index.dtype == torch.bool:
             if index.shape != self._shape[:1]:
                 raise ValueError(f"stream: keep takes a bool for each of {self._shape[0]} samples")
@@ -114,7 +118,7 @@ class Stream:
             raise IndexError(f"stream: keep takes positions below {self._shape[0]}")
 
         def kept(name: str, t: Tensor) -> Any:
-            return t.index_select(0 if name == "current" else 1, index)
+            return t.index_select(0 if name == "current" else 1, index.to(t.device))
 
         self._state = {layer: {name: kept(name, t) for name, t in held.items()} for layer, held in self._state.items()}
         self._shape = (index.numel(), *self._shape[1:])
