@@ -23,9 +23,10 @@ MAX_SOURCES = 64
 MAX_LISTED = 2**29
 # An analog current beside spikes is clipped at this many thresholds, so that it has a share in the bound on T below.
 ANALOG_RANGE = 64
-# A layer of the image alone: its current is clipped at the first and its membrane kept within the second, in
-# thresholds, so that with a bias of up to half a threshold their sum is below 2^31 and such a layer may run for ever. No
-# spike of an image that stays the same depends on either. With changing images it takes 32 silent steps to make up for a membrane at the limit.
+# A layer of the image alone: its current is clipped at the first and its membrane kept within the second, in thresholds.
+# With a bias of up to half a threshold their sum is below 2^31, so such a layer may run for ever. No spike of an image
+# that stays the same depends on either. With changing images it takes 32 silent steps to make up for a membrane at the
+# limit.
 IMAGE_RANGE = 31
 IMAGE_MEMBRANE = 32
 MAX_IMAGE_THRESHOLD = 2**25
