@@ -159,6 +159,7 @@ def test_convert_torchvision(tmp_path, capsys):
     assert code == 0, err
     assert json.loads(out)["T"] == 6
     assert json.loads(out)["weight_bits"] == 8
+    assert json.loads(out)["neuron"] == "plain"
     snn = qcfs_fast.load(tmp_path / "net.safetensors")
     assert torch.equal(snn(images), qcfs_fast.convert(model, T=6, weight_bits=8)(images))
     plain = dict(zoo.torchvision_network("resnet18", 10).state_dict())
@@ -168,6 +169,17 @@ def test_convert_torchvision(tmp_path, capsys):
         capsys, *common, "--quiet", "--checkpoint", tmp_path / "relu.pt", "--calibrate", tmp_path / "images.npz"
     )
     assert code == 0, err
+
+
+def test_convert_with_a_mode(tmp_path, capsys):
+    model = trained(networks.TheirResNet(20))
+    torch.save(authors_state(model), tmp_path / "net.pth")
+    options = ["--neuron", "offset", "--window", 2, "--iterations", 3]
+    code, _, err = run(capsys, "convert", tmp_path / "net.pth", "--output", tmp_path / "net.safetensors", *options)
+    assert code == 0, err
+    assert qcfs_fast.load(tmp_path / "net.safetensors").neuron == qcfs_fast.Neuron("offset", 2, 3)
+    code, _, err = run(capsys, "convert", tmp_path / "net.pth", "--output", tmp_path / "o", "--window", 2)
+    assert (code, "--window goes with offset or masked" in err) == (1, True)
 
 
 def test_convert_errors(tmp_path, capsys):
@@ -210,7 +222,127 @@ def test_eval(place, capsys):
         assert (code, err) == (0, "")
         assert counts(out) == (right, IMAGES, 0)
     _, text, _ = run(capsys, *common)
-    assert f"   4  {right[2] / IMAGES:.2%}" in text
+    assert f"   4{right[2] / IMAGES:9.2%}\n" in text
+    assert not list(folder.glob("*.eval"))
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """A saved network of two event channels, 60 recordings of six steps, their labels, and the file of both."""
+    folder = tmp_path_factory.mktemp("events")
+    g = torch.Generator().manual_seed(0)
+    model = qcfs_fast.prepare(torch.nn.Sequential(
+        torch.nn.Conv2d(2, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Flatten(), torch.nn.Linear(8 * 6 * 6, 4),
+    ), levels=4)  # fmt: skip
+    networks.randomize(model)
+    events = torch.randint(0, 4, (60, 6, 2, 6, 6), dtype=torch.uint8, generator=g)
+    qcfs_fast.calibrate(model, [events.flatten(0, 1).float()], progress=False)
+    snn = qcfs_fast.convert(model, T=4)
+    snn.save(folder / "net.safetensors")
+    labels = snn(events.transpose(0, 1)[:2]).argmax(1)
+    np.savez(folder / "events.npz", images=events.numpy(), labels=labels.numpy())
+    np.savez(folder / "currents.npz", images=events.numpy() * np.float32(0.75), labels=labels.numpy())
+    return folder, snn, events, labels
+
+
+@pytest.mark.parametrize("kind", ["events", "currents"])
+def test_eval_of_recordings_in_several_modes(kind, recordings, capsys):
+    """Each T is the answer after the first T steps, of counts and of floats; a look-ahead sees its window."""
+    folder, snn, events, labels = recordings
+    frames = (events if kind == "events" else events * 0.75).transpose(0, 1)
+    neurons = [qcfs_fast.Neuron("plain"), qcfs_fast.Neuron("offset", 3, 2), qcfs_fast.Neuron("signed")]
+    want = []
+    for neuron in neurons:
+        snn.neuron = neuron
+        running = snn(frames, per_step=True)
+        want += [int((running[t - 1].argmax(1) == labels).sum()) for t in (1, 2, 4, 6)]
+    snn.neuron = "plain"
+    assert len(set(want)) > 3
+    options = ["--neuron", "plain", "offset", "signed", "--window", 3, "--iterations", 2, "--quiet", "--batch", 25]
+    code, out, err = run(capsys, "eval", folder / "net.safetensors", folder / f"{kind}.npz", *options, "--json")
+    assert code == 0, err
+    rows = json.loads(out)["accuracy"]
+    assert [row["right"] for row in rows] == want
+    assert [row["neuron"] for row in rows[::4]] == [str(neuron) for neuron in neurons]
+    code, out, err = run(capsys, "eval", folder / "net.safetensors", folder / f"{kind}.npz", *options, "--steps", 2)
+    assert code == 0, err
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.splitlines()[-1].split() == ["2", *(f"{want[i] / 60:.2%}" for i in (1, 5, 9))]
+
+
+def test_eval_in_every_mode(place, tmp_path, capsys):
+    """Several modes in one table, sum by a pass for each T; batches that an earlier run did in all modes count."""
+    folder, right = place
+    snn = qcfs_fast.load(folder / "net.safetensors")
+    with np.load(folder / "data.npz") as data:
+        images, labels = torch.from_numpy(data["images"]), torch.from_numpy(data["labels"])
+    want = []
+    for mode in ("plain", "offset", "masked", "signed", "sum"):
+        snn.neuron = mode
+        want.append([int((snn(images, T).argmax(1) == labels).sum()) for T in STEPS])
+    assert want[0] == right
+    assert len({tuple(w) for w in want}) == 5
+    net = folder / "net.safetensors"
+    common = ["eval", net, folder / "data.npz", "--steps", *STEPS, "--quiet", "--state", tmp_path / "state"]
+    modes = ["--neuron", "plain", "offset", "masked", "signed", "sum"]
+
+    class StoppedError(Exception):
+        pass
+
+    real, calls = evaluation._right, []
+
+    def stopping(*arguments):
+        calls.append(1)
+        if len(calls) == 13:  # in the third batch
+            raise StoppedError
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "_right", stopping)
+        with pytest.raises(StoppedError):
+            run(capsys, *common, *modes)
+    code, _, err = run(capsys, *common)
+    assert (code, "another neurons" in err) == (1, True)
+    code, out, err = run(capsys, *common, *modes)
+    assert code == 0, err
+    assert "128 of 300 images were counted by earlier" in out
+    assert max(map(len, out.splitlines())) <= 80
+    for line, by_mode in zip(out.splitlines()[-len(STEPS) :], zip(*want, strict=True), strict=True):
+        assert line.split()[1:] == [f"{r / IMAGES:.2%}" for r in by_mode]
+
+
+def test_profile_of_recordings(recordings, capsys):
+    folder, snn, events, _ = recordings
+    files = ["profile", folder / "net.safetensors", folder / "events.npz", "--quiet", "--json"]
+    for options, T in (([], 6), (["-T", 2], 2)):
+        code, out, err = run(capsys, *files, *options)
+        assert code == 0, err
+        found = json.loads(out)
+        spikes = qcfs_fast.trace(snn, events.transpose(0, 1)[:T])
+        first = next(row for row in found["layers"] if row["kind"] == "analog")
+        assert found["T"] == T
+        assert first["spikes"] == int(next(iter(spikes.values())).sum())
+        assert first["spikes"] > 0
+
+
+def test_errors_of_recordings(recordings, tmp_path, capsys):
+    folder, _, _, _ = recordings
+    net, data = folder / "net.safetensors", folder / "events.npz"
+    cases = [
+        (["eval", net, data, "--steps", 2, 7], "its images have 6 steps, but 7 are needed"),
+        (["eval", net, data, "--neuron", "plain", "sum"], "sum mode adds up the steps of one; leave it out"),
+        (["eval", net, data, "--neuron", "offset", "--window", 8], "6 steps, but 8 are needed"),
+        (["eval", net, data, "--mean", 0.5], "leave out mean and std"),
+        (["eval", net, data, "--window", 3], "--window goes with offset or masked"),
+        (["eval", net, data, "--neuron", "masked", "--iterations", 2], "--iterations goes with offset"),
+        (["eval", net, data, "--neuron", "offset", "--window", 9], "window must be from 1 to 8"),
+        (["profile", net, data, "-T", 7], "its images have 6 steps, but 7 are needed"),
+    ]
+    for arguments, message in cases:
+        code, out, err = run(capsys, *arguments, "--quiet")
+        assert (code, out) == (1, ""), arguments
+        assert message in err
     assert not list(folder.glob("*.eval"))
 
 

@@ -3,7 +3,7 @@
     demo      train, convert and evaluate a network on real scans
     info      versions, instruction sets and the kernels in use
     convert   a torchvision network or a checkpoint -> a saved spiking network
-    eval      accuracy by T of a saved network on a folder of images or an .npz file
+    eval      accuracy by T and mode of a saved network on a folder of images or an .npz file
     profile   firing rates, synaptic operations, energy and time of a saved network
     bench     measure latencies against the usual simulators
     compare   table and plots of what bench measured
@@ -31,12 +31,13 @@ from ..conversion.builder import convert
 from ..errors import ConversionError, FormatError
 from ..model.calibration import calibrate
 from ..network.loading import load
+from ..operators.neuron import MODES, Neuron
 from . import zoo
 from .benchmark import comparison
 from .benchmark.cases import BATCHES, LAYERS, NETWORKS, QUICK, STEPS, LayerCase, NetworkCases
 from .benchmark.measure import Effort
 from .benchmark.results import Results, read, summary
-from .data import batches, open_data
+from .data import Dataset, batches, check_steps, open_data
 from .demo import demo
 from .evaluation import evaluate
 from .profiling.measure import profile
@@ -82,6 +83,22 @@ def _add_image_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--size", type=positive, default=224, help="side of the images in pixels (default 224)")
     made.add_argument("--mean", type=float, nargs="+", help="per channel; folders: ImageNet's by default")
     made.add_argument("--std", type=float, nargs="+", help="per channel; folders: ImageNet's by default")
+
+
+def _add_window_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--window", type=positive, metavar="STEPS", help="steps that offset and masked look ahead")
+    made.add_argument("--iterations", type=positive, help="first runs of offset")
+
+
+def _neurons(o: argparse.Namespace, modes: Sequence[str], default: Neuron) -> list[Neuron]:
+    """Neurons of these modes with the window and iterations asked for; what is not asked for is the default's."""
+    window, iterations = o.window or default.window, o.iterations or default.iterations
+    found = [Neuron(mode, window, iterations if mode == "offset" else 1) for mode in modes]
+    if o.window and not any(neuron.looks_ahead for neuron in found):
+        raise ValueError("--window goes with offset or masked neurons; name one of them by --neuron")
+    if o.iterations and "offset" not in modes:
+        raise ValueError("--iterations goes with offset neurons; name them by --neuron")
+    return found
 
 
 # ---------------------------------------------------------------------------------------- demo and info
@@ -148,6 +165,8 @@ def _add_convert(commands: Any) -> None:
     c.add_argument("-T", type=positive, default=4, help="time steps of a call that names none (default 4)")
     c.add_argument("--max-T", type=positive, help="largest T it will be asked for (default 32)")
     c.add_argument("--bits", type=int, choices=(16, 8), default=16, help="bits per weight (default 16)")
+    c.add_argument("--neuron", choices=MODES, default="plain", help="mode of the neurons (default plain)")
+    _add_window_options(c)
     c.add_argument("--input-shape", type=positive, nargs=3, metavar=("C", "H", "W"), help="see qcfs_fast.convert")
     c.add_argument("--quiet", action="store_true", help="no progress bars")
     _add_image_options(c)
@@ -160,10 +179,11 @@ def _calibration_batches(o: argparse.Namespace, channels: int) -> Iterator[Tenso
         return
     data = open_data(o.calibrate, o.size, o.mean, o.std, labelled=False)
     for images, _ in batches(data, 32, o.calibration_images):
-        yield images
+        yield images if data.steps is None else images.flatten(0, 1).float()  # the ANN sees one frame at a time
 
 
 def _convert(o: argparse.Namespace) -> int:
+    neuron = _neurons(o, [o.neuron], Neuron())[0]
     source = Path(o.source)
     is_file = source.suffix != "" or source.exists()
     if is_file and o.checkpoint:
@@ -186,13 +206,23 @@ def _convert(o: argparse.Namespace) -> int:
         calibrate(model, _calibration_batches(o, 3), progress=not o.quiet)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        snn = convert(model, T=o.T, weight_bits=o.bits, max_T=o.max_T, input_shape=o.input_shape)
+        snn = convert(
+            model,
+            T=o.T,
+            weight_bits=o.bits,
+            max_T=o.max_T,
+            input_shape=o.input_shape,
+            neuron=neuron.mode,
+            window=neuron.window,
+            iterations=neuron.iterations,
+        )
     for warning in caught:
         print(f"qcfs-fast: warning: {warning.message}", file=sys.stderr)
     snn.save(o.output)
     if o.json:
         shape = None if snn.input_shape is None else list(snn.input_shape)
         facts = {"output": str(o.output), "T": snn.T, "max_T": snn.max_T, "weight_bits": snn.weight_bits}
+        facts["neuron"] = str(snn.neuron)
         print(json.dumps({**facts, "input_shape": shape, "layers": snn.details}, indent=2))
     else:
         print(f"{snn.report()}\nwrote {o.output}")
@@ -207,13 +237,21 @@ def _add_eval(commands: Any) -> None:
         commands,
         "eval",
         _eval,
-        "accuracy by T of a saved network; an interrupted run goes on where it stopped",
-        "qcfs-fast eval resnet18.safetensors imagenet/val --steps 1 2 4 8\n"
+        "accuracy by T and mode of a saved network; an interrupted run goes on where it stopped",
+        "qcfs-fast eval resnet18.safetensors imagenet/val --steps 1 2 4 8 --neuron plain offset\n"
         "         torchrun --nproc-per-node 4 -m qcfs_fast eval resnet18.safetensors imagenet/val",
     )
     c.add_argument("network", type=Path, help="file written by convert or snn.save")
-    c.add_argument("data", type=Path, help="folder with a subfolder of images per class, or .npz (images, labels)")
-    c.add_argument("--steps", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32], metavar="T")
+    c.add_argument(
+        "data",
+        type=Path,
+        help="folder with a subfolder of images per class, or .npz (images, labels), also over time [N, T, C, H, W]",
+    )
+    c.add_argument(
+        "--steps", type=positive, nargs="+", metavar="T", help="default: 1 2 4 ... 32; over time up to the data's steps"
+    )
+    c.add_argument("--neuron", choices=MODES, nargs="+", metavar="MODE", help=f"{', '.join(MODES)} (default: its own)")
+    _add_window_options(c)
     c.add_argument("--batch", type=positive, default=64, help="images per batch (default 64)")
     c.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
     c.add_argument("--state", type=Path, help="folder for what is done (default: NETWORK.eval)")
@@ -222,11 +260,19 @@ def _add_eval(commands: Any) -> None:
     _add_image_options(c)
 
 
+def _default_steps(data: Dataset) -> list[int]:
+    """Powers of two up to 32; of images over time up to their steps, and these."""
+    last = data.steps or 32
+    return [*(1 << i for i in range(6) if 1 << i < last), last]
+
+
 def _eval(o: argparse.Namespace) -> int:
-    load(o.network)  # a damaged file is reported before the data is read
+    own = load(o.network).neuron  # a damaged file is reported before the data is read
     data = open_data(o.data, o.size, o.mean, o.std)
+    neurons = _neurons(o, o.neuron or [own.mode], own)
+    steps = o.steps or _default_steps(data)
     try:
-        found = evaluate(o.network, data, o.steps, o.batch, o.state, o.restart, device=o.device, progress=not o.quiet)
+        found = evaluate(o.network, data, steps, neurons, o.batch, o.state, o.restart, o.device, not o.quiet)
     except KeyboardInterrupt:
         print(
             "qcfs-fast: interrupted; every finished batch is kept, and the same command goes on from there",
@@ -235,16 +281,20 @@ def _eval(o: argparse.Namespace) -> int:
         return 130
     if found is None:
         return 0
-    shares = found.shares()
     if o.json:
-        rows = [{"T": t, "right": r, "accuracy": s} for t, r, s in zip(found.steps, found.right, shares, strict=True)]
+        rows = [
+            {"neuron": str(neuron), "T": T, "right": right, "accuracy": right / found.images}
+            for neuron, by_steps in zip(found.neurons, found.right, strict=True)
+            for T, right in zip(found.steps, by_steps, strict=True)
+        ]
         print(json.dumps({"images": found.images, "resumed": found.resumed, "accuracy": rows}, indent=2))
         return 0
     if found.resumed:
         print(f"{found.resumed} of {found.images} images were counted by earlier, interrupted runs")
-    print(f"{'T':>4}  accuracy ({found.images} images)")
-    for T, share in zip(found.steps, shares, strict=True):
-        print(f"{T:4}  {share:.2%}")
+    print(f"Accuracy by T, {found.images} images.\nNeurons: {', '.join(map(str, found.neurons))}")
+    print(f"{'T':>4}" + "".join(f"{neuron.mode:>9}" for neuron in found.neurons))
+    for T, *right in zip(found.steps, *found.right, strict=True):
+        print(f"{T:4}" + "".join(f"{r / found.images:9.2%}" for r in right))
     return 0
 
 
@@ -261,7 +311,7 @@ def _add_profile(commands: Any) -> None:
     )
     c.add_argument("network", type=Path, help="file written by convert or snn.save")
     c.add_argument("data", type=Path, help="folder of images or .npz file, as for eval; labels may be absent")
-    c.add_argument("-T", type=positive, help="time steps (default: the network's)")
+    c.add_argument("-T", type=positive, help="time steps (default: the network's; over time, the data's)")
     c.add_argument("--html", type=Path, help="also write a self-contained page")
     c.add_argument("--raster-layer", help="layer whose spikes the page shows")
     c.add_argument("--analog-every-step", action="store_true", help="count the first layer's products T times")
@@ -274,7 +324,9 @@ def _add_profile(commands: Any) -> None:
 def _profile(o: argparse.Namespace) -> int:
     snn = load(o.network)
     data = open_data(o.data, o.size, o.mean, o.std, labelled=False)
-    parts = batches(data, o.batch, o.images)
+    if o.T is not None:
+        check_steps(data, o.T)
+    parts = ((x if data.steps is None else x[: o.T], y) for x, y in batches(data, o.batch, o.images))
     found = profile(
         snn,
         parts if data.labelled else (x for x, _ in parts),

@@ -1,7 +1,8 @@
 """Images and labels from files: an .npz file, or a folder with one subfolder of images per class.
 
-Both kinds have a length, `batch(indices)` -> (float images [n, C, H, W], int64 labels [n]), and the attributes `path`,
-`mean` and `std`, which identify an evaluation. `labelled` says whether the labels are real; otherwise they are zeros.
+Both kinds have a length, `batch(indices)` -> (images, int64 labels [n]), and the attributes `path`, `mean` and `std`,
+which identify an evaluation. `labelled` says whether the labels are real; otherwise they are zeros. Images are what a
+network takes: floats [n, C, H, W]; or, where `steps` is not None, recordings over time, [steps, n, C, H, W].
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Npz:
     """An .npz file with arrays `images` and `labels`.
 
     images: floats [N, C, H, W] (or [N, features]) are used as they are; uint8 [N, H, W, C] or [N, C, H, W] is divided
-    by 255, and normalised if mean and std are given. labels: integers [N]; may be absent where none are needed.
+    by 255, and normalised if mean and std are given. Images with a time axis, [N, T, C, H, W], are used as they are:
+    floats, or uint8, which are counts of events. labels: integers [N]; may be absent where none are needed.
     """
 
     def __init__(
@@ -52,11 +54,14 @@ class Npz:
                 f"{path}: labels must be {len(self.images)} integers, one per image, got {self.labels.dtype} "
                 f"{list(self.labels.shape)}"
             )
-        if self.images.dtype.kind not in "fu" or self.images.ndim not in (2, 4):
+        if self.images.dtype.kind not in "fu" or self.images.ndim not in (2, 4, 5):
             raise ValueError(
-                f"{path}: images must be floats or uint8 [N, C, H, W] (or [N, features]), got {self.images.dtype} "
-                f"{list(self.images.shape)}"
+                f"{path}: images must be floats or uint8 [N, C, H, W] (or [N, features]; over time [N, T, C, H, W]), "
+                f"got {self.images.dtype} {list(self.images.shape)}"
             )
+        self.steps = int(self.images.shape[1]) if self.images.ndim == 5 else None
+        if self.steps is not None and (mean is not None or std is not None):
+            raise ValueError(f"{path}: images over time are used as they are; leave out mean and std (--mean, --std)")
         if self.images.dtype == np.uint8 and self.images.ndim == 4 and self.images.shape[1] not in (1, 3):
             self.images = self.images.transpose(0, 3, 1, 2)
 
@@ -65,8 +70,11 @@ class Npz:
 
     def batch(self, indices: range) -> tuple[Tensor, Tensor]:
         part = self.images[indices.start : indices.stop]
-        x = torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))
-        if part.dtype == np.uint8:
+        counts = part.dtype == np.uint8 and self.steps is not None
+        x = torch.from_numpy(np.ascontiguousarray(part, dtype=np.uint8 if counts else np.float32))
+        if self.steps is not None:
+            x = x.transpose(0, 1)
+        elif part.dtype == np.uint8:
             x = normalised(x / 255, self.mean, self.std)
         return x, torch.from_numpy(self.labels[indices.start : indices.stop].astype(np.int64))
 
@@ -77,6 +85,8 @@ class Folder:
     Each image is resized so that its shorter side is 8/7 of `size`, cropped to the central square, scaled to 0..1 and
     normalised, by ImageNet's mean and standard deviation unless others are given.
     """
+
+    steps: int | None = None
 
     def __init__(self, path: Path, size: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
         self.path, self.size, self.labelled = path, size, True
@@ -140,6 +150,12 @@ def open_data(
     if not path.exists():
         raise FileNotFoundError(f"no data at {path}; give a folder of class subfolders, or an .npz file")
     return Npz(path, mean, std, labelled)
+
+
+def check_steps(data: Dataset, T: int) -> None:
+    """ValueError where images over time have fewer than T steps."""
+    if data.steps is not None and data.steps < T:
+        raise ValueError(f"{data.path}: its images have {data.steps} steps, but {T} are needed; ask for a smaller T")
 
 
 def batch_count(data: Dataset, size: int) -> int:

@@ -1,17 +1,18 @@
-"""evaluate: accuracy by T of a saved network on many images, in one or several processes, interruptible.
+"""evaluate: accuracy by T and mode of a saved network on many images, in one or several processes, interruptible.
 
     images -> batches 0, 1, 2, ...         fixed by the data and the batch size, whoever works on them
     rank r of w takes every w-th batch     of those not yet done
-    after each batch                       the rank's state file is replaced: batches done, images seen, right by T
+    after each batch                       the rank's state file is replaced: batches done, images seen, right answers
     at the end                             sums over all state files; then the state is removed
 
 A state file is written atomically, so a process killed at any moment leaves the state after some whole batch. The next
 run, with the same or another number of processes, does the remaining batches. One pass of the largest T answers for
-all T (SNN.forward with per_step).
+all T (SNN.forward with per_step); sum mode, which has no steps, takes a pass for each T.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -22,12 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..files import write_text_atomically
 from ..network.loading import load
 from ..network.snn import SNN
-from .data import Dataset, batch_count, batch_range
+from ..operators.neuron import Neuron
+from .data import Dataset, batch_count, batch_range, check_steps
 
 # ------------------------------------------------------------------------------------------------- state
 
@@ -38,7 +41,7 @@ class Progress:
 
     batches: list[int]
     seen: int
-    right: list[int]
+    right: list[int]  # by mode, in a mode by T
 
 
 class State:
@@ -51,7 +54,8 @@ class State:
         for path in folder.glob("*.json"):
             self.others[int(path.stem)] = self._read(path)
         self.before = sorted({b for p in self.others.values() for b in p.batches})  # done by earlier runs
-        self.own = self.others.pop(rank, Progress([], 0, [0] * len(fingerprint["steps"])))
+        columns = len(fingerprint["neurons"]) * len(fingerprint["steps"])
+        self.own = self.others.pop(rank, Progress([], 0, [0] * columns))
 
     def _read(self, path: Path) -> Progress:
         data = json.loads(path.read_text())
@@ -119,34 +123,36 @@ def device_of(name: str, local_rank: int) -> torch.device:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers by T among `images`; `resumed` of them were counted by earlier, interrupted runs."""
+    """Right answers among `images`: right[i][j] by neurons[i] after steps[j].
 
+    `resumed` of the images were counted by earlier, interrupted runs.
+    """
+
+    neurons: list[Neuron]
     steps: list[int]
-    right: list[int]
+    right: list[list[int]]
     images: int
     resumed: int
-
-    def shares(self) -> list[float]:
-        """Accuracy by T."""
-        return [r / self.images for r in self.right]
 
 
 def evaluate(
     network: Path,
     data: Dataset,
     steps: Sequence[int],
+    neurons: Sequence[Neuron] | None = None,
     batch: int = 64,
     state: Path | None = None,
     restart: bool = False,
     device: str = "auto",
     progress: bool = True,
 ) -> Accuracy | None:
-    """Accuracy by T of a saved network.
+    """Accuracy by T of a saved network, in one or several modes of its neurons.
 
     Args:
         network: file written by snn.save.
-        data: see open_data.
+        data: see open_data. Of images over time, the network sees the first T.
         steps: the T to report; the network runs once, for the largest.
+        neurons: the modes to report; default: the network's own.
         batch: images per batch.
         state: folder for the state; default: the network's path with ".eval" appended.
         restart: forget an interrupted run.
@@ -157,12 +163,14 @@ def evaluate(
         The counts, on rank 0; None on the others.
 
     Raises:
-        ValueError: the data does not fit the network, or the state belongs to another evaluation.
+        ValueError: the data does not fit the network or a mode, or the state belongs to another evaluation.
         KeyboardInterrupt: interrupted; the state holds every finished batch.
     """
     steps = sorted(set(steps))
     snn = load(network)
-    snn._checked_steps(max(steps))
+    neurons = [snn.neuron] if neurons is None else list(dict.fromkeys(neurons))
+    for neuron in neurons:
+        _check(_in_mode(snn, neuron), data, max(steps))
     processes = Processes()
     place = device_of(device, processes.local)
     snn = snn.to(place)
@@ -174,13 +182,14 @@ def evaluate(
         "network": hashlib.sha256(network.read_bytes()).hexdigest(),
         "data": [str(data.path.resolve()), len(data)],
         "steps": steps,
+        "neurons": [str(neuron) for neuron in neurons],
         "batch": batch,
         "preprocessing": [getattr(data, "size", None), data.mean and list(data.mean), data.std and list(data.std)],
     }
     try:
         kept = State(folder, fingerprint, processes.rank)
         processes.wait()  # everyone has read before anyone writes
-        _work(snn, data, kept, processes, batch, steps, place, progress)
+        _work([_in_mode(snn, neuron) for neuron in neurons], data, kept, processes, batch, steps, place, progress)
         counts = [kept.own.seen, *kept.own.right]
         if processes.rank == 0:
             for other, done in kept.others.items():
@@ -191,13 +200,43 @@ def evaluate(
         if processes.rank:
             return None
         kept.remove()
-        return Accuracy(list(steps), counts[1:], counts[0], resumed)
+        seen, *right = counts
+        by_neuron = [right[i : i + len(steps)] for i in range(0, len(right), len(steps))]
+        return Accuracy(neurons, steps, by_neuron, seen, resumed)
     finally:
         processes.close()
 
 
+def _in_mode(snn: SNN, neuron: Neuron) -> SNN:
+    """The same network, of the same tensors, with other neurons."""
+    other = copy.copy(snn)
+    other.neuron = neuron
+    return other
+
+
+def _check(snn: SNN, data: Dataset, T: int) -> None:
+    """Raises where the network cannot run on this data for T steps."""
+    snn._checked_steps(T)
+    if data.steps is not None and snn.neuron.mode == "sum":
+        raise ValueError(
+            f"{data.path}: its images change with time, but sum mode adds up the steps of one; leave it out"
+        )
+    check_steps(data, snn.neuron.steps(T))
+
+
+def _right(snn: SNN, x: Tensor, labels: Tensor, steps: Sequence[int], over_time: bool) -> list[int]:
+    """Right answers by T."""
+    if snn.neuron.mode == "sum":
+        answers = [snn(x, T) for T in steps]
+    else:
+        T = snn.neuron.steps(max(steps))
+        running = snn(x[:T] if over_time else x, T, per_step=True)
+        answers = [running[t - 1] for t in steps]
+    return [int((answer.argmax(1).cpu() == labels).sum()) for answer in answers]
+
+
 def _work(
-    snn: SNN,
+    networks: Sequence[SNN],
     data: Dataset,
     kept: State,
     processes: Processes,
@@ -215,9 +254,9 @@ def _work(
     with bar, torch.no_grad():
         for number in mine:
             x, y = data.batch(batch_range(data, number, batch))
-            out = snn(x.to(place), T=max(steps), per_step=True)
-            labels = out.argmax(2).cpu()
-            kept.own.right = [r + int((labels[t - 1] == y).sum()) for r, t in zip(kept.own.right, steps, strict=True)]
+            x = x.to(place)
+            right = [r for snn in networks for r in _right(snn, x, y, steps, data.steps is not None)]
+            kept.own.right = [a + b for a, b in zip(kept.own.right, right, strict=True)]
             kept.own.seen += len(y)
             kept.own.batches.append(number)
             kept.write()
