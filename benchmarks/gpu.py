@@ -40,7 +40,7 @@ import qcfs_fast
 from qcfs_fast import backend
 from qcfs_fast.files import write_text_atomically
 from qcfs_fast.model.simulation import step_network
-from qcfs_fast.network.layers import SpikingLayer
+from qcfs_fast.network.layers import Run, SpikingLayer
 from qcfs_fast.study.benchmark.measure import NOT_MEASURED, Clock, Effort, describe_error, take_turns
 from qcfs_fast.study.spikes import mean_rate
 from qcfs_fast.study.zoo import torchvision_models
@@ -267,7 +267,7 @@ def layer_rows(
         moved = sum(values[i].numel() for i in layer.inputs if isinstance(values[i], Tensor)) + out.numel() + digits
 
         def run(layer: SpikingLayer = layer) -> Any:
-            return layer(values, T, False)
+            return layer(values, Run(T))
 
         timed = graphed(run) if clock.events else run  # a replay: the kernels, without Python's launch overhead
         seconds = statistics.median(clock(timed, 20 if clock.events else 1) for _ in range(rounds))

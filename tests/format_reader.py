@@ -34,11 +34,27 @@ def quantize(x, t, bits):
     return np.rint(z * 2.0 ** -e[:, None, None, None]).astype(np.int64).transpose(0, 2, 3, 1), e
 
 
-def current(image, weight, geometry, t):
+def current(image, name, geometry, t):
+    def convolved(name, gain, offset, low, high):
+        scale = gain * 2.0 ** e[:, None]
+        z = oracle.convolve(q, t[name], geometry) * scale[:, None, None] + offset
+        return np.clip(np.rint(z), low, high).astype(np.int64)
+
     q, e = image
-    scale = t["gain"] * 2.0 ** e[:, None]
-    z = oracle.convolve(q, weight, geometry) * scale[:, None, None] + t["offset"]
-    return np.clip(np.rint(z), t["low"], t["high"]).astype(np.int64)
+    if name + "_low" not in t:
+        return convolved(name, t["gain"], t["offset"], t["low"], t["high"])
+    n = t["threshold"]
+    half, wide = n // 2, (-31 * n, 31 * n) if name == "weight" else (t["low"], t["high"])
+    upper = convolved(name, t["gain"] * 256, t["offset"], *wide)
+    return np.clip(upper + convolved(name + "_low", t["gain"], 0.0, -half, half), t["low"], t["high"])
+
+
+def whole(t, name):
+    """A weight of one digit or several, in units, int64."""
+    digits = [t[n].astype(np.int64) for n in (name, name + "_middle", name + "_low") if n in t]
+    if len(digits) == 1:
+        return digits[0] * (256 if t[name].dtype == np.int8 else 1)
+    return sum(d * 256**i for i, d in enumerate(reversed(digits)))
 
 
 def windows(pool, size, axis):
@@ -93,10 +109,10 @@ class Neurons:
 
 def encoding(node, t, values, neurons):
     """The first layer: a constant current within 0 .. n, or with biases that differ one that may be anything."""
-    constant = current(values["input"], t["weight"], node["config"]["geometry"], t)
+    constant = current(values["input"], "weight", node["config"]["geometry"], t)
     if "bias" in t:
         wide = {**t, "low": -31 * t["threshold"], "high": 31 * t["threshold"]}
-        constant = current(values["input"], t["weight"], node["config"]["geometry"], wide)
+        constant = current(values["input"], "weight", node["config"]["geometry"], wide)
         return neurons.fire(constant[None] + neurons.bias(t)[:, None, None, None].astype(np.int64), t["threshold"])
     if neurons.mode == "sum":  # the count of a plain neuron
         spikes = oracle.integrate_and_fire(np.broadcast_to(constant, (neurons.T, *constant.shape)), t["threshold"])
@@ -109,10 +125,10 @@ def spiking(node, t, values, neurons):
     index, g = config["weight_index"], config["geometry"]
     x = [values[name] for name in node["inputs"]]
     image = x.pop() if "analog_geometry" in config else None
-    constant = None if image is None else current(image, t["analog_weight"], config["analog_geometry"], t)
+    constant = None if image is None else current(image, "analog_weight", config["analog_geometry"], t)
     products = []
     for i, k in enumerate(index):
-        weight, source = t[f"weight_{k}"], x[i]
+        weight, source = whole(t, f"weight_{k}"), x[i]
         if config["vector"]:
             weight, source = weight[None, None], source.reshape(*source.shape[:2], 1, 1, -1)
         products.append((source, weight, g[9 * i : 9 * i + 9]))
@@ -125,8 +141,7 @@ def overflow_free_steps(node, t):
     config = node["config"]
     total = np.abs(t["bias"].astype(np.int64)).reshape(-1, t["threshold"].size).max(0)
     for k, peak in zip(config["weight_index"], config["peaks"], strict=False):
-        unit = 256 if t[f"weight_{k}"].dtype == np.int8 else 1
-        total = total + peak * unit * np.abs(t[f"weight_{k}"].astype(np.int64)).reshape(-1, total.size).sum(0)
+        total = total + peak * np.abs(whole(t, f"weight_{k}")).reshape(-1, total.size).sum(0)
     for i, peak in enumerate(config["peaks"][len(config["weight_index"]) :]):
         total = total + peak * np.abs(t[f"amplitude_{i}"].astype(np.int64))
     n = t["threshold"].astype(np.int64)
@@ -137,7 +152,7 @@ def overflow_free_steps(node, t):
 def readout(node, t, values, neurons):
     """Running answers [T, N, O]; in sum mode the one answer [1, N, O]."""
     T = neurons.T
-    config, total = node["config"], 0.0
+    config, terms = node["config"], []
     for i, name in enumerate(node["inputs"]):
         x, multiple = values[name], 1
         for pool in config["pools"][i]:
@@ -147,10 +162,14 @@ def readout(node, t, values, neurons):
         counts = x[:T].cumsum(0)
         if config["vectors"][i]:
             counts = counts.reshape(*counts.shape[:2], 1, 1, -1)
-        geometry = config["geometry"][9 * i : 9 * i + 9]
-        sums = np.stack([oracle.convolve(c, t[f"weight_{i}"], geometry) for c in counts]).astype(np.float64)
         steps = np.arange(T + 1 - len(counts), T + 1, dtype=np.float64)[:, None, None, None, None]
-        total = total + sums * t[f"gain_{i}"] / (steps * multiple)
+        terms.append((f"weight_{i}", t[f"gain_{i}"], counts, config["geometry"][9 * i : 9 * i + 9], steps * multiple))
+    if "weight_bits" in config:
+        terms = [(w, gain * 256, *rest) for w, gain, *rest in terms] + [(f"{w}_low", *rest) for w, *rest in terms]
+    total = 0.0
+    for weight, gain, counts, geometry, divisor in terms:
+        sums = np.stack([oracle.convolve(c, t[weight], geometry) for c in counts]).astype(np.float64)
+        total = total + sums * gain / divisor
     assert config["vector"]
     return (total + t["offset"]).astype(np.float32)[:, :, 0, 0]
 

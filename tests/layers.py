@@ -62,7 +62,7 @@ def random_geometry(rng, groups):
 def random_weights(rng, shape, bits, extreme):
     """Coarse grids, so that sums collide with thresholds; or the limits of the digits."""
     if bits == 8:
-        return rng.choice([-127, 127], shape).astype(np.int8) if extreme else rng.integers(-3, 4, shape).astype(np.int8)
+        return rng.choice([-128, 127], shape).astype(np.int8) if extreme else rng.integers(-3, 4, shape).astype(np.int8)
     if extreme:
         return rng.choice([-32639, 32639, 127, -128, 128], shape).astype(np.int16)
     return (rng.integers(-4, 5, shape) * 64).astype(np.int16)

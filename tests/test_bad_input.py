@@ -101,7 +101,7 @@ def test_requires_grad_is_fine_without_grad_mode(snn):
     [
         ({"T": 0}, ValueError, "T must be at least 1"),
         ({"T": 1.5}, TypeError, "T must be an int"),
-        ({"weight_bits": 4}, ValueError, "weight_bits must be 8 or 16"),
+        ({"weight_bits": 4}, ValueError, "weight_bits must be 8, 16 or 24"),
         ({"T": 8, "max_T": 4}, ValueError, "max_T=4 is below T=8"),
     ],
 )

@@ -50,7 +50,7 @@ def test_layers_agree_with_float64(kind, T):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=IDS)
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bits", [16, 8, 24])
 def test_networks_on_a_grid_convert_exactly(kind, bits):
     """Weights, thresholds and images are dyadic: every spike and every output equals the simulation's, ties included.
 

@@ -115,7 +115,7 @@ def test_random_networks_on_a_grid_convert_exactly():
     seen, spikes, sites, ties = Counter(), 0, 0, 0
 
     @settings(max_examples=60, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
-    @given(plans(), st.integers(0, 2**31), neurons(), st.sampled_from((8, 16)), st.booleans(), st.booleans())
+    @given(plans(), st.integers(0, 2**31), neurons(), st.sampled_from((8, 16, 24)), st.booleans(), st.booleans())
     def check(plan, seed, mode, bits, over_time, by_step):
         nonlocal spikes, sites, ties
         neuron, T = mode

@@ -183,7 +183,7 @@ def test_the_overflow_promise_holds():
     assert kept
 
 
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bits", [16, 8, 24])
 @pytest.mark.parametrize("kind", slow_but([networks.Small], KINDS), ids=IDS)
 def test_every_network_converts(kind, bits):
     shape = networks.SHAPES[kind]

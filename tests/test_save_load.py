@@ -22,7 +22,7 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize("kind", list(networks.SHAPES), ids=lambda k: k.__name__)
-@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("bits", [8, 16, 24])
 def test_round_trip(kind, bits, tmp_path):
     snn, x = converted(kind, T=5, weight_bits=bits)
     path = tmp_path / "net.safetensors"

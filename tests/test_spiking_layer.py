@@ -245,20 +245,21 @@ def test_large_linear_layer_in_chunks(engine):
     [(1024, 8, (1, 1)), (600, 2, (2, 4)), (250, 2, (33, 64)), (125, 2, (65, 127)), (60, 2, (128, 255))],
 )
 def test_sums_of_bytes_at_their_limits(engine, K, T, values):
-    """8-bit weights of 127 and -127 under inputs that all fire: partial sums in 16 bits are as large as they can be."""
+    """Weights of 127 and -128 under inputs that all fire: partial sums in 16 bits are as large as they can be."""
     rng = np.random.default_rng(K)
     sign = np.tile([1, -1, 1, -1, 1], 7)
-    w = (127 * np.broadcast_to(sign, (K, sign.size))).astype(np.int8)
-    w[:, 4::5] = rng.choice([-127, 127], (K, 7))
+    limit = np.where(sign < 0, 128, 127)
+    w = np.broadcast_to(sign * limit, (K, sign.size)).astype(np.int8)
+    w[:, 4::5] = rng.choice([-128, 127], (K, 7))
     low, high = values
     shape = (3, 1, 1, K)
     if high == 1:
         x = np.full((T + 7) // 8 * 3 * K, 2**T - 1, dtype=np.uint8).reshape(-1, *shape)
     else:
         x = rng.integers(low, high + 1, (T, *shape)).astype(np.uint8)
-    reach = K * 127 * 256 * high
+    reach = K * 128 * 256 * high
     assert 2 * reach * T < 2**31
-    unit = 127 * 256
+    unit = limit * 256
     bias = np.where(sign < 0, reach // unit * unit, 0).astype(np.int32)
     n = np.full(sign.size, reach // unit // 3 * 2 * unit, dtype=np.int32)  # on the grid of the sums
     total = oracle.currents([(x, w[None, None], (1, 1, 1, 1, 0, 0, 1, 1, 1))], [], None, bias, T)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..errors import ConversionError
 from ..model.qcfs import is_qcfs
 from ..network.layers import (
+    DIGITS,
     IMAGE,
     INPUT,
     ConcatConfig,
@@ -42,6 +43,7 @@ from ..network.layers import (
     SpikePool,
     SpikingConfig,
     SpikingLayer,
+    word_digits,
 )
 from ..network.schema import Geometry
 from ..network.snn import SNN, check_graph
@@ -76,7 +78,9 @@ def convert(
         model: made by :func:`qcfs_fast.prepare`, or any traceable model whose activations have a ``thresh``
             tensor and a level count ``L`` (the authors' own). It is not changed.
         T: time steps of a call that names none; any positive integer.
-        weight_bits: 16 (default) or 8 bits per weight of the spiking layers. First and last layer keep 16.
+        weight_bits: 16 (default) or 8 bits per weight of the spiking layers; first and last layer keep 16. 24 is for
+            tables that shall show the float network's accuracy: up to 24 bits everywhere, in a spiking layer as many as
+            fit 32-bit sums up to max_T (``snn.report()`` says how many), for about three times the time of 8 bits.
         max_T: the largest T this network will be asked for; default max(T, 32). The integer grid is chosen so
             that no sum can overflow 32 bits up to there; a larger value costs resolution in wide layers.
         input_shape: [C, H, W] of the images; needed only where an adaptive, ceil-mode or partially padded
@@ -106,8 +110,8 @@ def convert(
     It trains nothing, and the same data gives the same network. Measured on two trained networks at 8 bits, about half
     of the spikes that rounding changes in a layer remained at T = 4, and 75 to 90 % at T = 1. Labels hardly changed:
     through many layers one wrong spike does as much as two. 16 bits keep more labels than 8 bits with data. Lossless
-    channels stay as they are. So do the first layer, which reads the analog image, and the readout; both have 16 bits
-    at any setting.
+    channels stay as they are. So do the first layer, which reads the analog image, and the readout; both have at least
+    16 bits.
 
     Source: Bu et al., "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency Spiking Neural
     Networks", ICLR 2022: initial membrane potential theta/2, soft reset, threshold = trained lambda.
@@ -117,8 +121,8 @@ def convert(
             raise TypeError(f"convert: {name} must be an int (time steps), got {value!r}")
         if value < 1:
             raise ValueError(f"convert: {name} must be at least 1 time step, got {value}")
-    if weight_bits not in (8, 16):
-        raise ValueError(f"convert: weight_bits must be 8 or 16, got {weight_bits!r}")
+    if weight_bits not in (8, 16, 24):
+        raise ValueError(f"convert: weight_bits must be 8, 16 or 24, got {weight_bits!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, SNN):
@@ -215,6 +219,7 @@ class _Builder:
         self.prefix = prefix
         self.lowered = lowered
         self.weight_bits = weight_bits
+        self.long = 24 if weight_bits == 24 else None  # as nodes say it
         self.T = T
         self.max_T = max_T
         self.neuron = neuron
@@ -340,9 +345,17 @@ class _Builder:
         flat = weight.reshape(-1, weight.shape[3])
         if not np.isfinite(flat).all():
             raise ConversionError(f"{name}: weights are not finite (NaN or infinity); check the trained model")
-        scale, exact = units.choose_weight_scale(flat)
-        whole = np.rint(weight / scale).astype(np.int16)
-        return {"weight": torch.from_numpy(whole), "gain": torch.from_numpy(scale / unit)}, int(exact.sum())
+        tensors, scale, exact = self._words(weight, "weight")
+        return {**tensors, "gain": torch.from_numpy(scale / unit)}, int(exact.sum())
+
+    def _words(self, weight: np.ndarray, name: str) -> tuple[dict[str, Tensor], np.ndarray, np.ndarray]:
+        """A weight [KH, KW, C/groups, O] in int16, of 24 bits with its last digit; its unit; whether that is exact."""
+        scale, exact = units.choose_weight_scale(weight.reshape(-1, weight.shape[3]), self.weight_bits)
+        whole = np.rint(weight / scale).astype(np.int64)
+        parts = {name: whole}
+        if self.weight_bits == 24:
+            parts[name], parts[name + DIGITS[2]] = units.split(whole)
+        return {key: torch.from_numpy(part.astype(np.int16)) for key, part in parts.items()}, scale, exact
 
     def _encoder(self, node: FireNode, term: Product | Signal) -> None:
         weight, geometry, layer = self._analog_operands(term)
@@ -356,7 +369,7 @@ class _Builder:
         tensors["low"] = torch.zeros(O, dtype=torch.int32)
         tensors["threshold"] = torch.from_numpy(n.astype(np.int32))
         tensors["high"] = tensors["threshold"].clone()
-        config = EncodingConfig(geometry, node.current.vector, (layer,))
+        config = EncodingConfig(geometry, node.current.vector, (layer,), weight_bits=self.long)
         max_T = MAX_SUM
         if node.step_bias is not None:
             max_T = node.step_bias.shape[0]
@@ -366,7 +379,7 @@ class _Builder:
                 raise ConversionError(f"{node.name}: step_bias exceeds half a threshold; use a smaller alpha")
             tensors["bias"] = tensors["bias"].to(torch.int32)
         self._add(node.name, EncodingLayer([INPUT], config, tensors))
-        self.details[node.name] = self._detail(node, n, exact, 16.0, max_T)
+        self.details[node.name] = self._detail(node, n, exact, float(self.long or 16), max_T)
 
     @staticmethod
     def _detail(node: FireNode, n: np.ndarray, lossless: int, bits: float, max_T: int) -> dict[str, Any]:
@@ -410,13 +423,11 @@ class _Builder:
                 self.neuron,
             )
 
-        dtype = np.int16 if self.weight_bits == 16 else np.int8
         tensors: dict[str, Tensor] = {}
         for i, w in enumerate(layer.weights):
-            whole = w if self.weight_bits == 16 else w // 256
-            tensors[f"weight_{i}"] = torch.from_numpy(whole.astype(dtype).reshape(weights[i].shape))
-            if current.vector:
-                tensors[f"weight_{i}"] = tensors[f"weight_{i}"][0, 0].contiguous()
+            for digit, whole in self._digits(w).items():
+                shaped = torch.from_numpy(whole.reshape(weights[i].shape))
+                tensors[f"weight_{i}{digit}"] = shaped[0, 0].contiguous() if current.vector else shaped
         for i, a in enumerate(layer.amplitudes):
             tensors[f"amplitude_{i}"] = torch.from_numpy(a.astype(np.int32))
         tensors["bias"] = torch.from_numpy(layer.bias.astype(np.int32))
@@ -430,7 +441,13 @@ class _Builder:
             vector=current.vector,
             layers=tuple(p.layer for p in spiking),
             peaks=(*(peak for s in sources for _, peak in s), *(peak for _, _, peak in residuals)),
+            weight_bits=self.long,
         )
+        if self.long and len(DIGITS) * len(config.weight_index) > MAX_SOURCES:
+            raise ConversionError(
+                f"{node.name}: sums {len(config.weight_index)} products; with 24-bit weights it can be "
+                f"{MAX_SOURCES // len(DIGITS)}. Remedy: use weight_bits=16"
+            )
         if node.step_bias is not None:
             max_T = min(max_T, node.step_bias.shape[0])
             config = replace(config, bias_steps=node.step_bias.shape[0])
@@ -439,7 +456,8 @@ class _Builder:
             weight, geometry, _ = self._analog_operands(analog)
             config = replace(config, analog_geometry=geometry)
             made, _ = self._analog_tensors(weight, layer.unit, node.name)
-            tensors["analog_weight"], tensors["gain"] = made["weight"], made["gain"]
+            tensors["gain"] = made.pop("gain")
+            tensors.update({f"analog_{key}": t for key, t in made.items()})
             tensors["offset"] = torch.zeros(current.channels, dtype=torch.float64)
             high = (ANALOG_RANGE * layer.threshold).astype(np.int32)
             tensors["high"], tensors["low"] = torch.from_numpy(high), torch.from_numpy(-high)
@@ -451,6 +469,15 @@ class _Builder:
         self.details[node.name] = self._detail(
             node, layer.threshold, int(layer.lossless.sum()), bits, min(max_T, MAX_SUM)
         )
+
+    def _digits(self, w: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors of a spiking layer's weight, by what is added to its name."""
+        if self.weight_bits == 16:
+            return {"": w.astype(np.int16)}
+        upper, low = units.split(w)
+        if self.weight_bits == 8:
+            return {"": upper.astype(np.int8)}
+        return {d: x.astype(np.int8) for d, x in zip(DIGITS, (*units.split(upper), low), strict=True)}
 
     def _quantized(
         self,
@@ -495,30 +522,31 @@ class _Builder:
         geometry: list[Geometry] = []
         tensors: dict[str, Tensor] = {}
 
-        def add(part: Part, vector: bool, geo: Geometry, weight: Tensor, gain: Tensor, layer: str) -> None:
-            i = len(inputs)
+        def add(part: Part, vector: bool, geo: Geometry, gain: Tensor, layer: str) -> None:
+            tensors[f"gain_{len(inputs)}"] = gain
             inputs.append(part.node)
             pools.append(part.pools)
             vectors.append(vector)
             geometry.append(geo)
             layers.append(layer)
-            tensors[f"weight_{i}"], tensors[f"gain_{i}"] = weight, gain
 
         for p in current.products:
             weight = _fold(p, p.part.amplitude)
             flat = weight.reshape(-1, weight.shape[3])
             if not np.isfinite(flat).all():
                 raise ConversionError(f"{p.layer}: weights are not finite (NaN or infinity); check the trained model")
-            scale, _ = units.choose_weight_scale(flat)
-            whole = torch.from_numpy(np.rint(weight / scale).astype(np.int16))
-            add(p.part, p.vector, _geometry(p), whole, torch.from_numpy(scale.copy()), p.layer)
+            words, scale, _ = self._words(weight, f"weight_{len(inputs)}")
+            tensors.update(words)
+            add(p.part, p.vector, _geometry(p), torch.from_numpy(scale.copy()), p.layer)
         for s in current.identities:
             if len(s.parts) > 1 and (len(current.products) + len(current.identities) > 1):
                 raise ConversionError("the output adds a concatenation; put an activation or a layer after it")
             if len(s.parts) > 1:
                 raise ConversionError("the output is a concatenation of spikes; end the network with a layer")
             part = s.parts[0]
-            add(part, current.vector, POINTWISE, torch.empty(0, dtype=torch.int16), part.amplitude, "")
+            nothing = torch.empty(0, dtype=torch.int16)
+            tensors.update({f"weight_{len(inputs)}{digit}": nothing.clone() for digit in word_digits(self.long)})
+            add(part, current.vector, POINTWISE, part.amplitude, "")
         if not bool(torch.isfinite(current.bias).all()):
             raise ConversionError("readout: bias is not finite (NaN or infinity); check the trained model")
         tensors["offset"] = current.bias.clone()
@@ -529,6 +557,7 @@ class _Builder:
             layers=tuple(layers),
             vector=current.vector,
             flattened=current.flattened,
+            weight_bits=self.long,
         )
         name = layers[0] if layers[0] and layers[0] not in {n for n, _ in self.layers} else self._unused("readout")
         self._add(name, Readout(inputs, config, tensors))

@@ -4,14 +4,15 @@ Everything that a neuron integrates is rounded to whole units of its channel, so
 every output channel the threshold theta is n units, n even, and the more units, the finer the weights. n is as large as
 three limits allow (operators/limits.py):
 
-    digits    |w| <= 32639 = 127 * 256 + 127, two signed base-256 digits
+    digits    |w| <= 32639 = 127 * 256 + 127, two signed base-256 digits; 8355711 with three, 24-bit weights
     overflow  n/2 + T * (sum_k |w_k| peak_k + |b| + residuals) < 2^31 for T up to max_T; offset neurons need more
-    2^24      beyond which nothing is gained
+    2^24      beyond which nothing is gained; 2^30 with 24-bit weights
 
 Rounding is not always needed. If all values of a channel are multiples of theta/n for some n within the limits (powers
 of two are tried first, then odd multiples of them), that n is taken and conversion changes nothing: the channel is
 lossless, ties of a membrane with its threshold included. With 8-bit weights the grid is the same and a weight is a
-multiple of 256 units, of which the int8 keeps the quotient.
+multiple of 256 units, of which the int8 keeps the quotient. With 24-bit weights it is the second limit that most layers
+meet: a weight then has as many bits as fit.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from ..errors import ConversionError
 from ..operators.limits import (
     ANALOG_RANGE,
     MAX_BYTE_WEIGHT,
+    MAX_LONG_THRESHOLD,
+    MAX_LONG_WEIGHT,
     MAX_SUM,
     MAX_THRESHOLD,
     MAX_WEIGHT,
@@ -47,7 +50,7 @@ class QuantizedLayer:
     lossless: np.ndarray  # bool [O]
     weight_levels: np.ndarray  # largest |w| in units [O]
     max_steps: int  # largest T for which overflow is impossible
-    scarce_bits: float | None  # bits left for the weights of the worst channel, if overflow took more than three
+    scarce_bits: float | None  # bits left for the weights of the worst channel, if overflow took more than three of 16
 
 
 def join(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
@@ -71,7 +74,13 @@ def join(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
 
 def weight_grid(weight_bits: int) -> tuple[int, int]:
     """The step of a weight's grid in units, and the largest number of steps."""
-    return (256, MAX_BYTE_WEIGHT) if weight_bits == 8 else (1, MAX_WEIGHT)
+    return {8: (256, MAX_BYTE_WEIGHT), 16: (1, MAX_WEIGHT), 24: (1, MAX_LONG_WEIGHT)}[weight_bits]
+
+
+def split(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The upper digits of integers and the lowest one, base 256: w = 256 * upper + lowest, lowest in -128 .. 127."""
+    lowest = (w + 128) % 256 - 128
+    return (w - lowest) // 256, lowest
 
 
 def _odd_bases() -> list[int]:
@@ -141,7 +150,7 @@ def choose(
     # A channel that reaches 2^20 has bits enough, and one that is lossless needs no more.
     used = levels[(levels > 0) & ~lossless & (n < 2**20)]
     bits = float(np.log2(max(int(used.min()), 1)) + 1) if used.size else None
-    scarce_bits = bits if bits is not None and bits < weight_bits - 3 else None
+    scarce_bits = bits if bits is not None and bits < min(weight_bits, 16) - 3 else None
     return QuantizedLayer(n, theta / n, whole, whole_amplitudes, whole_bias, lossless, levels, max_steps, scarce_bits)
 
 
@@ -171,16 +180,19 @@ def _largest_threshold(
     if analog:
         reach += ANALOG_RANGE * theta
     # Each rounded term may exceed its exact value by half a unit (128 units at 8 bits).
-    slack = inputs * (0.5 if weight_bits == 16 else 128.0)
+    slack = inputs * weight_grid(weight_bits)[0] / 2
     # n/2 + iterations * n + steps * (n * reach / theta + slack) <= 2^31 - 1, solved for n.
     window, iterations = neuron.shift
     steps = max_T + iterations * window
     limit = (MAX_SUM - steps * slack) / (0.5 + iterations + steps * reach / theta)
     if weight_bits == 8 and slack * steps > MAX_SUM / 2:
         raise ConversionError(f"{name}: {inputs:.0f} inputs over {max_T} steps do not fit 32 bits; use a smaller max_T")
+    max_weight, max_threshold = (
+        (MAX_LONG_WEIGHT, MAX_LONG_THRESHOLD) if weight_bits == 24 else (MAX_WEIGHT, MAX_THRESHOLD)
+    )
     with np.errstate(divide="ignore"):
-        by_digits = np.where(largest > 0, MAX_WEIGHT * theta / largest, np.inf)
-    limit = np.minimum(np.minimum(limit, MAX_THRESHOLD), by_digits)
+        by_digits = np.where(largest > 0, max_weight * theta / largest, np.inf)
+    limit = np.minimum(np.minimum(limit, max_threshold), by_digits)
     if (limit < 2).any():
         c = int(np.argmin(limit))
         raise ConversionError(
@@ -219,17 +231,19 @@ def _lossless_thresholds(
     return chosen, lossless
 
 
-def choose_weight_scale(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The unit of 16-bit weights [K, O] per channel, and whether it is exact.
+def choose_weight_scale(w: np.ndarray, weight_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The unit of weights [K, O] of 16 bits (or 24) per channel, and whether it is exact.
 
     It is for the analog first layer and the readout: their sums are scaled in double, so the unit need not divide a
-    threshold. A power of two is taken where all weights are multiples of it, and largest / 32639 elsewhere.
+    threshold. A power of two is taken where all weights are multiples of it, and the largest / 32639 (or 8355711)
+    elsewhere.
     """
+    max_weight = MAX_LONG_WEIGHT if weight_bits == 24 else MAX_WEIGHT
     largest = np.abs(w).max(0) if w.shape[0] else np.zeros(w.shape[1])
     safe = np.where(largest > 0, largest, 1.0)
-    dyadic = 2.0 ** -np.floor(np.log2(MAX_WEIGHT / safe))
+    dyadic = 2.0 ** -np.floor(np.log2(max_weight / safe))
     exact = _is_whole(w, 1 / dyadic, True)
-    return np.where(exact, dyadic, safe / MAX_WEIGHT), exact
+    return np.where(exact, dyadic, safe / max_weight), exact
 
 
 def choose_analog_unit(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,10 @@ run (steps, mode of the neuron, states) comes with each call (Run).
 Several weights of one node are buffers weight_0, weight_1, ...; `sources()`, `residuals()` and `terms()` put them
 together with the nodes they belong to. A forward call looks up buffers by names that the constructor settled: moving a
 module replaces its buffers, so tensors themselves cannot be kept.
+
+A weight of 24 bits is several buffers, its signed digits of base 256 (`weight_bits`). A spiking layer reads three int8
+digits as three products, whose scales are 65536, 256 and 1. Where the image or counts are read, int16 holds the upper
+two digits and a second int16 the last, and each is convolved by itself. `whole` puts the digits together.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from .schema import (
     Geometries,
     Geometry,
     Indices,
+    Long,
     Names,
     Peaks,
     Pool,
@@ -46,6 +51,7 @@ from .schema import (
 
 IMAGE = "<image>"  # the float image, among the values of a run
 INPUT = "input"  # the node that quantises it
+DIGITS = ("", "_middle", "_low")  # what is added to a weight's name: the buffers of its digits, base 256
 
 Values = dict[str, Any]
 
@@ -140,6 +146,9 @@ class Layer(nn.Module):
         for name in sorted(tensors):
             # Kernels want dense tensors: a copy now, or one at every call.
             self.register_buffer(name, tensors[name].contiguous())
+            digit = next((d for d in DIGITS[1:] if name.endswith(d)), "")
+            same = tensors[name].shape == tensors[name.removesuffix(digit)].shape
+            require(same, f"{name} has another shape than the upper digit")
         self.check()
 
     if TYPE_CHECKING:  # buffers by name
@@ -161,6 +170,13 @@ class Layer(nn.Module):
         """The buffers by name."""
         return [(name, self.buffer(name)) for name in self._buffers]
 
+    def whole(self, name: str) -> Tensor:
+        """A weight in units of its last digit: the buffer, or int32 where it has several digits."""
+        first, *rest = (self.buffer(name + digit) for digit in DIGITS if name + digit in self._buffers)
+        for digit in rest:
+            first = first.to(torch.int32) * 256 + digit
+        return first
+
     def settled(self, run: Run, name: str, make: Callable[[], Any]) -> Any:
         """What stays the same while a run goes on from another on one image (`name`); made once."""
         if run.state is None:
@@ -174,6 +190,11 @@ class Layer(nn.Module):
         """Buffers prefix_0, prefix_1, ..."""
         names = (f"{prefix}_{i}" for i in range(len(self._buffers)))
         return [self.buffer(name) for name in names if name in self._buffers]
+
+
+def word_digits(weight_bits: int | None) -> tuple[str, ...]:
+    """What is added to the name of a weight that is int16, and of 24 bits a second int16 for the last digit."""
+    return DIGITS[:1] if weight_bits is None else DIGITS[::2]
 
 
 def _check_thresholds(threshold: Tensor) -> None:
@@ -251,6 +272,7 @@ class EncodingConfig(Config):
     vector: Flag  # spikes are [planes, N, C], not maps
     layers: Names  # names of the model's layers, for people
     bias_steps: Size | None = None  # a bias for each of so many steps
+    weight_bits: Long | None = None  # 24, where the weight has so many
 
     def check(self, inputs: Sequence[str]) -> None:
         require(len(inputs) == 1, "inputs do not match the weights")
@@ -258,7 +280,7 @@ class EncodingConfig(Config):
     def tensors(self) -> dict[str, TensorKind]:
         return {
             "threshold": per_channel(torch.int32),
-            "weight": TensorKind((torch.int16,), 4),
+            **{f"weight{d}": TensorKind((torch.int16,), 4) for d in word_digits(self.weight_bits)},
             **_CURRENT,
             **({} if self.bias_steps is None else {"bias": TensorKind((torch.int32,), 2)}),
         }
@@ -303,40 +325,59 @@ class EncodingLayer(Layer):
 
     @property
     def analog(self) -> Analog:
-        return Analog(self.inputs[0], self.weight, self.config.geometry)
+        return Analog(self.inputs[0], self.whole("weight"), self.config.geometry)
 
     def forward(self, values: Values, run: Run) -> Any:
-        mode, bias = run.neuron.mode, self._buffers.get("bias")
-        if run.state is None and not run.varying and mode != "masked" and bias is None:
-            q, exponent = values[self.inputs[0]]
-            masks = torch.ops.qcfs_fast.conv2d_encode(
-                q, exponent, self.weight, self._geometry, self.gain, self.offset, self.low, self.high, self.threshold,
-                run.T if mode == "sum" else run.steps,
-            )  # fmt: skip
-            if mode == "sum":
-                masks = torch.ops.qcfs_fast.count(masks, run.T, False).to(torch.uint8)
-            return masks.flatten(2) if self._vector else masks
+        mode = run.neuron.mode
+        if run.state is not None or run.varying or mode == "masked" or "bias" in self._buffers:
+            return self._fired(values, run)
+        spikes = self._encoded(values, Run(run.T if mode == "sum" else run.steps))
+        return torch.ops.qcfs_fast.count(spikes, run.T, False).to(torch.uint8) if mode == "sum" else spikes
+
+    def _encoded(self, values: Values, run: Run) -> Any:
+        """The spikes of plain neurons on an image that stays the same."""
+        if self.config.weight_bits is not None:
+            return self._fired(values, run)
+        q, exponent = values[self.inputs[0]]
+        masks = torch.ops.qcfs_fast.conv2d_encode(
+            q, exponent, self.weight, self._geometry, self.gain, self.offset, self.low, self.high, self.threshold, run.T
+        )
+        return masks.flatten(2) if self._vector else masks
+
+    def _fired(self, values: Values, run: Run) -> Any:
+        """The spikes of any neurons on any image."""
         high = self.threshold * IMAGE_RANGE
-        current = _image_current(self, values[self.inputs[0]], self.weight, self._geometry, -high, high, run)
-        bias = torch.zeros_like(self.threshold) if bias is None else _by_step(bias, run)
+        current = _image_current(self, values[self.inputs[0]], "weight", self._geometry, -high, high, run)
+        bias = _by_step(self.bias, run) if "bias" in self._buffers else torch.zeros_like(self.threshold)
         if self._vector:
             return _fire(self, run, True, [], [], [], [], current.flatten(-3), bias)
         return _fire(self, run, False, [], [], [], [], [], current, bias)
 
     def extra_repr(self) -> str:
-        return _describe(self.config.layers, [self.weight], [self.config.geometry], self.config.vector)
+        return _describe(self.config.layers, [self.whole("weight")], [self.config.geometry], self.config.vector)
 
 
 def _image_current(
-    layer: Layer, image: Any, weight: Tensor, geometry: list[int], low: Tensor, high: Tensor, run: Run
+    layer: Layer, image: Any, weight: str, geometry: list[int], low: Tensor, high: Tensor, run: Run
 ) -> Tensor:
     """The current of the image, [N, OH, OW, O] or, of one with a time axis, [T, N, OH, OW, O]."""
 
-    def current() -> Tensor:
-        q, exponent = image
+    def convolved(name: str, gain: Tensor, offset: Tensor, low: Tensor, high: Tensor) -> Tensor:
         found: Tensor = torch.ops.qcfs_fast.conv2d_current(
-            q, exponent, weight, geometry, layer.gain, layer.offset, low, high
+            *image, layer.buffer(name), geometry, gain, offset, low, high
         )
+        return found
+
+    def current() -> Tensor:
+        if layer.config.weight_bits is None:
+            found = convolved(weight, layer.gain, layer.offset, low, high)
+        else:
+            # The last digit's share is the error of 16-bit weights. Half a threshold is far beyond it, and leaves the
+            # sum in 32 bits.
+            half = layer.threshold // 2
+            found = convolved(weight, layer.gain * 256, layer.offset, low, high)
+            found = found + convolved(weight + DIGITS[2], layer.gain, torch.zeros_like(layer.offset), -half, half)
+            found = torch.minimum(torch.maximum(found, low), high)
         return found.unflatten(0, (run.T, -1)) if run.varying else found
 
     found: Tensor = current() if run.varying else layer.settled(run, "current", current)
@@ -369,6 +410,12 @@ class SpikingConfig(Config):
     peaks: Peaks  # largest integer of each source, then residual
     analog_geometry: Geometry | None = None  # where the image adds a current
     bias_steps: Size | None = None  # a bias for each of so many steps
+    weight_bits: Long | None = None  # 24, where the weights have so many
+
+    @property
+    def digits(self) -> tuple[str, ...]:
+        """What is added to a weight's name: its buffers, from the upper digit to the last."""
+        return DIGITS[:1] if self.weight_bits is None else DIGITS
 
     @property
     def weights(self) -> int:
@@ -387,14 +434,18 @@ class SpikingConfig(Config):
         require(0 < len(inputs) == expected, "inputs do not match the weights")
 
     def tensors(self) -> dict[str, TensorKind]:
-        weight = TensorKind((torch.int16, torch.int8), 2 if self.vector else 4)
-        return {
+        dtypes = (torch.int16, torch.int8) if self.weight_bits is None else (torch.int8,)
+        weight = TensorKind(dtypes, 2 if self.vector else 4)
+        found = {
             "threshold": per_channel(torch.int32),
             "bias": TensorKind((torch.int32,), 1 if self.bias_steps is None else 2),
-            **{f"weight_{i}": weight for i in range(self.weights)},
+            **{f"weight_{i}{d}": weight for d in self.digits for i in range(self.weights)},
             **{f"amplitude_{i}": per_channel(torch.int32) for i in range(self.residuals)},
-            **({} if self.analog_geometry is None else {"analog_weight": TensorKind((torch.int16,), 4), **_CURRENT}),
         }
+        if self.analog_geometry is not None:
+            found |= {f"analog_weight{d}": TensorKind((torch.int16,), 4) for d in word_digits(self.weight_bits)}
+            found |= _CURRENT
+        return found
 
 
 class SpikingLayer(Layer):
@@ -413,10 +464,13 @@ class SpikingLayer(Layer):
         count = len(config.weight_index)
         self._source_nodes = self.inputs[:count]
         self._residual_nodes = self.inputs[count : count + config.residuals]
-        self._weight_names = [f"weight_{i}" for i in config.weight_index]
+        # One product for each digit of each source, the upper digits of all sources first.
+        self._product_nodes = self._source_nodes * len(config.digits)
+        self._weight_names = [f"weight_{i}{digit}" for digit in config.digits for i in config.weight_index]
+        self._scales = [] if config.weight_bits is None else [s for s in (65536, 256, 1) for _ in range(count)]
         self._amplitude_names = [f"amplitude_{i}" for i in range(config.residuals)]
-        self._geometry = [v for g in config.geometry for v in g]
-        self._geometries = [list(g) for g in config.geometry]
+        self._geometries = [list(g) for g in config.geometry] * len(config.digits)
+        self._geometry = [v for g in self._geometries for v in g]
         self._analog_geometry = None if config.analog_geometry is None else list(config.analog_geometry)
         self._vector = config.vector
 
@@ -433,9 +487,9 @@ class SpikingLayer(Layer):
     def sources(self) -> list[Source]:
         index = self.config.weight_index
         return [
-            Source(node, self.buffer(name), geometry, peak, index[i] in index[:i])
-            for i, (node, name, geometry, peak) in enumerate(
-                zip(self._source_nodes, self._weight_names, self.config.geometry, self.config.peaks, strict=False)
+            Source(node, self.whole(f"weight_{index[i]}"), geometry, peak, index[i] in index[:i])
+            for i, (node, geometry, peak) in enumerate(
+                zip(self._source_nodes, self.config.geometry, self.config.peaks, strict=False)
             )
         ]
 
@@ -452,7 +506,8 @@ class SpikingLayer(Layer):
         No membrane leaves 32 bits; no total of sum mode leaves its byte.
         """
         bounds: list[tuple[Any, int]] = [(r.amplitude.cpu().numpy(), r.peak) for r in self.residuals()]
-        for i, weight in enumerate(self.indexed("weight")):
+        for i in range(self.config.weights):
+            weight = self.whole(f"weight_{i}")
             # Sections of one pool share a weight, and all of them can be at their peaks.
             peak = sum(p for k, p in zip(self.config.weight_index, self.config.peaks, strict=False) if k == i)
             bounds.append((weight.cpu().numpy(), peak * (256 if weight.dtype == torch.int8 else 1)))
@@ -466,7 +521,7 @@ class SpikingLayer(Layer):
     @property
     def analog(self) -> Analog | None:
         geometry = self.config.analog_geometry
-        return None if geometry is None else Analog(self.inputs[-1], self.analog_weight, geometry)
+        return None if geometry is None else Analog(self.inputs[-1], self.whole("analog_weight"), geometry)
 
     def forward(self, values: Values, run: Run) -> Any:
         if torch.compiler.is_compiling():
@@ -479,19 +534,19 @@ class SpikingLayer(Layer):
 
     def _run(self, values: Values, run: Run) -> Any:
         buffers = self._buffers
-        sources = [values[name] for name in self._source_nodes]
+        sources = [values[name] for name in self._product_nodes]
         weights: list[Any] = [buffers[name] for name in self._weight_names]
         residuals = [values[name] for name in self._residual_nodes]
         amplitudes: list[Any] = [buffers[name] for name in self._amplitude_names]
         geometry: list[int] = self._geometry
-        scales: list[int] = []
+        scales: list[int] = self._scales
         if run.neuron.mode == "signed":
             sources, weights, geometry, scales = self._signed_products(sources, weights)
             residuals, amplitudes = _signed_residuals(residuals, amplitudes)
         current = None
         if self._analog_geometry is not None:
             current = _image_current(
-                self, values[self.inputs[-1]], self.analog_weight, self._analog_geometry, self.low, self.high, run
+                self, values[self.inputs[-1]], "analog_weight", self._analog_geometry, self.low, self.high, run
             )
         bias = _by_step(self.bias, run)
         if not self._vector:
@@ -508,11 +563,11 @@ class SpikingLayer(Layer):
     ) -> tuple[list[Any], list[Any], list[int], list[int]]:
         """Products of both signs: the negative spikes meet the same weights, with the opposite scale."""
         found = []
-        for x, w, g in zip(sources, weights, self._geometries, strict=True):
-            scale = 256 if w.dtype == torch.int8 else 1
+        scales = self._scales or [256 if w.dtype == torch.int8 else 1 for w in weights]
+        for x, w, g, scale in zip(sources, weights, self._geometries, scales, strict=True):
             found += [(t, w, g, s) for t, s in zip(signs(x), (scale, -scale), strict=False)]
-        xs, ws, gs, scales = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [], [])
-        return xs, ws, [v for g in gs for v in g], scales
+        xs, ws, gs, signed = (list(column) for column in zip(*found, strict=True)) if found else ([], [], [], [])
+        return xs, ws, [v for g in gs for v in g], signed
 
     def extra_repr(self) -> str:
         own = [s for s in self.sources() if not s.shared]
@@ -553,7 +608,7 @@ def _describe(names: Sequence[str], weights: Sequence[Tensor], geometry: Sequenc
         text += f", padding {g[4]}x{g[5]}" if (g[4], g[5]) != (0, 0) else ""
         text += f", dilation {g[6]}x{g[7]}" if (g[6], g[7]) != (1, 1) else ""
         parts.append(text + (f", groups {g[8]}" if g[8] != 1 else ""))
-    bits = {torch.int16: "16-bit", torch.int8: "8-bit"}
+    bits = {torch.int16: "16-bit", torch.int8: "8-bit", torch.int32: "24-bit"}
     return " + ".join(parts) + (f", {bits[weights[0].dtype]}" if weights else "identity")
 
 
@@ -647,6 +702,7 @@ class ReadoutConfig(Config):
     layers: Names  # names of the model's layers, for people
     vector: Flag  # the output is [N, classes]
     flattened: Flag  # the output is a map that the model flattens
+    weight_bits: Long | None = None  # 24, where the weights have so many
 
     def check(self, inputs: Sequence[str]) -> None:
         n = len(inputs)
@@ -659,7 +715,7 @@ class ReadoutConfig(Config):
         terms = range(len(self.vectors))
         return {
             "offset": per_channel(torch.float64),
-            **{f"weight_{i}": weight for i in terms},
+            **{f"weight_{i}{d}": weight for i in terms for d in word_digits(self.weight_bits)},
             **{f"gain_{i}": per_channel(torch.float64) for i in terms},
         }
 
@@ -671,9 +727,13 @@ class Readout(Layer):
 
     def __init__(self, inputs: Sequence[str], config: ReadoutConfig, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(inputs, config, tensors)
-        self._geometry = [v for g in config.geometry for v in g]
-        self._weight_names = [f"weight_{i}" for i in range(len(config.vectors))]
-        self._gain_names = [f"gain_{i}" for i in range(len(config.vectors))]
+        # Term, name of the weight, and units of the last digit that a unit of it is worth.
+        terms = range(len(config.vectors))
+        long = [i for i in terms if config.weight_bits is not None and tensors[f"weight_{i}"].numel()]
+        self._products = [(i, f"weight_{i}", 256 if i in long else 1) for i in terms]
+        self._products += [(i, f"weight_{i}{DIGITS[2]}", 1) for i in long]
+        self._geometry = [v for i, _, _ in self._products for v in config.geometry[i]]
+        self._gain_names = [f"gain_{i}" for i in terms]
         self._vector, self._flattened = config.vector, config.flattened
         # Maxima are of spikes, averages of counts: no term has a maximum behind an average (convert refuses it).
         self._plan = [
@@ -684,7 +744,7 @@ class Readout(Layer):
     def terms(self) -> list[Term]:
         config = self.config
         return [
-            Term(node, self.buffer(f"weight_{i}"), self.buffer(f"gain_{i}"), geometry, pools, vector)
+            Term(node, self.whole(f"weight_{i}"), self.buffer(f"gain_{i}"), geometry, pools, vector)
             for i, (node, geometry, pools, vector) in enumerate(
                 zip(self.inputs, config.geometry, config.pools, config.vectors, strict=True)
             )
@@ -726,13 +786,14 @@ class Readout(Layer):
                 c = c.flatten(2)[:, :, None, None]
             settled.append(c)
             multiples.append(multiple)
-        buffers = self._buffers
+        buffers: Any = self._buffers
+        gains = [buffers[name] for name in self._gain_names]
         out = torch.ops.qcfs_fast.readout(
-            settled,
-            [buffers[name] for name in self._weight_names],
+            [settled[i] for i, _, _ in self._products],
+            [buffers[name] for _, name, _ in self._products],
             self._geometry,
-            [buffers[name] for name in self._gain_names],
-            multiples,
+            [gains[i] if worth == 1 else gains[i] * worth for i, _, worth in self._products],
+            [multiples[i] for i, _, _ in self._products],
             buffers["offset"],
             steps,
         )

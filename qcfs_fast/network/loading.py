@@ -92,7 +92,7 @@ class _Reader:
 
     def read(self) -> SNN:
         h = self.header
-        require(h["weight_bits"] in (8, 16), f"weight_bits is {h['weight_bits']!r}, not 8 or 16")
+        require(h["weight_bits"] in (8, 16, 24), f"weight_bits is {h['weight_bits']!r}, not 8, 16 or 24")
         require(is_int(h["T"], 1), f"T is {h['T']!r}, not a positive integer")
         shape = h["input_shape"]
         require(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..operators.geometry import GEOMETRY, split
-from ..operators.limits import IMAGE_BITS, MAX_BYTE_WEIGHT, MAX_COUNT, MAX_SUM, MAX_WEIGHT
+from ..operators.limits import IMAGE_BITS, MAX_COUNT, MAX_SUM, MAX_WEIGHT
 from ..operators.windows import PoolSpec
 
 
@@ -74,6 +74,7 @@ Indices = Annotated[tuple[int, ...], _INTS]
 Peaks = Annotated[tuple[int, ...], list_of(whole(1, MAX_COUNT))]
 Size = Annotated[int, whole(1)]
 Bits = Annotated[int, whole(2, IMAGE_BITS)]
+Long = Annotated[int, whole(24, 24)]  # bits of a weight
 Geometry = Annotated[tuple[int, ...], Form(lambda x: _INTS.fits(x) and len(x) == GEOMETRY, tuple, list)]
 Geometries = Annotated[tuple[tuple[int, ...], ...], _GEOMETRIES]
 Pool = Annotated[PoolSpec, _POOL]
@@ -118,7 +119,7 @@ def _check_tensor(name: str, t: Tensor, kind: TensorKind, channels: int) -> None
         require(t.dtype in kind.dtypes, f"{name} has dtype {t.dtype}")
         fits = t.dim() == kind.dims and t.shape[-1] == channels
         require(fits or (kind.optional and t.numel() == 0), f"{name} does not fit the layer's {channels} channels")
-        limit = {torch.int8: MAX_BYTE_WEIGHT, torch.int16: MAX_WEIGHT}.get(t.dtype, MAX_SUM)  # else biases
+        limit = {torch.int8: 128, torch.int16: MAX_WEIGHT}.get(t.dtype, MAX_SUM)  # else biases
         require(t.numel() == 0 or -limit <= int(t.min()) <= int(t.max()) <= limit, f"{name} exceeds {limit}")
     if t.is_floating_point():
         require(bool(torch.isfinite(t).all()), f"{name} is not finite")

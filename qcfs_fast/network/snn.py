@@ -36,7 +36,7 @@ class SNN(nn.Module):
         T: time steps used when a call gives none; may be set up to ``max_T``.
         neuron: the mode of all neurons, a :class:`qcfs_fast.Neuron`; may be set, also by the name of a mode.
         max_T: the largest T for which no integer can overflow in this mode, whatever the input.
-        weight_bits: 16 or 8.
+        weight_bits: 16, 8 or 24.
         details: per spiking layer, what conversion settled (see :meth:`report`).
     """
 

@@ -10,10 +10,15 @@ import numpy as np
 MAX_WEIGHT = 32639
 # An 8-bit weight is the upper of the two digits alone.
 MAX_BYTE_WEIGHT = 127
+# A 24-bit weight has a third digit. Lower digits may be -128, or 256 of their values would not be there.
+MAX_LONG_WEIGHT = 127 * 65536 + MAX_WEIGHT
 # Membranes and currents are int32.
 MAX_SUM = 2**31 - 1
 # A threshold in units. float32, in which most thresholds were trained, tells no finer ones apart.
 MAX_THRESHOLD = 2**24
+# The same with 24-bit weights, which lie far below it in wide layers and would lose bits to the limit above. Here the
+# sums decide; this leaves room in an int32.
+MAX_LONG_THRESHOLD = 2**30
 # A count plane stores one byte for each neuron and step.
 MAX_COUNT = 255
 # The C++ kernels hold the operands of a layer's inputs, and those of its residuals, in arrays of this length.
@@ -23,10 +28,10 @@ MAX_SOURCES = 64
 MAX_LISTED = 2**29
 # An analog current beside spikes is clipped at this many thresholds, so that it has a share in the bound on T below.
 ANALOG_RANGE = 64
-# A layer of the image alone: its current is clipped at the first and its membrane kept within the second, in thresholds.
-# With a bias of up to half a threshold their sum is below 2^31, so such a layer may run for ever. No spike of an image
-# that stays the same depends on either. With changing images it takes 32 silent steps to make up for a membrane at the
-# limit.
+# A layer of the image alone: its current is clipped at the first and its membrane held within the second, in thresholds
+# each. With a bias of up to half a threshold their sum is below 2^31, so such a layer may run for ever. No spike of an
+# image that stays the same depends on either. With changing images it takes 32 silent steps to make up for a membrane
+# at the limit.
 IMAGE_RANGE = 31
 IMAGE_MEMBRANE = 32
 MAX_IMAGE_THRESHOLD = 2**25

@@ -164,7 +164,7 @@ def _add_convert(commands: Any) -> None:
     c.add_argument("--calibration-images", type=positive, default=256, help="images to calibrate on (default 256)")
     c.add_argument("-T", type=positive, default=4, help="time steps of a call that names none (default 4)")
     c.add_argument("--max-T", type=positive, help="largest T it will be asked for (default 32)")
-    c.add_argument("--bits", type=int, choices=(16, 8), default=16, help="bits per weight (default 16)")
+    c.add_argument("--bits", type=int, choices=(16, 8, 24), default=16, help="bits per weight (default 16)")
     c.add_argument("--neuron", choices=MODES, default="plain", help="mode of the neurons (default plain)")
     _add_window_options(c)
     c.add_argument("--input-shape", type=positive, nargs=3, metavar=("C", "H", "W"), help="see qcfs_fast.convert")
