@@ -25,6 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# As in operators/neuron.py and limits.py: this floor imports nothing of the integer network that it is compared with.
+MODES = ("plain", "offset", "masked", "signed", "sum")
+LOOKS_AHEAD = ("offset", "masked")
+MAX_WINDOW = 8
+MAX_ITERATIONS = 8
+
 
 class Fired(NamedTuple):
     """What neurons did: spikes and membrane potentials before each reset [S, ...], and the potential at the end [...].
