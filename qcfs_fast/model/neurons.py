@@ -25,6 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# The integer network has its own copy of these (operators/), so that neither text leans on the other. A test compares.
+MODES = ("plain", "offset", "masked", "signed", "sum")
+LOOKS_AHEAD = ("offset", "masked")
+MAX_WINDOW = 8
+MAX_ITERATIONS = 8
+
 
 class Fired(NamedTuple):
     """What neurons did: spikes and membrane potentials before each reset [S, ...], and the potential at the end [...].

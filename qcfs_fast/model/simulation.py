@@ -20,10 +20,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..operators.limits import MAX_ITERATIONS, MAX_WINDOW
-from ..operators.neuron import LOOKS_AHEAD, MODES
 from .graph import call_sites, evaluating, symbolic_trace
-from .neurons import count, fire
+from .neurons import LOOKS_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
 from .qcfs import over_channels
 
 Module = TypeVar("Module", bound=nn.Module)
