@@ -139,10 +139,12 @@ def test_convert_authors_checkpoint(make, parallel, tmp_path, capsys):
     model = trained(make())
     state = authors_state(model)
     torch.save({f"module.{k}": v for k, v in state.items()} if parallel else state, tmp_path / "net.pth")
-    code, _, err = run(capsys, "convert", tmp_path / "net.pth", "--output", tmp_path / "net.safetensors")
+    bits = 24 if parallel else 16
+    options = ["--output", tmp_path / "net.safetensors", "--bits", bits]
+    code, _, err = run(capsys, "convert", tmp_path / "net.pth", *options)
     assert code == 0, err
     x = torch.rand((2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
-    want = qcfs_fast.convert(model, input_shape=(3, 32, 32))(x, per_step=True)
+    want = qcfs_fast.convert(model, weight_bits=bits, input_shape=(3, 32, 32))(x, per_step=True)
     assert torch.equal(qcfs_fast.load(tmp_path / "net.safetensors")(x, per_step=True), want)
     assert want.std() > 0
 

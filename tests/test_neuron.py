@@ -133,7 +133,7 @@ def test_bounds_speak_for_the_mode():
     snn.neuron = "offset"
     assert 4 <= snn.max_T <= plain - 4
     assert f"T <= {snn.max_T} in offset (window 4) mode" in snn.report()
-    with pytest.raises(ValueError, match=r"overflow bound of .* in offset .* mode .*neuron='offset'"):
+    with pytest.raises(ValueError, match=r"overflow bound of .* in offset .* mode .*and this neuron"):
         snn(x, snn.max_T + 1)
     snn.neuron = "plain"
     assert snn.max_T == plain
@@ -147,6 +147,47 @@ def test_bounds_speak_for_the_mode():
     if short.max_T < 8:
         with pytest.raises(ValueError, match="a window of 8 steps is beyond"):
             short.neuron = qcfs_fast.Neuron("offset", window=8)
+
+
+def test_sum_mode_reaches_the_max_T_asked_for():
+    shape = networks.SHAPES[networks.Pools]
+    model = qcfs_fast.prepare(networks.randomize(networks.Pools()), levels=4)
+    qcfs_fast.calibrate(model, [torch.randn(8, *shape)], progress=False)
+    bounds = [qcfs_fast.convert(model, T=4, max_T=m, neuron="sum", input_shape=shape).max_T for m in (4, 7)]
+    assert bounds[0] >= 4
+    assert bounds[1] >= 7
+
+
+def test_signed_spikes_double_the_sources():
+    class Wide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 4, 1)
+            self.act = qcfs_fast.QCFS(4)
+            self.many = torch.nn.ModuleList(torch.nn.Conv2d(4, 4, 1) for _ in range(33))
+            self.last = qcfs_fast.QCFS(4)
+            self.out = torch.nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.act(self.first(x))
+            y = self.many[0](x)
+            for layer in self.many[1:]:
+                y = y + layer(x)
+            return self.out(self.last(y).mean((2, 3)))
+
+    snn = qcfs_fast.convert(networks.on_grid(Wide(), seed=0), T=2, input_shape=(3, 2, 2))
+    with pytest.raises(ValueError, match="layer last sums more than 32 inputs"):
+        snn.neuron = "signed"
+
+
+def test_a_long_table_of_biases_costs_no_resolution():
+    model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
+    x = torch.randn(8, *networks.SHAPES[networks.Small])
+    qcfs_fast.calibrate(model, [x], progress=False)
+    table = qcfs_fast.step_biases(model, [x], T=4, progress=False)
+    long = {name: t.repeat(1000, 1) for name, t in table.items()}
+    a, b = (qcfs_fast.convert(model, T=4, max_T=4, step_bias=t).state_dict() for t in (table, long))
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_counts_of_sum_mode_fit_a_byte():

@@ -139,6 +139,13 @@ HEADERS = {
     "tensor": (lambda h: node(h, "SpikingLayer")["tensors"].remove("bias"), "unknown tensors|bias must have"),
     "duplicate": (lambda h: h["graph"].insert(1, dict(h["graph"][1])), "is missing|two nodes are called"),
     "order": (lambda h: h["graph"].reverse(), "no earlier node|first node"),
+    "false peaks": (
+        lambda h: [
+            n["config"].update(peaks=[1] * len(n["config"]["peaks"])) for n in h["graph"] if "peaks" in n["config"]],
+        "peaks are less than what its inputs can send"),
+    "infinite bound": (lambda h: h["details"]["stem.2"].update(max_T=float("inf")), "details lack max_T"),
+    "bare details": (lambda h: h["details"].update({"stem.2": {"max_T": 9}}), "details lack channels"),
+    "bias steps": (lambda h: node(h, "EncodingLayer")["config"].update(bias_steps=4), "bias must have values"),
     "bound": (lambda h: [d.update(max_T=10**6) for d in h["details"].values()], "free of overflow up to T=1000000"),
 }
 # fmt: on
@@ -165,6 +172,8 @@ TENSORS = {
     "length": (lambda t: t.update({"block1.relu/bias": torch.zeros(3, dtype=torch.int32)}), "bias must have 8 values"),
     "nan": (lambda t: t["head/offset"].fill_(float("nan")), "offset is not finite"),
     "range": (lambda t: t["stem.2/high"].fill_(2**30), "current's range is damaged"),
+    "reversed range": (lambda t: t["stem.2/high"].fill_(-1), "current's range is damaged"),
+    "image threshold": (lambda t: t["stem.2/threshold"].fill_(2**28), "a threshold exceeds 33554432"),
     "weight": (lambda t: t.update({"block1.relu/weight_0": t["block1.relu/weight_0"].float()}), "weight_0 has dtype"),
     "digits": (lambda t: t["block1.relu/weight_0"].fill_(32640), "weight_0 exceeds 32639"),
     "shape": (
@@ -180,6 +189,12 @@ def test_altered_tensors(saved, fault):
     rewrite(saved[0], change_tensors=change)
     with pytest.raises(FormatError, match=message):
         qcfs_fast.load(saved[0])
+
+
+def test_fields_of_a_later_version_are_ignored(saved):
+    path, snn, x = saved
+    rewrite(path, change_header=lambda h: h["neuron"].update(later=1))
+    assert torch.equal(qcfs_fast.load(path)(x), snn(x))
 
 
 def test_random_damage_never_crashes(saved):

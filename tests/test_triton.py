@@ -127,7 +127,11 @@ def test_every_mode(mode, launched):
         evidence.add(case.want)
     evidence.check()
     assert {"neurons", "spiking_direct", "spiking_dot"} <= set(launched)
-    if mode == "sum":
+    if mode == "sum":  # of the image alone, too: its totals are not held
+        n = torch.tensor([1000], dtype=torch.int32)
+        current = torch.tensor([[700], [-5], [3]], dtype=torch.int32)
+        counts = same("linear_if", [], [], [], [], current, n * 0, n, 1, [], [MODES.index("sum"), 200, 0])
+        assert counts.flatten().tolist() == [140, 0, 1]
         return
     rng = np.random.default_rng(8)
     n = np.array([2, 1000, 2**25 - 2], dtype=np.int32)

@@ -79,8 +79,9 @@ def convert(
             tensor and a level count ``L`` (the authors' own). It is not changed.
         T: time steps of a call that names none; any positive integer.
         weight_bits: 16 (default) or 8 bits per weight of the spiking layers; first and last layer keep 16. 24 is for
-            tables that shall show the float network's accuracy: up to 24 bits everywhere, in a spiking layer as many as
-            fit 32-bit sums up to max_T (``snn.report()`` says how many), for about three times the time of 8 bits.
+            figures that shall be those of the float network: up to 24 bits everywhere, in a spiking layer as many as
+            32-bit sums hold up to max_T (``snn.report()`` says how many, and a small max_T leaves more). Each weight
+            is then three products of 8 bits.
         max_T: the largest T this network will be asked for; default max(T, 32). The integer grid is chosen so
             that no sum can overflow 32 bits up to there; a larger value costs resolution in wide layers.
         input_shape: [C, H, W] of the images; needed only where an adaptive, ceil-mode or partially padded

@@ -68,7 +68,8 @@ def _check_peaks(layers: Sequence[tuple[str, Layer]]) -> None:
         if isinstance(layer, SpikingLayer):
             said = layer.config.peaks
             require(
-                all(s >= f for s, f in zip(said, found, strict=False)), f"{name}: peaks are less than its inputs' own"
+                all(s >= f for s, f in zip(said, found, strict=False)),
+                f"{name}: peaks are less than what its inputs can send",
             )
         if isinstance(layer, SpikeConcat):
             peaks[name] = max(found)
