@@ -422,7 +422,7 @@ def test_eval_in_two_processes(place, tmp_path):
 
 def test_processes_share_the_batches(tmp_path):
     """Two ranks do disjoint batches that cover all, also after a run with three."""
-    fingerprint = {"steps": [1]}
+    fingerprint = {"steps": [1], "neurons": ["plain"]}
     for rank, done in enumerate([[0, 3], [1, 4], [2]]):
         state = evaluation.State(tmp_path, fingerprint, rank)
         state.own.batches, state.own.seen = done, len(done)
@@ -432,7 +432,7 @@ def test_processes_share_the_batches(tmp_path):
     left = [b for b in range(9) if b not in states[0].done()]
     assert sorted(left[0::2] + left[1::2]) == [5, 6, 7, 8]
     with pytest.raises(ValueError, match="another steps"):
-        evaluation.State(tmp_path, {"steps": [2]}, 0)
+        evaluation.State(tmp_path, {**fingerprint, "steps": [2]}, 0)
 
 
 def test_eval_errors(place, tmp_path, capsys):

@@ -1,7 +1,8 @@
-"""The training script on a tiny generated folder of images, interrupted and resumed."""
+"""The examples, made short: training on a tiny generated folder, interrupted and resumed; recordings of events."""
 
 import importlib.util
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,24 @@ from PIL import Image
 
 import qcfs_fast
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "train_qcfs.py"
+
+def example(name):
+    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_qcfs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example("train_qcfs")
+
+
+@pytest.fixture(scope="module")
+def events():
+    pytest.importorskip("sklearn")
+    return example("event_stream")
 
 
 @pytest.fixture
@@ -67,3 +77,46 @@ def test_clear_errors(script, tmp_path):
         script.main(["--data", str(tmp_path), "--model", "resnet19"])
     with pytest.raises(SystemExit, match="cifar-10-batches-py"):
         script.main(["--data", str(tmp_path), "--format", "cifar10"])
+
+
+def test_sums_of_events_hide_the_rotation(events, monkeypatch):
+    """A way and its reverse: increases are decreases, frame by frame from the end; all frames together are the same."""
+    monkeypatch.setattr(events, "NOISE", 0.0)
+    scans = events.digits().test_x[:20]
+    one, other = (
+        events.record(scans, torch.full((20,), way), torch.Generator().manual_seed(1)).long() for way in (True, False)
+    )
+    assert one.shape == (12, 20, 2, 16, 16)
+    assert 0.05 < (one > 0).float().mean() < 0.5
+    assert (one - other.flip(0, 2)).abs().sum() < 0.5 * one.sum() < (one - other).abs().sum()
+    sums = one.sum(0)
+    for same in (one.flip(2).sum(0), other.sum(0)):
+        assert (sums - same).abs().sum() < 0.05 * sums.sum()
+
+
+def test_answers_leg_by_leg(events):
+    """The mean of the logits of all steps, each leg from a fresh start."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(2, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 14 * 14, 5)]
+    model = qcfs_fast.prepare(torch.nn.Sequential(*layers), levels=4)
+    qcfs_fast.calibrate(model, [4 * torch.rand(8, 2, 16, 16)], progress=False)
+    snn = qcfs_fast.convert(model)
+    frames = torch.randint(0, 5, (12, 6, 2, 16, 16), dtype=torch.uint8)
+    answers = events.leg_by_leg(snn, frames)
+    assert torch.allclose(answers[2], snn(frames[:3]))
+    assert torch.allclose(answers[5], (4 * snn(frames[:4]) + 2 * snn(frames[4:6])) / 6)
+    assert torch.allclose(answers[11], (snn(frames[:4]) + snn(frames[4:8]) + snn(frames[8:])) / 3)
+    assert not torch.allclose(answers[11], snn(frames))
+
+
+@pytest.mark.slow
+def test_event_stream(events, capsys):
+    events.main(["--epochs", "1", "--copies", "1"])
+    out = capsys.readouterr().out.splitlines()
+    assert max(map(len, out)) <= 80
+    rows = [[float(share.rstrip("%")) for share in line.split()] for line in out[-len(events.SHOWN) :]]
+    assert [row[0] for row in rows] == list(events.SHOWN)
+    assert min(rows[-1][1:4]) > 30  # of 20 classes
+    by_leg, by_sum = (float(re.search(r"rotation ([\d.]+)%", line)[1]) for line in out[:2])
+    assert by_leg > 80
+    assert 35 < by_sum < 65

@@ -130,3 +130,13 @@ def test_the_page_names_everything_in_the_files():
         names |= {field for details in header["details"].values() for field in details} - {"max_T"}
         missing = [n for n in names if f"`{n}`" not in page and f"### {n}" not in page]
         assert not missing, missing
+
+
+def test_a_file_of_format_2_gives_the_bytes_it_gave():
+    """Signed neurons, biases by step, weights of 24 bits: written before version 0.2, with that state's answers."""
+    with np.load(DATA / "format-2.npz") as stored:
+        images, logits = torch.from_numpy(stored["images"]), stored["logits"]
+    snn = qcfs_fast.load(DATA / "format-2-24-bit-signed.safetensors")
+    assert (snn.neuron.mode, snn.weight_bits, snn.max_T) == ("signed", 24, 5)
+    assert snn(images, per_step=True).numpy().tobytes() == logits.tobytes()
+    assert any(int(s.min()) < 0 for s in qcfs_fast.trace(snn, images).values())

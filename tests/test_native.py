@@ -153,7 +153,7 @@ def test_arm64(tmp_path_factory):
         f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}", "-DCMAKE_EXE_LINKER_FLAGS=-static",
     )  # fmt: skip
     run(["qemu-aarch64", "-cpu", "max", program], seed=4, cases=300, threads=2, kernels={"neondot", "neon"})
-    run(["qemu-aarch64", "-cpu", "cortex-a53", program], seed=5, cases=100, threads=1, kernels={"neon"})
+    run(["qemu-aarch64", "-cpu", "cortex-a53", program], seed=5, cases=300, threads=1, kernels={"neon"})
 
 
 # ------------------------------------------------------------------------- files with instruction-set flags

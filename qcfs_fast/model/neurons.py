@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The integer network has its own copy of these (operators/), so that neither text leans on the other. A test compares.
+# As in operators/neuron.py and limits.py: this floor imports nothing of the integer network that it is compared with.
 MODES = ("plain", "offset", "masked", "signed", "sum")
 LOOKS_AHEAD = ("offset", "masked")
 MAX_WINDOW = 8

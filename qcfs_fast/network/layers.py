@@ -53,6 +53,8 @@ IMAGE = "<image>"  # the float image, among the values of a run
 INPUT = "input"  # the node that quantises it
 DIGITS = ("", "_middle", "_low")  # what is added to a weight's name: the buffers of its digits, base 256
 
+PLAIN = Neuron()
+
 Values = dict[str, Any]
 
 
@@ -71,7 +73,7 @@ class Run:
     """
 
     T: int
-    neuron: Neuron = Neuron()  # noqa: RUF009 - it is frozen
+    neuron: Neuron = PLAIN
     per_step: bool = False
     skip: int = 0
     varying: bool = False
@@ -331,16 +333,16 @@ class EncodingLayer(Layer):
         mode = run.neuron.mode
         if run.state is not None or run.varying or mode == "masked" or "bias" in self._buffers:
             return self._fired(values, run)
-        spikes = self._encoded(values, Run(run.T if mode == "sum" else run.steps))
+        spikes = self._encoded(values, run.T if mode == "sum" else run.steps)
         return torch.ops.qcfs_fast.count(spikes, run.T, False).to(torch.uint8) if mode == "sum" else spikes
 
-    def _encoded(self, values: Values, run: Run) -> Any:
+    def _encoded(self, values: Values, steps: int) -> Any:
         """The spikes of plain neurons on an image that stays the same."""
         if self.config.weight_bits is not None:
-            return self._fired(values, run)
+            return self._fired(values, Run(steps, PLAIN))
         q, exponent = values[self.inputs[0]]
         masks = torch.ops.qcfs_fast.conv2d_encode(
-            q, exponent, self.weight, self._geometry, self.gain, self.offset, self.low, self.high, self.threshold, run.T
+            q, exponent, self.weight, self._geometry, self.gain, self.offset, self.low, self.high, self.threshold, steps
         )
         return masks.flatten(2) if self._vector else masks
 

@@ -61,7 +61,10 @@ def load(path: Any) -> SNN:
 
 
 def _check_peaks(layers: Sequence[tuple[str, Layer]]) -> None:
-    """The largest integer that each input can have, as the nodes before it say: the overflow bounds are made of it."""
+    """The largest integer that each input can have, as the nodes before it say: the overflow bounds are made of it.
+
+    Windows that depend on the size of the images are not known before there are any.
+    """
     peaks: dict[str, int] = {}
     for name, layer in layers:
         found = [peaks.get(node, 1) for node in layer.inputs]
@@ -74,7 +77,8 @@ def _check_peaks(layers: Sequence[tuple[str, Layer]]) -> None:
         if isinstance(layer, SpikeConcat):
             peaks[name] = max(found)
         elif isinstance(layer, SpikePool):
-            peaks[name] = found[0] * (layer.spec.largest_value() if layer.spec.kind == "avg" else 1)
+            known = layer.spec.kind == "avg" and not layer.spec.depends_on_size
+            peaks[name] = found[0] * (layer.spec.largest_value() if known else 1)
 
 
 class _Reader:

@@ -95,7 +95,10 @@ class SNN(nn.Module):
             bounds = {name: min(bound, MAX_COUNT) for name, bound in bounds.items()}
         if neuron.mode == "signed":
             for name, layer in self._program:
-                sent = (layer.sources(), layer.residuals()) if isinstance(layer, SpikingLayer) else ()
+                if not isinstance(layer, SpikingLayer):
+                    continue
+                digits = 3 if layer.config.weight_bits == 24 else 1  # products of a source
+                sent = (layer.sources() * digits, layer.residuals())
                 if any(2 * len(found) > MAX_SOURCES for found in sent):
                     raise ValueError(
                         f"neuron {neuron}: layer {name} sums more than {MAX_SOURCES // 2} inputs, and signed neurons "
