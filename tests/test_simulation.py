@@ -11,7 +11,10 @@ from torch import nn
 
 import qcfs_fast
 from qcfs_fast import QCFS
+from qcfs_fast.model import neurons as float_neuron
 from qcfs_fast.model.simulation import step_network
+from qcfs_fast.operators import limits
+from qcfs_fast.operators import neuron as integer_neuron
 
 MODES = ("plain", "offset", "masked", "signed", "sum")
 U = 2.0**-26  # what offset adds to a shift, in thresholds
@@ -139,6 +142,12 @@ def test_rounding_undoes_no_shift():
             x = torch.cat(currents) * theta
             spikes = qcfs_fast.simulate(neuron(theta), x, 4, spikes=True, neuron="offset").spikes["0"]
             assert (spikes == torch.tensor(want).reshape(4, 1, 1)).all()
+
+
+def test_the_integer_network_has_the_same_modes_and_limits():
+    assert float_neuron.MODES == integer_neuron.MODES == MODES
+    assert float_neuron.LOOKS_AHEAD == integer_neuron.LOOKS_AHEAD
+    assert (float_neuron.MAX_WINDOW, float_neuron.MAX_ITERATIONS) == (limits.MAX_WINDOW, limits.MAX_ITERATIONS)
 
 
 # ------------------------------------------------------------ networks
