@@ -24,8 +24,9 @@
 //              clip(floor((I + n / 2) / n), 0, levels), which `levels` plain steps give if all of I arrives at the
 //              first.
 //
-// A layer without products and residuals integrates the image's current alone, |current| <= 31 n with n <= 2^25. But
-// in sum mode it keeps v, v0 too, within +-32 n: after every addition of a current, and v0 after every shift.
+// A layer without products and residuals integrates the image's current alone, |current| <= 31 n with n <= 2^25. It
+// keeps v, v0 too, within +-32 n: after every addition of a current, and v0 after every shift. Totals (sum) are not
+// held.
 //
 // Scales are +-1, +-256 or +-65536, the largest first. 8-bit weights of scale 256 share one unit grid with 16-bit ones;
 // three products of 8-bit digits, scales 65536, 256, 1, are one of 24-bit weights; the negative spikes of a signed

@@ -456,50 +456,43 @@ class LinearIf(Operator):
         return maps
 
 
-@dataclass(slots=True, eq=False)
-class Conv2dIfFrom(Conv2dIf):
-    """conv2d_if that goes on from a state: -> (spikes, state after the last step).
+class _GoingOn(Operator):
+    """What the operators that go on from a state add to those that begin: -> (spikes, state after the last step).
 
-    A state is int32 [rows, N, OH, OW, O]: the membrane potentials and, of signed neurons, the sum of the spikes that
-    each has sent. Without one a run begins: half the threshold, and zero.
+    A state is int32 [rows, N, .., O]: the membrane potentials and, of signed neurons, the sum of the spikes that each
+    has sent. Without one a run begins: half the threshold, and zero.
     """
 
-    name = "conv2d_if_from"
+    __slots__ = ()
     returns = "(Tensor, Tensor)"
-    without = ()
+    without: ClassVar[tuple[str, ...]] = ()
+    neuron: list[int]
+    threshold: Tensor
+    T: int
 
     def settle(self) -> tuple[int, ...]:
-        _check_stateful(self)
-        return Conv2dIf.settle(self)
+        mode = checked_neuron(self.name, self.neuron, self.T)
+        if not state_rows(mode):
+            fail(self.name, f"a neuron in {mode} mode has no state that a later call could go on from")
+        return super().settle()
 
     def empty(self) -> Any:
-        return Conv2dIf.empty(self), _state_of(self)
+        state = self.threshold.new_empty((state_rows(MODES[self.neuron[0]]), *self.shape[1:]))
+        return super().empty(), state
 
 
 @dataclass(slots=True, eq=False)
-class LinearIfFrom(LinearIf):
-    """linear_if that goes on from a state [rows, N, O]: -> (spikes, state after the last step)."""
+class Conv2dIfFrom(_GoingOn, Conv2dIf):
+    """conv2d_if that goes on from a state [rows, N, OH, OW, O]."""
+
+    name = "conv2d_if_from"
+
+
+@dataclass(slots=True, eq=False)
+class LinearIfFrom(_GoingOn, LinearIf):
+    """linear_if that goes on from a state [rows, N, O]."""
 
     name = "linear_if_from"
-    returns = "(Tensor, Tensor)"
-    without = ()
-
-    def settle(self) -> tuple[int, ...]:
-        _check_stateful(self)
-        return LinearIf.settle(self)
-
-    def empty(self) -> Any:
-        return LinearIf.empty(self), _state_of(self)
-
-
-def _check_stateful(a: Conv2dIf | LinearIf) -> None:
-    mode = checked_neuron(a.name, a.neuron, a.T)
-    if not state_rows(mode):
-        fail(a.name, f"a neuron in {mode} mode has no state that a later call could go on from")
-
-
-def _state_of(a: Conv2dIf | LinearIf) -> Tensor:
-    return a.threshold.new_empty((state_rows(MODES[a.neuron[0]]), *a.shape[1:]))
 
 
 # ---------------------------------------------------------------------------------- pooling and counting
