@@ -22,6 +22,7 @@ from .network.stream import Stream
 from .operators.neuron import Neuron
 from .study.profiling.measure import profile
 from .study.profiling.report import Profile
+from .study.training import Recipe, train
 from .version import __version__
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "FormatError",
     "Neuron",
     "Profile",
+    "Recipe",
     "Simulation",
     "Stream",
     "__version__",
@@ -45,4 +47,5 @@ __all__ = [
     "simulate",
     "step_biases",
     "trace",
+    "train",
 ]

@@ -166,11 +166,14 @@ def test_models_that_do_not_convert(make, error, message):
         qcfs_fast.convert(make())
 
 
-@pytest.mark.parametrize("theta", [0.0, -1.0, float("nan"), float("inf")])
-def test_thresholds(theta):
+@pytest.mark.parametrize(
+    ("theta", "why"),
+    [(0.0, "divides by zero"), (-1.0, "negative inputs alone"), (float("nan"), "diverged"), (float("inf"), "diverged")],
+)
+def test_thresholds(theta, why):
     model = trained(nn.Linear(3, 4), QCFS(4), nn.Linear(4, 2))
     model[1].thresh.data.fill_(theta)
-    with pytest.raises(ConversionError, match=r"1: threshold .* is not a positive finite number"):
+    with pytest.raises(ConversionError, match=rf"1: its trained threshold .*{why}.*calibrate"):
         qcfs_fast.convert(model)
 
 

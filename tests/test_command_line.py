@@ -17,7 +17,7 @@ import torchvision_models  # noqa: F401 - makes torchvision importable here
 
 import qcfs_fast
 from qcfs_fast.study import command_line, evaluation, zoo
-from qcfs_fast.study.data import open_data
+from qcfs_fast.study.datasets import open_data
 
 COMMANDS = ("demo", "info", "convert", "eval", "profile", "bench", "compare")
 STEPS = (1, 2, 4, 8)
@@ -135,9 +135,12 @@ def trained(model):
     ids=["vgg16", "resnet18", "resnet20"],
 )
 @pytest.mark.parametrize("parallel", [False, True], ids=["plain", "DataParallel"])
-def test_convert_authors_checkpoint(make, parallel, tmp_path, capsys):
+@pytest.mark.parametrize("first", [False, True], ids=["", "first repository"])
+def test_convert_authors_checkpoint(make, parallel, first, tmp_path, capsys):
     model = trained(make())
     state = authors_state(model)
+    if first:  # the same networks with other names of thresholds
+        state = {k.replace("act.thresh", "relu.up").replace(".thresh", ".up"): v for k, v in state.items()}
     torch.save({f"module.{k}": v for k, v in state.items()} if parallel else state, tmp_path / "net.pth")
     bits = 24 if parallel else 16
     options = ["--output", tmp_path / "net.safetensors", "--bits", bits]

@@ -6,6 +6,7 @@ of integrate-and-fire neurons reproduces it: Bu et al., ICLR 2022, section 4.2.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -94,8 +95,15 @@ def thresholds(module: Any, name: str, channels: int) -> torch.Tensor:
         )
     if not bool(torch.isfinite(theta).all()) or not bool((theta > 0).all()):
         bad = theta[~(torch.isfinite(theta) & (theta > 0))][0].item()
+        what = (
+            "is not finite: the training diverged"
+            if not math.isfinite(bad)
+            else "divides by zero in the ANN itself"
+            if bad == 0
+            else "lets negative inputs alone pass in the ANN, and no neuron fires on these"
+        )
         raise ConversionError(
-            f"{name}: threshold {bad} is not a positive finite number; train further from a larger initial "
-            "threshold, or set it with qcfs_fast.calibrate"
+            f"{name}: its trained threshold {bad:.4g} {what}; train further from a larger threshold (the paper's "
+            "is 8.0), or set it with qcfs_fast.calibrate and train on"
         )
     return theta.expand(channels).clone()

@@ -1,8 +1,11 @@
-"""Images and labels from files: an .npz file, or a folder with one subfolder of images per class.
+"""Images and labels: a data set by name, an .npz file, or a folder with one subfolder of images per class.
 
-Both kinds have a length, `batch(indices)` -> (images, int64 labels [n]), and the attributes `path`, `mean` and `std`,
+All kinds have a length, `batch(indices)` -> (images, int64 labels [n]), and the attributes `path`, `mean` and `std`,
 which identify an evaluation. `labelled` says whether the labels are real; otherwise they are zeros. Images are what a
 network takes: floats [n, C, H, W]; or, where `steps` is not None, recordings over time, [steps, n, C, H, W].
+
+Training sees images through `pixels(indices)` -> (images before normalisation, labels) and changes them at random
+before they are normalised (training.py).
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,18 +23,72 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
-class Npz:
-    """An .npz file with arrays `images` and `labels`.
+class Arrays:
+    """Images in memory.
 
     images: floats [N, C, H, W] (or [N, features]) are used as they are; uint8 [N, H, W, C] or [N, C, H, W] is divided
     by 255, and normalised if mean and std are given. Images with a time axis, [N, T, C, H, W], are used as they are:
-    floats, or uint8, which are counts of events. labels: integers [N]; may be absent where none are needed.
+    floats, or uint8, which are counts of events. `size` pads smaller uint8 images with zeros to so many pixels a side.
     """
+
+    def __init__(
+        self,
+        path: Path,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        size: int | None = None,
+    ) -> None:
+        self.path, self.mean, self.std, self.size = path, mean, std, size
+        self.images, self.labelled = images, labels is not None
+        self.labels = np.zeros(len(images), np.int64) if labels is None else labels
+        if self.labels.ndim != 1 or self.labels.dtype.kind not in "iu" or len(self.labels) != len(images):
+            raise ValueError(
+                f"{path}: labels must be {len(images)} integers, one per image, got {self.labels.dtype} "
+                f"{list(self.labels.shape)}"
+            )
+        if images.dtype.kind not in "fu" or images.ndim not in (2, 4, 5):
+            raise ValueError(
+                f"{path}: images must be floats or uint8 [N, C, H, W] (or [N, features]; over time [N, T, C, H, W]), "
+                f"got {images.dtype} {list(images.shape)}"
+            )
+        self.steps = int(images.shape[1]) if images.ndim == 5 else None
+        if self.steps is not None and (mean is not None or std is not None):
+            raise ValueError(f"{path}: images over time are used as they are; leave out mean and std (--mean, --std)")
+        if images.dtype == np.uint8 and images.ndim == 4 and images.shape[1] not in (1, 3):
+            self.images = images.transpose(0, 3, 1, 2)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Images as they are stored, padded to `size`, and their labels."""
+        rows: Any = slice(indices.start, indices.stop) if isinstance(indices, range) else np.asarray(indices)
+        x = torch.from_numpy(np.array(self.images[rows], order="C"))  # a copy: files in memory cannot be written to
+        if self.size is not None and x.dtype == torch.uint8:
+            x = padded(x, self.size)
+        return x, torch.from_numpy(self.labels[rows].astype(np.int64))
+
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        x, labels = self.pixels(indices)
+        if self.steps is not None:
+            return (x if x.dtype == torch.uint8 else x.float()).transpose(0, 1), labels
+        return normalised(x / 255, self.mean, self.std) if x.dtype == torch.uint8 else x.float(), labels
+
+
+def padded(x: Tensor, size: int) -> Tensor:
+    """Images [..., H, W] with zeros around them, at most one more behind than before, up to `size` pixels a side."""
+    spare = [max(0, size - side) for side in (x.shape[-1], x.shape[-2])]
+    return torch.nn.functional.pad(x, [p for s in spare for p in (s // 2, s - s // 2)])
+
+
+class Npz(Arrays):
+    """An .npz file with arrays `images` and `labels`, integers [N]; these may be absent where none are needed."""
 
     def __init__(
         self, path: Path, mean: Sequence[float] | None, std: Sequence[float] | None, labelled: bool = True
     ) -> None:
-        self.path, self.mean, self.std = path, mean, std
         try:
             with np.load(path, allow_pickle=False) as file:
                 needed = ["images", "labels"] if labelled else ["images"]
@@ -40,43 +98,14 @@ class Npz:
                         f"{path}: has no array {' or '.join(missing)}, only {', '.join(file.files) or 'none'}; save "
                         "it as numpy.savez(file, images=..., labels=...)"
                     )
-                self.images = file["images"]
-                self.labelled = "labels" in file.files
-                self.labels = file["labels"] if self.labelled else np.zeros(len(self.images), np.int64)
+                images, labels = file["images"], file["labels"] if "labels" in file.files else None
         except (OSError, EOFError, ValueError, KeyError) as error:
             if isinstance(error, ValueError) and str(error).startswith(str(path)):
                 raise
             raise ValueError(f"{path}: not a complete .npz file ({str(error).splitlines()[0]})") from error
         except Exception as error:  # zipfile has its own exception
             raise ValueError(f"{path}: not a complete .npz file ({error})") from error
-        if self.labels.ndim != 1 or self.labels.dtype.kind not in "iu" or len(self.labels) != len(self.images):
-            raise ValueError(
-                f"{path}: labels must be {len(self.images)} integers, one per image, got {self.labels.dtype} "
-                f"{list(self.labels.shape)}"
-            )
-        if self.images.dtype.kind not in "fu" or self.images.ndim not in (2, 4, 5):
-            raise ValueError(
-                f"{path}: images must be floats or uint8 [N, C, H, W] (or [N, features]; over time [N, T, C, H, W]), "
-                f"got {self.images.dtype} {list(self.images.shape)}"
-            )
-        self.steps = int(self.images.shape[1]) if self.images.ndim == 5 else None
-        if self.steps is not None and (mean is not None or std is not None):
-            raise ValueError(f"{path}: images over time are used as they are; leave out mean and std (--mean, --std)")
-        if self.images.dtype == np.uint8 and self.images.ndim == 4 and self.images.shape[1] not in (1, 3):
-            self.images = self.images.transpose(0, 3, 1, 2)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: range) -> tuple[Tensor, Tensor]:
-        part = self.images[indices.start : indices.stop]
-        counts = part.dtype == np.uint8 and self.steps is not None
-        x = torch.from_numpy(np.ascontiguousarray(part, dtype=np.uint8 if counts else np.float32))
-        if self.steps is not None:
-            x = x.transpose(0, 1)
-        elif part.dtype == np.uint8:
-            x = normalised(x / 255, self.mean, self.std)
-        return x, torch.from_numpy(self.labels[indices.start : indices.stop].astype(np.int64))
+        super().__init__(path, images, labels, mean, std)
 
 
 class Folder:
@@ -104,12 +133,18 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def batch(self, indices: range) -> tuple[Tensor, Tensor]:
+    def pixels(self, indices: Sequence[int], random: bool = False) -> tuple[Tensor, Tensor]:
+        """uint8 images, and labels; `random` cuts each from a random part of its image (torch's generator)."""
+        places = torch.rand((len(indices), 4)).tolist() if random else [None] * len(indices)
         with ThreadPoolExecutor(8) as readers:
-            images, labels = zip(*readers.map(lambda i: self._read(*self.files[i]), indices), strict=True)
-        return torch.stack(images), torch.tensor(labels)
+            images = list(readers.map(lambda i, place: self._read(self.files[i][0], place), indices, places))
+        return torch.stack(images), torch.tensor([self.files[i][1] for i in indices])
 
-    def _read(self, path: Path, label: int) -> tuple[Tensor, int]:
+    def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        x, labels = self.pixels(indices)
+        return normalised(x / 255, self.mean, self.std), labels
+
+    def _read(self, path: Path, place: Sequence[float] | None) -> Tensor:
         try:
             from PIL import Image
         except ImportError as error:
@@ -119,11 +154,28 @@ class Folder:
                 image = file.convert("RGB")
         except OSError as error:
             raise ValueError(f"{path}: cannot be read as an image ({error})") from error
-        scale = round(self.size * 8 / 7) / min(image.size)
-        image = image.resize([max(self.size, round(d * scale)) for d in image.size], Image.Resampling.BILINEAR)
-        x, y = ((d - self.size) // 2 for d in image.size)
-        pixels = np.array(image.crop((x, y, x + self.size, y + self.size)), dtype=np.float32)
-        return normalised(torch.from_numpy(pixels).permute(2, 0, 1) / 255, self.mean, self.std), label
+        if place is None:
+            scale = round(self.size * 8 / 7) / min(image.size)
+            image = image.resize([max(self.size, round(d * scale)) for d in image.size], Image.Resampling.BILINEAR)
+            x, y = ((d - self.size) // 2 for d in image.size)
+            image = image.crop((x, y, x + self.size, y + self.size))
+        else:
+            box = random_box(image.size, place)
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def random_box(size: tuple[int, int], place: Sequence[float]) -> tuple[float, float, float, float]:
+    """A part of an image to train on: 8 to 100 % of its area, 3:4 to 4:3 in shape, anywhere (Szegedy et al., 2015).
+
+    `place` are four numbers in [0, 1): area, shape, x and y. A part wider or higher than the image is cut to it.
+    """
+    width, height = size
+    area = (0.08 + 0.92 * place[0]) * width * height
+    ratio = (3 / 4) ** (1 - 2 * place[1])
+    w, h = min(width, (area * ratio) ** 0.5), min(height, (area / ratio) ** 0.5)
+    x, y = place[2] * (width - w), place[3] * (height - h)
+    return x, y, x + w, y + h
 
 
 def normalised(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tensor:
@@ -134,22 +186,7 @@ def normalised(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | N
     return x if std is None else x / torch.tensor(std).reshape(shape)
 
 
-Dataset = Npz | Folder
-
-
-def open_data(
-    path: Path,
-    size: int = 224,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    labelled: bool = True,
-) -> Dataset:
-    """Open an image folder or an .npz file; `labelled` asks for labels in the latter."""
-    if path.is_dir():
-        return Folder(path, size, mean, std)
-    if not path.exists():
-        raise FileNotFoundError(f"no data at {path}; give a folder of class subfolders, or an .npz file")
-    return Npz(path, mean, std, labelled)
+Dataset = Arrays | Folder
 
 
 def check_steps(data: Dataset, T: int) -> None:

@@ -84,14 +84,15 @@ class State:
 
 
 class Processes:
-    """The processes of torchrun, or this one alone. Counts are summed over gloo, on the CPU."""
+    """The processes of torchrun, or this one alone. What lies on the CPU travels over gloo, what on GPUs over nccl."""
 
     def __init__(self) -> None:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.local = int(os.environ.get("LOCAL_RANK", "0"))
         if self.world > 1:
-            torch.distributed.init_process_group("gloo")
+            gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
 
     def sum(self, counts: list[int]) -> list[int]:
         """Counts summed over all processes."""

@@ -10,6 +10,8 @@
                  conv2_x .. conv5_x per block: residual_function.0, .1, .2, .3, .4, shortcut.0, .1, act
                  fc
 
+                                Their first repository calls a threshold up, and a block's activation relu.
+
 Files are read with weights_only=True, so reading a checkpoint runs no code of its author.
 """
 
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 from ..conversion.preparation import prepare
 from ..errors import ConversionError, FormatError
-from ..model.qcfs import QCFS
+from .networks import ResNet, Vgg
 
 _kept: list[Any] = []  # a torch.library registration lasts as long as its object
 
@@ -121,6 +123,7 @@ def prepared_torchvision(
     state: Mapping[str, Tensor] | None = None,
     levels: int = 8,
     max_pool: str = "avg",
+    threshold: float = 8.0,
 ) -> nn.Module:
     """A torchvision network with QCFS activations; `state` is of the prepared network, or of the plain one."""
     if state is not None and classes is None:
@@ -129,87 +132,13 @@ def prepared_torchvision(
     network = torchvision_network(name, classes, weights)
     if state is not None and not any(k.endswith(".thresh") for k in state):
         network, state = load_state(network, state, f"torchvision's {name}"), None
-    model: nn.Module = prepare(network, levels=levels, max_pool=max_pool)
+    model: nn.Module = prepare(network, levels=levels, threshold=threshold, max_pool=max_pool)
     if state is not None:
         load_state(model, state, f"prepare({name})")
     return model.eval()
 
 
 # --------------------------------------------------------------------------------- the authors' shapes
-
-
-class _Vgg(nn.Module):
-    """`stages` holds the widths of each stage, `linear` the inputs and outputs of each layer of the head."""
-
-    def __init__(self, stages: list[list[int]], linear: list[tuple[int, int]], channels: int, levels: int) -> None:
-        super().__init__()
-        for number, widths in enumerate(stages, 1):
-            layers: list[nn.Module] = []
-            for width in widths:
-                layers += [
-                    nn.Conv2d(channels, width, 3, padding=1),
-                    nn.BatchNorm2d(width),
-                    QCFS(levels),
-                    nn.Identity(),  # dropout, in training
-                ]
-                channels = width
-            self.add_module(f"layer{number}", nn.Sequential(*layers, nn.AvgPool2d(2)))
-        head: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in linear[:-1]:
-            head += [nn.Linear(inputs, outputs), QCFS(levels), nn.Identity()]
-        self.classifier = nn.Sequential(*head, nn.Linear(*linear[-1]))
-        self.stages = len(stages)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for number in range(self.stages):
-            x = self.get_submodule(f"layer{number + 1}")(x)
-        return self.classifier(x)
-
-
-class _Block(nn.Module):
-    """A residual block; `projection` puts a 1x1 convolution on the shortcut."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, projection: bool, levels: int) -> None:
-        super().__init__()
-        self.residual_function = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-            QCFS(levels),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        )
-        self.shortcut = nn.Sequential()
-        if projection:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-        self.act = QCFS(levels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.residual_function(x) + self.shortcut(x))
-
-
-class _ResNet(nn.Module):
-    """`stages` holds for each block its width and whether its shortcut has a projection."""
-
-    def __init__(self, channels: int, width: int, stages: list[list[tuple[int, bool]]], classes: int, levels: int):
-        super().__init__()
-        self.conv1 = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), QCFS(levels)
-        )
-        for number, blocks in enumerate(stages, 2):
-            layers = []
-            for i, (outputs, projection) in enumerate(blocks):
-                layers.append(_Block(width, outputs, 2 if number > 2 and i == 0 else 1, projection, levels))
-                width = outputs
-            self.add_module(f"conv{number}_x", nn.Sequential(*layers))
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(width, classes)
-        self.stages = len(stages)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        for number in range(self.stages):
-            x = self.get_submodule(f"conv{number + 2}_x")(x)
-        return self.fc(self.avg_pool(x).flatten(1))
 
 
 def authors_network(state: Mapping[str, Tensor], levels: int = 8) -> nn.Module:
@@ -223,6 +152,8 @@ def authors_network(state: Mapping[str, Tensor], levels: int = 8) -> nn.Module:
     Raises:
         ConversionError: the names are those of another kind of network.
     """
+
+    state = {re.sub(r"(\.relu)?\.up$", lambda m: ".act.thresh" if m[1] else ".thresh", k): v for k, v in state.items()}
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in state:
@@ -238,7 +169,7 @@ def authors_network(state: Mapping[str, Tensor], levels: int = 8) -> nn.Module:
             for s in members(r"layer(\d+)\.0\.weight")
         ]
         linear = [shape(f"classifier.{i}.weight")[::-1] for i in members(r"classifier\.(\d+)\.weight")]
-        network: nn.Module = _Vgg(stages, [(a, b) for a, b in linear], shape("layer1.0.weight")[1], levels)
+        network: nn.Module = Vgg(stages, [(a, b) for a, b in linear], shape("layer1.0.weight")[1], levels)
     elif "conv1.0.weight" in state and "conv2_x.0.act.thresh" in state:
         width, channels, *kernel = shape("conv1.0.weight")
         if kernel != [3, 3]:
@@ -253,7 +184,7 @@ def authors_network(state: Mapping[str, Tensor], levels: int = 8) -> nn.Module:
             ]
             for s in members(r"conv(\d+)_x\.0\.act\.thresh")
         ]
-        network = _ResNet(channels, width, stages_of_blocks, shape("fc.weight")[0], levels)
+        network = ResNet(channels, width, stages_of_blocks, shape("fc.weight")[0], levels)
     else:
         some = ", ".join(list(state)[:4])
         thresholds = any(k.endswith("thresh") for k in state)

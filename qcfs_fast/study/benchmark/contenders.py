@@ -158,7 +158,7 @@ def channels_last(network: nn.Module) -> nn.Module:
 def _theta(module: Any) -> float:
     if module.thresh.numel() != 1:
         raise ValueError("the contenders need one threshold per layer")
-    return float(module.thresh)
+    return float(module.thresh.detach())
 
 
 class Contenders:

@@ -7,13 +7,12 @@ data for it.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Sequence
 from html import escape
 from math import nan
 from typing import Any
 
+from ..html import BLUE, GREY, INK, ORANGE, WIDTH, document, drawing, framed, new_figure, percent_axis
 from .record import (
     CAVEATS,
     RATE_BINS,
@@ -25,44 +24,13 @@ from .record import (
     is_left_aligned,
 )
 
-BLUE, ORANGE, GREY, INK, FAINT = "#2166c4", "#d4680f", "#9aa4b2", "#1c2430", "#e3e7ed"
 KIND_COLOURS = {"analog": "#0f8b8d", "spiking": BLUE, "readout": "#7b4bb3"}  # input, pools, concatenations: grey
-WIDTH = 5.0  # inches of a figure in a column of the page
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "path.simplify": False,
-    "svg.hashsalt": "qcfs_fast",
-}
-
-
-def _figure(height: float, width: float = WIDTH) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
 
 
 def _whole_ticks(axis: Any) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, nbins=9, min_n_ticks=1))
-
-
-def _percent_axis(axes: Any) -> None:
-    """No room above 100 %."""
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(bottom, min(top, 100 + 0.04 * (100 - bottom)))
 
 
 def _steps(n: int) -> str:
@@ -73,7 +41,7 @@ def accuracy_by_step(p: Record) -> Any:
     """Accuracy after each step; without labels, agreement with the final labels."""
     if p.agreement_by_step is None:
         return None
-    figure, axes = _figure(3.1)
+    figure, axes = new_figure(3.1)
     steps = range(1, len(p.agreement_by_step) + 1)
     marker = "o" if p.T <= 32 else None
     if p.accuracy_by_step is not None:
@@ -85,7 +53,7 @@ def accuracy_by_step(p: Record) -> Any:
     axes.set_xlabel("time steps")
     axes.set_ylabel("images (%)")
     axes.set_xlim(1 - 0.04 * p.T, p.T + 0.04 * p.T)
-    _percent_axis(axes)
+    percent_axis(axes)
     _whole_ticks(axes.xaxis)
     axes.legend(loc="lower right")
     return figure
@@ -97,7 +65,7 @@ def anytime_curve(p: Record) -> Any:
         return None
     key = "agreement" if p.accuracy_by_step is None else "accuracy"
     together = p.agreement_by_step if p.accuracy_by_step is None else p.accuracy_by_step
-    figure, axes = _figure(3.1)
+    figure, axes = new_figure(3.1)
     mean_steps, share = [q["mean_steps"] for q in p.anytime], [100 * q[key] for q in p.anytime]
     axes.plot(range(1, p.T + 1), [100 * a for a in together], color=GREY, lw=1, ls="--", label="all stop together")
     axes.plot(mean_steps, share, color=ORANGE, marker="o", ms=4, label="each stops when clear")
@@ -112,7 +80,7 @@ def anytime_curve(p: Record) -> Any:
     axes.set_xlim(1 - 0.04 * end, end)
     axes.set_xlabel("mean time steps per image (numbers: confidence)")
     axes.set_ylabel("accuracy (%)" if key == "accuracy" else f"same label as after {_steps(p.T)} (%)")
-    _percent_axis(axes)
+    percent_axis(axes)
     axes.legend(loc="lower right")
     return figure
 
@@ -135,7 +103,7 @@ def time_by_layer(p: Record) -> Any:
     """Microseconds per image, a bar per layer."""
     from matplotlib.patches import Patch
 
-    figure, axes = _figure(_rows_height(len(p.layers)))
+    figure, axes = new_figure(_rows_height(len(p.layers)))
     colours = [KIND_COLOURS.get(r.kind, GREY) for r in p.layers]
     bars = axes.barh(range(len(p.layers)), [1e6 * r.seconds for r in p.layers], color=colours, height=0.7)
     axes.bar_label(bars, [f"{r.seconds / p.totals['seconds']:.0%}" for r in p.layers], padding=3, fontsize=8)
@@ -152,7 +120,7 @@ def time_by_layer(p: Record) -> Any:
 def energy_by_layer(p: Record) -> Any:
     """Picojoules by convention, SNN beside ANN, for the layers that have synapses."""
     rows = [r for r in p.layers if r.accumulates_by_step]
-    figure, axes = _figure(_rows_height(len(rows)))
+    figure, axes = new_figure(_rows_height(len(rows)))
     places = range(len(rows))
     axes.barh(
         [i - 0.19 for i in places], [r.energy_pj / 1e3 for r in rows], color=BLUE, height=0.36, label=f"SNN, T = {p.T}"
@@ -169,7 +137,7 @@ def energy_by_layer(p: Record) -> Any:
 def rate_by_layer_and_step(p: Record) -> Any:
     """A map of firing rates: a row per layer, a column per step."""
     rows = [r for r in p.layers if r.neurons]
-    figure, axes = _figure(_rows_height(len(rows)))
+    figure, axes = new_figure(_rows_height(len(rows)))
     image = axes.imshow(
         [[100 * v for v in r.rate_by_step] for r in rows], aspect="auto", cmap="Blues", vmin=0,
         extent=(0.5, len(rows[0].rate_by_step) + 0.5, len(rows) - 0.5, -0.5), interpolation="nearest",
@@ -184,7 +152,7 @@ def rate_by_layer_and_step(p: Record) -> Any:
 
 def rate_histogram(p: Record) -> Any:
     """Neurons by firing rate, with those that never or always fire in colours of their own."""
-    figure, axes = _figure(3.1)
+    figure, axes = new_figure(3.1)
     total = p.totals["neurons"]
     bins = [sum(r.rate_histogram[i] for r in p.layers if r.neurons) / total for i in range(RATE_BINS)]
     left = [100 * i / RATE_BINS for i in range(RATE_BINS)]
@@ -207,7 +175,7 @@ def raster(p: Record) -> Any:
     """Spikes of some neurons of one layer, image after image; each step is one dash wide."""
     steps = p.raster["steps"]
     neurons = len(p.raster["neurons"])
-    figure, axes = _figure(min(4.2, 1.2 + 0.035 * neurons), 2 * WIDTH + 0.3)
+    figure, axes = new_figure(min(4.2, 1.2 + 0.035 * neurons), 2 * WIDTH + 0.3)
     x: list[float] = []  # one line with gaps: compact as SVG
     y: list[float] = []
     for n, image in enumerate(steps):
@@ -229,58 +197,7 @@ def raster(p: Record) -> Any:
     return figure
 
 
-def _image(name: str, figure: Any, alt: str) -> str:
-    out = io.BytesIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    data = base64.b64encode(out.getvalue()).decode("ascii")
-    return f'<img id="{name}" alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
-
-
 # ---------------------------------------------------------------------------------------------- page
-
-CSS = """
-:root { --ink: #1c2430; --quiet: #5a6675; --line: #dfe4ea; --paper: #ffffff; --ground: #f4f6f9; --accent: #2166c4; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink); line-height: 1.5;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 32px 24px 48px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; }
-h2 { font-size: 16px; margin: 0 0 4px; }
-p { margin: 0 0 8px; }
-.quiet, figcaption { color: var(--quiet); font-size: 13px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; margin: 20px 0; }
-.card, figure, section { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; }
-.card { padding: 14px 16px; }
-.card b { display: block; font-size: 24px; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.card span { color: var(--quiet); font-size: 13px; display: block; }
-.figures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 12px; align-items: start; }
-figure { margin: 0; padding: 14px 16px; }
-figure.wide { grid-column: 1 / -1; }
-figure img { display: block; width: 100%; height: auto; margin-top: 8px; }
-section { padding: 14px 16px; margin-top: 12px; }
-.scroll { overflow-x: auto; margin-top: 8px; }
-table { border-collapse: collapse; font-size: 12px; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.layers { width: 100%; }
-th, td { padding: 4px 5px; text-align: right; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--quiet); }
-.left { text-align: left; }
-.layers tbody tr:last-child td { font-weight: 600; border-bottom: 0; }
-.layers tbody tr:hover td { background: var(--ground); }
-.layers th:first-child, .layers td:first-child { position: sticky; left: 0; background: var(--paper); }
-.plain td:first-child { color: var(--quiet); }
-.plain td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-ul { margin: 0; padding-left: 20px; }
-li { margin-bottom: 6px; }
-@media (max-width: 760px) {
-  main { padding: 20px 12px 32px; }
-  .figures { grid-template-columns: minmax(0, 1fr); }
-  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; }
-  .card { padding: 10px 12px; }
-  .card b { font-size: 19px; }
-  figure, section { padding: 12px; }
-}
-@media print { body { background: none; } figure, section, .card { break-inside: avoid; } }
-"""
 
 
 def _cards(p: Record) -> str:
@@ -343,10 +260,7 @@ def _figures(p: Record) -> str:
     for name, draw, kind, title, caption in plots:
         figure = draw(p)
         if figure is not None:
-            parts.append(
-                f'<figure class="{kind}"><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>'
-                f"{_image(name, figure, title)}</figure>"
-            )
+            parts.append(framed(name, figure, title, caption, kind))
     return "".join(parts)
 
 
@@ -390,37 +304,21 @@ def page(p: Record) -> str:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "the HTML report draws its figures with matplotlib: pip install 'qcfs-fast[report]'"
-        ) from error
     e = p.environment
     facts = [
         f"T = {p.T}", f"{p.neuron} neurons",
         f"{p.images} images of {'x'.join(map(str, p.image_shape))}", f"{p.weight_bits}-bit weights",
         f"qcfs_fast {e['qcfs_fast']}", str(e.get("kernels", e["device"])), f"{e['threads']} threads",
     ]  # fmt: skip
-    with matplotlib.rc_context(STYLE):
+    with drawing("the HTML report"):
         figures = _figures(p)
     notes = "".join(f"<li>{escape(note)}</li>" for note in _method(p))
     caveats = "".join(f"<li>{escape(note)}</li>" for note in CAVEATS)
     environment = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in e.items())
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Profile of a spiking network</title>
-<link rel="icon" href="data:,">
-<style>{CSS}</style>
-</head>
-<body>
-<main>
-<h1>Profile of a spiking network</h1>
-<p class="quiet">{" &middot; ".join(map(escape, facts))}</p>
-<div class="cards">{_cards(p)}</div>
+    return document(
+        "Profile of a spiking network",
+        facts,
+        f"""<div class="cards">{_cards(p)}</div>
 <div class="figures">{figures}</div>
 <section><h2>Layers</h2><p class="quiet">Counts and energy per image.</p>
 <div class="scroll">{_layer_table(p)}</div></section>
@@ -428,8 +326,5 @@ def page(p: Record) -> str:
 <section><h2>What the energy figures do not mean</h2><ul>{caveats}</ul>
 <p class="quiet">Source of the costs: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC
 2014, figure 1.1.9, doi:10.1109/ISSCC.2014.6757323.</p></section>
-<section><h2>Environment</h2><table class="plain">{environment}</table></section>
-</main>
-</body>
-</html>
-"""
+<section><h2>Environment</h2><table class="plain">{environment}</table></section>""",
+    )

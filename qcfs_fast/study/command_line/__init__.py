@@ -1,0 +1,104 @@
+"""The commands `qcfs-fast NAME` (or `python -m qcfs_fast NAME`). Each does one thing and prints its result.
+
+    demo      train, convert and evaluate a network on real scans
+    info      versions, instruction sets and the kernels in use
+    train     a network of QCFS activations, on a data set by name or on your images
+    convert   a torchvision network or a checkpoint -> a saved spiking network
+    eval      accuracy by T and mode of a saved network on a folder of images or an .npz file
+    profile   firing rates, synaptic operations, energy and time of a saved network
+    study     accuracy, firing and latency by T and mode, beside the ANN: tables, plots, a page
+    bench     measure latencies against the usual simulators
+    compare   table and plots of what bench measured
+
+Results go to stdout (as JSON with --json), progress and errors to stderr. Exit codes: 0 done; 1 it could not be done,
+for the reason printed; 2 the command was not understood; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...backend.information import info
+from ..benchmark.cases import NETWORKS
+from ..demo import demo
+from .benchmarking import add_bench, add_compare
+from .common import USER_ERRORS, Parser, command, positive
+from .converting import add_convert
+from .evaluating import add_eval, add_profile
+from .training import add_study, add_train
+
+
+def _add_demo(commands: Any) -> None:
+    c = command(
+        commands,
+        "demo",
+        _demo,
+        "train, convert and evaluate a network on scikit-learn's digits",
+        "qcfs-fast demo --output /tmp/digits",
+    )
+    c.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for the plot and the network")
+    c.add_argument("--epochs", type=positive, default=40, help="training epochs (default 40)")
+    c.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _demo(o: argparse.Namespace) -> int:
+    demo(o.output, o.epochs, progress=not o.quiet, as_json=o.json)
+    return 0
+
+
+def _add_info(commands: Any) -> None:
+    command(commands, "info", _info, "print versions, instruction sets and the kernels in use", "qcfs-fast info --json")
+
+
+def _info(o: argparse.Namespace) -> int:
+    facts = info()
+    if o.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    width = max(len(k) for k in facts)
+    for key, value in facts.items():
+        print(f"{key.ljust(width)}  {', '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="qcfs-fast", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (
+        _add_demo,
+        _add_info,
+        add_train,
+        add_convert,
+        add_eval,
+        add_profile,
+        add_study,
+        add_bench,
+        add_compare,
+    ):
+        add(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if getattr(options, "networks", None):
+        unknown = [n for n in options.networks if n not in NETWORKS]
+        if unknown:
+            parser.error(f"unknown network {unknown[0]!r}; known: {', '.join(map(repr, NETWORKS))}")
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("qcfs-fast: interrupted", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        if options.traceback:
+            raise
+        print(f"qcfs-fast: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 1
