@@ -1,7 +1,6 @@
 """The examples, made short: training on a tiny generated folder, interrupted and resumed; recordings of events."""
 
 import importlib.util
-import pickle
 import re
 from pathlib import Path
 
@@ -48,35 +47,22 @@ def folder(tmp_path):
 
 
 def test_train_convert_and_resume(script, folder, capsys):
-    options = "--model resnet18 --image-size 32 --batch 6 --workers 0 --lr 0.01 --threshold 2 --levels 4 --steps 1 4"
-    common = [*options.split(), "--data", str(folder), "--output", str(folder / "run")]
-    script.main([*common, "--epochs", "1"])
-    script.main([*common, "--epochs", "2", "--calibrate"])
-    out = capsys.readouterr().out
-    assert "going on after epoch 1" in out
-    assert "SNN, T =   4:" in out
-    snn = qcfs_fast.load(folder / "run" / "snn.safetensors")
+    options = "--model resnet18 --size 32 --epochs 2 --rate 0.01 --levels 4 --steps 1 4"
+    common = [str(folder), *options.split(), "--output", str(folder / "run")]
+    script.main(common)
+    script.main(common)  # trained already
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 6
+    assert out[:3] == out[3:]
+    assert re.fullmatch(r"plain   T = 1: \S+%   T = 4: \S+%", out[1])
+    assert re.fullmatch(r"offset  T = 1: \S+%   T = 4: \S+%", out[2])
+    snn = qcfs_fast.load(folder / "run" / "offset.safetensors")
     assert snn(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
-@pytest.mark.slow
-def test_cifar10(script, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
-        batch = {b"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), b"labels": list(range(4))}
-        (tmp_path / name).write_bytes(pickle.dumps(batch))
-    options = "--format cifar10 --model vgg11_bn --image-size 32 --epochs 1 --batch 10 --workers 0 --lr 0.001 --steps 2"
-    script.main([*options.split(), "--data", str(tmp_path), "--output", str(tmp_path / "run")])
-    assert "SNN, T =   2:" in capsys.readouterr().out
-
-
-def test_clear_errors(script, tmp_path):
-    with pytest.raises(SystemExit, match="does not exist; --data needs train/"):
-        script.main(["--data", str(tmp_path)])
-    with pytest.raises(SystemExit, match="torchvision has no model"):
-        script.main(["--data", str(tmp_path), "--model", "resnet19"])
-    with pytest.raises(SystemExit, match="cifar-10-batches-py"):
-        script.main(["--data", str(tmp_path), "--format", "cifar10"])
+def test_the_network_of_ones_own(script, folder, capsys):
+    script.main([str(folder), "--size", "32", "--epochs", "1", "--output", str(folder / "run"), "--steps", "2"])
+    assert "offset  T = 2: " in capsys.readouterr().out
 
 
 def test_sums_of_events_hide_the_rotation(events, monkeypatch):

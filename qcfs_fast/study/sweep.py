@@ -172,8 +172,8 @@ class Study:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return convert(
-                self.model, T=4, weight_bits=bits, max_T=steps, input_shape=list(shape), neuron=neuron, data=data,
-                progress=self.progress,
+                self.model, T=min(4, steps), weight_bits=bits, max_T=steps, input_shape=list(shape), neuron=neuron,
+                data=data, progress=self.progress,
             )  # fmt: skip
 
     def _cell(self, neuron: Neuron, bits: int, labels: Tensor, ann: Tensor) -> dict[str, Any]:
