@@ -13,6 +13,7 @@ Source of the construction: Bu et al., ICLR 2022, sections 3 and 4; BatchNorm fo
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import ADD_FUNCTIONS, call_sites, describe, evaluating, is_relu, symbolic_trace
+from ..model.graph import (
+    ADD_FUNCTIONS,
+    call_sites,
+    describe,
+    evaluating,
+    made_parameters_kept,
+    parameter,
+    refuse_hooks,
+    relu_ceiling,
+    symbolic_trace,
+)
 from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
 from ..operators.geometry import POINTWISE
@@ -31,12 +42,29 @@ from ..operators.windows import PoolSpec
 from .values import Current, FireNode, Image, Lowered, Part, Product, Signal, affine, identity_current, scaled
 
 Shapes = dict[fx.Node, tuple[int, ...]]
+LAST_SHAPE = "_qcfs_fast_input_shape"  # where a prepared model notes the shape of the images it last saw
 
 _NO_THRESHOLD = "is a ReLU, which has no threshold; call qcfs_fast.prepare(model) first and train or calibrate it"
 
 
-class _Shape:
-    """A size taken from a tensor's shape: only ever used to flatten."""
+class ShapeNeededError(ConversionError):
+    """Lowering cannot go on without the shape of the images."""
+
+
+class _Size:
+    """A size that is not a number here: that of the batch, or any while the shape of the images is not known."""
+
+    def _with(self, other: Any) -> _Size:
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _with
+
+    def __repr__(self) -> str:
+        return "N"
+
+
+def _shown(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def _float64(x: Tensor | None, default: Tensor) -> Tensor:
@@ -69,8 +97,11 @@ class Lowering:
         return ConversionError(f"{describe(self.node)}: {why}")
 
     def run(self) -> Lowered:
+        refuse_hooks(self.gm, "the model itself")
         for node in self.gm.graph.nodes:
             self.node = node
+            if node.op == "call_module":
+                refuse_hooks(self.gm.get_submodule(str(node.target)), str(node.target))
             self.values[node] = self._execute(node)
         if self.result.output is None:
             raise ConversionError("the model returns nothing that depends on its input")
@@ -81,6 +112,14 @@ class Lowering:
 
     def _get(self, x: Any) -> Any:
         return fx.node.map_arg(x, lambda n: self.values[n])
+
+    def _is_constant(self, x: Any) -> bool:
+        """Whether a value depends on parameters alone, not on the image."""
+        if isinstance(x, (tuple, list)):
+            return all(map(self._is_constant, x))
+        if isinstance(x, dict):
+            return all(map(self._is_constant, x.values()))
+        return not isinstance(x, (Image, Signal, Current))
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
@@ -97,10 +136,15 @@ class Lowering:
             for name in str(node.target).split("."):
                 value = getattr(value, name)
             return value
+        if relu_ceiling(self.gm, node) is not None:
+            raise self.fail(_NO_THRESHOLD)
         if node.op == "call_module":
             return self._module(self.gm.get_submodule(str(node.target)), args, kwargs)
-        if is_relu(self.gm, node):
-            raise self.fail(_NO_THRESHOLD)
+        if self._is_constant(args) and self._is_constant(kwargs) and "call_" in node.op and node.all_input_nodes:
+            with torch.no_grad():
+                if callable(node.target):
+                    return node.target(*args, **kwargs)
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
         if handler is None:
             raise self.fail(
@@ -116,11 +160,11 @@ class Lowering:
         if is_qcfs(m):
             return self.fire(x, m)
         if isinstance(m, nn.Conv2d):
-            return self.conv(x, m)
+            return self._conv_module(x, m)
         if isinstance(m, nn.Linear):
-            return self.linear(x, m.weight, m.bias)
+            return self.linear(x, parameter(m, "weight"), parameter(m, "bias"))
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            return self.batch_norm(x, m)
+            return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
         if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)):
             return x
         if isinstance(m, nn.Flatten):
@@ -133,8 +177,6 @@ class Lowering:
             return self.adaptive_pool(x, m.output_size)
         if isinstance(m, nn.MaxPool2d):
             return self.max_pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
-        if isinstance(m, (nn.ReLU, nn.ReLU6)):
-            raise self.fail(_NO_THRESHOLD)
         raise self.fail(
             f"{type(m).__name__} has no spiking counterpart. Supported: Conv2d, Linear, BatchNorm, Dropout, Flatten, "
             "AvgPool2d, AdaptiveAvgPool2d, MaxPool2d and QCFS. Remedy: replace the module by one of these (an "
@@ -190,38 +232,69 @@ class Lowering:
             "(then QCFS) between the two layers, or merge them into one"
         )
 
-    def conv(self, x: Any, m: nn.Conv2d) -> Current:
+    def _conv_module(self, x: Any, m: nn.Conv2d) -> Current:
         if m.padding_mode != "zeros":
             raise self.fail(f"padding_mode={m.padding_mode!r} is not supported; use zeros")
-        if isinstance(m.padding, str):
-            total = [d * (k - 1) if m.padding == "same" else 0 for d, k in zip(m.dilation, m.kernel_size, strict=True)]
+        weight, bias = parameter(m, "weight"), parameter(m, "bias")
+        return self.conv(x, weight, bias, m.stride, m.padding, m.dilation, m.groups)
+
+    def conv(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Current:
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            raise self.fail("is a convolution whose weights depend on the image, which has no spiking counterpart")
+        weight = _float64(weight, _zeros(0))
+        out, kernel, channels = weight.shape[0], _pair(weight.shape[2:]), weight.shape[1] * groups
+        stride, dilation = _pair(stride), _pair(dilation)
+        if isinstance(padding, str):
+            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
             if any(t % 2 for t in total):
                 raise self.fail("padding='same' with an even kernel pads unevenly; use explicit padding")
             padding = (total[0] // 2, total[1] // 2)
-        else:
-            padding = _pair(m.padding)
-        geometry = (*_pair(m.kernel_size), *_pair(m.stride), *padding, *_pair(m.dilation), m.groups)
-        weight = m.weight.detach().to("cpu", torch.float64)
+        geometry = (*kernel, *stride, *_pair(padding), *dilation, groups)
         products = []
-        for signal in self._sources(x, "is a convolution", m.in_channels):
+        for signal in self._sources(x, "is a convolution", channels):
             if signal.vector:
                 raise self.fail("is a convolution of a flattened value")
-            if signal.channels != m.in_channels:
-                raise self.fail(f"expects {m.in_channels} channels, gets {signal.channels}")
-            if m.groups > 1 and len(signal.parts) > 1:
+            if signal.channels != channels:
+                raise self.fail(f"expects {channels} channels, gets {signal.channels}")
+            if groups > 1 and len(signal.parts) > 1:
                 raise self.fail(
                     "is a grouped convolution of a concatenation; put an activation after the concatenation"
                 )
             at = 0  # a concatenation is a sum: each part meets its own slice of the weight
             for p in signal.parts:
-                w = weight if m.groups > 1 else weight[:, at : at + p.channels]
-                products.append(Product(p, w, geometry, False, str(self.node.target)))
+                w = weight if groups > 1 else weight[:, at : at + p.channels]
+                products.append(Product(p, w, geometry, False, self._layer()))
                 at += p.channels
-        return Current(_float64(m.bias, _zeros(m.out_channels)), tuple(products))
+        return Current(_float64(bias, _zeros(out)), tuple(products))
 
-    def linear(self, x: Any, weight: Tensor, bias: Tensor | None) -> Current:
-        weight = weight.detach().to("cpu", torch.float64)
+    def _layer(self) -> str:
+        """The name of the layer that this node is, for reports."""
+        return str(self.node.target) if self.node.op == "call_module" else describe(self.node)
+
+    def _shape_needed(self, why: str) -> ShapeNeededError:
+        return ShapeNeededError(
+            f"{describe(self.node)}: {why}; give convert(..., input_shape=(C, H, W)), or run the prepared model on "
+            "an image"
+        )
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Current:
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            raise self.fail("is a linear layer whose weights depend on the image, which has no spiking counterpart")
+        weight = _float64(weight, _zeros(0))
         out, features = weight.shape
+        if isinstance(x, Image) and x.map:  # one window as large as the image
+            if features != math.prod(x.map):
+                raise self.fail(f"expects {features} features, gets images of {math.prod(x.map)}")
+            return replace(self.conv(replace(x, map=()), weight.reshape(out, *x.map), bias), vector=True)
         products = []
         for signal in self._sources(
             replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
@@ -242,18 +315,28 @@ class Lowering:
                         block.unsqueeze(3),
                         (area, 1, 1, 1, 0, 0, 1, 1, 1),
                         True,
-                        str(self.node.target),
+                        self._layer(),
                     )
                 )
                 at += p.channels
         return Current(_float64(bias, _zeros(out)), tuple(products), (), True)
 
-    def batch_norm(self, x: Any, m: nn.BatchNorm1d | nn.BatchNorm2d) -> Current:
-        if m.running_mean is None or m.running_var is None:
+    def batch_norm(
+        self,
+        x: Any,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Current:
+        if running_mean is None or running_var is None or training:
             raise self.fail("BatchNorm without running statistics cannot be folded; use track_running_stats=True")
-        mean, var = m.running_mean.to("cpu", torch.float64), m.running_var.to("cpu", torch.float64)
-        gamma, beta = _float64(m.weight, torch.ones_like(mean)), _float64(m.bias, torch.zeros_like(mean))
-        scale = gamma / torch.sqrt(var + m.eps)
+        mean, var = running_mean.to("cpu", torch.float64), running_var.to("cpu", torch.float64)
+        gamma, beta = _float64(weight, torch.ones_like(mean)), _float64(bias, torch.zeros_like(mean))
+        scale = gamma / torch.sqrt(var + eps)
         if not bool(torch.isfinite(scale).all()):
             raise self.fail("BatchNorm statistics are not finite; train or reset them")
         why_not = "BatchNorm of a value it does not fit"
@@ -344,31 +427,53 @@ class Lowering:
         if start_dim != 1 or end_dim not in (-1, 3):
             raise self.fail("flattens other dimensions than all after the batch; use flatten(x, 1)")
         if isinstance(x, Current):
-            return x if x.vector else replace(x, flattened=True)
+            flat = tuple(replace(s, vector=True) for s in x.identities) if not x.products else x.identities
+            return x if x.vector else replace(x, flattened=True, identities=flat)
         if isinstance(x, Image):
-            raise self.fail(
-                "flattens the image before the first layer; feed flattened vectors [N, features] to "
-                "the network instead, and start it with the linear layer"
-            )
+            if self.shapes is None:
+                raise self._shape_needed("flattens the image, whose shape is not known")
+            return replace(x, map=self.shapes[self.node.all_input_nodes[0]])
         return replace(x, vector=True)
 
     def view(self, x: Any, *shape: Any) -> Any:
-        shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape
-        if len(shape) != 2 or not (isinstance(shape[0], _Shape) or shape[1] == -1):
-            raise self.fail(f"reshapes to {shape}; only flattening to [N, -1] is supported")
-        return self.flatten(x, 1)
+        """Only [N, features] and [N, C, H, W] as they are: what mixes samples or pixels has no spiking counterpart."""
+        asked = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape)
+        if len(asked) == 2 and asked[0] != -1 and asked[1] == -1:
+            return self.flatten(x, 1)
+        own = self._shape(x)
+        if not all(isinstance(size, int) for size in own[1:]):
+            raise self._shape_needed("reshapes a value whose shape is not known")
+        if len(asked) == 2 and asked[1] in (math.prod(own[1:]), -1):
+            return self.flatten(x, 1)
+        if asked[1:] == list(own[1:]):
+            return x
+        raise self.fail(
+            f"reshapes {_shown(own)} to {_shown(asked)}; only flattening to [N, features] is supported. Remedy: "
+            "flatten(x, 1), or keep the shape"
+        )
+
+    def _shape(self, x: Any) -> tuple[Any, ...]:
+        """The shape of a value: the batch is a _Size, and so is what is not known yet."""
+        known = (self.shapes or {}).get(self.node.all_input_nodes[0]) if self.node.all_input_nodes else None
+        if known is not None:
+            return (_Size(), *known)
+        vector = getattr(x, "vector", False) or getattr(x, "flattened", False)
+        return (_Size(), _Size()) if vector else (_Size(), *([_Size()] * 3))
 
     def size(self, x: Any, dim: int | None = None) -> Any:
-        return _Shape()
+        return self._shape(x) if dim is None else self._shape(x)[dim]
+
+    def rank(self, x: Any) -> int:
+        return len(self._shape(x))
 
     def getattr(self, x: Any, name: str) -> Any:
         if name == "shape":
-            return _Shape()
+            return self._shape(x)
+        if name == "ndim":
+            return self.rank(x)
         raise self.fail(f"reads attribute {name!r} of a tensor, which has no spiking counterpart")
 
     def getitem(self, x: Any, index: Any) -> Any:
-        if isinstance(x, _Shape):
-            return _Shape()
         if isinstance(x, (tuple, list)):
             return x[index]
         if isinstance(x, Image) and not x.source and isinstance(index, tuple) and len(index) == 2:
@@ -475,6 +580,10 @@ FUNCTIONS: dict[Any, Handler] = {
     torch.flatten: Lowering.flatten,
     torch.unsqueeze: Lowering.unsqueeze,
     torch.mean: Lowering.mean,
+    torch.conv2d: Lowering.conv,
+    F.conv2d: Lowering.conv,
+    F.linear: Lowering.linear,
+    F.batch_norm: Lowering.batch_norm,
     F.dropout: Lowering.dropout,
     F.dropout2d: Lowering.dropout,
     F.avg_pool2d: Lowering.avg_pool,
@@ -493,6 +602,8 @@ METHODS: dict[str, Handler] = {
     "view": Lowering.view,
     "reshape": Lowering.view,
     "size": Lowering.size,
+    "dim": Lowering.rank,
+    "ndimension": Lowering.rank,
     "mean": Lowering.mean,
     "unsqueeze": Lowering.unsqueeze,
     "contiguous": Lowering.keep,
@@ -522,7 +633,7 @@ def _propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
 
     first = next(iter(gm.parameters()), torch.empty(0))
     recorder = _ShapeRecorder(gm)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with made_parameters_kept(gm), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         recorder.run(torch.empty((1, *input_shape), dtype=first.dtype, device=first.device))
     return recorder.shapes
 
@@ -536,10 +647,10 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
     with evaluating(model):
         gm = symbolic_trace(model)
         # Without a shape: one pass that finds out whether any is needed, and how many channels the image has.
-        known = input_shape or getattr(model, "input_shape", None)
+        known = input_shape or model.__dict__.get(LAST_SHAPE)
         if known is None:
             lowering = Lowering(gm, None)
-            lowered = lowering.run()
+            lowered = lowering.run()  # ShapeNeededError where no guess will do
             if not lowering.needs_shapes:
                 return lowered, None
             channels = len(lowered.image.source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import call_sites, describe, is_relu, owner_path, symbolic_trace
+from ..model.graph import call_sites, describe, made_parameters_kept, owner_path, relu_ceiling, symbolic_trace
 from ..model.qcfs import QCFS
-from .lowering import lower
+from .lowering import LAST_SHAPE, ShapeNeededError, lower
 
 MAX_POOL_CHOICES = ("avg", "keep")
 _MAX_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d}
@@ -21,7 +22,7 @@ _MAX_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d}
 def _remember_input_shape(module: Any, args: tuple[Any, ...]) -> None:
     """Forward pre-hook: convert later settles size-dependent pools for the images the network last saw."""
     if args and isinstance(args[0], Tensor) and not isinstance(args[0], fx.Proxy):
-        module.input_shape = tuple(args[0].shape[1:])
+        module.__dict__[LAST_SHAPE] = tuple(args[0].shape[1:])  # whatever the names of submodules
 
 
 def prepare(
@@ -52,14 +53,19 @@ def prepare(
     if max_pool not in MAX_POOL_CHOICES:
         raise ValueError(f"prepare: max_pool must be one of {', '.join(MAX_POOL_CHOICES)}, got {max_pool!r}")
     training = model.training
-    gm = symbolic_trace(copy.deepcopy(model))
+    with made_parameters_kept(model):
+        own = copy.deepcopy(model)
+    gm = symbolic_trace(own)
     QCFS(levels, threshold)  # validates both before anything is changed
     taken = {name for name, _ in gm.named_modules()}
+    _pool_after_activation(gm)
     # Found before any is replaced: two calls of one module are two sites.
-    relus = {node for node in gm.graph.nodes if is_relu(gm, node)}
+    ceilings = {node: c for node in gm.graph.nodes if (c := relu_ceiling(gm, node)) is not None}
     for node in list(gm.graph.nodes):
-        if node in relus:
-            _replace(gm, node, _site_path(gm, node, taken, "relu"), QCFS(levels, threshold))
+        if node in ceilings:
+            qcfs = QCFS(levels, min(threshold, ceilings[node]))
+            qcfs.ceiling = ceilings[node]
+            _replace(gm, node, _site_path(gm, node, taken, "relu"), qcfs)
         elif max_pool == "avg" and (pool := _average_pool(gm, node)) is not None:
             _replace(gm, node, _site_path(gm, node, taken, "pool"), pool)
     gm.graph.lint()
@@ -70,13 +76,35 @@ def prepare(
         gm.to(first.device)
     gm.register_forward_pre_hook(_remember_input_shape)
     if check:
-        lower(gm)
+        with contextlib.suppress(ShapeNeededError):  # calibration or training will show the model an image
+            lower(gm)
     if not any(True for _ in call_sites(gm)):
         raise ConversionError(
             "the model has no ReLU: nothing can become a spiking neuron. Remedy: use ReLU as its activation"
         )
     gm.train(training)
     return gm
+
+
+def _pool_after_activation(gm: fx.GraphModule) -> None:
+    """relu(max_pool(z)) becomes max_pool(relu(z)), which is the same; so does QCFS, which never falls either."""
+    for node in list(gm.graph.nodes):
+        pool = node.args[0] if node.args else None
+        if relu_ceiling(gm, node) is None or not isinstance(pool, fx.Node) or len(pool.users) != 1:
+            continue
+        if not _is_max_pool(gm, pool):
+            continue
+        source = pool.all_input_nodes[0]
+        node.replace_all_uses_with(pool)
+        node.replace_input_with(pool, source)
+        pool.replace_input_with(source, node)
+        pool.prepend(node)
+
+
+def _is_max_pool(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(gm.get_submodule(str(node.target)), nn.MaxPool2d | nn.AdaptiveMaxPool2d)
+    return node.op == "call_function" and node.target in _MAX_FUNCTIONS
 
 
 def _site_path(gm: fx.GraphModule, node: fx.Node, taken: set[str], name: str) -> str:

@@ -74,6 +74,7 @@ class Image:
     shift: tuple[float, ...]
     vector: bool = False
     batch_only: bool = False  # one channel taken out, [N, H, W]
+    map: tuple[int, ...] = ()  # [C, H, W], where the image was flattened
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """calibrate: thresholds from data, so that a prepared ReLU network starts well before fine-tuning.
 
-The network runs as a ReLU network (each QCFS passes max(z, 0)) while positive inputs of each site are
-sampled; then theta is chosen per site:
+The network runs as a ReLU network (each QCFS passes max(z, 0), cut at 6 where it stands for a ReLU6) while positive
+inputs of each site are sampled; then theta is chosen per site:
 
     percentile   the given percentile of the positive inputs (robust maximum; Rueckauer et al., Frontiers in
                  Neuroscience 2017, section 2.2.2, use 99.9)
@@ -32,6 +32,7 @@ class _Sampler:
 
     def __init__(self, module: Any, seed: int) -> None:
         self.channels = module.thresh.numel()
+        self.ceiling = float(getattr(module, "ceiling", float("inf")))
         self.generator = torch.Generator().manual_seed(seed)
         self.kept: list[list[Tensor]] = [[] for _ in range(self.channels)]
 
@@ -39,7 +40,7 @@ class _Sampler:
         rows = z.detach().transpose(0, 1).reshape(self.channels, -1) if self.channels > 1 else z.detach().reshape(1, -1)
         limit = max(256, PER_BATCH // self.channels)
         for i, row in enumerate(rows):
-            positive = row[row > 0].to("cpu", torch.float32)
+            positive = row[row > 0].clamp(max=self.ceiling).to("cpu", torch.float32)
             if positive.numel() > limit:
                 positive = positive[torch.randint(positive.numel(), (limit,), generator=self.generator)]
             self.kept[i].append(positive)
@@ -109,7 +110,7 @@ def calibrate(
     def hook(name: str) -> Any:
         def run(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             samplers[name].add(args[0])
-            return torch.relu(args[0])
+            return torch.clamp(args[0], 0, samplers[name].ceiling)
 
         return run
 
@@ -143,5 +144,7 @@ def calibrate(
                 stacklevel=2,
             )
         with torch.no_grad():
+            theta.clamp_(max=samplers[name].ceiling)  # a spike too many would stand for more than the ReLU lets pass
+            module.initial_threshold = float("nan")  # no longer what it began with, even where the two are equal
             module.thresh.copy_(theta.reshape(module.thresh.shape))
     return model

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import ConversionError
 from .qcfs import is_qcfs
@@ -40,11 +43,16 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.thread = threading.get_ident()
+        self.failed_in = ""  # the innermost module whose forward raised
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or self.path_of_module(m)
+            raise
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:
@@ -54,24 +62,79 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_qcfs(m) or super().is_leaf_module(m, module_qualified_name)
 
-    def current_path(self) -> str:
-        return str(self.scope.module_path) or "the model's own forward"
-
 
 def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     """Trace in eval mode (the path inference takes); the result shares the model's parameters."""
     if isinstance(model, fx.GraphModule):
         return model
+    refuse_hooks(model, "the model itself")
     tracer = _Tracer()
     try:
         with evaluating(model):
             graph = tracer.trace(model)
     except Exception as error:  # a model's own code can raise anything when run on proxies
+        where = tracer.failed_in or "the model's own forward"
         raise ConversionError(
-            f"{tracer.current_path()}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
+            f"{where}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
             "control flow that depends on tensor values by modules, or move it out of the model"
         ) from error
     return fx.GraphModule(tracer.root, graph)
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook belongs to this package, or makes a parameter of others, as weight_norm and pruning do."""
+    return getattr(hook, "__module__", "").startswith(__name__.partition(".")[0]) or makes_parameter(hook) is not None
+
+
+def refuse_hooks(module: nn.Module, name: str) -> None:
+    """ConversionError where a module has hooks, which would not run in the converted network."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if not _is_ours(hook):
+            what = getattr(hook, "__qualname__", type(hook).__name__)
+            raise ConversionError(
+                f"{name}: has a forward hook ({what}), which the converted network would not run. Remedy: remove it "
+                "(handle.remove()), or do its work in the forward of a module"
+            )
+
+
+def makes_parameter(hook: Any) -> str | None:
+    """The parameter that a pre-hook of torch makes of others before each forward; None where it makes none."""
+    if isinstance(hook, WeightNorm | SpectralNorm):
+        return str(hook.name)
+    return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else None
+
+
+@contextlib.contextmanager
+def made_parameters_kept(model: nn.Module) -> Iterator[None]:
+    """What such hooks made is detached meanwhile, so that it can be copied, and put back after whatever runs makes."""
+    hooks = [(m, hook) for m in model.modules() for hook in m._forward_pre_hooks.values()]
+    made = [(m, name, getattr(m, name)) for m, hook in hooks if (name := makes_parameter(hook))]
+    for m, name, value in made:
+        setattr(m, name, value.detach())
+    try:
+        yield
+    finally:
+        for m, name, value in made:
+            setattr(m, name, value)
+
+
+def parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter as the next forward will see it.
+
+    Under torch's hook-based weight_norm, spectral_norm and pruning the attribute is what the last forward made, which
+    may have been before the weights were loaded.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if makes_parameter(hook) != name:
+            continue
+        if isinstance(hook, WeightNorm):
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm):
+            return hook.compute_weight(module, do_power_iteration=False)
+        assert isinstance(hook, BasePruningMethod)
+        return hook.apply_mask(module)
+    found: torch.Tensor | None = getattr(module, name)
+    return found
 
 
 def owner_path(node: fx.Node) -> str:
@@ -97,21 +160,43 @@ def call_sites(gm: fx.GraphModule) -> Iterator[tuple[str, fx.Node, Any]]:
             continue
         module = gm.get_submodule(str(node.target))
         if is_qcfs(module):
-            n = calls.get(str(node.target), 0)
+            n = calls.get(str(node.target), int(node.target == IMAGE))  # an activation called "input" is input_1
             calls[str(node.target)] = n + 1
             yield (str(node.target) if n == 0 else f"{node.target}_{n}"), node, module
 
 
-RELU_MODULES = (nn.ReLU, nn.ReLU6)
-RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_, F.relu6}
+IMAGE = "input"
+"""The name of the image among the nodes of a network."""
+RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 RELU_METHODS = {"relu", "relu_"}
+CLAMPS = {torch.clamp, torch.clip, F.hardtanh, "clamp", "clamp_", "clip", "clip_"}
 ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 """x + y in all its spellings; the methods are add and add_."""
 
 
-def is_relu(gm: fx.GraphModule, node: fx.Node) -> bool:
+def relu_ceiling(gm: fx.GraphModule, node: fx.Node) -> float | None:
+    """Where a node is max(x, 0) in one of its spellings: the value at which it is cut (6 for ReLU6), or infinity.
+
+    None for every other node.
+    """
+    unbounded = float("inf")
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), RELU_MODULES)
-    if node.op == "call_function":
-        return node.target in RELU_FUNCTIONS
-    return node.op == "call_method" and node.target in RELU_METHODS
+        m = gm.get_submodule(str(node.target))
+        if isinstance(m, nn.Hardtanh):  # ReLU6 is one
+            return float(m.max_val) if m.min_val == 0 < m.max_val else None
+        if isinstance(m, nn.LeakyReLU):
+            return unbounded if m.negative_slope == 0 else None
+        return unbounded if isinstance(m, nn.ReLU) else None
+    if node.op == "call_function" and node.target is F.relu6:
+        return 6.0
+    if node.target in CLAMPS and node.op != "get_attr":
+        bounds = dict(zip(("min", "max"), node.args[1:], strict=False))
+        bounds |= {k.removesuffix("_val"): v for k, v in node.kwargs.items()}
+        if node.target is F.hardtanh:
+            bounds = {"min": -1.0, "max": 1.0, **bounds}
+        low, high = bounds.get("min"), bounds.get("max")
+        if not isinstance(low, int | float) or low != 0 or not isinstance(high, int | float | None):
+            return None
+        return unbounded if high is None else float(high) if high > 0 else None
+    named = RELU_FUNCTIONS if node.op == "call_function" else RELU_METHODS if node.op == "call_method" else ()
+    return unbounded if node.target in named else None

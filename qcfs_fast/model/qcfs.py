@@ -59,6 +59,7 @@ class QCFS(nn.Module):
         if channels is not None and (not isinstance(channels, int) or channels < 1):
             raise ValueError(f"QCFS: channels must be None or a positive integer, got {channels!r}")
         self.L = levels
+        self.ceiling = float("inf")  # of the ReLU whose place it takes, 6 for ReLU6; calibrate stays below
         self.initial_threshold = float(threshold)
         self.thresh = nn.Parameter(torch.full((channels or 1,), float(threshold)))
 

@@ -67,6 +67,9 @@ class SNN(nn.Module):
         self._set_neuron(neuron, T)
         self.eval()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # no attribute is a module or a tensor, and layers may have any name
+
     @property
     def T(self) -> int:  # noqa: N802 - the field's name
         return self._T

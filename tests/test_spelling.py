@@ -1,0 +1,352 @@
+"""One network in many spellings: each converts to the same integers as the plain spelling, or is refused by name."""
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+from torch import nn
+
+import qcfs_fast
+from qcfs_fast import QCFS, ConversionError
+
+pytestmark = pytest.mark.filterwarnings("ignore:convert. no threshold")
+SHAPE = (1, 10, 8)
+
+
+class Net(nn.Module):
+    """conv - ReLU - flatten - linear - ReLU - linear; `activate` and `flatten` are spelled by the test."""
+
+    def __init__(self, flatten=None, activate=None, first=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.Linear(4 * 48, 9), nn.Linear(9, 5)
+        self.spelling = flatten or (lambda y: torch.flatten(y, 1))
+        self.activation = activate or torch.relu
+        self.first = first or (lambda net, x: net.a(x))
+
+    def forward(self, x):
+        y = self.activation(self.first(self, x))
+        return self.c(torch.relu(self.b(self.spelling(y))))
+
+
+def converted(model, shape=SHAPE, **options):
+    """The network, calibrated on images, and its conversion, whose spikes agree with float64 layer by layer."""
+    x = networks.images(shape, 6)
+    prepared = qcfs_fast.calibrate(qcfs_fast.prepare(model.eval(), levels=4, **options), [x], progress=False)
+    snn = qcfs_fast.convert(prepared, T=4)
+    spikes = qcfs_fast.trace(snn, x, 4)
+    forced = qcfs_fast.simulate(prepared, x, 4, spikes=True, force=spikes)
+    different = sum(int((spikes[k] != forced.spikes[k].bool()).sum()) for k in spikes)
+    assert different <= 1e-3 * sum(s.numel() for s in spikes.values())
+    assert sum(int(s.sum()) for s in spikes.values()) > 50
+    return snn, x
+
+
+@pytest.fixture(scope="module")
+def plain():
+    snn, x = converted(Net())
+    return snn(x)
+
+
+def unpacked(y):
+    n, c, h, w = y.shape
+    return y.reshape(n, c * h * w)
+
+
+def asserted(y):
+    torch._assert(y.ndim == 4, f"expected 4 dimensions, got {y.ndim}")
+    torch._assert(y.dim() == 4, "expected 4 dimensions")
+    return y.flatten(1)
+
+
+FLATTEN = {
+    "view(-1, features)": lambda y: y.view(-1, 4 * 48),
+    "reshape(size(0), -1)": lambda y: y.reshape(y.size(0), -1),
+    "products of sizes": lambda y: y.view(y.shape[0], y.shape[1] * y.shape[2] * y.shape[3]),
+    "size(i)": lambda y: y.view(y.size(0), y.size(1) * y.size(2) * y.size(3)),
+    "unpacked": unpacked,
+    "asserted": asserted,
+    "start and end": lambda y: y.flatten(start_dim=1, end_dim=3),
+    "as it was, then flat": lambda y: y.reshape(y.size(0), 4, 8, 6).flatten(1),
+}
+
+
+@pytest.mark.parametrize("how", FLATTEN)
+def test_flattening(how, plain):
+    snn, x = converted(Net(FLATTEN[how]))
+    assert torch.equal(snn(x), plain)
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda y: y.view(y.size(0), y.size(2), y.size(1), y.size(3)).flatten(1),
+        lambda y: y.view(y.size(0), 2, 2, 8, 6).flatten(1),
+        lambda y: y.view(-1, y.size(1)).view(-1, 4 * 48),
+    ],
+)
+def test_reshapes_that_move_pixels_are_refused(mixing):
+    with pytest.raises(ConversionError, match=r"reshapes \[N, 4, 8, 6\] to .*only flattening"):
+        converted(Net(mixing))
+
+
+def test_a_reshape_of_an_unknown_shape_is_refused():
+    class Trained(Net):
+        def __init__(self):
+            super().__init__(FLATTEN["unpacked"], QCFS(4, 1.0))
+
+        def forward(self, x):
+            return self.c(self.activation(self.b(self.spelling(self.activation(self.a(x))))))
+
+    with pytest.raises(
+        ConversionError, match=r"reshapes a value whose shape is not known; give convert\(..., input_shape"
+    ):
+        qcfs_fast.convert(Trained().eval())
+    assert qcfs_fast.convert(Trained().eval(), input_shape=SHAPE)(networks.images(SHAPE, 2)).shape == (2, 5)
+
+
+ACTIVATE = {
+    "clamp(min)": lambda y: y.clamp(min=0),
+    "torch.clamp": lambda y: torch.clamp(y, 0),
+    "LeakyReLU(0)": nn.LeakyReLU(0.0),
+    "Hardtanh": nn.Hardtanh(0.0, 1e9),
+    "clip_": lambda y: y.clip_(0),
+}
+
+
+@pytest.mark.parametrize("how", ACTIVATE)
+def test_activations(how, plain):
+    snn, x = converted(Net(activate=ACTIVATE[how]))
+    assert torch.equal(snn(x), plain)
+
+
+@pytest.mark.parametrize("activate", [lambda y: y.clamp(min=0.1), lambda y: torch.clamp(y, -1, 1), nn.LeakyReLU(0.1)])
+def test_other_clamps_are_no_relu(activate):
+    with pytest.raises(ConversionError):
+        qcfs_fast.prepare(Net(activate=activate))
+
+
+@pytest.mark.parametrize(("make", "ceiling"), [(nn.ReLU6, 6.0), (lambda: nn.Hardtanh(0, 3.0), 3.0)])
+@pytest.mark.parametrize("method", ["mse", "percentile"])
+def test_what_is_cut_is_calibrated_cut(make, ceiling, method):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), make(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    model[0].weight.data.mul_(60)
+    x = networks.images(SHAPE, 6)
+    assert float(model[0](x).detach().max()) > 2 * ceiling
+    prepared = qcfs_fast.prepare(model, levels=16)
+    qcfs_fast.calibrate(prepared, [x], method=method, percentile=100, progress=False)
+    assert float(prepared.get_submodule("1").thresh) == ceiling
+    error = (qcfs_fast.convert(prepared, T=256, max_T=256)(x) - model(x)).norm() / model(x).norm()
+    assert error < 0.01
+
+
+# ------------------------------------------------------------------------------- parameters and functions
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight * 2, self.bias, self.stride, "valid")
+
+
+class Inherits(nn.Conv2d):
+    pass
+
+
+def test_subclasses_and_functions():
+    plain = Net()
+    plain.a.weight.data.mul_(2)
+    want, x = converted(plain)
+    for kind in (OwnForward, Inherits):
+        model = Net()
+        model.a = kind(1, 4, 3)
+        model.a.load_state_dict(Net().a.state_dict())
+        if kind is Inherits:
+            model.a.weight.data.mul_(2)
+        assert torch.equal(converted(model)[0](x), want(x))
+    model = Net(first=lambda net, x: F.conv2d(x, net.a.weight + net.a.weight, net.a.bias))
+    assert torch.equal(converted(model)[0](x), want(x))
+    with pytest.raises(ConversionError, match="weights depend on the image"):
+        qcfs_fast.prepare(Net(first=lambda net, x: F.conv2d(x, net.a(x), net.a.bias)))
+
+
+class NormAct(nn.BatchNorm2d):
+    """BatchNorm and activation in one module, by the function, as some model collections write it."""
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, "expected four dimensions")
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps)
+        return F.relu(y)
+
+
+def test_batch_norm_by_function():
+    models = []
+    for kind in (nn.BatchNorm2d, NormAct):
+        norm = kind(4)
+        torch.manual_seed(3)
+        for values in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+            values.copy_(torch.rand(4) + 0.5)
+        models.append(Net(first=None, activate=norm if kind is NormAct else nn.Sequential(norm, nn.ReLU())))
+    (want, x), (got, _) = (converted(m) for m in models)
+    assert torch.equal(got(x), want(x))
+
+
+def reparametrised(kind, layer):
+    return {
+        "weight_norm": torch.nn.utils.weight_norm,
+        "spectral_norm": torch.nn.utils.spectral_norm,
+        "pruned": lambda m: torch.nn.utils.prune.l1_unstructured(m, "weight", 0.5),
+        "parametrized": torch.nn.utils.parametrizations.weight_norm,
+    }[kind](layer)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "pruned", "parametrized"])
+def test_weights_made_by_hooks_are_the_loaded_ones(kind):
+    model = Net()
+    model.a = reparametrised(kind, model.a)
+    x = networks.images(SHAPE, 6)
+    model.eval()(x)
+    prepared = qcfs_fast.calibrate(qcfs_fast.prepare(model, levels=4), [x], progress=False)
+    changed = {k: v * 1.5 if k.startswith("a.") and "mask" not in k else v for k, v in prepared.state_dict().items()}
+    prepared.load_state_dict(changed)  # and no forward runs
+    got = qcfs_fast.convert(prepared, T=4, input_shape=SHAPE)
+    assert type(prepared.get_submodule("a").weight) in (torch.Tensor, nn.Parameter)
+    prepared(x)  # now the hooks have run
+    assert torch.equal(got(x), qcfs_fast.convert(prepared, T=4)(x))
+
+
+# -------------------------------------------------------------------------------------------------- hooks
+
+
+@pytest.mark.parametrize("where", ["a", "b", ""])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_refused(where, kind):
+    model = Net()
+    getattr(model.get_submodule(where), kind)(lambda module, *rest: None)
+    name = where or "the model itself"
+    with pytest.raises(ConversionError, match=f"^{name}: has a forward hook .*handle.remove"):
+        qcfs_fast.prepare(model)
+    prepared = qcfs_fast.prepare(Net())
+    getattr(prepared.get_submodule(where), kind)(lambda module, *rest: None)
+    with pytest.raises(ConversionError, match=f"^{name}: has a forward hook"):
+        qcfs_fast.convert(prepared)
+
+
+def test_a_tracing_error_names_its_module():
+    class Asks(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Sequential(nn.ReLU(), Asks()))
+    with pytest.raises(ConversionError, match=r"^1\.1: cannot be traced"):
+        qcfs_fast.prepare(model)
+
+
+# -------------------------------------------------------------------------------------------------- names
+
+NAMES = (
+    "T", "max_T", "_T", "layers", "spiking_layers", "order", "details", "weight_bits", "input_shape", "neuron", "_drop",
+    "_program", "_bounds", "run", "save", "report", "stream", "predict",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_of_any_name(name, tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Conv2d(1, 4, 3)
+            self.add_module("b", nn.Identity())
+            self._modules[name] = nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+            self.f = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+        def forward(self, x):
+            return self.f(self._modules[name](self.a(x)))
+
+    snn, x = converted(Named())
+    snn.save(tmp_path / "snn.safetensors")
+    assert torch.equal(qcfs_fast.load(tmp_path / "snn.safetensors")(x), snn(x))
+    assert f"{name}.0" in snn.layers
+    assert name in str(snn)
+
+
+def test_an_activation_called_input():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.input = nn.Conv2d(1, 4, 3), nn.ReLU()
+            self.f = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+        def forward(self, x):
+            return self.f(self.input(self.a(x)))
+
+    snn, x = converted(Named())
+    assert list(qcfs_fast.trace(snn, x)) == ["input_1"]
+
+
+# ----------------------------------------------------------------------------- whole networks of tutorials
+
+
+class LeNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
+        self.c, self.d = nn.Linear(16 * 9, 30), nn.Linear(30, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.a(x)), 2)
+        x = F.relu(F.max_pool2d(self.b(x), 2))
+        return self.d(F.relu(self.c(x.view(-1, 16 * 9))))
+
+
+def test_a_first_tutorial():
+    converted(LeNet(), (1, 20, 20))
+
+
+@pytest.mark.parametrize("max_pool", ["avg", "keep"])
+def test_a_pool_before_the_activation_moves_behind_it(max_pool):
+    def model(*middle):
+        torch.manual_seed(0)
+        rest = (nn.Flatten(), nn.Linear(4 * 4 * 3, 3))
+        return nn.Sequential(nn.Conv2d(1, 4, 3), *middle, *rest)
+
+    before, x = converted(model(nn.MaxPool2d(2), nn.ReLU()), max_pool=max_pool)
+    behind, _ = converted(model(nn.ReLU(), nn.MaxPool2d(2)), max_pool=max_pool)
+    assert torch.equal(before(x), behind(x))
+
+
+class Mlp(nn.Module):
+    def __init__(self, flatten):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(80, 20), nn.Linear(20, 12), nn.Linear(12, 4)
+        self.flatten = flatten
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(torch.relu(self.a(self.flatten(x))))))
+
+
+@pytest.mark.parametrize("flatten", [lambda x: torch.flatten(x, 1), lambda x: x.view(-1, 80), nn.Flatten()])
+def test_a_flattened_image(flatten, tmp_path):
+    snn, x = converted(Mlp(flatten))
+    vectors, _ = converted(Mlp(nn.Identity()), (80,))
+    flat = x.flatten(1)
+    assert snn.layers["relu"].config.vector
+    assert float((snn(x) - vectors(flat)).abs().max()) < 0.5  # calibrated on other images
+    snn.save(tmp_path / "snn.safetensors")
+    assert torch.equal(qcfs_fast.load(tmp_path / "snn.safetensors")(x), snn(x))
+
+
+def test_a_flattened_image_needs_its_shape():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(80, 20), QCFS(4, 1.0), nn.Linear(20, 3)).eval()
+    with pytest.raises(ConversionError, match=r"flattens the image, whose shape is not known; give convert"):
+        qcfs_fast.convert(model)
+    x = networks.images(SHAPE, 2)
+    assert qcfs_fast.convert(model, input_shape=SHAPE)(x).shape == (2, 3)
+    with pytest.raises(ConversionError, match=r"does not run on images of shape \(1, 8, 8\)"):
+        qcfs_fast.convert(nn.Sequential(nn.Flatten(), *model[1:]), input_shape=(1, 8, 8))
