@@ -350,3 +350,111 @@ def test_a_flattened_image_needs_its_shape():
     assert qcfs_fast.convert(model, input_shape=SHAPE)(x).shape == (2, 3)
     with pytest.raises(ConversionError, match=r"does not run on images of shape \(1, 8, 8\)"):
         qcfs_fast.convert(nn.Sequential(nn.Flatten(), *model[1:]), input_shape=(1, 8, 8))
+
+
+# ------------------------------------------------------------------- layers without an activation between
+
+
+class Bottleneck(nn.Module):
+    """MobileNetV2's block: expand, depthwise, project without an activation; its sums are of such projections."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        hidden = 3 * inputs
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(),
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(),
+            nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs),
+        )  # fmt: skip
+        self.skip = stride == 1 and inputs == outputs
+
+    def forward(self, x):
+        return x + self.body(x) if self.skip else self.body(x)
+
+
+LINEAR = {
+    "bottlenecks": lambda: nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), Bottleneck(6, 4, 1), Bottleneck(4, 4, 1), Bottleneck(4, 8, 2),
+        Bottleneck(8, 8, 1), nn.Conv2d(8, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3),
+    ),
+    "depthwise, then pointwise": lambda: nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 8, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    ),
+    "strided and grouped": lambda: nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 8, 1, stride=2, groups=4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    ),
+    "low-rank linear": lambda: nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3), nn.Linear(3, 12),
+        nn.ReLU(), nn.Linear(12, 4), nn.Linear(4, 3),
+    ),
+    "the image's layer": lambda: nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_layers_without_an_activation_between(kind):
+    torch.manual_seed(0)
+    converted(networks.randomize(LINEAR[kind]()))
+
+
+def test_what_composes_is_one_layer():
+    torch.manual_seed(0)
+    first, second = nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(6, 5, 1)
+    merged = nn.Conv2d(4, 5, 3, 2, 1)
+    for layer in (first, second):  # whole numbers, so that products of weights are exact
+        for parameter in layer.parameters():
+            parameter.data.copy_(torch.randint(-3, 4, parameter.shape))
+    w = second.weight.data[:, :, 0, 0]
+    merged.weight.data.copy_(torch.einsum("oc,cikl->oikl", w, first.weight.data))
+    merged.bias.data.copy_(w @ first.bias.data + second.bias.data)
+
+    def network(*middle):
+        torch.manual_seed(1)
+        head = (QCFS(4, 4.0), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
+        return nn.Sequential(nn.Conv2d(1, 4, 3), QCFS(4, 0.5), *middle, *head).eval()
+
+    x = networks.images(SHAPE, 5)
+    got, want = (qcfs_fast.convert(network(*m))(x) for m in ((first, second), (merged,)))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("padding", [1, 0])
+def test_what_does_not_compose_is_refused(padding):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 3, padding=padding),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
+    )
+    with pytest.raises(ConversionError, match=r"^3: is a convolution of a value with no activation in between"):
+        qcfs_fast.prepare(model)
+
+
+class Dense(nn.Module):
+    """DenseNet's block: each layer reads all before it, with a BatchNorm and an activation of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6 + 4 * i) for i in range(3))
+        self.layers = nn.ModuleList(nn.Conv2d(6 + 4 * i, 4, 3, padding=1, bias=False) for i in range(3))
+        self.last = nn.Sequential(
+            nn.BatchNorm2d(18), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(18, 3)
+        )
+
+    def forward(self, x):
+        features = [self.first(x)]
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            features.append(layer(torch.relu(norm(torch.cat(features, 1)))))
+        return self.last(torch.cat(features, 1))
+
+
+def test_concatenated_currents():
+    torch.manual_seed(0)
+    converted(networks.randomize(Dense()))

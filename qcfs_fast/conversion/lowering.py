@@ -2,9 +2,9 @@
 
 Between two activations a network is linear, so every value there is a Signal or a Current (values.py). Convolution and
 linear layers turn a Signal into a Current, BatchNorm and scalar factors rescale one, addition joins them, an activation
-turns a Current into the Signal of a new spiking layer. What does not fit (two convolutions without an activation
-between them, a product of two activations) has no spiking meaning and raises ConversionError with the module path and a
-remedy.
+turns a Current into the Signal of a new spiking layer. A layer of 1x1 taps that follows a Current becomes one with it.
+What does not fit (a 3x3 convolution of a Current, a product of two activations) has no spiking meaning and raises
+ConversionError with the module path and a remedy.
 
 Lowering has a method for each kind of operation; FUNCTIONS and METHODS at the end say which calls of torch they are.
 
@@ -39,7 +39,21 @@ from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
-from .values import Current, FireNode, Image, Lowered, Part, Product, Signal, affine, identity_current, scaled
+from .values import (
+    Current,
+    FireNode,
+    Image,
+    Lowered,
+    Part,
+    Product,
+    Signal,
+    affine,
+    composed,
+    identity_current,
+    joined,
+    scaled,
+    ungrouped,
+)
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 LAST_SHAPE = "_qcfs_fast_input_shape"  # where a prepared model notes the shape of the images it last saw
@@ -259,6 +273,12 @@ class Lowering:
                 raise self.fail("padding='same' with an even kernel pads unevenly; use explicit padding")
             padding = (total[0] // 2, total[1] // 2)
         geometry = (*kernel, *stride, *_pair(padding), *dilation, groups)
+        if isinstance(x, Current) and x.products and not x.vector and kernel == (1, 1) and _pair(padding) == (0, 0):
+            if x.channels != channels:
+                raise self.fail(f"expects {channels} channels, gets {x.channels}")
+            return composed(
+                x, ungrouped(weight, groups)[:, :, 0, 0], _float64(bias, _zeros(out)), stride, self._layer()
+            )
         products = []
         for signal in self._sources(x, "is a convolution", channels):
             if signal.vector:
@@ -295,6 +315,10 @@ class Lowering:
             if features != math.prod(x.map):
                 raise self.fail(f"expects {features} features, gets images of {math.prod(x.map)}")
             return replace(self.conv(replace(x, map=()), weight.reshape(out, *x.map), bias), vector=True)
+        if isinstance(x, Current) and x.products and x.vector:
+            if x.channels != features:
+                raise self.fail(f"expects {features} features, gets {x.channels}")
+            return composed(x, weight, _float64(bias, _zeros(out)), (1, 1), self._layer())
         products = []
         for signal in self._sources(
             replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
@@ -536,11 +560,13 @@ class Lowering:
                 sum((t.scale for t in tensors), ()),
                 sum((t.shift for t in tensors), ()),
             )
-        if dim not in (1, -3) or not all(isinstance(t, Signal) for t in tensors):
-            raise self.fail(
-                "concatenates values that are not activations, or not along the channels. Remedy: put the "
-                "activation before the concatenation"
-            )
+        if dim not in (1, -3) or not all(isinstance(t, Signal | Current) for t in tensors):
+            raise self.fail("concatenates the image with layers, or values not along the channels")
+        if any(isinstance(t, Current) for t in tensors):
+            currents = [self._current(t, None, "concatenates something that is not a layer's output") for t in tensors]
+            if any(c.vector or c.flattened for c in currents):
+                raise self.fail("concatenates flattened values with no activation in between. Remedy: put one before")
+            return joined(currents)
         if len({t.vector for t in tensors}) != 1:
             raise self.fail("concatenates feature maps and flattened values")
         return Signal(sum((t.parts for t in tensors), ()), tensors[0].vector)

@@ -11,6 +11,7 @@ values here are float64; rounding to integers comes later (units.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
 
@@ -153,3 +154,51 @@ def affine(current: Current, scale: Tensor, shift: Tensor) -> Current:
         products=tuple(replace(p, weight=p.weight * scale[:, None, None, None]) for p in current.products),
         identities=tuple(scaled(s, scale) for s in current.identities),
     )
+
+
+# What two layers without an activation between them are: one layer, whose weight is the product of theirs.
+
+
+def ungrouped(weight: Tensor, groups: int) -> Tensor:
+    """The weight [O, C, KH, KW] of the convolution without groups that is the same; zero between the groups."""
+    out, channels = weight.shape[:2]
+    dense = weight.new_zeros((out, channels * groups, *weight.shape[2:]))
+    for g, rows in enumerate(weight.chunk(groups)):
+        at = g * (out // groups)
+        dense[at : at + len(rows), g * channels : (g + 1) * channels] = rows
+    return dense
+
+
+def composed(current: Current, weight: Tensor, bias: Tensor, stride: tuple[int, int], layer: str) -> Current:
+    """A convolution of 1x1 taps, weight [O, C], over a current with C channels; or a linear layer over a vector.
+
+    It is the same as one layer with the product of both weights: no tap meets padding of its own, so this holds at the
+    borders, and the bias stays one number for a channel.
+    """
+    products = []
+    for p in current.products:
+        kh, kw, sh, sw, *rest, groups = p.geometry
+        inner = ungrouped(p.weight, groups)
+        outer = torch.einsum("oc,cikl->oikl", weight, inner)
+        geometry = (kh, kw, sh * stride[0], sw * stride[1], *rest, 1)
+        products.append(replace(p, weight=outer, geometry=geometry, layer=f"{p.layer} * {layer}"))
+    for signal in current.identities:
+        at = 0
+        for part in signal.parts:
+            taps = weight[:, at : at + part.channels, None, None]
+            products.append(Product(part, taps, (1, 1, *stride, 0, 0, 1, 1, 1), current.vector, layer))
+            at += part.channels
+    return replace(current, bias=weight @ current.bias + bias, products=tuple(products), identities=())
+
+
+def joined(currents: Sequence[Current]) -> Current:
+    """Currents side by side along the channels: each in rows of its own, zero in those of the others."""
+    total = sum(c.channels for c in currents)
+    products, at = [], 0
+    for current in currents:
+        rows = torch.zeros((total, current.channels), dtype=torch.float64)
+        rows[at : at + current.channels] = torch.eye(current.channels, dtype=torch.float64)
+        part = composed(current, rows, torch.zeros(total, dtype=torch.float64), (1, 1), "concatenation")
+        products += [replace(p, layer=p.layer.removesuffix(" * concatenation")) for p in part.products]
+        at += current.channels
+    return Current(torch.cat([c.bias for c in currents]), tuple(products))

@@ -129,10 +129,11 @@ def text(results: Results) -> str:
 
 
 def accuracy_figure(results: Results) -> Any:
-    """Right answers by T."""
+    """Right answers by T; of the first number of bits alone, where others would lie on the same lines."""
     figure, axes = new_figure(3.8)
     images, steps = results["images"], results["steps"]
-    for name, cell in _cells(results):
+    first = next((cell["bits"] for _, cell in _cells(results)), None)
+    for name, cell in ((n, c) for n, c in _cells(results) if c["bits"] == first):
         bounds = [interval(right, images) for right in cell["right"]]
         colour = COLOURS[cell["mode"]]
         axes.plot(

@@ -58,7 +58,10 @@ def torchvision_models() -> Any:
 def classifiers() -> list[str]:
     """Names of torchvision's image classifiers that convert (those without attention or gates)."""
     models = torchvision_models()
-    families = r"(alexnet|vgg\d+(_bn)?|resnet\d+|wide_resnet\d+_2|resnext\d+_\d+x\d+d|squeezenet1_[01]|googlenet)"
+    families = (
+        r"(alexnet|vgg\d+(_bn)?|resnet\d+|wide_resnet\d+_2|resnext\d+_\d+x\d+d|squeezenet1_[01]|googlenet|inception_v3"
+        r"|regnet_x_\w+|mobilenet_v2|mnasnet\d_\d+)"
+    )
     return [n for n in models.list_models(module=models) if re.fullmatch(families, n)]
 
 
@@ -68,7 +71,7 @@ def torchvision_network(name: str, classes: int | None = None, weights: str | No
     if name not in classifiers():
         raise ValueError(f"{name!r} is no torchvision network that converts; known: {', '.join(classifiers())}")
     options: dict[str, Any] = {} if weights or classes is None else {"num_classes": classes}
-    if name == "googlenet" and weights is None:
+    if name in ("googlenet", "inception_v3") and weights is None:
         options.update(aux_logits=False, init_weights=True)
     try:
         network: nn.Module = getattr(models, name)(weights=weights, **options)
