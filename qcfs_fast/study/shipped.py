@@ -69,7 +69,7 @@ def table(labels: Tensor, ann: Tensor, found: Mapping[str, Tensor]) -> str:
     ]
     for i, T in enumerate(STEPS):
         lines.append(f"{T:3}" + "".join(f"{_share(a[i] == labels):>10}" for a in found.values()))
-    return "\n".join([*lines, "", "plain: the paper's neuron; offset: shifted initial potentials; sum: an integer ANN"])
+    return "\n".join([*lines, "", "plain: the paper's neuron; offset: initial potentials shifted; sum: integer ANN"])
 
 
 def _share(right: Tensor) -> str:
