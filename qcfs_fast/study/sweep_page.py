@@ -175,7 +175,7 @@ def latency_figure(results: Results) -> Any:
                 axes.annotate(str(T), (x, y), (0, 5), textcoords="offset points", fontsize=7, color=colour, ha="center")
     for dtype, marker in (("fp32", "s"), ("bf16", "D")):
         times = [s for n, s in seconds.items() if n.startswith(f"ANN QCFS {dtype}")]
-        if times:
+        if times and dtype in results["ann"]:
             share = 100 * results["ann"][dtype]["right"] / images
             axes.plot([1e3 * min(times)], [share], marker, color=INK, ms=5, ls="none", label=f"ANN {dtype}")
             if dtype == "fp32":
