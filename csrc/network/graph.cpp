@@ -452,6 +452,10 @@ Answer read_answer(const Fields& config, NodeTensors& tensors, std::size_t input
 
 // --------------------------------------------------------------------------------------------------- the whole graph
 
+bool has_neurons(const Node& node) {
+  return std::holds_alternative<Encoding>(node.layer) || std::holds_alternative<Spiking>(node.layer);
+}
+
 bool sends_spikes(const Node& node) {
   return !std::holds_alternative<ImageInput>(node.layer) && !std::holds_alternative<Answer>(node.layer);
 }
@@ -560,6 +564,8 @@ void check_peaks(const Graph& graph) {
 
 }    // namespace
 
+std::int64_t Graph::spiking_layers() const { return std::count_if(nodes.begin(), nodes.end(), has_neurons); }
+
 std::int64_t NeuronMode::steps(std::int64_t T) const {
   if (mode == Mode::sum) return 1;
   return looks_ahead() ? std::max<std::int64_t>(T, window) : T;
@@ -639,13 +645,11 @@ Graph read_graph(const std::string& header, const Tensors& tensors) {
   }
   check_peaks(graph);
   const Json& said = f.at("details", Json::Kind::object);
-  std::size_t layers = 0;
   for (Node& node : graph.nodes) {
-    if (!std::holds_alternative<Encoding>(node.layer) && !std::holds_alternative<Spiking>(node.layer)) continue;
-    ++layers;
-    read_details(Fields(said), node);
+    if (has_neurons(node)) read_details(Fields(said), node);
   }
-  check(layers == said.members.size(), "the layers' details do not match the graph");
+  check(graph.spiking_layers() == static_cast<std::int64_t>(said.members.size()),
+        "the layers' details do not match the graph");
   try {
     check(graph.T <= max_steps(graph, graph.neuron), "T=" + std::to_string(graph.T) + " is beyond the overflow bound");
   } catch (const Error& error) {

@@ -110,6 +110,7 @@ struct Graph {
   const ImageInput& image() const { return std::get<ImageInput>(nodes.front().layer); }
   const Answer& answer() const { return std::get<Answer>(nodes.back().layer); }
   std::int64_t classes() const { return answer().offset.count(); }
+  std::int64_t spiking_layers() const;    // first ones too
 };
 
 // Reads a header and the tensors it names, whose memory must outlive the graph. Raises Error (format).

@@ -80,11 +80,14 @@ void Network::run(const Plan& plan, const Image& image, const cpu::Options& opti
   give_back();
 }
 
-void Stream::run(const Plan& plan, const Image& image, const cpu::Options& options, float* out) {
-  require(steps_ == 0 || goes_on(last_, plan.request), Fault::shape,
+void Stream::check(const Request& request, bool same_image) const {
+  require(steps_ == 0 || goes_on(last_, request), Fault::shape,
           "the stream runs on images of another shape; reset it first");
-  require(image.data != nullptr || (steps_ > 0 && !last_.varying), Fault::argument,
+  require(!same_image || (steps_ > 0 && !last_.varying), Fault::argument,
           "which images? The call before had none that stay the same");
+}
+
+void Stream::run(const Plan& plan, const Image& image, const cpu::Options& options, float* out) {
   if (bytes_ < plan.bytes) {
     Block larger = make_block(plan.bytes);
     if (steps_ > 0) std::memcpy(larger.get(), block_.get(), plan.kept_bytes);

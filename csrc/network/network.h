@@ -59,10 +59,15 @@ class Stream {
   Network& network() { return *network_; }
   std::int64_t steps() const { return steps_; }
   void reset() { steps_ = 0; }
+  // The call before, since the last reset or not.
+  const Request& last() const { return last_; }
 
-  // Runs a plan that goes on (Request::going_on), of the same images' shape and neurons as those since the last reset.
-  // An image without data is the one of the call before. After an Error that the images are to blame for, the stream is
-  // as it was; after any other it has been reset.
+  // Raises Error unless this request may come next: of the same images' shape and neurons as those since the last reset
+  // and, where `same_image`, after an image that stays the same.
+  void check(const Request& request, bool same_image) const;
+
+  // Runs the plan of a request that goes on and has been checked. An image without data is the one of the call before.
+  // After an Error that the images are to blame for, the stream is as it was; after any other it has been reset.
   void run(const Plan& plan, const Image& image, const cpu::Options& options, float* out);
 
  private:
