@@ -4,6 +4,8 @@
 // A layer that reads weights in an order of its own is an object between plan and run (qcfs_fast/backend/protocol.py):
 // it holds the call's struct and the engine chosen for it, says how many bytes the packed weights take, packs and
 // runs.
+#include "network/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -195,4 +197,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("count", &count);
   m.def("readout", &readout);
   m.def("quantize_input", &quantize_input);
+  qcfs::network::bind(m);
 }

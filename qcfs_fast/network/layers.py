@@ -799,6 +799,10 @@ class Readout(Layer):
             buffers["offset"],
             steps,
         )
+        return self.arranged(out)
+
+    def arranged(self, out: Tensor) -> Tensor:
+        """The answer as the model gives it: [.., N, OH, OW, O] -> [.., N, O, OH, OW] or [.., N, classes]."""
         if self._vector:
             return out.flatten(2)
         out = out.permute(0, 1, 4, 2, 3)

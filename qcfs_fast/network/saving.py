@@ -21,13 +21,17 @@ FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
 FORMAT_VERSION = 2
 
 
-def save(path: str | PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def header_text(fields: Mapping[str, Any]) -> str:
+    """The header of a network: its fields, and who wrote them in which format."""
+    return json.dumps({"format_version": FORMAT_VERSION, "written_by": __version__, **fields})
+
+
+def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) -> None:
     """Write a network's header and tensors; a reader never sees half of the file.
 
     Raises:
         FileNotFoundError: the folder does not exist.
     """
-    whole = {"format_version": FORMAT_VERSION, "written_by": __version__, **header}
     dense = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with written_atomically(path) as temporary:
-        save_file(dense, temporary, metadata={FORMAT: json.dumps(whole)})
+        save_file(dense, temporary, metadata={FORMAT: header})

@@ -1,8 +1,9 @@
-"""The converted network: a small graph of nodes (layers.py), and the loop that runs it once for all T steps.
+"""The converted network: a small graph of nodes (layers.py), and what runs it once for all T steps.
 
 Each node computes all T steps before the next one starts, since a network of integrate-and-fire layers without feedback
 gives the same spikes either way, and one call for all steps keeps membranes in registers. The float image is the value
-IMAGE, every other value has the name of its node.
+IMAGE, every other value has the name of its node. On the CPU the native executor does the same in one call
+(executor.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ..errors import FormatError
 from ..operators.limits import MAX_COUNT, MAX_SOURCES, MAX_SUM
 from ..operators.neuron import Neuron
 from . import anytime, saving
+from .executor import Executor
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, Run, SpikingLayer, Values
 from .stream import Stream
 
@@ -64,6 +66,7 @@ class SNN(nn.Module):
         # Values that no node after this one reads; they are let go, so memory does not grow with depth.
         last_use = {source: name for name, layer in layers for source in layer.inputs}
         self._drop = {name: [s for s, last in last_use.items() if last == name] for name, _ in layers}
+        self._executor = Executor()
         self._set_neuron(neuron, T)
         self.eval()
 
@@ -231,6 +234,10 @@ class SNN(nn.Module):
 
     def _execute(self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None = None) -> Any:
         """Run all nodes; without x, in a run that goes on, on the image of the run before."""
+        if watch is None and not torch.compiler.is_compiling():
+            answer = self._executor.answer(self._program, self._header, x, run)
+            if answer is not None:
+                return answer
         values: Values = {IMAGE: x}
         out: Any = None
         for name, layer in self._program:
@@ -325,10 +332,16 @@ class SNN(nn.Module):
         return "\n".join([*lines, bound + shape])
 
     def extra_repr(self) -> str:
-        return f"T={self.T}, max_T={self.max_T}, weight_bits={self.weight_bits}, neuron={self._neuron}"
+        text = f"T={self.T}, max_T={self.max_T}, weight_bits={self.weight_bits}, neuron={self._neuron}"
+        return text + (f", {self._executor.path}" if self._executor.path else "")
 
     def save(self, path: Any) -> None:
         """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`."""
+        tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
+        saving.save(path, self._header(), tensors)
+
+    def _header(self) -> str:
+        """The network but for its tensors, as a file says it."""
         graph = [
             {
                 "name": name,
@@ -339,15 +352,16 @@ class SNN(nn.Module):
             }
             for name, layer in self._program
         ]
-        header = {
-            "T": self.T,
-            "weight_bits": self.weight_bits,
-            "neuron": dataclasses.asdict(self._neuron),
-            "input_shape": self.input_shape,
-            "details": self.details,
-            "graph": graph,
-        }
-        saving.save(path, header, {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()})
+        return saving.header_text(
+            {
+                "T": self.T,
+                "weight_bits": self.weight_bits,
+                "neuron": dataclasses.asdict(self._neuron),
+                "input_shape": self.input_shape,
+                "details": self.details,
+                "graph": graph,
+            }
+        )
 
 
 def check_graph(layers: Sequence[tuple[str, Layer]]) -> None:

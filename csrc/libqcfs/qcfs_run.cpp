@@ -1,0 +1,215 @@
+// qcfs-run NETWORK IMAGE.npy: runs a saved network on images from a numpy file and prints the answers, one line for
+// each image. Uses nothing but qcfs.h, so it is also an example of that.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "libqcfs/qcfs.h"
+
+namespace {
+
+constexpr const char* usage =
+    "usage: qcfs-run NETWORK IMAGES.npy [options]\n"
+    "       qcfs-run NETWORK              describes the network\n"
+    "\n"
+    "  IMAGES.npy    float32 or float64 [N, C, H, W] or [C, H, W] ([N, C] or [C] for a network of vectors);\n"
+    "                with an axis of time in front, [T, N, ...], also uint8, such as event counts\n"
+    "  --steps T     time steps; default: the network's, or those of the images\n"
+    "  --skip K      leave the first K steps out of the answer\n"
+    "  --threads K   default: 1\n"
+    "  --out F.npy   write the answers, float32, in place of printing them\n";
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "qcfs-run: %s\n", what.c_str());
+  std::exit(1);
+}
+
+struct Array {
+  std::vector<std::int64_t> shape;
+  std::vector<float> values;
+};
+
+// What follows `name` in the dictionary of a npy header.
+std::string field(const std::string& header, const std::string& name) {
+  const std::size_t at = header.find("'" + name + "':");
+  if (at == std::string::npos) fail("the npy header lacks " + name);
+  return header.substr(header.find_first_not_of(' ', at + name.size() + 3));
+}
+
+template <typename T>
+void read_values(std::FILE* file, std::vector<float>& to) {
+  std::vector<T> raw(to.size());
+  if (std::fread(raw.data(), sizeof(T), raw.size(), file) != raw.size()) fail("the npy file is cut off");
+  for (std::size_t i = 0; i < raw.size(); ++i) to[i] = static_cast<float>(raw[i]);
+}
+
+Array read_npy(const char* path) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path, "rb"), std::fclose);
+  if (file == nullptr) fail(std::string(path) + " cannot be opened");
+  unsigned char start[12];
+  if (std::fread(start, 1, 10, file.get()) != 10 || std::memcmp(start, "\x93NUMPY", 6) != 0) {
+    fail(std::string(path) + " is no npy file");
+  }
+  std::size_t length = start[8] + 256u * start[9];
+  if (start[6] >= 2) {    // four bytes of length
+    if (std::fread(start + 10, 1, 2, file.get()) != 2) fail("the npy file is cut off");
+    length += 65536u * start[10] + 16777216u * start[11];
+  }
+  if (length > (1u << 20)) fail("the npy header is too long");
+  std::string header(length, '\0');
+  if (std::fread(header.data(), 1, length, file.get()) != length) fail("the npy file is cut off");
+  if (field(header, "fortran_order").rfind("False", 0) != 0) fail("the array must be in C order");
+  Array found;
+  std::uint64_t count = 1;
+  const std::string shape = field(header, "shape");
+  for (const char* at = shape.c_str() + 1; *at >= '0' && *at <= '9';) {
+    char* end = nullptr;
+    const unsigned long long size = std::strtoull(at, &end, 10);
+    if (size > (1u << 24) || (count *= size) > (std::uint64_t{1} << 36)) fail("the array is too large");
+    found.shape.push_back(static_cast<std::int64_t>(size));
+    at = end + std::strspn(end, ", ");
+  }
+  found.values.resize(count);
+  const std::string type = field(header, "descr").substr(0, 5);
+  if (type == "'<f4'") {
+    read_values<float>(file.get(), found.values);
+  } else if (type == "'<f8'") {
+    read_values<double>(file.get(), found.values);
+  } else if (type == "'|u1'") {
+    read_values<std::uint8_t>(file.get(), found.values);
+  } else {
+    fail("the array must be float32, float64 or uint8, it is " + type);
+  }
+  return found;
+}
+
+void write_npy(const char* path, const qcfs_shape& shape, const std::vector<float>& values) {
+  std::string sizes;
+  for (int i = 0; i < shape.rank; ++i) sizes += std::to_string(shape.sizes[i]) + ", ";
+  std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + sizes + "), }";
+  header.append(63 - (10 + header.size()) % 64, ' ');
+  header += '\n';
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path, "wb"), std::fclose);
+  if (file == nullptr) fail(std::string(path) + " cannot be written");
+  const unsigned char start[] = {0x93,
+                                 'N',
+                                 'U',
+                                 'M',
+                                 'P',
+                                 'Y',
+                                 1,
+                                 0,
+                                 static_cast<unsigned char>(header.size() % 256),
+                                 static_cast<unsigned char>(header.size() / 256)};
+  const bool written = std::fwrite(start, 1, sizeof(start), file.get()) == sizeof(start) &&
+                       std::fwrite(header.data(), 1, header.size(), file.get()) == header.size() &&
+                       std::fwrite(values.data(), sizeof(float), values.size(), file.get()) == values.size() &&
+                       std::fflush(file.get()) == 0;
+  if (!written) fail(std::string(path) + " cannot be written");
+}
+
+// The images as the library takes them: with a batch, and vectors as maps of one pixel.
+qcfs_images images_of(const Array& array, const qcfs_info& info) {
+  std::vector<std::int64_t> shape = array.shape;
+  const std::size_t rank = info.is_vector ? 2 : 4;
+  if (shape.size() == rank - 1) shape.insert(shape.begin(), 1);
+  if (shape.size() != rank && shape.size() != rank + 1) {
+    fail("the images have " + std::to_string(array.shape.size()) + " axes, the network takes " + std::to_string(rank) +
+         ", or one more in front for time");
+  }
+  qcfs_images images{};
+  images.data = array.values.data();
+  const std::size_t first = shape.size() - rank;
+  if (first == 1) images.steps = shape[0];
+  images.batch = shape[first];
+  images.channels = shape[first + 1];
+  images.height = info.is_vector ? 1 : shape[first + 2];
+  images.width = info.is_vector ? 1 : shape[first + 3];
+  return images;
+}
+
+void print_answers(const qcfs_shape& shape, const std::vector<float>& values) {
+  const std::size_t rows = static_cast<std::size_t>(shape.sizes[0]), each = rows == 0 ? 0 : values.size() / rows;
+  for (std::size_t n = 0; n < rows; ++n) {
+    const float* row = &values[n * each];
+    std::size_t largest = 0;
+    for (std::size_t i = 1; i < each; ++i) largest = row[i] > row[largest] ? i : largest;
+    std::printf("%zu:", largest);
+    for (std::size_t i = 0; i < each; ++i) std::printf(" %.9g", static_cast<double>(row[i]));
+    std::printf("\n");
+  }
+}
+
+std::int64_t whole(const char* text) {
+  char* end = nullptr;
+  const long long value = std::strtoll(text, &end, 10);
+  if (end == text || *end != '\0' || value < 0 || value > 1000000000) fail(std::string(text) + " is no whole number");
+  return value;
+}
+
+}    // namespace
+
+int main(int count, char** arguments) {
+  std::vector<const char*> files;
+  const char* out = nullptr;
+  qcfs_options options{};
+  for (int i = 1; i < count; ++i) {
+    const std::string word = arguments[i];
+    if (word.rfind("--", 0) != 0) {
+      files.push_back(arguments[i]);
+      continue;
+    }
+    if (word == "--help" || i + 1 == count) {
+      std::fputs(usage, word == "--help" ? stdout : stderr);
+      return word == "--help" ? 0 : 1;
+    }
+    const char* value = arguments[++i];
+    if (word == "--out") {
+      out = value;
+    } else if (word == "--steps") {
+      options.steps = whole(value);
+    } else if (word == "--skip") {
+      options.skip = whole(value);
+    } else if (word == "--threads") {
+      options.threads = static_cast<int>(whole(value));
+    } else {
+      fail("unknown option " + word + "; see qcfs-run --help");
+    }
+  }
+  if (files.empty() || files.size() > 2) {
+    std::fputs(usage, stderr);
+    return 1;
+  }
+  qcfs_error error;
+  const auto check = [&error](qcfs_status status) {
+    if (status != QCFS_OK) fail(error.text);
+  };
+  qcfs_network* network = nullptr;
+  qcfs_info info;
+  check(qcfs_load_file(files[0], &network, &error));
+  check(qcfs_describe(network, &info, &error));
+  if (files.size() == 1) {
+    std::printf("channels %lld, classes %lld, spiking layers %lld, %d-bit weights, %s neurons, T=%lld (up to %lld)\n",
+                static_cast<long long>(info.channels), static_cast<long long>(info.classes),
+                static_cast<long long>(info.layers), info.weight_bits, info.neuron, static_cast<long long>(info.steps),
+                static_cast<long long>(info.max_steps));
+  } else {
+    const Array array = read_npy(files[1]);
+    const qcfs_images images = images_of(array, info);
+    qcfs_shape shape;
+    check(qcfs_answer_shape(network, &images, &options, &shape, &error));
+    std::vector<float> answers(shape.count);
+    check(qcfs_run(network, &images, &options, answers.data(), answers.size(), &error));
+    if (out != nullptr) {
+      write_npy(out, shape, answers);
+    } else {
+      print_answers(shape, answers);
+    }
+  }
+  qcfs_free(network);
+  return 0;
+}

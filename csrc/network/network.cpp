@@ -1,0 +1,107 @@
+#include "network/network.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "network/error.h"
+
+namespace qcfs::network {
+namespace {
+
+constexpr std::size_t max_plans = 16;    // of a network; a plan has a few kilobytes
+
+bool goes_on(const Request& from, const Request& to) {
+  return from.batch == to.batch && from.height == to.height && from.width == to.width && from.neuron == to.neuron;
+}
+
+}    // namespace
+
+std::shared_ptr<const Plan> Network::prepare(const Request& request, std::size_t max_bytes) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found =
+        std::find_if(plans_.begin(), plans_.end(), [&](const auto& plan) { return plan->request == request; });
+    if (found != plans_.end() && (*found)->bytes <= max_bytes) {
+      plans_.splice(plans_.begin(), plans_, found);
+      return plans_.front();
+    }
+  }
+  auto plan = std::make_shared<const Plan>(make_plan(graph_, request, max_bytes));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  plans_.push_front(plan);
+  if (plans_.size() > max_plans) plans_.pop_back();
+  return plan;
+}
+
+void Network::run_in(char* arena, const Plan& plan, const Image& image, std::int64_t before,
+                     const cpu::Options& options, float* out, std::uint8_t* engines) {
+  const Frame frame{arena, plan.offsets.data(), image, before, out, options, &packed_, engines};
+  for (const auto& step : plan.steps) {
+    switch (step(frame)) {
+      case Status::ok:
+        break;
+      case Status::not_finite:
+        throw Error(Fault::not_finite, "the image holds NaN or infinity; clean the data before it enters the network");
+      case Status::out_of_memory:
+      case Status::too_many_sources:    // never: the graph was checked
+        throw Error(Fault::out_of_memory, "no memory for the workspace; use a smaller batch");
+    }
+  }
+}
+
+void Network::run(const Plan& plan, const Image& image, const cpu::Options& options, float* out,
+                  std::uint8_t* engines) {
+  Waiting mine{Block(nullptr, std::free), 0};
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // The largest that waits, so that one that is too small is replaced and not kept beside the new one.
+    const auto largest = std::max_element(waiting_.begin(), waiting_.end(),
+                                          [](const Waiting& a, const Waiting& b) { return a.bytes < b.bytes; });
+    if (largest != waiting_.end()) {
+      mine = std::move(*largest);
+      *largest = std::move(waiting_.back());
+      waiting_.pop_back();
+    }
+  }
+  if (mine.block == nullptr || mine.bytes < plan.bytes) {
+    mine.block.reset();
+    mine = {make_block(plan.bytes), plan.bytes};
+  }
+  const auto give_back = [&] {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    waiting_.push_back(std::move(mine));
+  };
+  try {
+    run_in(mine.block.get(), plan, image, 0, options, out, engines);
+  } catch (...) {
+    give_back();
+    throw;
+  }
+  give_back();
+}
+
+void Stream::check(const Request& request, bool same_image) const {
+  require(steps_ == 0 || goes_on(last_, request), Fault::shape,
+          "the stream runs on images of another shape; reset it first");
+  require(!same_image || (steps_ > 0 && !last_.varying), Fault::argument,
+          "which images? The call before had none that stay the same");
+}
+
+void Stream::run(const Plan& plan, const Image& image, const cpu::Options& options, float* out) {
+  if (bytes_ < plan.bytes) {
+    Block larger = make_block(plan.bytes);
+    if (steps_ > 0) std::memcpy(larger.get(), block_.get(), plan.kept_bytes);
+    block_ = std::move(larger);
+    bytes_ = plan.bytes;
+  }
+  try {
+    network_->run_in(block_.get(), plan, image, steps_, options, out, nullptr);
+  } catch (const Error& error) {
+    if (error.fault != Fault::not_finite) reset();
+    throw;
+  }
+  steps_ += plan.request.T;
+  last_ = plan.request;
+}
+
+}    // namespace qcfs::network

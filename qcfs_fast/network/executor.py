@@ -1,0 +1,154 @@
+"""The whole network as one native call (csrc/network), in place of an operator for each node.
+
+Between two operators a network spends its time in Python: looking up tensors, checks, dispatch, allocation. The native
+executor has done all of that once for a shape and T, and a call walks through its steps without Python. It reads the
+graph as a saved file describes it and calls the kernels that the operators call, so the bytes are the same.
+
+The operators stay for all that has to see them: torch.compile and torch.export, tracing, torch's modes, transforms and
+profiler, hooks, whoever looks at the values between nodes (trace, profile), runs that go on from others (stream,
+predict), and every device but the CPU. What the native reader refuses takes that way too, and gets its messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from operator import is_
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..backend import native
+from ..backend.choice import ENGINES, cpu_backend, settings
+from ..backend.protocol import last_engine
+from ..operators.neuron import MODES
+from .layers import Layer, Readout, Run
+
+_C: Any = torch._C
+_VERSION: Any = Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+class Executor:
+    """A network's native form: made at the first call that can use it, and again when its tensors have changed.
+
+    `path` says which way the last call took, "" before the first.
+    """
+
+    def __init__(self) -> None:
+        self.path = ""
+        self._native: _Native | None = None
+
+    def __reduce__(self) -> Any:
+        return Executor, ()  # a copy of a network makes its own
+
+    def answer(self, program: list[tuple[str, Layer]], describe: Callable[[], str], x: Any, run: Run) -> Tensor | None:
+        """The network's answer as its readout gives it; None where the operators must run.
+
+        Args:
+            program: the nodes by name.
+            describe: gives the header of a saved file of them.
+            x: a checked image, or None in a run that goes on with the last one.
+            run: how to run.
+        """
+        self.path = "operators"
+        if x is None or run.state is not None or not _alone(x):
+            return None
+        held = self._native
+        if held is None or not held.fresh():
+            held = self._native = _Native(program, describe)
+        plan = held.plan(x, run)
+        if plan is None:
+            self.path = f"operators: {held.reason}"
+            return None
+        self.path = "one native call"
+        return held.run(plan, x, run)
+
+
+def _alone(x: Tensor) -> bool:
+    """Whether nothing but the answer to a plain image on the CPU is wanted."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.is_cpu
+        and x.layout is torch.strided
+        and not x.is_neg()
+        and not x._is_zerotensor()
+        and _C._len_torch_dispatch_stack() == 0
+        and _C._len_torch_function_stack() == 0
+        and _C._functorch.peek_interpreter_stack() is None
+        and _C._get_tracing_state() is None
+        and not _C._autograd._profiler_enabled()
+        and not torch.nn.modules.module._has_any_global_hook()
+        and cpu_backend() == "cpu"
+    )
+
+
+class _Native:
+    """The native form of a network's tensors as they were when it was made."""
+
+    def __init__(self, program: list[tuple[str, Layer]], describe: Callable[[], str]) -> None:
+        # The dictionaries themselves: a buffer that is replaced and a hook that is added later are seen.
+        self._buffers = [layer._buffers for _, layer in program]
+        self._hooks = [h for _, layer in program for h in (layer._forward_hooks, layer._forward_pre_hooks)]
+        self._tensors, self._state = self._now()
+        self._refused = ""
+        self.reason = ""  # why the last plan could not be made
+        self._engine_names: list[str] = native.module.engines()
+        image = program[0][1].config
+        self._vector, self._readout = image.vector, cast(Readout, program[-1][1])
+        named = {f"{name}/{key}": t for name, layer in program for key, t in layer.tensors()}
+        try:
+            self._network = native.module.Network(describe(), named)
+        except native.module.NetworkError as error:
+            self._refused = str(error)
+            return
+        layers = dict(program)
+        self._layers: list[Any] = [layers[name] for name in self._network.layers]
+
+    def _now(self) -> tuple[list[Any], list[int]]:
+        """The tensors, and numbers that change when one is written to or gets other memory.
+
+        Every call asks, so no line of Python runs for a tensor.
+        """
+        tensors: list[Any] = list(chain.from_iterable(map(dict.values, self._buffers)))
+        try:
+            return tensors, [*map(_VERSION, tensors), *map(Tensor.data_ptr, tensors)]
+        except RuntimeError:  # made under torch.inference_mode(): nobody counts its versions
+            return tensors, []
+
+    def fresh(self) -> bool:
+        """Whether the tensors are still those of which this was made."""
+        tensors, state = self._now()
+        return state == self._state and len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+
+    def plan(self, x: Tensor, run: Run) -> Any:
+        """What the network does at this shape, or None and a `reason`."""
+        if self._refused or not self._state or any(self._hooks):
+            self.reason = self._refused or ("hooks" if self._state else "tensors made under inference_mode")
+            return None
+        shape = x.shape[1:] if run.varying else x.shape
+        height, width = (1, 1) if self._vector else shape[2:]
+        neuron = (MODES.index(run.neuron.mode), run.neuron.window, run.neuron.iterations)
+        try:
+            return self._network.prepare(shape[0], height, width, run.T, neuron, run.per_step, run.skip, run.varying)
+        except (native.module.NetworkError, MemoryError) as error:
+            self.reason = str(error)
+            return None
+
+    def run(self, plan: Any, x: Tensor, run: Run) -> Tensor:
+        if x.dtype is not torch.float32:
+            x = x.to(torch.float32)
+        stride = x.stride() if run.varying else (0, *x.stride())
+        if self._vector:
+            stride = (*stride, 0, 0)
+        asked = settings()
+        out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
+        engines: bytes = self._network.run(
+            plan, x.data_ptr(), stride, out.data_ptr(), asked.isa, torch.get_num_threads(), ENGINES.index(asked.engine)
+        )
+        for layer, engine in zip(self._layers, engines, strict=True):
+            name = self._engine_names[engine]
+            last_engine.set(name)
+            if layer.engine != name:  # assigning to a module takes longer than a small operator
+                layer.engine = name
+        return self._readout.arranged(out)
