@@ -246,3 +246,19 @@ x ANN: of the fastest float32 form of the ANN.</p>
 <section><h2>The network</h2><table class="plain">{about}</table></section>""",
         ),
     )
+
+
+def markdown(results: Results) -> str:
+    """Right answers (and agreement with the ANN) in %, a row for each mode and bits, a column for each T."""
+    images, steps = results["images"], results["steps"]
+    lines = [
+        "| neuron, bits | " + " | ".join(f"T = {T}" for T in steps) + " |",
+        "| --- |" + " ---: |" * len(steps),
+    ]
+    for _, cell in _cells(results):
+        shares = zip(cell["right"], cell["agree"], strict=True)
+        cells = [f"{100 * right / images:.1f} ({100 * agree / images:.1f})" for right, agree in shares]
+        lines.append(f"| {cell['mode']}, {cell['bits']} | " + " | ".join(cells) + " |")
+    right = results["ann"]["fp32"]["right"]
+    low, high = (100 * bound for bound in interval(right, images))
+    return "\n".join([f"ANN {100 * right / images:.1f} % ({low:.1f} to {high:.1f}).", "", *lines])
