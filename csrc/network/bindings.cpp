@@ -38,6 +38,7 @@ Tensors tensors_of(const py::dict& named) {
 
 struct PlanHandle {
   std::shared_ptr<const Plan> plan;
+  bool vector;    // the answer is [.., N, classes]
 };
 
 class Executor {
@@ -50,7 +51,7 @@ class Executor {
     const NeuronMode mode{static_cast<Mode>(neuron[0]), neuron[1], neuron[2]};
     const Request request{batch, height, width, T, mode, per_step, skip, varying, false};
     py::gil_scoped_release release;
-    return {network_.prepare(request)};
+    return {network_.prepare(request), network_.graph().answer().vector};
   }
 
   // `x` and `out` are addresses; the strides those of step, sample, channel, row and column. The engine of each layer.
@@ -96,8 +97,9 @@ void bind(py::module_& m) {
   py::register_local_exception_translator([](std::exception_ptr thrown) {
     translate(std::move(thrown), py::reinterpret_borrow<py::object>(network_error));
   });
-  py::class_<PlanHandle>(m, "Plan").def_property_readonly("shape", [](const PlanHandle& handle) {
+  py::class_<PlanHandle>(m, "Plan").def_property_readonly("shape", [](const PlanHandle& handle) -> py::tuple {
     const Plan& p = *handle.plan;
+    if (handle.vector) return py::make_tuple(p.answers, p.request.batch, p.out_h * p.out_w * p.out_channels);
     return py::make_tuple(p.answers, p.request.batch, p.out_h, p.out_w, p.out_channels);
   });
   py::class_<Executor>(m, "Network")

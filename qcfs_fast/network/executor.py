@@ -25,6 +25,7 @@ from ..backend.protocol import last_engine
 from ..operators.neuron import MODES
 from .layers import Layer, Readout, Run
 
+NATIVE = "one native call"
 _C: Any = torch._C
 _VERSION: Any = Tensor._version.__get__  # type: ignore[attr-defined]
 
@@ -48,10 +49,10 @@ class Executor:
         Args:
             program: the nodes by name.
             describe: gives the header of a saved file of them.
-            x: a checked image, or None in a run that goes on with the last one.
+            x: a checked image; None where somebody watches, or in a run that goes on with the last one.
             run: how to run.
         """
-        self.path = "operators"
+        before, self.path = self.path, "operators"
         if x is None or run.state is not None or not _alone(x):
             return None
         held = self._native
@@ -61,8 +62,8 @@ class Executor:
         if plan is None:
             self.path = f"operators: {held.reason}"
             return None
-        self.path = "one native call"
-        return held.run(plan, x, run)
+        self.path = NATIVE
+        return held.run(plan, x, run, told=before == NATIVE)
 
 
 def _alone(x: Tensor) -> bool:
@@ -96,6 +97,7 @@ class _Native:
         self._engine_names: list[str] = native.module.engines()
         image = program[0][1].config
         self._vector, self._readout = image.vector, cast(Readout, program[-1][1])
+        self._engines = b""  # of the last run
         named = {f"{name}/{key}": t for name, layer in program for key, t in layer.tensors()}
         try:
             self._network = native.module.Network(describe(), named)
@@ -135,7 +137,8 @@ class _Native:
             self.reason = str(error)
             return None
 
-    def run(self, plan: Any, x: Tensor, run: Run) -> Tensor:
+    def run(self, plan: Any, x: Tensor, run: Run, told: bool) -> Tensor:
+        """The answer; `told`: the layers know the engines of the last run."""
         if x.dtype is not torch.float32:
             x = x.to(torch.float32)
         stride = x.stride() if run.varying else (0, *x.stride())
@@ -146,9 +149,11 @@ class _Native:
         engines: bytes = self._network.run(
             plan, x.data_ptr(), stride, out.data_ptr(), asked.isa, torch.get_num_threads(), ENGINES.index(asked.engine)
         )
-        for layer, engine in zip(self._layers, engines, strict=True):
-            name = self._engine_names[engine]
-            last_engine.set(name)
-            if layer.engine != name:  # assigning to a module takes longer than a small operator
-                layer.engine = name
-        return self._readout.arranged(out)
+        names = self._engine_names
+        last_engine.set(names[engines[-1]] if engines else "")
+        if not told or engines != self._engines:  # assigning to modules takes long
+            for layer, engine in zip(self._layers, engines, strict=True):
+                layer.engine = names[engine]
+            self._engines = engines
+        # As a vector it has its shape already: another operator would cost as much as all checks.
+        return out if self._readout.config.vector else self._readout.arranged(out)

@@ -234,8 +234,8 @@ class SNN(nn.Module):
 
     def _execute(self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None = None) -> Any:
         """Run all nodes; without x, in a run that goes on, on the image of the run before."""
-        if watch is None and not torch.compiler.is_compiling():
-            answer = self._executor.answer(self._program, self._header, x, run)
+        if not torch.compiler.is_compiling():
+            answer = self._executor.answer(self._program, self._header, None if watch else x, run)
             if answer is not None:
                 return answer
         values: Values = {IMAGE: x}

@@ -35,10 +35,13 @@ void feed(const std::string& bytes, Seen& seen) {
   qcfs_info info;
   if (qcfs_describe(network, &info, &error) != QCFS_OK) std::abort();
   if (info.channels <= 64) {
-    const std::int64_t side = info.is_vector ? 1 : 12;
-    std::vector<float> pixels(static_cast<std::size_t>(2 * info.channels * side * side));
+    const auto side = [&info](std::int64_t settled) {
+      return info.is_vector != 0 ? std::int64_t{1} : settled > 0 && settled <= 64 ? settled : std::int64_t{12};
+    };
+    const std::int64_t height = side(info.height), width = side(info.width);
+    std::vector<float> pixels(static_cast<std::size_t>(2 * info.channels * height * width));
     for (std::size_t i = 0; i < pixels.size(); ++i) pixels[i] = static_cast<float>(i * 37 % 101) / 25 - 2;
-    const qcfs_images images{pixels.data(), 0, 2, info.channels, side, side};
+    const qcfs_images images{pixels.data(), 0, 2, info.channels, height, width};
     qcfs_options options{};
     options.steps = std::min<std::int64_t>(info.max_steps, 3);
     options.max_bytes = 1 << 20;
