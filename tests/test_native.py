@@ -56,7 +56,7 @@ def run(command, seed, cases, threads, kernels):
     rate, ties, engines, names = re.search(r"rate ([\d.]+) ties (\d+) engines (\d+) kernels (.+)", done.stdout).groups()
     assert 0.05 < float(rate) < 0.95
     assert int(ties) > 0
-    assert int(engines) == 4  # events, dense, depthwise, grouped
+    assert int(engines) == 5  # events, dense, table, depthwise, grouped
     assert set(names.split()) == kernels
 
 
@@ -128,6 +128,10 @@ def test_an_incomplete_instruction_set_is_told_what_it_lacks(member, message):
           using Int = VectorTypes<lanes>::Int;
           static Int dot2(Int acc, Int, Int) { return acc; }
           static constexpr auto list_bytes = FourLanes::list_bytes;
+          static constexpr auto compress = FourLanes::compress;
+          static constexpr auto store_bytes = FourLanes::store_bytes;
+          template <typename Byte>
+          static Int widen_bytes(const Byte* p) { return FourLanes::widen_bytes(p); }
         };
         namespace {
         struct Mine : FourLanesAlone { %s };

@@ -14,7 +14,7 @@ from qcfs_fast.operators.neuron import MODES
 
 # The reference, and every kernel set with every engine that can be asked for.
 ENGINES = [("reference", None, "auto")] + [
-    (name, isa, how) for name, isa in backend.kernel_sets() for how in ("events", "dense")
+    (name, isa, how) for name, isa in backend.kernel_sets() for how in ("events", "dense", "table")
 ]
 IDS = [f"{name} {how}" for name, _, how in ENGINES]
 
@@ -28,8 +28,10 @@ def engine(request):
 
 
 def test_every_kernel_set_is_covered():
-    assert {"portable dense", "portable events"} <= set(IDS) or {"neon dense", "neon events"} <= set(IDS)
-    assert len(IDS) == 1 + 2 * len(backend.kernel_sets())
+    assert {"portable dense", "portable events", "portable table"} <= set(IDS) or {
+        "neon dense", "neon events", "neon table"
+    } <= set(IDS)  # fmt: skip
+    assert len(IDS) == 1 + 3 * len(backend.kernel_sets())
 
 
 def ran(case_args):
@@ -41,6 +43,10 @@ def ran(case_args):
         return "depthwise" if all(g == O == t.shape[4] for g, t in zip(groups, x, strict=True)) else "grouped"
     if backend.settings().engine == "events" or not x:
         return "events"
+    if backend.settings().engine == "table":
+        spikes = all(t.shape[0] != T or (T == 1 and (not t.numel() or int(t.max()) <= 1)) for t in x)
+        dilated = any(geometry[9 * i + 1] > 1 and geometry[9 * i + 7] > 1 for i in range(len(x)))
+        return "table" if spikes and not dilated else "events"
     large = any(t.shape[0] == T and t.numel() and int(t.max()) > 127 for t in x)
     return "events" if large and not backend.kernel_set().endswith(("vnni", "amx")) else "dense"
 
@@ -269,7 +275,22 @@ def test_sums_of_bytes_at_their_limits(engine, K, T, values):
     assert np.array_equal(out.numpy()[:, :, None, None], want.masks)
     assert 0.05 < want.rate < 0.95
     if engine != "reference":
-        assert last_engine.get() in ("events", "dense")
+        assert last_engine.get() in ("events", "dense", "table")
+
+
+@pytest.mark.parametrize(("weight", "fitting"), [(127, 258), (-128, 256), (217, 151), (-256, 128)])
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_sums_at_the_edge_of_16_bits(engine, weight, fitting, beyond):
+    """Tables have 16-bit sums up to here and wider ones beyond. All inputs fire; a membrane meets its threshold."""
+    k, scale = fitting + beyond, 1 if abs(weight) > 128 else 256
+    w = torch.full((k, 2), weight, dtype=torch.int16 if scale == 1 else torch.int8)
+    x = torch.full((1, 1, k), 0b01, dtype=torch.uint8)
+    n = torch.full((2,), 1000, dtype=torch.int32)
+    bias = 500 - k * weight * scale - torch.tensor([0, 1], dtype=torch.int32)  # ends at n, and one short of it
+    out = torch.ops.qcfs_fast.linear_if([x], [w], [], [], None, torch.stack([bias, 0 * bias]), n, 2)
+    assert out.flatten().tolist() == [0b01, 0b00]
+    if backend.settings().engine == "table" and engine != "reference":
+        assert last_engine.get() == "table"
 
 
 def test_weights_changed_in_place_are_packed_again(engine):
@@ -286,18 +307,24 @@ def test_weights_changed_in_place_are_packed_again(engine):
     assert torch.equal(after, torch.ops.qcfs_fast.conv2d_if([x], [w.clone()], *rest, threshold, 4))
 
 
-def engine_at(rate):
+def engine_at(rate, channels=128):
     """The engine that `auto` takes for a layer of 8-bit weights and spikes of this rate."""
     rng = np.random.default_rng(7)
-    w = tensor(rng.integers(-127, 128, (3, 3, 64, 64)).astype(np.int8))
-    n = torch.full((64,), 256 * 400, dtype=torch.int32)
-    x = tensor(oracle.pack(rng.random((4, 1, 14, 14, 64)) < rate))
+    w = tensor(rng.integers(-127, 128, (3, 3, channels, channels)).astype(np.int8))
+    n = torch.full((channels,), 256 * 400, dtype=torch.int32)
+    x = tensor(oracle.pack(rng.random((4, 1, 14, 14, channels)) < rate))
     torch.ops.qcfs_fast.conv2d_if([x], [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, torch.zeros_like(n), n, 4)
     return last_engine.get()
 
 
 def test_few_spikes_go_through_lists():
     assert engine_at(0.02) == "events"
+
+
+def test_narrow_layers_look_up_tables():
+    if backend.kernel_set().endswith(("vnni", "amx")):
+        pytest.skip(f"{backend.kernel_set()} has fast products of bytes, so the matrix product may win")
+    assert engine_at(0.05, channels=16) == "table"
 
 
 def test_many_spikes_go_through_the_matrix_product():

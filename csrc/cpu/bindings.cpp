@@ -172,7 +172,8 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("engines", [] {
     std::vector<std::string> names;
-    for (const Engine e : {Engine::automatic, Engine::events, Engine::dense, Engine::depthwise, Engine::grouped}) {
+    for (const Engine e :
+         {Engine::automatic, Engine::events, Engine::dense, Engine::table, Engine::depthwise, Engine::grouped}) {
       names.emplace_back(qcfs::cpu::engine_name(e));
     }
     return names;

@@ -13,6 +13,7 @@
 #include "cpu/events/plan.h"
 #include "cpu/kernel_set.h"
 #include "cpu/layer.h"
+#include "cpu/table/plan.h"
 #include "cpu/tasks.h"
 
 namespace qcfs::cpu {
@@ -42,11 +43,13 @@ double measure_peak(std::uint32_t isa, int threads) {
 
 std::size_t packed_bytes(const ConvIf& a, int product, Engine engine, std::uint32_t isa) {
   if (engine == Engine::events) return event_weight_bytes(a.products[product], a.out_channels);
+  if (engine == Engine::table) return table_weight_bytes(choose(isa), a.products[product], a.out_channels);
   return engine == Engine::dense && product == 0 ? dense_weight_bytes(choose(isa), a) : 0;
 }
 
 void pack(const ConvIf& a, int product, Engine engine, std::uint32_t isa, void* out) {
   if (engine == Engine::events) pack_event_weights(choose(isa), a.products[product], a.out_channels, out);
+  if (engine == Engine::table) pack_table_weights(choose(isa), a.products[product], a.out_channels, out);
   if (engine == Engine::dense && product == 0) pack_dense_weights(choose(isa), a, static_cast<std::int8_t*>(out));
 }
 
@@ -64,6 +67,7 @@ Status conv_if(const ConvIf& a, const Options& options) {
   LinearAsImage layer(a);
   single_step_counts_as_masks(layer);
   if (engine == Engine::dense) return run_dense(k, layer, threads);
+  if (engine == Engine::table) return run_table(k, layer, threads);
   if (engine == Engine::grouped) return run_grouped(k, layer, threads);
   return run_events(k, layer, threads);
 }

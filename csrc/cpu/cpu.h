@@ -8,11 +8,12 @@
 //
 //     events       lists of the inputs that fired, one weight row added for each (events/fire.h)
 //     dense        a matrix product of bytes (dense/dense.h)
+//     table        tables of the sums of four weights, few outputs (table/fire.h)
 //     depthwise    one input channel to an output channel (events/grouped.h)
 //     grouped      other groups (events/grouped.h)
 //
-// The first two read weights in an order of their own. So a caller chooses the engine, packs the weights for it, once,
-// and passes both with every call.
+// The first three read weights in an order of their own. So a caller chooses the engine, packs the weights for it,
+// once, and passes both with every call.
 #pragma once
 
 #include <cstddef>
@@ -22,14 +23,14 @@
 
 namespace qcfs::cpu {
 
-enum class Engine : int { automatic = 0, events, dense, depthwise, grouped };
+enum class Engine : int { automatic = 0, events, dense, table, depthwise, grouped };
 
 const char* engine_name(Engine engine);
 
 struct Options {
   std::uint32_t isa;
   int threads;
-  Engine engine = Engine::automatic;    // automatic, or events or dense where the layer allows it
+  Engine engine = Engine::automatic;    // automatic, or events, dense or table where the layer allows it
 };
 
 int kernel_set_count();

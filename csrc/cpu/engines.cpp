@@ -1,10 +1,13 @@
 // Which engine a spiking layer runs on: the estimated time of each, from the work it does and the rates at which the
 // kernel set does it.
 //
-//     events    T * rate * (inputs under the kernels) * outputs   row elements; listing every input T times; and
-//               appending the lists of every kernel row and output pixel T times
+//     events    T * rate * (inputs under the kernels) * (outputs, filled up to panels)   row elements; listing every
+//     input
+//               T times; and appending the lists of every kernel row and output pixel T times
 //     dense     T * digits * positions * padded inputs * padded outputs   products of bytes, whatever the rate; and
 //               expanding every input T times
+//     table     T * (1 - (1 - rate)^4) * (groups under the kernels) * (bytes of a row); listing every group T times for
+//               each kernel row; and beginning every output pixel T times
 //
 // The firing rate is that of the input at hand, read off a sample of it. Engines return the same bytes, so the choice
 // can never show but in time.
@@ -14,27 +17,34 @@
 #include "cpu/dense/plan.h"
 #include "cpu/kernel_set.h"
 #include "cpu/layer.h"
+#include "cpu/table/plan.h"
 
 namespace qcfs::cpu {
 namespace {
 
-// Row elements (16 and 8-bit weights) and products of bytes that one thread does in a nanosecond. Measured on a 4.4 GHz
-// Zen 5 on 3x3 layers of 14x14x256, T = 4, 18 % firing: avx512vnni, avx512, avxvnni, avx2. Estimated from the
-// instructions' throughput and not measured: amx, neondot, neon, portable.
+// What one thread does in a nanosecond, and the nanoseconds of what is done for each pixel and step. Only ratios within
+// a row matter. tools/fit_engine_rates.py measures a set and prints its row: avx2 on a 3.2 GHz Zen 3, by that script.
+// Measured by hand on a 4.4 GHz Zen 5, the columns of the table engine estimated from those of avx2: avx512vnni,
+// avx512, avxvnni. Estimated from the instructions' throughput and not measured: amx, neondot, neon, portable.
 struct EngineRates {
   const char* set;
-  double events_16, events_8, products;
+  double events_16, events_8;    // row elements
+  double products;               // of bytes
+  double listed, appended;       // events: inputs; nanoseconds to append the list of a kernel row to a pixel's
+  double expanded;               // dense: inputs
+  double groups, pixel, rows;    // table: groups listed; nanoseconds to begin a pixel; bytes of rows
 };
 
 constexpr EngineRates engine_rates[] = {
-    {"amx", 105, 165, 1000}, {"avx512vnni", 105, 165, 500}, {"avx512", 105, 165, 270}, {"avxvnni", 80, 92, 260},
-    {"avx2", 70, 92, 135},   {"neondot", 16, 16, 60},       {"neon", 16, 16, 6},       {"portable", 12, 12, 4},
+    {"amx", 105, 165, 1000, 12, 4, 60, 2.5, 5.4, 150},
+    {"avx512vnni", 105, 165, 500, 12, 4, 60, 2.5, 5.4, 150},
+    {"avx512", 105, 165, 270, 12, 4, 60, 2.5, 5.4, 150},
+    {"avxvnni", 80, 92, 260, 12, 4, 60, 1.6, 5.4, 100},
+    {"avx2", 27.1, 31.8, 44.9, 1.44, 23, 1000, 0.762, 11.3, 47.3},
+    {"neondot", 16, 16, 60, 12, 4, 60, 0.5, 8, 30},
+    {"neon", 16, 16, 6, 12, 4, 60, 0.5, 8, 30},
+    {"portable", 12, 12, 4, 12, 4, 60, 0.4, 8, 30},
 };
-
-// The rest of the work, which depends little on the set; on the same machine.
-constexpr double listed_inputs_per_ns = 12;
-constexpr double appended_list_ns = 4;    // the list of one kernel row, to one output pixel's
-constexpr double expanded_inputs_per_ns = 60;
 
 const EngineRates& rates_of(const KernelSet& k) {
   for (const EngineRates& r : engine_rates) {
@@ -65,22 +75,34 @@ double sampled_rate(const ConvIf& a, const Product& p) {
   return seen == 0 ? 0.0 : static_cast<double>(fired) / static_cast<double>(seen);
 }
 
-bool dense_is_faster(const KernelSet& k, const ConvIf& a) {
+// Nanoseconds a step on each engine.
+struct Estimate {
+  double events = 0, dense = 0, table = 0;
+};
+
+Estimate estimate(const KernelSet& k, const ConvIf& a) {
   const EngineRates& rates = rates_of(k);
-  const bool narrow = a.products[0].weight_bytes == 1;
-  const double pixels = static_cast<double>(a.batch * a.out_h * a.out_w), O = static_cast<double>(a.out_channels);
+  const double pixels = static_cast<double>(a.batch * a.out_h * a.out_w);
   const LinearAsImage layer(a);    // linear layers fill their blocks with samples
-  double events = 0, dense = dense_products(k, layer.a) / rates.products;    // nanoseconds a step
+  Estimate e;
+  e.dense = dense_products(k, layer.a) / rates.products;
   for (int i = 0; i < a.product_count; ++i) {
     const Product& p = a.products[i];
     const double inputs = static_cast<double>(a.batch * p.x.height * p.x.width * p.x.channels);
-    const double rows = sampled_rate(a, p) * static_cast<double>(kernel_inputs(p.g, p.x.channels)) * pixels;
-    const double elements_per_ns = narrow && p.x.coding == Coding::mask ? rates.events_8 : rates.events_16;
-    events += rows * O / elements_per_ns + inputs / listed_inputs_per_ns +
-              appended_list_ns * pixels * static_cast<double>(p.g.kernel_h);
-    dense += inputs / expanded_inputs_per_ns;
+    const double rate = sampled_rate(a, p), silent = (1 - rate) * (1 - rate);
+    const double filled = static_cast<double>(round_up(a.out_channels, event_panel_channels(p.weight_bytes)));
+    const double rows = rate * static_cast<double>(kernel_inputs(p.g, p.x.channels)) * pixels;
+    const double kernel_rows = static_cast<double>(p.g.kernel_h);
+    const bool narrow = p.weight_bytes == 1 && p.x.coding == Coding::mask;
+    e.events += rows * filled / (narrow ? rates.events_8 : rates.events_16) + inputs / rates.listed +
+                rates.appended * pixels * kernel_rows;
+    e.dense += inputs / rates.expanded;
+    const double column = kernel_rows * static_cast<double>(ceil_div(p.x.channels, 4));    // groups
+    const double row = static_cast<double>(round_up(a.out_channels * 2 * p.weight_bytes, k.register_bytes));
+    e.table += (1 - silent * silent) * column * static_cast<double>(p.g.kernel_w) * pixels * row / rates.rows +
+               column * static_cast<double>(a.batch * a.out_h * p.x.width) / rates.groups + rates.pixel * pixels;
   }
-  return dense < events;
+  return e;
 }
 
 }    // namespace
@@ -93,6 +115,8 @@ const char* engine_name(Engine engine) {
       return "events";
     case Engine::dense:
       return "dense";
+    case Engine::table:
+      return "table";
     case Engine::depthwise:
       return "depthwise";
     case Engine::grouped:
@@ -111,9 +135,13 @@ Engine choose_engine(const ConvIf& a, const Options& options) {
   if (depthwise && grouped) return Engine::depthwise;
   if (grouped) return Engine::grouped;
   const KernelSet& k = choose(options.isa);
-  if (options.engine == Engine::events || !dense_allowed(k, a)) return Engine::events;
-  if (options.engine == Engine::dense) return Engine::dense;
-  return dense_is_faster(k, a) ? Engine::dense : Engine::events;
+  const Engine wanted = options.engine;
+  if (wanted == Engine::table && table_allowed(k, a)) return Engine::table;
+  if (wanted == Engine::dense && dense_allowed(k, a)) return Engine::dense;
+  if (wanted != Engine::automatic || a.product_count == 0) return Engine::events;
+  const Estimate e = estimate(k, a);
+  if (e.table < e.events && e.table < e.dense && table_is_near(k, a) && table_allowed(k, a)) return Engine::table;
+  return e.dense < e.events && dense_allowed(k, a) ? Engine::dense : Engine::events;
 }
 
 }    // namespace qcfs::cpu

@@ -37,6 +37,12 @@ struct KernelSet {
   void (*fire_grouped)(const EventLayer&, const RowSpan&, void* workspace);
   void (*fire_depthwise)(const ConvIf&, const Neurons&, const RowSpan&);
 
+  // The table of one product.
+  std::int64_t register_bytes;
+  void (*pack_table)(const Product&, std::int64_t out_channels, int sum_bytes, std::int64_t row_bytes, char* rows);
+  std::size_t (*fire_table_workspace)(const TableLayer&);
+  void (*fire_table)(const TableLayer&, const RowSpan&, void* workspace);
+
   DenseShape dense;
   // Packed dense weights of one product, `panel_bytes` from panel to panel.
   void (*pack_dense)(const Product&, std::int64_t out_channels, std::int64_t panel_bytes, std::int8_t* out);

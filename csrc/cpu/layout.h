@@ -149,6 +149,22 @@ struct EventTile {
   std::int64_t sample, row0, row1, col0, col1;
 };
 
+// ------------------------------------------------------------------------------------------- table
+
+// The table of one product (table/fire.h).
+struct TableProduct {
+  std::int64_t groups;       // of four inputs under one column of the kernel
+  std::int64_t row_bytes;    // sums of all outputs, filled up to whole registers
+  int sum_bytes;             // 2 or 4
+  const char* rows;
+};
+
+struct TableLayer {
+  const ConvIf* a;
+  Neurons neurons;
+  TableProduct product[max_products];
+};
+
 // ------------------------------------------------------------------------------------------- dense
 
 // The register block of a dense kernel, and the largest input that it takes.

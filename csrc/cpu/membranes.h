@@ -69,10 +69,12 @@ struct Membranes {
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) v[j] = row<Vector>(a.state + index, j);
     }
-    if (a.neuron.mode == Mode::plain) {
-      fire(products);
-    } else {
+    if (a.neuron.mode != Mode::plain) {
       run_other(products);
+    } else if (a.residual_count == 0 && a.current == nullptr && neurons.bias_step == 0 && !held) {
+      fire<true>(products);
+    } else {
+      fire<false>(products);
     }
     if (a.state_out != nullptr) {
       QCFS_UNROLL
@@ -91,6 +93,11 @@ struct Membranes {
     const std::int64_t n = channels_in(j);
     if (n >= lanes) return load<V>(p + j * lanes);
     return n > 0 ? load_some<V>(p + j * lanes, n) : V{};
+  }
+
+  inline Vector bytes(const std::uint8_t* p, int j) const {
+    const std::int64_t n = channels_in(j);
+    return n > 0 ? widen<Isa>(p + j * lanes, n) : Vector{};
   }
 
   template <typename V, typename T>
@@ -119,7 +126,7 @@ struct Membranes {
       const std::uint8_t* x = r.data + t / 8 * plane + index;
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        const Vector s = kept ? residual_bytes[j] : __builtin_convertvector((row<LaneBytes<Isa>>(x, j)), Vector);
+        const Vector s = kept ? residual_bytes[j] : bytes(x, j);
         if (i == 0) residual_bytes[j] = s;
         current[j] += ((s & bit) != 0) & load<Vector>(amplitude + j * lanes);
       }
@@ -127,16 +134,21 @@ struct Membranes {
       const std::uint8_t* x = r.data + t * plane + index;
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        const Vector counts = __builtin_convertvector((row<LaneBytes<Isa>>(x, j)), Vector);
+        const Vector counts = bytes(x, j);
         current[j] += counts * load<Vector>(amplitude + j * lanes);
       }
     }
   }
 
   // All that step t integrates. Totals (sum mode) hold bias and the image's current once for each level.
-  template <bool totals = false, typename Products>
-  inline void integrate(const Products& products, std::int64_t t, Vectors& current) {
+  template <bool totals = false, bool bare = false, typename Products>
+  __attribute__((always_inline)) inline void integrate(const Products& products, std::int64_t t, Vectors& current) {
     products(t, current);
+    if constexpr (bare) {
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) current[j] += load<Vector>(neurons.bias + channel + j * lanes);
+      return;
+    }
     for (int i = 0; i < a.residual_count; ++i) add_residual(i, t, current);
     const std::int32_t levels = totals ? a.neuron.levels : 1;
     if (a.current != nullptr) {
@@ -163,28 +175,29 @@ struct Membranes {
   inline void store_bytes(std::uint8_t* out, const Vectors& values) const {
     QCFS_UNROLL
     for (int j = 0; j < vectors; ++j) {
-      const LaneBytes<Isa> bytes = __builtin_convertvector(values[j], LaneBytes<Isa>);
-      store_row(out + index, j, bytes);
+      const std::int64_t n = channels_in(j);
+      if (n > 0) cpu::store_bytes<Isa>(out + index + j * lanes, values[j], n);
     }
   }
 
   // The plain neuron over all steps, from v. `keep`, where given, masks its spikes.
-  template <typename Products>
-  inline void fire(const Products& products, const Vectors* keep = nullptr) {
+  template <bool bare = false, typename Products>
+  __attribute__((always_inline)) inline void fire(const Products& products, const Vectors* keep = nullptr) {
+    const std::int64_t steps = a.steps;
     Vectors bits{};
-    for (std::int64_t t = 0; t < a.steps; ++t) {
+    for (std::int64_t t = 0; t < steps; ++t) {
       Vectors current;
-      integrate(products, t, current);
+      integrate<false, bare>(products, t, current);
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) v[j] += current[j];
-      hold(v);
+      if constexpr (!bare) hold(v);
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
         const Vector n = threshold(j), spike = v[j] >= n;
         v[j] -= spike & n;
         bits[j] |= spike & (1 << (t % 8));
       }
-      if (t % 8 != 7 && t + 1 != a.steps) continue;
+      if (t % 8 != 7 && t + 1 != steps) continue;
       for (int j = 0; keep != nullptr && j < vectors; ++j) bits[j] &= (*keep)[j];
       store_bytes(a.out + t / 8 * plane, bits);
       QCFS_UNROLL

@@ -22,8 +22,6 @@ struct VectorTypes {
   typedef std::int32_t Int __attribute__((vector_size(4 * lanes)));
   typedef std::uint32_t Unsigned __attribute__((vector_size(4 * lanes)));
   // One element for each lane.
-  typedef std::uint8_t LaneBytes __attribute__((vector_size(lanes)));
-  typedef std::int8_t LaneInt8 __attribute__((vector_size(lanes)));
   typedef std::int16_t LaneInt16 __attribute__((vector_size(2 * lanes)));
   // A whole register.
   typedef std::uint8_t Bytes __attribute__((vector_size(4 * lanes)));
@@ -34,8 +32,6 @@ template <class Isa>
 using Int = typename VectorTypes<Isa::lanes>::Int;
 template <class Isa>
 using Unsigned = typename VectorTypes<Isa::lanes>::Unsigned;
-template <class Isa>
-using LaneBytes = typename VectorTypes<Isa::lanes>::LaneBytes;
 template <class Isa>
 using Bytes = typename VectorTypes<Isa::lanes>::Bytes;
 template <class Isa>
@@ -65,17 +61,33 @@ inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// Weights as int32, the first `count` of a vector.
-template <class Isa>
-inline Int<Isa> widen(const std::int8_t* w, std::int64_t count = Isa::lanes) {
-  using Narrow = typename VectorTypes<Isa::lanes>::LaneInt8;
-  return __builtin_convertvector(count == Isa::lanes ? load<Narrow>(w) : load_some<Narrow>(w, count), Int<Isa>);
+// One element for each lane as int32; of `count`, the rest zero. Bytes by the instruction set's own means: compilers
+// convert vectors of less than a register one element at a time.
+template <class Isa, typename T>
+inline Int<Isa> widen(const T* p) {
+  if constexpr (sizeof(T) == 1) {
+    return Isa::widen_bytes(p);
+  } else {
+    return __builtin_convertvector(load<typename VectorTypes<Isa::lanes>::LaneInt16>(p), Int<Isa>);
+  }
 }
 
+template <class Isa, typename T>
+inline Int<Isa> widen(const T* p, std::int64_t count) {
+  assert(count >= 0);
+  if (count >= Isa::lanes) return widen<Isa>(p);
+  T some[Isa::lanes] = {};
+  __builtin_memcpy(some, p, static_cast<std::size_t>(count) * sizeof(T));
+  return widen<Isa>(some);
+}
+
+// The lowest byte of each of `count` lanes.
 template <class Isa>
-inline Int<Isa> widen(const std::int16_t* w, std::int64_t count = Isa::lanes) {
-  using Narrow = typename VectorTypes<Isa::lanes>::LaneInt16;
-  return __builtin_convertvector(count == Isa::lanes ? load<Narrow>(w) : load_some<Narrow>(w, count), Int<Isa>);
+inline void store_bytes(std::uint8_t* p, Int<Isa> x, std::int64_t count = Isa::lanes) {
+  if (count >= Isa::lanes) return Isa::store_bytes(p, x);
+  std::uint8_t bytes[Isa::lanes];
+  Isa::store_bytes(bytes, x);
+  __builtin_memcpy(p, bytes, static_cast<std::size_t>(count));
 }
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }

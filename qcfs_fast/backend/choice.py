@@ -22,7 +22,12 @@ from typing import Any
 
 from . import native
 
-ENGINES = ("auto", "events", "dense")  # of a spiking layer on the CPU, as they can be asked for (csrc/cpu/cpu.h)
+ENGINES = (
+    "auto",
+    "events",
+    "dense",
+    "table",
+)  # of a spiking layer on the CPU, as they can be asked for (csrc/cpu/cpu.h)
 BACKENDS = ("auto", "cuda", "triton", "reference")
 GPU_ORDER = ("cuda", "triton", "reference")
 OLDEST_TRITON = (3, 3)

@@ -58,7 +58,7 @@ def _plan_spiking(a: Conv2dIf) -> Plan:
 
     if engine == "dense":  # all weights of the layer in one
         return Plan(engine, (Packing(layout, a.keys, lambda: pack(0)),), layer)
-    if engine == "events":
+    if engine in ("events", "table"):
         each = [Packing(layout, (key,), lambda i=i: pack(i)) for i, key in enumerate(a.keys)]  # type: ignore[misc]
         return Plan(engine, each, layer)
     return Plan(engine, (), layer)

@@ -454,7 +454,7 @@ class SpikingLayer(Layer):
     """Integrate-and-fire over the sum of convolutions (or linear layers) of its inputs and of residual spikes.
 
     inputs: first the nodes of the sources, then those of the residuals, last the image's if it adds a current.
-    `engine` names how the last call ran on the CPU (events, dense, depthwise or grouped; docs/backends.md), "" before
+    `engine` names how the last call ran on the CPU (events, dense, table, ..; docs/backends.md), "" before
     that and on other devices.
     """
 

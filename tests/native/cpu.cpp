@@ -74,7 +74,7 @@ void run_case(int threads, Evidence& evidence, unsigned& engines) {
   for (int k = 0; k < cpu::kernel_set_count(); ++k) {
     const std::uint32_t isa = cpu::kernel_set_isa(k);
     if ((isa & ~usable_isa()) != 0) continue;
-    for (const cpu::Engine wanted : {cpu::Engine::events, cpu::Engine::dense}) {
+    for (const cpu::Engine wanted : {cpu::Engine::events, cpu::Engine::dense, cpu::Engine::table}) {
       const Guarded<std::uint8_t> out(layer.out_bytes());
       const Guarded<std::int32_t> state(layer.state_words());
       a.out = out.data();

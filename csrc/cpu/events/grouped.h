@@ -112,11 +112,11 @@ inline void add_depthwise(const ConvIf& a, const Product& p, std::int64_t sample
       const std::uint8_t* x =
           p.x.data + ((sample * p.x.height + r) * p.x.width + c) * C + channel + (mask ? t0 / 8 : t0) * plane;
       if (mask) {
-        const Int<Isa> m = __builtin_convertvector(load_some<LaneBytes<Isa>>(x, width), Int<Isa>);
+        const Int<Isa> m = widen<Isa>(x, width);
         for (int t = 0; t < steps; ++t) acc[t][0] += (((m >> t) & 1) != 0) & weight;
       } else {
         for (int t = 0; t < steps; ++t) {
-          acc[t][0] += __builtin_convertvector(load_some<LaneBytes<Isa>>(x + t * plane, width), Int<Isa>) * weight;
+          acc[t][0] += widen<Isa>(x + t * plane, width) * weight;
         }
       }
     }

@@ -6,6 +6,11 @@
 //     list_bytes(x, n, wanted, first, out, value)
 //                           writes first + row_bytes * k for every k of [0, n) with x[k] & wanted, and those x[k] where
 //                           `value` is not null; returns the end; may write list_slack / 4 entries past it
+//     widen_bytes(p)        one signed or unsigned byte for each lane as int32
+//     store_bytes(p, x)     writes the lowest byte of each lane
+//     compress(x, kept, out)
+//                           writes the lanes of x where `kept` is not zero, in order, and a whole vector in all;
+//                           returns how many were kept
 //     block_vectors_16, block_vectors_8
 //                           vectors of output channels that stay in registers while a merged list is added
 //     interleaves           whether rows are added in pairs (add_rows.h); if so also low_words, high_words, low_bytes,
@@ -30,6 +35,7 @@
 #include "cpu/events/list.h"
 #include "cpu/events/merge.h"
 #include "cpu/kernel_set.h"
+#include "cpu/table/fire.h"
 #include "cpu/vector.h"
 
 namespace qcfs::cpu {
@@ -94,6 +100,10 @@ constexpr KernelSet make_kernel_set(const char* name, std::uint32_t isa) {
   k.fire_grouped_workspace = fire_grouped_workspace;
   k.fire_grouped = fire_grouped<Isa>;
   k.fire_depthwise = fire_depthwise<Isa>;
+  k.register_bytes = register_bytes<Isa>;
+  k.pack_table = pack_table;
+  k.fire_table_workspace = fire_table_workspace<Isa>;
+  k.fire_table = fire_table<Isa>;
   k.dense.rows = Block::rows;
   k.dense.columns = Block::columns;
   k.dense.depth = Block::depth;

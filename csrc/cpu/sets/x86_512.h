@@ -31,6 +31,23 @@ struct X86Vectors512 {
   static Int first_words(Int a) { return (Int)_mm512_cvtepi16_epi32(_mm512_castsi512_si256((__m512i)a)); }
   static Int last_words(Int a) { return (Int)_mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64((__m512i)a, 1)); }
 
+  static Int widen_bytes(const std::uint8_t* p) {
+    return (Int)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Int widen_bytes(const std::int8_t* p) {
+    return (Int)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static void store_bytes(std::uint8_t* p, Int x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+  }
+
+  // Writes the lanes of x where `kept` is not zero, in order, and whatever behind them; returns how many.
+  static int compress(Int x, Int kept, std::int32_t* out) {
+    const __mmask16 set = _mm512_test_epi32_mask((__m512i)kept, (__m512i)kept);
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(set, (__m512i)x));
+    return __builtin_popcount(set);
+  }
+
   // Unsigned times signed bytes, pairs summed to words.
   static Int dot_bytes(Int u, Int s) { return (Int)_mm512_maddubs_epi16((__m512i)u, (__m512i)s); }
 
