@@ -4,6 +4,7 @@ A page is one namespace, as a reader types it into one session. A ```console blo
 this process, unless the line before it is <!-- not run by the tests: REASON -->; then its commands must still parse.
 """
 
+import importlib.util
 import os
 import re
 import shlex
@@ -120,3 +121,12 @@ def test_the_neuron_is_drawn_by_its_script(tmp_path):
     drawn = (tmp_path / "neuron.svg").read_text()
     assert "<svg" in drawn
     assert len(drawn) > 10000
+
+
+def test_accuracy_is_what_the_studies_say():
+    spec = importlib.util.spec_from_file_location("write_accuracy", SOURCE / "tools" / "write_accuracy.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    page = (SOURCE / "docs" / "accuracy.md").read_text()
+    assert len(re.findall("<!-- study ", page)) == len(list((SOURCE / "docs" / "studies").glob("*.json"))) == 4
+    assert tool.written(page, SOURCE / "docs" / "studies") == page

@@ -133,12 +133,12 @@ def accuracy_figure(results: Results) -> Any:
     figure, axes = new_figure(3.8)
     images, steps = results["images"], results["steps"]
     first = next((cell["bits"] for _, cell in _cells(results)), None)
-    for name, cell in ((n, c) for n, c in _cells(results) if c["bits"] == first):
+    for cell in (c for _, c in _cells(results) if c["bits"] == first):
         bounds = [interval(right, images) for right in cell["right"]]
         colour = COLOURS[cell["mode"]]
         axes.plot(
             steps, [100 * r / images for r in cell["right"]], color=colour, ls=STYLES[cell["bits"]], marker="o", ms=3.5,
-            label=_label(results, name, cell),
+            label=_label(cell, False),
         )  # fmt: skip
         axes.fill_between(steps, *([100 * b[i] for b in bounds] for i in (0, 1)), color=colour, alpha=0.12, lw=0)
     axes.axhline(100 * results["ann"]["fp32"]["right"] / images, color=INK, ls="--", lw=1, label="ANN")
@@ -148,7 +148,7 @@ def accuracy_figure(results: Results) -> Any:
     axes.set_xlabel("time steps T")
     axes.set_ylabel("right answers (%)")
     percent_axis(axes)
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -158,7 +158,7 @@ def latency_figure(results: Results) -> Any:
     if not seconds:
         return None
     figure, axes = new_figure(3.8)
-    images = results["images"]
+    images, several = results["images"], len({cell["bits"] for _, cell in _cells(results)}) > 1
     for name, cell in _cells(results):
         points = [
             (1e3 * seconds[f"{name}, T = {T}"], 100 * right / images, T)
@@ -168,7 +168,7 @@ def latency_figure(results: Results) -> Any:
         colour = COLOURS[cell["mode"]]
         axes.plot(
             [p[0] for p in points], [p[1] for p in points], color=colour, ls=STYLES[cell["bits"]], marker="o", ms=3.5,
-            label=_label(results, name, cell),
+            label=_label(cell, several),
         )  # fmt: skip
         if cell["bits"] == 16 and cell["mode"] in ("plain", "offset"):
             for x, y, T in points:
@@ -187,12 +187,12 @@ def latency_figure(results: Results) -> Any:
     axes.set_xlabel(f"ms per image at batch {size} (numbers: T)")
     axes.set_ylabel("right answers (%)")
     percent_axis(axes)
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
-def _label(results: Results, name: str, cell: Mapping[str, Any]) -> str:
-    several = len({c["bits"] for _, c in _cells(results)}) > 1
+def _label(cell: Mapping[str, Any], several: bool) -> str:
+    """A line's name, with the bits of its weights where a figure has several."""
     mode = "sum (integer ANN)" if cell["mode"] == "sum" else cell["mode"]
     return f"{mode}, {cell['bits']} bits" if several else mode
 
