@@ -113,7 +113,7 @@ def test_settings_hold(name, mask, engine):
         engines = {n: layer.engine for n, layer in snn.layers.items() if hasattr(layer, "engine")}
         by_operators(snn, x)
         assert engines == {n: layer.engine for n, layer in snn.layers.items() if hasattr(layer, "engine")}
-        assert set(engines.values()) <= {"events", "dense"}
+        assert set(engines.values()) <= {"events", "dense", "table"}
 
 
 def test_several_threads():

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from ...conversion.builder import convert
 from ...conversion.preparation import prepare
 from ...model.calibration import calibrate
+from ...model.graph import symbolic_trace
 from ...model.simulation import simulate
 from ...network.layers import Layer, SpikingLayer
 from ...network.recording import trace
 from ...network.snn import SNN
 from ...operators import masks, reference
 from ...operators.signature import Conv2dIf
+from ..networks import SMALL, small_network
 from ..spikes import count_differing, mean_rate
 from ..zoo import torchvision_network
 from .contenders import DTYPES, Contenders, activations, channels_last, count_differences, quantised
@@ -37,7 +39,13 @@ from .measure import Effort, allocated_bytes, describe_error, interleaved, live_
 
 TARGET_RATE, MIN_RATE, MAX_RATE = 0.169, 0.08, 0.18  # mean firing rate; at T = 1 random networks fire at half of it
 CLASSES = 100
-NETWORKS = {"resnet18 224": ("resnet18", 224), "vgg16_bn 32": ("vgg16_bn", 32), "vgg16_bn 224": ("vgg16_bn", 224)}
+NETWORKS = {  # torchvision's, and the paper's for small images
+    "resnet18 224": ("resnet18", 224),
+    "vgg16_bn 32": ("vgg16_bn", 32),
+    "vgg16_bn 224": ("vgg16_bn", 224),
+    "resnet20 32": ("cifar-resnet20", 32),
+    "resnet18 32": ("cifar-resnet18", 32),
+}
 BATCHES = (1, 8, 32)
 STEPS = (1, 2, 4, 8, 16)
 OURS = {  # neuron and weight bits of our networks; that of sum mode is an integer ANN, for T up to what its bytes hold
@@ -46,7 +54,14 @@ OURS = {  # neuron and weight bits of our networks; that of sum mode is an integ
     "qcfs_fast offset 16-bit": ("offset", 16),
     "qcfs_fast integer ANN 8-bit": ("sum", 8),
 }
-QUICK = {("resnet18 224", 1): STEPS, ("resnet18 224", 8): (4,), ("vgg16_bn 32", 1): STEPS, ("vgg16_bn 32", 32): (4,)}
+QUICK = {
+    ("resnet18 224", 1): STEPS,
+    ("resnet18 224", 8): (4,),
+    ("vgg16_bn 32", 1): STEPS,
+    ("vgg16_bn 32", 32): (4,),
+    ("resnet20 32", 1): (4,),
+    ("resnet20 32", 32): (4,),
+}
 
 
 # ------------------------------------------------------------------------------------------ networks
@@ -70,9 +85,12 @@ def spiking_macs(snn: SNN, images: Tensor, T: int) -> dict[str, int]:
 
 
 def firing_network(name: str, size: int) -> nn.Module:
-    """A torchvision network with random weights whose layers fire at TARGET_RATE on uniform noise, over four steps."""
+    """A network with random weights whose layers fire at TARGET_RATE on uniform noise, over four steps."""
     torch.manual_seed(0)
-    model = prepare(torchvision_network(name, CLASSES), levels=4)
+    if name in SMALL:
+        model = symbolic_trace(small_network(name, CLASSES, size=size, levels=4).eval())
+    else:
+        model = prepare(torchvision_network(name, CLASSES), levels=4)
     images = torch.rand(4, 3, size, size)
     calibrate(model, [images], progress=False)
     thresholds = [m.thresh for m in activations(model).values()]

@@ -27,7 +27,7 @@ def add_bench(commands: Any) -> None:
         "measure latencies against the ANN, the step loop, SpikingJelly and snnTorch",
         'qcfs-fast bench --networks "resnet18 224" --batches 1 --steps 4 --output results.json',
     )
-    c.add_argument("--networks", nargs="*", metavar="NAME", help="resnet18 224, vgg16_bn 32, vgg16_bn 224 (quoted)")
+    c.add_argument("--networks", nargs="*", metavar="NAME", help="resnet18 224, vgg16_bn 32, resnet20 32, ... (quoted)")
     c.add_argument("--batches", type=positive, nargs="+", help="1, 8 and 32, or some of them")
     c.add_argument("--steps", type=positive, nargs="+", metavar="T", help="1 to 16")
     c.add_argument("--layers", action="store_true", help="single layers; with --networks also these")
