@@ -1,6 +1,7 @@
 """The main job: a network trained on real scans keeps its labels at every T."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_command(tmp_path, capsys):
     assert "accuracy after 16 steps" in (tmp_path / "out" / "report.html").read_text()
     snn = qcfs_fast.load(tmp_path / "out" / "digits.safetensors")
     assert snn(demo.digits().test_x[:5]).shape == (5, 10)
+
+
+@pytest.mark.slow
+def test_what_it_prints_fits_80_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    demo.demo(Path("demo-output"), epochs=1, progress=False)
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if len(line) > 80] == []
+    assert "..." not in printed
+    assert "\u2026" not in printed
+    assert (tmp_path / "demo-output" / "fashion.png").exists()
 
 
 def test_table(capsys):

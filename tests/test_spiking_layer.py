@@ -208,8 +208,8 @@ def test_layers_larger_than_a_wave(O, size):
     w = tensor(rng.integers(-32639, 32640, (3, 3, 64, O)).astype(np.int16))
     threshold, bias = torch.full((O,), 400_000, dtype=torch.int32), torch.zeros(O, dtype=torch.int32)
     for name, isa, how in ENGINES[1:]:
-        if "portable" in name and O == 600:
-            continue  # slow, and the same code
+        if O == 600 and ("portable" in name or how == "table"):
+            continue  # slow, and the same code; tables of 600 outputs are larger than that engine takes
         with backend.force(isa, cpu_engine=how):
             layer = [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, bias, threshold
             whole = torch.ops.qcfs_fast.conv2d_if([x], *layer, T)

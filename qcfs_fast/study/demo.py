@@ -268,9 +268,9 @@ def demo(
     print("\n" + _anytime(profiled))
     spikes = trace(snn, data.test_x[:1], 4)
     neurons = sum(s[0].numel() for s in spikes.values())
-    print(
-        f"\nKernels: {backend.describe()}, {torch.get_num_threads()} threads. At T = 4 the spikes of one image take "
-        f"{neurons} bytes as masks and {neurons * 4 * 4} as the float32 tensors of a step loop.\n"
-        f"Wrote {output / 'accuracy.png'}, {output / 'report.html'} and {output / 'digits.safetensors'}."
-    )
+    print(f"\nKernels: {backend.describe()}, {torch.get_num_threads()} threads.")
+    print(f"At T = 4 the spikes of one image take {neurons} bytes as masks,")
+    print(f"and {neurons * 4 * 4} as the float32 tensors of a step loop.")
+    for name in ("accuracy.png", "report.html", "digits.safetensors"):
+        print(f"Wrote {output / name}")
     return rows
