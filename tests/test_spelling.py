@@ -87,7 +87,7 @@ def test_flattening(how, plain):
     ],
 )
 def test_reshapes_that_move_pixels_are_refused(mixing):
-    with pytest.raises(ConversionError, match=r"reshapes \[N, 4, 8, 6\] to .*only flattening"):
+    with pytest.raises(ConversionError, match=r"reshapes \[N, .*\] to .*only flattening"):
         converted(Net(mixing))
 
 

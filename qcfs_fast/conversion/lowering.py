@@ -72,9 +72,21 @@ class _Size:
         return self
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _with
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _with  # type: ignore[assignment] # asserted: who knows
+    __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return "N"
+
+
+def _whole(sizes: Sequence[Any]) -> bool:
+    """Whether all sizes are numbers."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _is_rest(size: Any) -> bool:
+    """Whether a size of a reshape is -1, what is left."""
+    return isinstance(size, int) and size == -1
 
 
 def _shown(shape: Sequence[Any]) -> str:
@@ -462,14 +474,14 @@ class Lowering:
     def view(self, x: Any, *shape: Any) -> Any:
         """Only [N, features] and [N, C, H, W] as they are: what mixes samples or pixels has no spiking counterpart."""
         asked = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape)
-        if len(asked) == 2 and asked[0] != -1 and asked[1] == -1:
+        if len(asked) == 2 and not _is_rest(asked[0]) and _is_rest(asked[1]):
             return self.flatten(x, 1)
         own = self._shape(x)
-        if not all(isinstance(size, int) for size in own[1:]):
+        if len(asked) in (2, len(own)) and not _whole(own[1:]):
             raise self._shape_needed("reshapes a value whose shape is not known")
-        if len(asked) == 2 and asked[1] in (math.prod(own[1:]), -1):
+        if len(asked) == 2 and _whole(asked[1:]) and asked[1] in (math.prod(own[1:]), -1):
             return self.flatten(x, 1)
-        if asked[1:] == list(own[1:]):
+        if _whole(asked[1:]) and asked[1:] == list(own[1:]):
             return x
         raise self.fail(
             f"reshapes {_shown(own)} to {_shown(asked)}; only flattening to [N, features] is supported. Remedy: "
@@ -674,13 +686,17 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
         gm = symbolic_trace(model)
         # Without a shape: one pass that finds out whether any is needed, and how many channels the image has.
         known = input_shape or model.__dict__.get(LAST_SHAPE)
+        needed: ShapeNeededError | None = None
         if known is None:
             lowering = Lowering(gm, None)
-            lowered = lowering.run()  # ShapeNeededError where no guess will do
-            if not lowering.needs_shapes:
-                return lowered, None
-            channels = len(lowered.image.source)
-            guesses: list[tuple[int, ...]] = [(channels, side, side) for side in (224, 32)]
+            try:
+                lowered = lowering.run()
+                if not lowering.needs_shapes:
+                    return lowered, None
+            except ShapeNeededError as e:
+                needed = e
+            channels = (3, 1) if lowering.image is None else (len(lowering.image.source),)
+            guesses: list[tuple[int, ...]] = [(c, side, side) for c in channels for side in (224, 32)]
         else:
             guesses = [tuple(int(d) for d in known)]
         # With a shape: its sizes at every node are found by running the graph on fake tensors.
@@ -691,7 +707,13 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
             except Exception as e:  # whatever the model's own code raises on a shape that does not fit
                 error = e
                 continue
-            return Lowering(gm, shapes).run(), shape
+            try:
+                return Lowering(gm, shapes).run(), shape
+            except ConversionError:
+                if needed is None:
+                    raise  # else it may be the guess that is wrong
+    if needed is not None:
+        raise needed
     raise ConversionError(
         f"the model does not run on images of shape {guesses[-1]} ({str(error).splitlines()[0]}). "
         "Remedy: give convert(..., input_shape=(channels, height, width))"

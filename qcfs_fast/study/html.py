@@ -85,7 +85,7 @@ figure img { display: block; width: 100%; height: auto; margin-top: 8px; }
 section { padding: 14px 16px; margin-top: 12px; }
 .scroll { overflow-x: auto; margin-top: 8px; }
 table { border-collapse: collapse; font-size: 12px; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.layers { width: 100%; }
+.layers, .rows { width: 100%; }
 th, td { padding: 4px 5px; text-align: right; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--quiet); }
 .left { text-align: left; }

@@ -226,7 +226,7 @@ def write_page(results: Results, path: Path) -> None:
         return "".join(f"<{tag}{' class=left' if i == 1 else ''}>{escape(c)}</{tag}>" for i, c in enumerate(row))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows(results))
-    table = f'<table class="layers"><thead><tr>{cells("th", HEADINGS)}</tr></thead><tbody>{body}</tbody></table>'
+    table = f'<table class="rows"><thead><tr>{cells("th", HEADINGS)}</tr></thead><tbody>{body}</tbody></table>'
     errors = "".join(f"<li>{escape(str(c['error']))}</li>" for c in results["cells"].values() if "error" in c)
     about = "".join(
         f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>"
