@@ -343,3 +343,23 @@ def test_train_refuses(folder, capsys):
         assert message in capsys.readouterr().err
     assert main(["train", str(folder / "none"), "--output", str(folder / "o")]) == 1
     assert "no data at" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes(folder):
+    """Two processes of torchrun: gradients are averaged, one of them writes, and the run goes on by itself."""
+    run = folder / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qcfs_fast", "train"]
+    options = ["--network", "cifar-resnet20", "--width", "0.25", "--size", "32", "--batch", "8", "--device", "cpu"]
+    common = [*options, "--threshold", "2", "--rate", "0.02", "--quiet", "--output", str(run), "--calibrate", "8"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(folder / "data"), *common, "--epochs", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ANN: ") == 1
+    assert len((run / "log.jsonl").read_text().splitlines()) == 2
+    _, about = load_trained(run / "model.safetensors")
+    assert about.epochs == 2
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0
+    assert f"ANN: {about.accuracy:.2%}" in again.stdout
