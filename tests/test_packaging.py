@@ -86,8 +86,14 @@ def test_wheel_holds_the_package_alone(wheel):
     folders = {name.partition("/")[0] for name in held}
     assert folders == {"qcfs_fast", f"qcfs_fast-{__version__}.dist-info"}
     modules = {p.relative_to(SOURCE).as_posix() for p in (SOURCE / "qcfs_fast").rglob("*.py")}
+    shipped = {p.relative_to(SOURCE).as_posix() for p in (SOURCE / "qcfs_fast" / "study" / "fashion").iterdir()}
     native = f"qcfs_fast/_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    assert {name for name in held if name.startswith("qcfs_fast/")} == {*modules, "qcfs_fast/py.typed", native}
+    assert {name for name in held if name.startswith("qcfs_fast/")} == {
+        *modules,
+        *shipped,
+        "qcfs_fast/py.typed",
+        native,
+    }
 
 
 @pytest.mark.slow
