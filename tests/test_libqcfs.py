@@ -62,7 +62,7 @@ target_link_libraries(static PRIVATE qcfs::qcfs_static)
 
 
 def call(*command, **options):
-    done = subprocess.run([*map(str, command)], capture_output=True, timeout=900, **options)
+    done = subprocess.run([*map(str, command)], capture_output=True, timeout=1800, **options)
     assert done.returncode == 0, done.stdout[-3000:].decode() + done.stderr[-3000:].decode()
     return done.stdout
 

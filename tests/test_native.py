@@ -32,7 +32,7 @@ X86_FLAGS = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx5
 def cmake(*arguments):
     if shutil.which("cmake") is None:
         pytest.fail("these tests build with cmake; make test installs it")
-    done = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -49,7 +49,7 @@ def build(tmp_path_factory, sanitizer, *options):
 
 
 def run(command, seed, cases, threads, kernels):
-    done = subprocess.run([*command, str(seed), str(cases), str(threads)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([*command, str(seed), str(cases), str(threads)], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "ERROR" not in done.stderr
     assert "runtime error" not in done.stderr
