@@ -1,4 +1,4 @@
-"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (tests/native/cpu.cpp).
+"""The kernels alone, without Python or torch: sanitizers, guard pages, threads (tests/native).
 
 And what files with instruction-set flags may not do. Of an inline function or a template that several files use, the
 linker keeps any one copy: by the one-definition rule all are equal. If it keeps a copy that was compiled for AVX-512,
@@ -41,11 +41,12 @@ def configure(folder, sanitizer, *options):
     cmake("-S", SOURCE, "-B", folder, f"-DQCFS_FAST_SANITIZE={sanitizer}", "-DQCFS_FAST_CUDA=off", *options)
 
 
-def build(tmp_path_factory, sanitizer, *options):
+def build(tmp_path_factory, sanitizer, *options, targets=("differential",)):
+    """The folder with the programs."""
     folder = tmp_path_factory.mktemp(sanitizer.replace(",", "-"))
     configure(folder, sanitizer, "-DQCFS_FAST_WERROR=ON", *options)
-    cmake("--build", folder, "--target", "differential", "-j2")
-    return folder / "differential"
+    cmake("--build", folder, "--target", *targets, "-j2")
+    return folder
 
 
 def run(command, seed, cases, threads, kernels):
@@ -65,16 +66,37 @@ def host_kernels():
     return names | {"amx"} if "avx512vnni" in names else names  # tiles are emulated
 
 
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """The programs under the sanitizers of addresses and of undefined behaviour."""
+    targets = ("differential", "hostile_files")
+    return build(tmp_path_factory, "address,undefined", "-DQCFS_FAST_LIBQCFS=ON", targets=targets)
+
+
 @pytest.mark.slow
-def test_address_and_undefined_behaviour(tmp_path_factory):
-    program = build(tmp_path_factory, "address,undefined")
-    run([program], seed=1, cases=400, threads=1, kernels=host_kernels())
-    run([program], seed=2, cases=100, threads=3, kernels=host_kernels())
+def test_address_and_undefined_behaviour(checked):
+    run([checked / "differential"], seed=1, cases=400, threads=1, kernels=host_kernels())
+    run([checked / "differential"], seed=2, cases=100, threads=3, kernels=host_kernels())
+
+
+@pytest.mark.slow
+def test_damaged_files(checked):
+    """Saved networks cut off at every length, bytes flipped, the header altered (tests/native/hostile_files.cpp)."""
+    files = sorted((SOURCE / "tests" / "data").glob("*.safetensors"))
+    command = [checked / "hostile_files", "1", "600", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(files)
+    for line in lines:
+        whole, ran, cut, changed, changed_ran = map(int, re.findall(r"\d+", line))
+        assert (whole, ran, cut) == (1, 1, 0)
+        assert 30 < changed_ran <= changed < 570
 
 
 @pytest.mark.slow
 def test_threads(tmp_path_factory):
-    program = build(tmp_path_factory, "thread")
+    program = build(tmp_path_factory, "thread") / "differential"
     run([program], seed=3, cases=150, threads=4, kernels=host_kernels())
 
 
@@ -155,7 +177,7 @@ def test_arm64(tmp_path_factory):
     program = build(
         tmp_path_factory, "none", "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
         f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}", "-DCMAKE_EXE_LINKER_FLAGS=-static",
-    )  # fmt: skip
+    ) / "differential"  # fmt: skip
     run(["qemu-aarch64", "-cpu", "max", program], seed=4, cases=300, threads=2, kernels={"neondot", "neon"})
     run(["qemu-aarch64", "-cpu", "cortex-a53", program], seed=5, cases=300, threads=1, kernels={"neon"})
 

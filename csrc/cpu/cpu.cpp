@@ -41,6 +41,10 @@ double measure_peak(std::uint32_t isa, int threads) {
   return best;
 }
 
+bool has_packed(int product, Engine engine) {
+  return engine == Engine::events || engine == Engine::table || (engine == Engine::dense && product == 0);
+}
+
 std::size_t packed_bytes(const ConvIf& a, int product, Engine engine, std::uint32_t isa) {
   if (engine == Engine::events) return event_weight_bytes(a.products[product], a.out_channels);
   if (engine == Engine::table) return table_weight_bytes(choose(isa), a.products[product], a.out_channels);

@@ -46,14 +46,16 @@ double measure_peak(std::uint32_t isa, int threads);
 Engine choose_engine(const ConvIf& a, const Options& options);
 
 // Weights in the order of an engine and kernel set, for Product::packed. Dense weights of all products of a layer are
-// one array, which the first product carries. 0 bytes: the engine reads plain weights.
+// one array, which the first product carries. Where has_packed is false the product carries none.
+bool has_packed(int product, Engine engine);
+// Reads all weights of some engines: for packing, not for each call.
 std::size_t packed_bytes(const ConvIf& a, int product, Engine engine, std::uint32_t isa);
 void pack(const ConvIf& a, int product, Engine engine, std::uint32_t isa, void* out);
 std::size_t packed_bytes(const AnalogConv& a, std::uint32_t isa);
 void pack(const AnalogConv& a, std::uint32_t isa, void* out);
 
-// options.engine must be what choose_engine answered (automatic: it is asked again), and every product for which
-// packed_bytes is not 0 must carry weights packed for it. More sources than max_products or max_residuals are refused.
+// options.engine must be what choose_engine answered (automatic: it is asked again), and every product that
+// has_packed must carry weights packed for it. More sources than max_products or max_residuals are refused.
 Status conv_if(const ConvIf& a, const Options& options);
 // Needs a.packed.
 Status analog(const AnalogConv& a, const Options& options);

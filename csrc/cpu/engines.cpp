@@ -53,23 +53,32 @@ const EngineRates& rates_of(const KernelSet& k) {
   return engine_rates[sizeof(engine_rates) / sizeof(engine_rates[0]) - 1];
 }
 
+// Bytes of a word that are not zero.
+int nonzero_bytes(std::uint64_t word) {
+  constexpr std::uint64_t low = 0x7f7f7f7f7f7f7f7f;
+  return __builtin_popcountll((((word & low) + low) | word) & ~low);
+}
+
 // Share of non-zero inputs a step, from up to 64 samples of up to 64 bytes. Samples lie at multiples of the golden
 // ratio modulo 1. A constant stride could be a multiple of the row length and would sample a single image column.
 double sampled_rate(const ConvIf& a, const Product& p) {
-  constexpr std::int64_t samples = 64, max_sample_bytes = 64;
+  constexpr std::int64_t samples = 64, max_sample_bytes = 64, word_bytes = 8;
   constexpr std::int64_t golden = 2654435769;    // 2^32 / 1.618..
   const bool mask = p.x.coding == Coding::mask;
   const std::int64_t plane = a.batch * p.x.height * p.x.width * p.x.channels;
   const std::int64_t bytes = plane * (mask ? 1 : a.steps), steps = a.steps < 8 ? a.steps : 8;
   const std::int64_t sample_bytes = bytes < max_sample_bytes * samples ? bytes / samples + 1 : max_sample_bytes;
-  const unsigned wanted = (1u << steps) - 1;
+  const std::uint64_t wanted = 0x0101010101010101 * ((1u << steps) - 1);
   std::int64_t seen = 0, fired = 0;
   for (std::int64_t i = 0; i < samples; ++i) {
     const double at = static_cast<double>(static_cast<std::uint32_t>(i * golden)) / 4294967296.0;    // of 2^32
     const std::int64_t first = static_cast<std::int64_t>(at * static_cast<double>(bytes));
-    for (std::int64_t k = first; k < first + sample_bytes && k < bytes; ++k) {
-      seen += mask ? steps : 1;
-      fired += mask ? __builtin_popcount(p.x.data[k] & wanted) : p.x.data[k] != 0;
+    const std::int64_t end = first + sample_bytes < bytes ? first + sample_bytes : bytes;
+    seen += (end - first) * (mask ? steps : 1);
+    for (std::int64_t k = first; k < end; k += word_bytes) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, p.x.data + k, static_cast<std::size_t>(k + word_bytes < end ? word_bytes : end - k));
+      fired += mask ? __builtin_popcountll(word & wanted) : nonzero_bytes(word);
     }
   }
   return seen == 0 ? 0.0 : static_cast<double>(fired) / static_cast<double>(seen);

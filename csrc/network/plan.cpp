@@ -90,8 +90,9 @@ struct AnalogStep {
       now.out_current = f.at<std::int32_t>(out);
     }
     const std::uint32_t isa = f.options.isa;
-    now.packed = f.packed->find({now.weight, 0, -1, 0, cpu::chosen_kernel_set(isa)}, cpu::packed_bytes(now, isa),
-                                [&](void* to) { cpu::pack(now, isa, to); });
+    now.packed = f.packed->find(
+        {now.weight, 0, -1, 0, cpu::chosen_kernel_set(isa)}, [&] { return cpu::packed_bytes(now, isa); },
+        [&](void* to) { cpu::pack(now, isa, to); });
     return now.packed == nullptr ? Status::out_of_memory : cpu::analog(now, f.options);
   }
 };
@@ -129,11 +130,12 @@ struct FireStep {
     options.engine = cpu::choose_engine(now, options);
     if (f.engines != nullptr && place >= 0) f.engines[place] = static_cast<std::uint8_t>(options.engine);
     for (int i = 0; i < now.product_count; ++i) {
-      const std::size_t bytes = cpu::packed_bytes(now, i, options.engine, options.isa);
-      if (bytes == 0) continue;
+      if (!cpu::has_packed(i, options.engine)) continue;
       const PackedWeights::Key key{layer, i, static_cast<int>(options.engine), now.product_count,
                                    cpu::chosen_kernel_set(options.isa)};
-      p[i].packed = f.packed->find(key, bytes, [&](void* to) { cpu::pack(now, i, options.engine, options.isa, to); });
+      p[i].packed = f.packed->find(
+          key, [&] { return cpu::packed_bytes(now, i, options.engine, options.isa); },
+          [&](void* to) { cpu::pack(now, i, options.engine, options.isa, to); });
       if (p[i].packed == nullptr) return Status::out_of_memory;
     }
     return cpu::conv_if(now, options);

@@ -65,14 +65,14 @@ class PackedWeights {
   // The layer, which of its products (signed neurons have twice as many), engine and kernel set.
   using Key = std::tuple<const void*, int, int, int, const char*>;
 
-  // The packed weights of a key; null where there is no memory. pack(to) writes `bytes`.
-  template <typename Pack>
-  const void* find(const Key& key, std::size_t bytes, const Pack& pack) {
+  // The packed weights of a key; null where there is no memory. pack(to) writes bytes() bytes.
+  template <typename Bytes, typename Pack>
+  const void* find(const Key& key, const Bytes& bytes, const Pack& pack) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto found = made_.find(key);
     if (found == made_.end()) {
       try {
-        Block block = make_block(bytes);
+        Block block = make_block(bytes());
         pack(block.get());
         found = made_.emplace(key, std::move(block)).first;
       } catch (const std::exception&) {

@@ -253,6 +253,10 @@ class ImageInput(Layer):
     def bits(self) -> int:
         return self.config.bits or 16
 
+    def batch_shape(self, before: str = "") -> str:
+        """The shape of a batch for this network, in words."""
+        return f"[{before}N, {self.config.channels}{'' if self.config.vector else ', H, W'}]"
+
     def extra_repr(self) -> str:
         return f"channels={self.source.numel()}, {self.bits} bits per sample"
 

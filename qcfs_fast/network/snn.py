@@ -185,15 +185,16 @@ class SNN(nn.Module):
             raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
         first = self._program[0][1]
         channels, dims = first.config.channels, 2 if first.config.vector else 4
-        shape = f"[N, {channels}]" if dims == 2 else f"[N, {channels}, H, W]"
-        varying = x.dim() == dims + 1
+        shape = x.shape
+        varying = len(shape) == dims + 1
         if not x.is_floating_point() and not (varying and x.dtype == torch.uint8):
             raise TypeError(
-                f"expected a floating-point input {shape}, got {x.dtype}; scale images to floats first "
-                f"(event counts, uint8, have a time axis: [T, {shape[1:]})"
+                f"expected a floating-point input {first.batch_shape()}, got {x.dtype}; scale images to floats first "
+                f"(event counts, uint8, have a time axis: {first.batch_shape('T, ')})"
             )
-        if x.dim() not in (dims, dims + 1) or x.shape[x.dim() - dims + 1] != channels:
-            raise ValueError(f"expected an input of shape {shape}, or [T, {shape[1:]} over time; got {list(x.shape)}")
+        if not (varying or len(shape) == dims) or shape[1 + varying] != channels:
+            wanted = f"{first.batch_shape()}, or {first.batch_shape('T, ')} over time"
+            raise ValueError(f"expected an input of shape {wanted}; got {list(shape)}")
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("the input requires grad, but spiking inference has no gradient; pass x.detach()")
         if x.device != first.source.device:

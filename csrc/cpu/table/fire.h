@@ -100,7 +100,7 @@ inline void list_groups(const TableProduct& t, std::int64_t width, int step, con
   using Int = cpu::Int<Isa>;
   using Unsigned = cpu::Unsigned<Isa>;
   const std::int32_t row = static_cast<std::int32_t>(t.row_bytes), group = 16 * row;
-  Int lane_offset;
+  Int lane_offset{};
   for (int i = 0; i < lanes; ++i) lane_offset[i] = i * group;
   std::int32_t* out = entry;
   for (std::int64_t c = 0; c < width; ++c) {
