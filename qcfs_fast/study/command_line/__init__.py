@@ -2,6 +2,7 @@
 
     demo      train, convert and evaluate a network on real scans
     info      versions, instruction sets and the kernels in use
+    selftest  every kernel that this machine can run, against the reference
     train     a network of QCFS activations, on a data set by name or on your images
     convert   a torchvision network or a checkpoint -> a saved spiking network
     eval      accuracy by T and mode of a saved network on a folder of images or an .npz file
@@ -26,6 +27,7 @@ from typing import Any
 from ...backend.information import info
 from ..benchmark.cases import NETWORKS
 from ..demo import demo
+from ..selftest import selftest
 from .benchmarking import add_bench, add_compare
 from .common import USER_ERRORS, Parser, command, positive
 from .converting import add_convert
@@ -66,12 +68,31 @@ def _info(o: argparse.Namespace) -> int:
     return 0
 
 
+def _add_selftest(commands: Any) -> None:
+    command(
+        commands,
+        "selftest",
+        _selftest,
+        "run every kernel that this machine can run, and compare with the reference (seconds)",
+        "qcfs-fast selftest",
+    )
+
+
+def _selftest(o: argparse.Namespace) -> int:
+    lines: list[str] = []
+    passed = selftest(lines.append if o.json else print)
+    if o.json:
+        print(json.dumps({"passed": passed, "report": lines}, indent=2))
+    return 0 if passed else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="qcfs-fast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_demo,
         _add_info,
+        _add_selftest,
         add_train,
         add_convert,
         add_eval,
