@@ -11,6 +11,7 @@ from .backend.information import info
 from .conversion.builder import convert
 from .conversion.preparation import prepare
 from .errors import ConversionError, FormatError
+from .exchange.nir import from_nir, to_nir
 from .model.biases import step_biases
 from .model.calibration import calibrate
 from .model.qcfs import QCFS
@@ -40,12 +41,14 @@ __all__ = [
     "calibrate",
     "convert",
     "cuda_graph",
+    "from_nir",
     "info",
     "load",
     "prepare",
     "profile",
     "simulate",
     "step_biases",
+    "to_nir",
     "trace",
     "train",
 ]
