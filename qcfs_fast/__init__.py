@@ -12,6 +12,7 @@ from .conversion.builder import convert
 from .conversion.preparation import prepare
 from .errors import ConversionError, FormatError
 from .exchange.nir import from_nir, to_nir
+from .exchange.spikingjelly import from_spikingjelly, to_spikingjelly
 from .model.biases import step_biases
 from .model.calibration import calibrate
 from .model.qcfs import QCFS
@@ -42,6 +43,7 @@ __all__ = [
     "convert",
     "cuda_graph",
     "from_nir",
+    "from_spikingjelly",
     "info",
     "load",
     "prepare",
@@ -49,6 +51,7 @@ __all__ = [
     "simulate",
     "step_biases",
     "to_nir",
+    "to_spikingjelly",
     "trace",
     "train",
 ]

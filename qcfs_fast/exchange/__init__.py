@@ -2,6 +2,7 @@
 
     nir.py            to_nir, from_nir: the Neuromorphic Intermediate Representation
     simulators.py     such a graph in snnTorch, sinabs, Norse or SpikingJelly, with neurons that are set right
+    spikingjelly.py   from_spikingjelly, to_spikingjelly
 
 The packages of the others are optional; each is imported when it is asked for.
 """
