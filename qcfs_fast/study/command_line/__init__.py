@@ -6,6 +6,7 @@
     train     a network of QCFS activations, on a data set by name or on your images
     convert   a torchvision network or a checkpoint -> a saved spiking network
     eval      accuracy by T and mode of a saved network on a folder of images or an .npz file
+    inspect   what stands in a saved network's file
     export    a saved network in a format of other programs
     profile   firing rates, synaptic operations, energy and time of a saved network
     study     accuracy, firing and latency by T and mode, beside the ANN: tables, plots, a page
@@ -34,6 +35,7 @@ from .common import USER_ERRORS, Parser, command, positive
 from .converting import add_convert
 from .evaluating import add_eval, add_profile
 from .exporting import add_export
+from .inspecting import add_inspect
 from .training import add_study, add_train
 
 
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_selftest,
         add_train,
         add_convert,
+        add_inspect,
         add_export,
         add_eval,
         add_profile,
