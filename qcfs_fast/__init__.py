@@ -11,6 +11,8 @@ from .backend.information import info
 from .conversion.builder import convert
 from .conversion.preparation import prepare
 from .errors import ConversionError, FormatError
+from .exchange.nir import from_nir, to_nir
+from .exchange.spikingjelly import from_spikingjelly, to_spikingjelly
 from .model.biases import step_biases
 from .model.calibration import calibrate
 from .model.qcfs import QCFS
@@ -40,12 +42,16 @@ __all__ = [
     "calibrate",
     "convert",
     "cuda_graph",
+    "from_nir",
+    "from_spikingjelly",
     "info",
     "load",
     "prepare",
     "profile",
     "simulate",
     "step_biases",
+    "to_nir",
+    "to_spikingjelly",
     "trace",
     "train",
 ]

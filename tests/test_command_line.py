@@ -19,7 +19,7 @@ import qcfs_fast
 from qcfs_fast.study import command_line, evaluation, zoo
 from qcfs_fast.study.datasets import open_data
 
-COMMANDS = ("demo", "info", "convert", "eval", "profile", "bench", "compare")
+COMMANDS = ("demo", "info", "selftest", "convert", "inspect", "export", "eval", "profile", "bench", "compare")
 STEPS = (1, 2, 4, 8)
 IMAGES = 300
 

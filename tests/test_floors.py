@@ -2,6 +2,7 @@
 
     __init__, __main__            the public names and the command; they may import everything
     study                         profiles, benchmarks, evaluates: it looks on
+    exchange                      networks in the formats and simulators of others
     conversion                    from a trained model to integers
     network    model              what runs; beside it, what a user brings and trains
     backend                       who runs an operator
@@ -22,6 +23,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "qcfs_fast"
 FLOORS = (
     {"__init__", "__main__"},
     {"study"},
+    {"exchange"},
     {"conversion"},
     {"network", "model"},
     {"backend"},

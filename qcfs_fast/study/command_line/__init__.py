@@ -2,9 +2,12 @@
 
     demo      train, convert and evaluate a network on real scans
     info      versions, instruction sets and the kernels in use
+    selftest  every kernel that this machine can run, against the reference
     train     a network of QCFS activations, on a data set by name or on your images
     convert   a torchvision network or a checkpoint -> a saved spiking network
     eval      accuracy by T and mode of a saved network on a folder of images or an .npz file
+    inspect   what stands in a saved network's file
+    export    a saved network in a format of other programs
     profile   firing rates, synaptic operations, energy and time of a saved network
     study     accuracy, firing and latency by T and mode, beside the ANN: tables, plots, a page
     bench     measure latencies against the usual simulators
@@ -26,10 +29,13 @@ from typing import Any
 from ...backend.information import info
 from ..benchmark.cases import NETWORKS
 from ..demo import demo
+from ..selftest import selftest
 from .benchmarking import add_bench, add_compare
 from .common import USER_ERRORS, Parser, command, positive
 from .converting import add_convert
 from .evaluating import add_eval, add_profile
+from .exporting import add_export
+from .inspecting import add_inspect
 from .training import add_study, add_train
 
 
@@ -66,14 +72,35 @@ def _info(o: argparse.Namespace) -> int:
     return 0
 
 
+def _add_selftest(commands: Any) -> None:
+    command(
+        commands,
+        "selftest",
+        _selftest,
+        "run every kernel that this machine can run, and compare with the reference (seconds)",
+        "qcfs-fast selftest",
+    )
+
+
+def _selftest(o: argparse.Namespace) -> int:
+    lines: list[str] = []
+    passed = selftest(lines.append if o.json else print)
+    if o.json:
+        print(json.dumps({"passed": passed, "report": lines}, indent=2))
+    return 0 if passed else 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="qcfs-fast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
         _add_demo,
         _add_info,
+        _add_selftest,
         add_train,
         add_convert,
+        add_inspect,
+        add_export,
         add_eval,
         add_profile,
         add_study,
