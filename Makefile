@@ -11,9 +11,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
-SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell find csrc qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc' -o -name '*.py' -o -name 'py.typed')
+SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell find csrc qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.inc' -o -name '*.c' -o -name '*.py' -o -name 'py.typed')
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
-CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
 .PHONY: demo test quick test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
 

@@ -11,6 +11,7 @@ from .backend.information import info
 from .conversion.builder import convert
 from .conversion.preparation import prepare
 from .errors import ConversionError, FormatError
+from .exchange.integers import integer_program
 from .exchange.nir import from_nir, to_nir
 from .exchange.spikingjelly import from_spikingjelly, to_spikingjelly
 from .model.biases import step_biases
@@ -45,6 +46,7 @@ __all__ = [
     "from_nir",
     "from_spikingjelly",
     "info",
+    "integer_program",
     "load",
     "prepare",
     "profile",

@@ -1,5 +1,6 @@
 """exchange: converted networks in the formats and simulators of others, with the same spikes.
 
+    integers.py       integer_program: for C without libraries and for hardware; integers.c runs it
     nir.py            to_nir, from_nir: the Neuromorphic Intermediate Representation
     simulators.py     such a graph in snnTorch, sinabs, Norse or SpikingJelly, with neurons that are set right
     spikingjelly.py   from_spikingjelly, to_spikingjelly
