@@ -91,6 +91,7 @@ def test_wheel_holds_the_package_alone(wheel):
     assert {name for name in held if name.startswith("qcfs_fast/")} == {
         *modules,
         *shipped,
+        "qcfs_fast/exchange/integers.c",
         "qcfs_fast/py.typed",
         native,
     }
