@@ -260,7 +260,7 @@ class _Builder:
                 self._spiking(node, analog[0] if analog else None)
         self._readout()
         check_graph(self.layers)
-        return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron)
+        return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron, self.lowered.tail)
 
     def _image_bits(self) -> int:
         """Bits of a pixel: IMAGE_BITS, or as many as leave the largest sum of the image's layers exact in double."""

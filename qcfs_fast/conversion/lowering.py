@@ -34,12 +34,15 @@ from ..model.graph import (
     refuse_hooks,
     relu_ceiling,
     symbolic_trace,
+    tail_step,
 )
 from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
+from ..network.tail import OF_NUMBERS
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .values import (
+    Answer,
     Current,
     FireNode,
     Image,
@@ -145,7 +148,7 @@ class Lowering:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current))
+        return not isinstance(x, (Image, Signal, Current, Answer))
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
@@ -162,6 +165,16 @@ class Lowering:
             for name in str(node.target).split("."):
                 value = getattr(value, name)
             return value
+        step = tail_step(self.gm, node)
+        if step is not None and not (self._is_constant(args) and self._is_constant(kwargs)):
+            return self._tail(args[0] if args else kwargs["input"], *step)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Answer):
+                raise self.fail(
+                    f"works on the result of {value.steps[-1][0] if value.steps else 'squeeze'}, which no neuron "
+                    "computes: it may only stand at the end of a network. Gates, squeeze-and-excitation and attention "
+                    "cannot be converted"
+                )
         if relu_ceiling(self.gm, node) is not None:
             raise self.fail(_NO_THRESHOLD)
         if node.op == "call_module":
@@ -596,14 +609,45 @@ class Lowering:
     def dropout(self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         return x
 
-    def _output(self, x: Any) -> None:
-        if isinstance(x, (tuple, list, dict)):
-            raise self.fail("the model returns several values; return the logits alone")
+    def _tail(self, x: Any, name: str, dim: Any) -> Answer:
+        """A step of the tail; its dimension is counted from the batch."""
+        if isinstance(x, Answer):
+            answer = x
+        else:
+            current = self._answered(x)
+            answer = Answer(current, 2 if current.vector or current.flattened else 4)
+        if name in OF_NUMBERS:
+            return replace(answer, steps=(*answer.steps, (name,)))
+        if name != "squeeze" and dim is None:
+            dim = 1  # as PyTorch takes it for [N, classes] and [N, C, H, W]
+        if not isinstance(dim, int) or not -answer.dims < dim < answer.dims or dim == 0:
+            raise self.fail(
+                f"{name} over dimension {dim} takes in the batch, or several dimensions. Remedy: name one dimension "
+                f"from 1 to {answer.dims - 1}"
+            )
+        dim %= answer.dims
+        if name != "squeeze":
+            return replace(answer, steps=(*answer.steps, (name, dim)))
+        size = answer.current.channels if x is not answer and dim == 1 and answer.current.vector else None
+        size = self._shape(x)[dim] if size is None else size
+        if not isinstance(size, int):
+            raise self._shape_needed("squeezes a dimension whose size is not known")
+        return answer if size != 1 else Answer(answer.current, answer.dims - 1, (*answer.steps, (name, dim)))
+
+    def _answered(self, x: Any) -> Current:
+        """The value as what a readout gives."""
         if isinstance(x, Signal):
             x = replace(identity_current(x), vector=False, flattened=x.vector)
         if not isinstance(x, Current):
             raise self.fail("the model's output is not a layer's output")
-        self.result.output = x
+        return x
+
+    def _output(self, x: Any) -> None:
+        if isinstance(x, (tuple, list, dict)):
+            raise self.fail("the model returns several values; return the logits alone")
+        if isinstance(x, Answer):
+            x, self.result.tail = x.current, x.steps
+        self.result.output = self._answered(x)
 
 
 Handler = Callable[..., Any]

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,6 +124,15 @@ class FireNode:
         return self.current.bias if self.step_bias is None else self.current.bias + self.step_bias
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The output of the network with a tail behind it: steps as network/tail.py takes them."""
+
+    current: Current
+    dims: int  # of the answer, the batch among them
+    steps: tuple[tuple[Any, ...], ...] = ()
+
+
 @dataclass
 class Lowered:
     """A network as spiking layers in order of execution, and the current that is read out."""
@@ -130,6 +140,7 @@ class Lowered:
     image: Image
     layers: list[FireNode] = field(default_factory=list)
     output: Current | None = None
+    tail: tuple[tuple[Any, ...], ...] = ()
 
 
 def identity_current(signal: Signal) -> Current:
