@@ -45,6 +45,7 @@ from .values import (
     Answer,
     Current,
     FireNode,
+    Grouped,
     Image,
     Lowered,
     Part,
@@ -52,9 +53,13 @@ from .values import (
     Signal,
     affine,
     composed,
+    concatenated,
+    dealt,
     identity_current,
     joined,
+    merged,
     scaled,
+    selected,
     ungrouped,
 )
 
@@ -148,7 +153,7 @@ class Lowering:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current, Answer))
+        return not isinstance(x, (Image, Signal, Current, Grouped, Answer))
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
@@ -190,7 +195,10 @@ class Lowering:
                 "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "
                 "add, concat and QCFS. Remedy: replace it, or convert only the part of the model without it"
             )
-        return handler(self, *args, **kwargs)
+        try:
+            return handler(self, *args, **kwargs)
+        except TypeError as error:
+            raise self.fail(f"is called in a way that is not known here ({error})") from error
 
     # ------------------------------------------------------------------------------------- modules
 
@@ -206,6 +214,8 @@ class Lowering:
             return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
         if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)):
             return x
+        if isinstance(m, nn.ChannelShuffle):
+            return self.shuffle(x, m.groups)
         if isinstance(m, nn.Flatten):
             return self.flatten(x, m.start_dim, m.end_dim)
         if isinstance(m, nn.AvgPool2d):
@@ -224,7 +234,7 @@ class Lowering:
 
     def fire(self, x: Any, m: Any) -> Signal:
         name = self.sites[self.node][0]
-        current = self._current(x, None, "activates something that is not a layer's output")
+        current = merged(self._current(x, None, "activates something that is not a layer's output"))
         parts = [p.part for p in current.products] + [p for s in current.identities for p in s.parts]
         self.needs_shapes |= any(p.needs_size for p in parts)
         theta = thresholds(m, name, current.channels)
@@ -253,6 +263,8 @@ class Lowering:
         if isinstance(x, Image):
             x = self._read_image(x, channels)
         if isinstance(x, Signal):
+            if x.vector and x.index is not None:
+                raise self.fail("reorders or drops channels and flattens them, with no layer behind; put one there")
             x = identity_current(x)
         if not isinstance(x, Current):
             raise self.fail(why_not)
@@ -310,15 +322,10 @@ class Lowering:
                 raise self.fail("is a convolution of a flattened value")
             if signal.channels != channels:
                 raise self.fail(f"expects {channels} channels, gets {signal.channels}")
-            if groups > 1 and len(signal.parts) > 1:
-                raise self.fail(
-                    "is a grouped convolution of a concatenation; put an activation after the concatenation"
-                )
-            at = 0  # a concatenation is a sum: each part meets its own slice of the weight
-            for p in signal.parts:
-                w = weight if groups > 1 else weight[:, at : at + p.channels]
-                products.append(Product(p, w, geometry, False, self._layer()))
-                at += p.channels
+            products += [
+                Product(part, w, (*geometry[:8], own), False, self._layer())
+                for part, w, own in dealt(weight, groups, signal)
+            ]
         return Current(_float64(bias, _zeros(out)), tuple(products))
 
     def _layer(self) -> str:
@@ -355,19 +362,9 @@ class Lowering:
             # The model flattens maps with the channel first, spikes are stored with it last: the weight becomes
             # [O, C, pixels, 1], a kernel as high as the map has pixels, and _fold moves the channel behind them.
             area = features // signal.channels
-            at = 0
-            for p in signal.parts:
-                block = weight[:, at * area : (at + p.channels) * area].reshape(out, p.channels, area)
-                products.append(
-                    Product(
-                        p,
-                        block.unsqueeze(3),
-                        (area, 1, 1, 1, 0, 0, 1, 1, 1),
-                        True,
-                        self._layer(),
-                    )
-                )
-                at += p.channels
+            geometry = (area, 1, 1, 1, 0, 0, 1, 1, 1)
+            blocks = dealt(weight.reshape(out, signal.channels, area, 1), 1, signal)
+            products += [Product(part, block, geometry, True, self._layer()) for part, block, _ in blocks]
         return Current(_float64(bias, _zeros(out)), tuple(products), (), True)
 
     def batch_norm(
@@ -473,6 +470,13 @@ class Lowering:
     # ---------------------------------------------------------------------------------- arithmetic
 
     def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+        if isinstance(x, Grouped):
+            table, last = x.index, end_dim % (x.index.dim() + 3)
+            if 1 <= start_dim <= last <= table.dim():
+                table = table.flatten(start_dim - 1, last - 1)
+                return replace(x, index=table) if table.dim() > 1 else self._selected(x.value, table.tolist())
+            x = self._selected(x.value, table.flatten().tolist())
+            end_dim = -1 if last == table.dim() + 2 else 0
         if start_dim != 1 or end_dim not in (-1, 3):
             raise self.fail("flattens other dimensions than all after the batch; use flatten(x, 1)")
         if isinstance(x, Current):
@@ -490,6 +494,8 @@ class Lowering:
         if len(asked) == 2 and not _is_rest(asked[0]) and _is_rest(asked[1]):
             return self.flatten(x, 1)
         own = self._shape(x)
+        if isinstance(x, Grouped) or len(asked) > 4:
+            return self._regrouped(x, own, asked)
         if len(asked) in (2, len(own)) and not _whole(own[1:]):
             raise self._shape_needed("reshapes a value whose shape is not known")
         if len(asked) == 2 and _whole(asked[1:]) and asked[1] in (math.prod(own[1:]), -1):
@@ -500,6 +506,100 @@ class Lowering:
             f"reshapes {_shown(own)} to {_shown(asked)}; only flattening to [N, features] is supported. Remedy: "
             "flatten(x, 1), or keep the shape"
         )
+
+    # Channel shuffle: [N, C, H, W] -> [N, g, C / g, H, W] -> transposed -> [N, C, H, W].
+
+    def _regrouped(self, x: Any, own: Sequence[Any], asked: list[Any]) -> Any:
+        """A reshape that takes the channels apart, or puts them together again."""
+        if not _whole([*own[1:], *asked[1:]]):
+            raise self._shape_needed("reshapes a value whose shape is not known")
+        rest = math.prod(own[1:]) // max(1, -math.prod(asked[1:]))
+        sizes = [rest if size == -1 else size for size in asked[1:]]
+        if not isinstance(x, Image | Signal | Current | Grouped) or sizes[-2:] != list(own[-2:]) or len(sizes) < 3:
+            raise self.fail(f"reshapes {_shown(own)} to {_shown(asked)}; only channels may be taken apart")
+        if isinstance(x, Image):
+            x = self._selected(x, range(own[1]))
+        table = x if isinstance(x, Grouped) else Grouped(x, torch.arange(own[1]))
+        if math.prod(sizes[:-2]) != table.index.numel():
+            raise self.fail(f"reshapes {_shown(own)} to {_shown(asked)}, which moves samples into channels")
+        index = table.index.reshape(sizes[:-2])
+        return Grouped(table.value, index) if index.dim() > 1 else self._selected(table.value, index.tolist())
+
+    def permute(self, x: Any, *dims: Any) -> Any:
+        order = list(dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
+        rank = len(self._shape(x))
+        if not isinstance(x, Grouped) or sorted(d % rank for d in order) != list(range(rank)):
+            raise self.fail("permutes dimensions, which has no spiking counterpart unless it shuffles channels")
+        order = [d % rank for d in order]
+        if order[0] != 0 or order[-2:] != [rank - 2, rank - 1]:
+            raise self.fail("permutes the batch or pixels, which has no spiking counterpart; only channels may move")
+        return replace(x, index=x.index.permute([d - 1 for d in order[1:-2]]))
+
+    def transpose(self, x: Any, dim0: int, dim1: int) -> Any:
+        order = list(range(len(self._shape(x))))
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+        return self.permute(x, order)
+
+    def shuffle(self, x: Any, groups: int) -> Any:
+        channels = self._channels(x)
+        if channels % groups:
+            raise self.fail(f"shuffles {channels} channels in {groups} groups")
+        return self._selected(x, torch.arange(channels).reshape(groups, -1).t().flatten().tolist())
+
+    def _channels(self, x: Any) -> int:
+        if isinstance(x, Image) and not x.source:
+            known = self._shape(x)[1]
+            if not isinstance(known, int):
+                raise self._shape_needed("takes channels of the image, whose shape is not known")
+            return known
+        if not isinstance(x, Image | Signal | Current):
+            raise self.fail("takes parts of what is no map of spikes or of currents")
+        return len(x.source) if isinstance(x, Image) else x.channels
+
+    def _selected(self, x: Any, index: Sequence[int]) -> Any:
+        """Some channels of a value."""
+        if isinstance(x, Image) and not x.batch_only and not x.vector and not x.map:
+            n = self._channels(x)
+            whole = x if x.source else Image(tuple(range(n)), (1.0,) * n, (0.0,) * n)
+            source = tuple(whole.source[i] for i in index)
+            scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
+            return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
+        if not isinstance(x, Signal | Current) or x.vector or getattr(x, "flattened", False):
+            raise self.fail(
+                "takes parts of a flattened value, which has no spiking counterpart; take channels of a map"
+            )
+        if not index:
+            raise self.fail("takes no channels at all")
+        return selected(x, index)
+
+    def chunk(self, x: Any, chunks: int, dim: int = 0) -> Any:
+        return self.split(x, -(-self._channels(x) // chunks), dim)
+
+    def split(self, x: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
+        if dim not in (1, -3):
+            raise self.fail("cuts another dimension than the channels, which has no spiking counterpart")
+        channels = range(self._channels(x))
+        sizes: Any = split_size_or_sections
+        if isinstance(sizes, int):
+            sizes = [len(channels[i : i + sizes]) for i in channels[::sizes]]
+        if sum(sizes) != len(channels):
+            raise self.fail(f"cuts {len(channels)} channels into {list(sizes)}")
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return tuple(self._selected(x, channels[a : a + n]) for a, n in zip(starts, sizes, strict=True))
+
+    def index_select(self, x: Any, dim: int, index: Any) -> Any:
+        return self._indexed(x, index if dim in (1, -3) else None)
+
+    def _indexed(self, x: Any, channels: Any) -> Any:
+        """x[:, channels]."""
+        every = range(self._channels(x))
+        if isinstance(channels, Tensor) and channels.dim() == 1:
+            channels = channels.nonzero().flatten().tolist() if channels.dtype == torch.bool else channels.tolist()
+        if isinstance(channels, slice):
+            return self._selected(x, every[channels])
+        if not isinstance(channels, (list, tuple)) or any(not isinstance(i, int) for i in channels):
+            raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
+        return self._selected(x, [every[i] for i in channels])
 
     def _shape(self, x: Any) -> tuple[Any, ...]:
         """The shape of a value: the batch is a _Size, and so is what is not known yet."""
@@ -529,7 +629,11 @@ class Lowering:
             everything, channel = index
             if everything == slice(None) and isinstance(channel, int):
                 return Image((channel,), (1.0,), (0.0,), batch_only=True)
-        raise self.fail("indexes a tensor, which has no spiking counterpart")
+        if isinstance(index, tuple) and 1 < len(index) <= 4 and index[0] == slice(None):
+            rest = index[2:-1] if index[-1] is Ellipsis else index[2:]
+            if all(isinstance(i, slice) and i == slice(None) for i in rest):
+                return self._indexed(x, index[1])
+        raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
 
     def unsqueeze(self, x: Any, dim: int) -> Any:
         if isinstance(x, Image) and x.batch_only and dim == 1:
@@ -565,7 +669,7 @@ class Lowering:
                 raise self.fail("scales the image; normalise images before they enter the network")
             return replace(x, scale=tuple(s * factor for s in x.scale), shift=tuple(s * factor for s in x.shift))
         if isinstance(x, Signal):
-            return scaled(x, torch.full((x.channels,), float(factor), dtype=torch.float64))
+            return scaled(x, torch.full((x.width,), float(factor), dtype=torch.float64))
         return affine(
             x,
             torch.full((x.channels,), float(factor), dtype=torch.float64),
@@ -594,7 +698,7 @@ class Lowering:
             return joined(currents)
         if len({t.vector for t in tensors}) != 1:
             raise self.fail("concatenates feature maps and flattened values")
-        return Signal(sum((t.parts for t in tensors), ()), tensors[0].vector)
+        return concatenated(tensors)
 
     def mean(self, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
         dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
@@ -637,7 +741,7 @@ class Lowering:
     def _answered(self, x: Any) -> Current:
         """The value as what a readout gives."""
         if isinstance(x, Signal):
-            x = replace(identity_current(x), vector=False, flattened=x.vector)
+            x = replace(identity_current(replace(x, vector=False)), flattened=x.vector)
         if not isinstance(x, Current):
             raise self.fail("the model's output is not a layer's output")
         return x
@@ -661,6 +765,14 @@ FUNCTIONS: dict[Any, Handler] = {
     torch.concat: Lowering.concat,
     torch.flatten: Lowering.flatten,
     torch.unsqueeze: Lowering.unsqueeze,
+    torch.reshape: Lowering.view,
+    torch.permute: Lowering.permute,
+    torch.transpose: Lowering.transpose,
+    torch.chunk: Lowering.chunk,
+    torch.split: Lowering.split,
+    torch.index_select: Lowering.index_select,
+    torch.channel_shuffle: Lowering.shuffle,
+    F.channel_shuffle: Lowering.shuffle,
     torch.mean: Lowering.mean,
     torch.conv2d: Lowering.conv,
     F.conv2d: Lowering.conv,
@@ -688,6 +800,11 @@ METHODS: dict[str, Handler] = {
     "ndimension": Lowering.rank,
     "mean": Lowering.mean,
     "unsqueeze": Lowering.unsqueeze,
+    "permute": Lowering.permute,
+    "transpose": Lowering.transpose,
+    "chunk": Lowering.chunk,
+    "split": Lowering.split,
+    "index_select": Lowering.index_select,
     "contiguous": Lowering.keep,
     "detach": Lowering.keep,
     "clone": Lowering.keep,
