@@ -73,6 +73,10 @@ class ShapeNeededError(ConversionError):
     """Lowering cannot go on without the shape of the images."""
 
 
+class _Unknown:
+    """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again."""
+
+
 class _Size:
     """A size that is not a number here: that of the batch, or any while the shape of the images is not known."""
 
@@ -132,11 +136,20 @@ class Lowering:
 
     def run(self) -> Lowered:
         refuse_hooks(self.gm, "the model itself")
+        obstacles: list[ConversionError] = []
         for node in self.gm.graph.nodes:
             self.node = node
-            if node.op == "call_module":
-                refuse_hooks(self.gm.get_submodule(str(node.target)), str(node.target))
-            self.values[node] = self._execute(node)
+            try:
+                if node.op == "call_module":
+                    refuse_hooks(self.gm.get_submodule(str(node.target)), str(node.target))
+                self.values[node] = self._execute(node)
+            except ShapeNeededError:
+                raise
+            except ConversionError as error:
+                obstacles.append(error)
+                self.values[node] = _Unknown()
+        if obstacles:
+            raise _all_of(obstacles)
         if self.result.output is None:
             raise ConversionError("the model returns nothing that depends on its input")
         if self.image is None:
@@ -153,7 +166,10 @@ class Lowering:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current, Grouped, Answer))
+        return not isinstance(x, (Image, Signal, Current, Grouped, Answer, _Unknown))
+
+    def _is_unknown(self, x: Any) -> bool:
+        return any(map(self._is_unknown, x)) if isinstance(x, (tuple, list)) else isinstance(x, _Unknown)
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
@@ -163,15 +179,16 @@ class Lowering:
                     return node.args[0]
                 raise self.fail("a network with several inputs is not supported; convert the part behind one input")
             return Image((), (), ())
+        unknown = self._is_unknown(args) or self._is_unknown(tuple(kwargs.values()))
         if node.op == "output":
-            return self._output(args[0])
+            return None if unknown else self._output(args[0])
         if node.op == "get_attr":
             value: Any = self.gm
             for name in str(node.target).split("."):
                 value = getattr(value, name)
             return value
         step = tail_step(self.gm, node)
-        if step is not None and not (self._is_constant(args) and self._is_constant(kwargs)):
+        if step is not None and not unknown and not (self._is_constant(args) and self._is_constant(kwargs)):
             return self._tail(args[0] if args else kwargs["input"], *step)
         for value in (*args, *kwargs.values()):
             if isinstance(value, Answer):
@@ -183,18 +200,28 @@ class Lowering:
         if relu_ceiling(self.gm, node) is not None:
             raise self.fail(_NO_THRESHOLD)
         if node.op == "call_module":
-            return self._module(self.gm.get_submodule(str(node.target)), args, kwargs)
+            m = self.gm.get_submodule(str(node.target))
+            if unknown and (step is not None or is_qcfs(m) or isinstance(m, _KNOWN_MODULES)):
+                return self._fired_unknown(m)
+            return self._module(m, args, kwargs)
         if self._is_constant(args) and self._is_constant(kwargs) and "call_" in node.op and node.all_input_nodes:
-            with torch.no_grad():
-                if callable(node.target):
-                    return node.target(*args, **kwargs)
-                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            try:
+                with torch.no_grad():
+                    if callable(node.target):
+                        return node.target(*args, **kwargs)
+                    return getattr(args[0], node.target)(*args[1:], **kwargs)
+            except Exception as error:  # whatever a function raises on a size that is not known
+                raise self.fail(f"cannot be computed without an image ({error})") from error
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
-        if handler is None:
+        if handler is None and getattr(node.target, "__name__", "") == "stochastic_depth":
+            handler = Lowering.stochastic_depth
+        if handler is None and not (unknown and step is not None):
             raise self.fail(
                 "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "
                 "add, concat and QCFS. Remedy: replace it, or convert only the part of the model without it"
             )
+        if handler is None or (unknown and handler not in _OF_ANYTHING):
+            return _Unknown()
         try:
             return handler(self, *args, **kwargs)
         except TypeError as error:
@@ -231,6 +258,13 @@ class Lowering:
             "AvgPool2d, AdaptiveAvgPool2d, MaxPool2d and QCFS. Remedy: replace the module by one of these (an "
             "activation by ReLU before prepare)"
         )
+
+    def _fired_unknown(self, m: nn.Module) -> Signal | _Unknown:
+        """What a module makes of an unknown value: an activation's spikes are known again, if their shape is."""
+        shape = (self.shapes or {}).get(self.node)
+        if not is_qcfs(m) or shape is None:
+            return _Unknown()
+        return Signal((Part(str(self.node.target), torch.ones(shape[0], dtype=torch.float64)),), len(shape) == 1)
 
     def fire(self, x: Any, m: Any) -> Signal:
         name = self.sites[self.node][0]
@@ -664,6 +698,8 @@ class Lowering:
                 "multiplies two activations, which has no spiking counterpart (attention and "
                 "squeeze-and-excitation cannot be converted)"
             )
+        if isinstance(x, _Unknown):
+            return x
         if isinstance(x, Image):
             if not x.source:
                 raise self.fail("scales the image; normalise images before they enter the network")
@@ -711,6 +747,9 @@ class Lowering:
         return x
 
     def dropout(self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        return x
+
+    def stochastic_depth(self, x: Any, p: float, mode: str, training: bool = True) -> Any:
         return x
 
     def _tail(self, x: Any, name: str, dim: Any) -> Answer:
@@ -779,7 +818,10 @@ FUNCTIONS: dict[Any, Handler] = {
     F.linear: Lowering.linear,
     F.batch_norm: Lowering.batch_norm,
     F.dropout: Lowering.dropout,
+    F.dropout1d: Lowering.dropout,
     F.dropout2d: Lowering.dropout,
+    F.alpha_dropout: Lowering.dropout,
+    F.feature_alpha_dropout: Lowering.dropout,
     F.avg_pool2d: Lowering.avg_pool,
     F.adaptive_avg_pool2d: Lowering.adaptive_pool,
     F.max_pool2d: Lowering.max_pool,
@@ -809,6 +851,43 @@ METHODS: dict[str, Handler] = {
     "detach": Lowering.keep,
     "clone": Lowering.keep,
 }
+
+
+_KNOWN_MODULES = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.AlphaDropout,
+    nn.Identity,
+    nn.Flatten,
+    nn.ChannelShuffle,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.MaxPool2d,
+)
+# What is looked at even where a value is unknown: sizes have an answer, and a product of two values is an obstacle.
+_OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)
+
+
+def _all_of(obstacles: list[ConversionError]) -> ConversionError:
+    """All that stands in the way, each reason once with its places."""
+    places: dict[str, list[str]] = {}
+    for error in obstacles:
+        place, _, why = str(error).partition(": ")
+        places.setdefault(why, []).append(place)
+    lines = []
+    for why, found in places.items():
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        lines.append(f"{', '.join(found[:3])}{more}: {why}")
+    if len(lines) > 1:
+        lines = [f"{len(obstacles)} obstacles", *(f"  {line}" for line in lines)]
+    raised = ConversionError("\n".join(lines))
+    raised.obstacles = tuple((why, tuple(found)) for why, found in places.items())
+    return raised
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -847,15 +926,15 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
         gm = symbolic_trace(model)
         # Without a shape: one pass that finds out whether any is needed, and how many channels the image has.
         known = input_shape or model.__dict__.get(LAST_SHAPE)
-        needed: ShapeNeededError | None = None
+        needed: ConversionError | None = None
         if known is None:
             lowering = Lowering(gm, None)
             try:
                 lowered = lowering.run()
                 if not lowering.needs_shapes:
                     return lowered, None
-            except ShapeNeededError as e:
-                needed = e
+            except ConversionError as e:
+                needed = e  # with sizes there may be more to say
             channels = (3, 1) if lowering.image is None else (len(lowering.image.source),)
             guesses: list[tuple[int, ...]] = [(c, side, side) for c in channels for side in (224, 32)]
         else:
@@ -869,10 +948,13 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
                 error = e
                 continue
             try:
-                return Lowering(gm, shapes).run(), shape
+                lowered = Lowering(gm, shapes).run()
             except ConversionError:
-                if needed is None:
-                    raise  # else it may be the guess that is wrong
+                if not isinstance(needed, ShapeNeededError):
+                    raise
+                continue  # it may be the guess that is wrong
+            if needed is None or isinstance(needed, ShapeNeededError):
+                return lowered, shape
     if needed is not None:
         raise needed
     raise ConversionError(

@@ -4,6 +4,7 @@
     info      versions, instruction sets and the kernels in use
     train     a network of QCFS activations, on a data set by name or on your images
     convert   a torchvision network or a checkpoint -> a saved spiking network
+    zoo       which of torchvision's networks convert, and why others do not
     eval      accuracy by T and mode of a saved network on a folder of images or an .npz file
     profile   firing rates, synaptic operations, energy and time of a saved network
     study     accuracy, firing and latency by T and mode, beside the ANN: tables, plots, a page
@@ -28,7 +29,7 @@ from ..benchmark.cases import NETWORKS
 from ..demo import demo
 from .benchmarking import add_bench, add_compare
 from .common import USER_ERRORS, Parser, command, positive
-from .converting import add_convert
+from .converting import add_convert, add_zoo
 from .evaluating import add_eval, add_profile
 from .training import add_study, add_train
 
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_info,
         add_train,
         add_convert,
+        add_zoo,
         add_eval,
         add_profile,
         add_study,
