@@ -144,7 +144,7 @@ def convert(
         limit = _add_step_bias(lowered, step_bias, settled, T, max_T)
     totals = min(T if max_T is None else max_T, MAX_COUNT) if settled.mode == "sum" else 1
     image = lowered.image
-    batches = None if data is None else rounding.checked_batches(data, 1 + max(image.source), image.vector)
+    batches = None if data is None else rounding.checked_batches(data, image.channels, image.vector)
     prefix = None if batches is None else rounding.Prefix(batches, Run(T, settled))
     return _Builder(lowered, weight_bits, T, limit, settled, totals, prefix).build(shape, progress and data is not None)
 
@@ -236,7 +236,7 @@ class _Builder:
             INPUT,
             ImageInput(
                 [IMAGE],
-                ImageConfig(channels=1 + max(image.source), vector=image.vector, bits=self._image_bits()),
+                ImageConfig(channels=image.channels, vector=image.vector, bits=self._image_bits()),
                 {
                     "source": torch.tensor(image.source, dtype=torch.int64),
                     "scale": torch.tensor(image.scale, dtype=torch.float32),
@@ -260,7 +260,7 @@ class _Builder:
                 self._spiking(node, analog[0] if analog else None)
         self._readout()
         check_graph(self.layers)
-        return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron)
+        return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron, self.lowered.tail)
 
     def _image_bits(self) -> int:
         """Bits of a pixel: IMAGE_BITS, or as many as leave the largest sum of the image's layers exact in double."""

@@ -34,14 +34,18 @@ from ..model.graph import (
     refuse_hooks,
     relu_ceiling,
     symbolic_trace,
+    tail_step,
 )
 from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
+from ..network.tail import OF_NUMBERS
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .values import (
+    Answer,
     Current,
     FireNode,
+    Grouped,
     Image,
     Lowered,
     Part,
@@ -49,9 +53,13 @@ from .values import (
     Signal,
     affine,
     composed,
+    concatenated,
+    dealt,
     identity_current,
     joined,
+    merged,
     scaled,
+    selected,
     ungrouped,
 )
 
@@ -63,6 +71,10 @@ _NO_THRESHOLD = "is a ReLU, which has no threshold; call qcfs_fast.prepare(model
 
 class ShapeNeededError(ConversionError):
     """Lowering cannot go on without the shape of the images."""
+
+
+class _Unknown:
+    """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again."""
 
 
 class _Size:
@@ -124,11 +136,20 @@ class Lowering:
 
     def run(self) -> Lowered:
         refuse_hooks(self.gm, "the model itself")
+        obstacles: list[ConversionError] = []
         for node in self.gm.graph.nodes:
             self.node = node
-            if node.op == "call_module":
-                refuse_hooks(self.gm.get_submodule(str(node.target)), str(node.target))
-            self.values[node] = self._execute(node)
+            try:
+                if node.op == "call_module":
+                    refuse_hooks(self.gm.get_submodule(str(node.target)), str(node.target))
+                self.values[node] = self._execute(node)
+            except ShapeNeededError:
+                raise
+            except ConversionError as error:
+                obstacles.append(error)
+                self.values[node] = _Unknown()
+        if obstacles:
+            raise _all_of(obstacles)
         if self.result.output is None:
             raise ConversionError("the model returns nothing that depends on its input")
         if self.image is None:
@@ -145,7 +166,10 @@ class Lowering:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current))
+        return not isinstance(x, (Image, Signal, Current, Grouped, Answer, _Unknown))
+
+    def _is_unknown(self, x: Any) -> bool:
+        return any(map(self._is_unknown, x)) if isinstance(x, (tuple, list)) else isinstance(x, _Unknown)
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
@@ -155,29 +179,53 @@ class Lowering:
                     return node.args[0]
                 raise self.fail("a network with several inputs is not supported; convert the part behind one input")
             return Image((), (), ())
+        unknown = self._is_unknown(args) or self._is_unknown(tuple(kwargs.values()))
         if node.op == "output":
-            return self._output(args[0])
+            return None if unknown else self._output(args[0])
         if node.op == "get_attr":
             value: Any = self.gm
             for name in str(node.target).split("."):
                 value = getattr(value, name)
             return value
+        step = tail_step(self.gm, node)
+        if step is not None and not unknown and not (self._is_constant(args) and self._is_constant(kwargs)):
+            return self._tail(args[0] if args else kwargs["input"], *step)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Answer):
+                raise self.fail(
+                    f"works on the result of {value.steps[-1][0] if value.steps else 'squeeze'}, which no neuron "
+                    "computes: it may only stand at the end of a network. Gates, squeeze-and-excitation and attention "
+                    "cannot be converted"
+                )
         if relu_ceiling(self.gm, node) is not None:
             raise self.fail(_NO_THRESHOLD)
         if node.op == "call_module":
-            return self._module(self.gm.get_submodule(str(node.target)), args, kwargs)
+            m = self.gm.get_submodule(str(node.target))
+            if unknown and (step is not None or is_qcfs(m) or isinstance(m, _KNOWN_MODULES)):
+                return self._fired_unknown(m)
+            return self._module(m, args, kwargs)
         if self._is_constant(args) and self._is_constant(kwargs) and "call_" in node.op and node.all_input_nodes:
-            with torch.no_grad():
-                if callable(node.target):
-                    return node.target(*args, **kwargs)
-                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            try:
+                with torch.no_grad():
+                    if callable(node.target):
+                        return node.target(*args, **kwargs)
+                    return getattr(args[0], node.target)(*args[1:], **kwargs)
+            except Exception as error:  # whatever a function raises on a size that is not known
+                raise self.fail(f"cannot be computed without an image ({error})") from error
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
-        if handler is None:
+        if handler is None and getattr(node.target, "__name__", "") == "stochastic_depth":
+            handler = Lowering.stochastic_depth
+        if handler is None and not (unknown and step is not None):
             raise self.fail(
                 "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "
                 "add, concat and QCFS. Remedy: replace it, or convert only the part of the model without it"
             )
-        return handler(self, *args, **kwargs)
+        if handler is None or (unknown and handler not in _OF_ANYTHING):
+            return _Unknown()
+        try:
+            return handler(self, *args, **kwargs)
+        except TypeError as error:
+            raise self.fail(f"is called in a way that is not known here ({error})") from error
 
     # ------------------------------------------------------------------------------------- modules
 
@@ -193,6 +241,8 @@ class Lowering:
             return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
         if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)):
             return x
+        if isinstance(m, nn.ChannelShuffle):
+            return self.shuffle(x, m.groups)
         if isinstance(m, nn.Flatten):
             return self.flatten(x, m.start_dim, m.end_dim)
         if isinstance(m, nn.AvgPool2d):
@@ -209,9 +259,16 @@ class Lowering:
             "activation by ReLU before prepare)"
         )
 
+    def _fired_unknown(self, m: nn.Module) -> Signal | _Unknown:
+        """What a module makes of an unknown value: an activation's spikes are known again, if their shape is."""
+        shape = (self.shapes or {}).get(self.node)
+        if not is_qcfs(m) or shape is None:
+            return _Unknown()
+        return Signal((Part(str(self.node.target), torch.ones(shape[0], dtype=torch.float64)),), len(shape) == 1)
+
     def fire(self, x: Any, m: Any) -> Signal:
         name = self.sites[self.node][0]
-        current = self._current(x, None, "activates something that is not a layer's output")
+        current = merged(self._current(x, None, "activates something that is not a layer's output"))
         parts = [p.part for p in current.products] + [p for s in current.identities for p in s.parts]
         self.needs_shapes |= any(p.needs_size for p in parts)
         theta = thresholds(m, name, current.channels)
@@ -240,6 +297,8 @@ class Lowering:
         if isinstance(x, Image):
             x = self._read_image(x, channels)
         if isinstance(x, Signal):
+            if x.vector and x.index is not None:
+                raise self.fail("reorders or drops channels and flattens them, with no layer behind; put one there")
             x = identity_current(x)
         if not isinstance(x, Current):
             raise self.fail(why_not)
@@ -297,15 +356,10 @@ class Lowering:
                 raise self.fail("is a convolution of a flattened value")
             if signal.channels != channels:
                 raise self.fail(f"expects {channels} channels, gets {signal.channels}")
-            if groups > 1 and len(signal.parts) > 1:
-                raise self.fail(
-                    "is a grouped convolution of a concatenation; put an activation after the concatenation"
-                )
-            at = 0  # a concatenation is a sum: each part meets its own slice of the weight
-            for p in signal.parts:
-                w = weight if groups > 1 else weight[:, at : at + p.channels]
-                products.append(Product(p, w, geometry, False, self._layer()))
-                at += p.channels
+            products += [
+                Product(part, w, (*geometry[:8], own), False, self._layer())
+                for part, w, own in dealt(weight, groups, signal)
+            ]
         return Current(_float64(bias, _zeros(out)), tuple(products))
 
     def _layer(self) -> str:
@@ -342,19 +396,9 @@ class Lowering:
             # The model flattens maps with the channel first, spikes are stored with it last: the weight becomes
             # [O, C, pixels, 1], a kernel as high as the map has pixels, and _fold moves the channel behind them.
             area = features // signal.channels
-            at = 0
-            for p in signal.parts:
-                block = weight[:, at * area : (at + p.channels) * area].reshape(out, p.channels, area)
-                products.append(
-                    Product(
-                        p,
-                        block.unsqueeze(3),
-                        (area, 1, 1, 1, 0, 0, 1, 1, 1),
-                        True,
-                        self._layer(),
-                    )
-                )
-                at += p.channels
+            geometry = (area, 1, 1, 1, 0, 0, 1, 1, 1)
+            blocks = dealt(weight.reshape(out, signal.channels, area, 1), 1, signal)
+            products += [Product(part, block, geometry, True, self._layer()) for part, block, _ in blocks]
         return Current(_float64(bias, _zeros(out)), tuple(products), (), True)
 
     def batch_norm(
@@ -460,6 +504,13 @@ class Lowering:
     # ---------------------------------------------------------------------------------- arithmetic
 
     def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+        if isinstance(x, Grouped):
+            table, last = x.index, end_dim % (x.index.dim() + 3)
+            if 1 <= start_dim <= last <= table.dim():
+                table = table.flatten(start_dim - 1, last - 1)
+                return replace(x, index=table) if table.dim() > 1 else self._selected(x.value, table.tolist())
+            x = self._selected(x.value, table.flatten().tolist())
+            end_dim = -1 if last == table.dim() + 2 else 0
         if start_dim != 1 or end_dim not in (-1, 3):
             raise self.fail("flattens other dimensions than all after the batch; use flatten(x, 1)")
         if isinstance(x, Current):
@@ -477,6 +528,8 @@ class Lowering:
         if len(asked) == 2 and not _is_rest(asked[0]) and _is_rest(asked[1]):
             return self.flatten(x, 1)
         own = self._shape(x)
+        if isinstance(x, Grouped) or len(asked) > 4:
+            return self._regrouped(x, own, asked)
         if len(asked) in (2, len(own)) and not _whole(own[1:]):
             raise self._shape_needed("reshapes a value whose shape is not known")
         if len(asked) == 2 and _whole(asked[1:]) and asked[1] in (math.prod(own[1:]), -1):
@@ -487,6 +540,100 @@ class Lowering:
             f"reshapes {_shown(own)} to {_shown(asked)}; only flattening to [N, features] is supported. Remedy: "
             "flatten(x, 1), or keep the shape"
         )
+
+    # Channel shuffle: [N, C, H, W] -> [N, g, C / g, H, W] -> transposed -> [N, C, H, W].
+
+    def _regrouped(self, x: Any, own: Sequence[Any], asked: list[Any]) -> Any:
+        """A reshape that takes the channels apart, or puts them together again."""
+        if not _whole([*own[1:], *asked[1:]]):
+            raise self._shape_needed("reshapes a value whose shape is not known")
+        rest = math.prod(own[1:]) // max(1, -math.prod(asked[1:]))
+        sizes = [rest if size == -1 else size for size in asked[1:]]
+        if not isinstance(x, Image | Signal | Current | Grouped) or sizes[-2:] != list(own[-2:]) or len(sizes) < 3:
+            raise self.fail(f"reshapes {_shown(own)} to {_shown(asked)}; only channels may be taken apart")
+        if isinstance(x, Image):
+            x = self._selected(x, range(own[1]))
+        table = x if isinstance(x, Grouped) else Grouped(x, torch.arange(own[1]))
+        if math.prod(sizes[:-2]) != table.index.numel():
+            raise self.fail(f"reshapes {_shown(own)} to {_shown(asked)}, which moves samples into channels")
+        index = table.index.reshape(sizes[:-2])
+        return Grouped(table.value, index) if index.dim() > 1 else self._selected(table.value, index.tolist())
+
+    def permute(self, x: Any, *dims: Any) -> Any:
+        order = list(dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
+        rank = len(self._shape(x))
+        if not isinstance(x, Grouped) or sorted(d % rank for d in order) != list(range(rank)):
+            raise self.fail("permutes dimensions, which has no spiking counterpart unless it shuffles channels")
+        order = [d % rank for d in order]
+        if order[0] != 0 or order[-2:] != [rank - 2, rank - 1]:
+            raise self.fail("permutes the batch or pixels, which has no spiking counterpart; only channels may move")
+        return replace(x, index=x.index.permute([d - 1 for d in order[1:-2]]))
+
+    def transpose(self, x: Any, dim0: int, dim1: int) -> Any:
+        order = list(range(len(self._shape(x))))
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+        return self.permute(x, order)
+
+    def shuffle(self, x: Any, groups: int) -> Any:
+        channels = self._channels(x)
+        if channels % groups:
+            raise self.fail(f"shuffles {channels} channels in {groups} groups")
+        return self._selected(x, torch.arange(channels).reshape(groups, -1).t().flatten().tolist())
+
+    def _channels(self, x: Any) -> int:
+        if isinstance(x, Image) and not x.source:
+            known = self._shape(x)[1]
+            if not isinstance(known, int):
+                raise self._shape_needed("takes channels of the image, whose shape is not known")
+            return known
+        if not isinstance(x, Image | Signal | Current):
+            raise self.fail("takes parts of what is no map of spikes or of currents")
+        return len(x.source) if isinstance(x, Image) else x.channels
+
+    def _selected(self, x: Any, index: Sequence[int]) -> Any:
+        """Some channels of a value."""
+        if isinstance(x, Image) and not x.batch_only and not x.vector and not x.map:
+            n = self._channels(x)
+            whole = x if x.source else Image(tuple(range(n)), (1.0,) * n, (0.0,) * n)
+            source = tuple(whole.source[i] for i in index)
+            scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
+            return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
+        if not isinstance(x, Signal | Current) or x.vector or getattr(x, "flattened", False):
+            raise self.fail(
+                "takes parts of a flattened value, which has no spiking counterpart; take channels of a map"
+            )
+        if not index:
+            raise self.fail("takes no channels at all")
+        return selected(x, index)
+
+    def chunk(self, x: Any, chunks: int, dim: int = 0) -> Any:
+        return self.split(x, -(-self._channels(x) // chunks), dim)
+
+    def split(self, x: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
+        if dim not in (1, -3):
+            raise self.fail("cuts another dimension than the channels, which has no spiking counterpart")
+        channels = range(self._channels(x))
+        sizes: Any = split_size_or_sections
+        if isinstance(sizes, int):
+            sizes = [len(channels[i : i + sizes]) for i in channels[::sizes]]
+        if sum(sizes) != len(channels):
+            raise self.fail(f"cuts {len(channels)} channels into {list(sizes)}")
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return tuple(self._selected(x, channels[a : a + n]) for a, n in zip(starts, sizes, strict=True))
+
+    def index_select(self, x: Any, dim: int, index: Any) -> Any:
+        return self._indexed(x, index if dim in (1, -3) else None)
+
+    def _indexed(self, x: Any, channels: Any) -> Any:
+        """x[:, channels]."""
+        every = range(self._channels(x))
+        if isinstance(channels, Tensor) and channels.dim() == 1:
+            channels = channels.nonzero().flatten().tolist() if channels.dtype == torch.bool else channels.tolist()
+        if isinstance(channels, slice):
+            return self._selected(x, every[channels])
+        if not isinstance(channels, (list, tuple)) or any(not isinstance(i, int) for i in channels):
+            raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
+        return self._selected(x, [every[i] for i in channels])
 
     def _shape(self, x: Any) -> tuple[Any, ...]:
         """The shape of a value: the batch is a _Size, and so is what is not known yet."""
@@ -516,7 +663,11 @@ class Lowering:
             everything, channel = index
             if everything == slice(None) and isinstance(channel, int):
                 return Image((channel,), (1.0,), (0.0,), batch_only=True)
-        raise self.fail("indexes a tensor, which has no spiking counterpart")
+        if isinstance(index, tuple) and 1 < len(index) <= 4 and index[0] == slice(None):
+            rest = index[2:-1] if index[-1] is Ellipsis else index[2:]
+            if all(isinstance(i, slice) and i == slice(None) for i in rest):
+                return self._indexed(x, index[1])
+        raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
 
     def unsqueeze(self, x: Any, dim: int) -> Any:
         if isinstance(x, Image) and x.batch_only and dim == 1:
@@ -547,12 +698,14 @@ class Lowering:
                 "multiplies two activations, which has no spiking counterpart (attention and "
                 "squeeze-and-excitation cannot be converted)"
             )
+        if isinstance(x, _Unknown):
+            return x
         if isinstance(x, Image):
             if not x.source:
                 raise self.fail("scales the image; normalise images before they enter the network")
             return replace(x, scale=tuple(s * factor for s in x.scale), shift=tuple(s * factor for s in x.shift))
         if isinstance(x, Signal):
-            return scaled(x, torch.full((x.channels,), float(factor), dtype=torch.float64))
+            return scaled(x, torch.full((x.width,), float(factor), dtype=torch.float64))
         return affine(
             x,
             torch.full((x.channels,), float(factor), dtype=torch.float64),
@@ -581,7 +734,7 @@ class Lowering:
             return joined(currents)
         if len({t.vector for t in tensors}) != 1:
             raise self.fail("concatenates feature maps and flattened values")
-        return Signal(sum((t.parts for t in tensors), ()), tensors[0].vector)
+        return concatenated(tensors)
 
     def mean(self, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
         dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
@@ -596,14 +749,48 @@ class Lowering:
     def dropout(self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
         return x
 
+    def stochastic_depth(self, x: Any, p: float, mode: str, training: bool = True) -> Any:
+        return x
+
+    def _tail(self, x: Any, name: str, dim: Any) -> Answer:
+        """A step of the tail; its dimension is counted from the batch."""
+        if isinstance(x, Answer):
+            answer = x
+        else:
+            current = self._answered(x)
+            answer = Answer(current, 2 if current.vector or current.flattened else 4)
+        if name in OF_NUMBERS:
+            return replace(answer, steps=(*answer.steps, (name,)))
+        if name != "squeeze" and dim is None:
+            dim = 1  # as PyTorch takes it for [N, classes] and [N, C, H, W]
+        if not isinstance(dim, int) or not -answer.dims < dim < answer.dims or dim == 0:
+            raise self.fail(
+                f"{name} over dimension {dim} takes in the batch, or several dimensions. Remedy: name one dimension "
+                f"from 1 to {answer.dims - 1}"
+            )
+        dim %= answer.dims
+        if name != "squeeze":
+            return replace(answer, steps=(*answer.steps, (name, dim)))
+        size = answer.current.channels if x is not answer and dim == 1 and answer.current.vector else None
+        size = self._shape(x)[dim] if size is None else size
+        if not isinstance(size, int):
+            raise self._shape_needed("squeezes a dimension whose size is not known")
+        return answer if size != 1 else Answer(answer.current, answer.dims - 1, (*answer.steps, (name, dim)))
+
+    def _answered(self, x: Any) -> Current:
+        """The value as what a readout gives."""
+        if isinstance(x, Signal):
+            x = replace(identity_current(replace(x, vector=False)), flattened=x.vector)
+        if not isinstance(x, Current):
+            raise self.fail("the model's output is not a layer's output")
+        return x
+
     def _output(self, x: Any) -> None:
         if isinstance(x, (tuple, list, dict)):
             raise self.fail("the model returns several values; return the logits alone")
-        if isinstance(x, Signal):
-            x = replace(identity_current(x), vector=False, flattened=x.vector)
-        if not isinstance(x, Current):
-            raise self.fail("the model's output is not a layer's output")
-        self.result.output = x
+        if isinstance(x, Answer):
+            x, self.result.tail = x.current, x.steps
+        self.result.output = self._answered(x)
 
 
 Handler = Callable[..., Any]
@@ -617,13 +804,24 @@ FUNCTIONS: dict[Any, Handler] = {
     torch.concat: Lowering.concat,
     torch.flatten: Lowering.flatten,
     torch.unsqueeze: Lowering.unsqueeze,
+    torch.reshape: Lowering.view,
+    torch.permute: Lowering.permute,
+    torch.transpose: Lowering.transpose,
+    torch.chunk: Lowering.chunk,
+    torch.split: Lowering.split,
+    torch.index_select: Lowering.index_select,
+    torch.channel_shuffle: Lowering.shuffle,
+    F.channel_shuffle: Lowering.shuffle,
     torch.mean: Lowering.mean,
     torch.conv2d: Lowering.conv,
     F.conv2d: Lowering.conv,
     F.linear: Lowering.linear,
     F.batch_norm: Lowering.batch_norm,
     F.dropout: Lowering.dropout,
+    F.dropout1d: Lowering.dropout,
     F.dropout2d: Lowering.dropout,
+    F.alpha_dropout: Lowering.dropout,
+    F.feature_alpha_dropout: Lowering.dropout,
     F.avg_pool2d: Lowering.avg_pool,
     F.adaptive_avg_pool2d: Lowering.adaptive_pool,
     F.max_pool2d: Lowering.max_pool,
@@ -644,10 +842,52 @@ METHODS: dict[str, Handler] = {
     "ndimension": Lowering.rank,
     "mean": Lowering.mean,
     "unsqueeze": Lowering.unsqueeze,
+    "permute": Lowering.permute,
+    "transpose": Lowering.transpose,
+    "chunk": Lowering.chunk,
+    "split": Lowering.split,
+    "index_select": Lowering.index_select,
     "contiguous": Lowering.keep,
     "detach": Lowering.keep,
     "clone": Lowering.keep,
 }
+
+
+_KNOWN_MODULES = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.AlphaDropout,
+    nn.Identity,
+    nn.Flatten,
+    nn.ChannelShuffle,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.MaxPool2d,
+)
+# What is looked at even where a value is unknown: sizes have an answer, and a product of two values is an obstacle.
+_OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)
+
+
+def _all_of(obstacles: list[ConversionError]) -> ConversionError:
+    """All that stands in the way, each reason once with its places."""
+    places: dict[str, list[str]] = {}
+    for error in obstacles:
+        place, _, why = str(error).partition(": ")
+        places.setdefault(why, []).append(place)
+    lines = []
+    for why, found in places.items():
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        lines.append(f"{', '.join(found[:3])}{more}: {why}")
+    if len(lines) > 1:
+        lines = [f"{len(obstacles)} obstacles", *(f"  {line}" for line in lines)]
+    raised = ConversionError("\n".join(lines))
+    raised.obstacles = tuple((why, tuple(found)) for why, found in places.items())
+    return raised
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -686,15 +926,15 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
         gm = symbolic_trace(model)
         # Without a shape: one pass that finds out whether any is needed, and how many channels the image has.
         known = input_shape or model.__dict__.get(LAST_SHAPE)
-        needed: ShapeNeededError | None = None
+        needed: ConversionError | None = None
         if known is None:
             lowering = Lowering(gm, None)
             try:
                 lowered = lowering.run()
                 if not lowering.needs_shapes:
                     return lowered, None
-            except ShapeNeededError as e:
-                needed = e
+            except ConversionError as e:
+                needed = e  # with sizes there may be more to say
             channels = (3, 1) if lowering.image is None else (len(lowering.image.source),)
             guesses: list[tuple[int, ...]] = [(c, side, side) for c in channels for side in (224, 32)]
         else:
@@ -708,10 +948,13 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
                 error = e
                 continue
             try:
-                return Lowering(gm, shapes).run(), shape
+                lowered = Lowering(gm, shapes).run()
             except ConversionError:
-                if needed is None:
-                    raise  # else it may be the guess that is wrong
+                if not isinstance(needed, ShapeNeededError):
+                    raise
+                continue  # it may be the guess that is wrong
+            if needed is None or isinstance(needed, ShapeNeededError):
+                return lowered, shape
     if needed is not None:
         raise needed
     raise ConversionError(

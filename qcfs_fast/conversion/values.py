@@ -1,7 +1,7 @@
 """What a value of the traced network is, between two activations: the algebra that lowering computes with.
 
 Signal   spikes (or their window sums, or the image): integers times an amplitude per channel; a list of
-         parts, concatenated along the channels
+         parts, concatenated along the channels, or a choice of their channels in any order
 Current  what a neuron integrates: a sum of products (convolution or linear layer of a part) and identities
          (residual signals), plus a bias per channel
 
@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..network.layers import INPUT
+from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 
 
@@ -60,9 +62,15 @@ class Signal:
 
     parts: tuple[Part, ...]
     vector: bool = False  # flattened to [N, features]
+    index: tuple[int, ...] | None = None  # the channels of the parts that it has, in its order; None: all
 
     @property
     def channels(self) -> int:
+        return self.width if self.index is None else len(self.index)
+
+    @property
+    def width(self) -> int:
+        """The channels of its parts."""
         return sum(p.channels for p in self.parts)
 
 
@@ -76,6 +84,20 @@ class Image:
     vector: bool = False
     batch_only: bool = False  # one channel taken out, [N, H, W]
     map: tuple[int, ...] = ()  # [C, H, W], where the image was flattened
+    width: int = 0  # its channels, where some are not read
+
+    @property
+    def channels(self) -> int:
+        """The channels of an image that is given."""
+        return max(self.width, 1 + max(self.source))
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A value whose channels a reshape has put into a table: index[i, j, ...] is the channel at that place."""
+
+    value: Any
+    index: Tensor  # int64
 
 
 @dataclass(frozen=True)
@@ -123,6 +145,15 @@ class FireNode:
         return self.current.bias if self.step_bias is None else self.current.bias + self.step_bias
 
 
+@dataclass(frozen=True)
+class Answer:
+    """The output of the network with a tail behind it: steps as network/tail.py takes them."""
+
+    current: Current
+    dims: int  # of the answer, the batch among them
+    steps: tuple[tuple[Any, ...], ...] = ()
+
+
 @dataclass
 class Lowered:
     """A network as spiking layers in order of execution, and the current that is read out."""
@@ -130,15 +161,119 @@ class Lowered:
     image: Image
     layers: list[FireNode] = field(default_factory=list)
     output: Current | None = None
+    tail: tuple[tuple[Any, ...], ...] = ()
 
 
 def identity_current(signal: Signal) -> Current:
-    """The current that a signal is by itself, as in a residual connection."""
-    return Current(torch.zeros(signal.channels, dtype=torch.float64), (), (signal,), signal.vector)
+    """The current that a signal is by itself, as in a residual connection.
+
+    Where it has some channels of its parts, or all in another order, a weight of zeros and ones chooses them.
+    """
+    nothing = torch.zeros(signal.channels, dtype=torch.float64)
+    if signal.index is None:
+        return Current(nothing, (), (signal,), signal.vector)
+    choice = torch.eye(signal.channels, dtype=torch.float64)[:, :, None, None]
+    products = tuple(Product(p, w, POINTWISE, False, "channels") for p, w, _ in dealt(choice, 1, signal))
+    return Current(nothing, products)
+
+
+def concatenated(signals: Sequence[Signal]) -> Signal:
+    """Signals side by side along the channels."""
+    index, at = [], 0
+    for s in signals:
+        index += [at + i for i in (range(s.width) if s.index is None else s.index)]
+        at += s.width
+    chosen = tuple(index) if any(s.index is not None for s in signals) else None
+    return Signal(sum((s.parts for s in signals), ()), signals[0].vector, chosen)
+
+
+def selected(value: Signal | Current, index: Sequence[int]) -> Signal | Current:
+    """Some channels of a value, in the order of `index`."""
+    if isinstance(value, Current):
+        rows = torch.as_tensor(index, dtype=torch.int64)
+        chosen = [identity_current(cast(Signal, selected(s, index))) for s in value.identities]
+        products = tuple(
+            replace(p, weight=ungrouped(p.weight, p.geometry[8])[rows], geometry=(*p.geometry[:8], 1))
+            for p in value.products
+        )
+        return replace(
+            value,
+            bias=value.bias[rows],
+            products=products + sum((c.products for c in chosen), ()),
+            identities=sum((c.identities for c in chosen), ()),
+        )
+    places = list(range(value.width)) if value.index is None else value.index
+    wanted = [places[i] for i in index]
+    parts: list[Part] = []
+    moved, at = {}, 0
+    for p in value.parts:  # a part of which nothing is left goes
+        here = range(at, at + p.channels)
+        if any(i in here for i in wanted):
+            first = sum(q.channels for q in parts)
+            moved.update({i: first + i - at for i in here})
+            parts.append(p)
+        at += p.channels
+    settled = tuple(moved[i] for i in wanted)
+    whole = settled == tuple(range(sum(p.channels for p in parts)))
+    return replace(value, parts=tuple(parts), index=None if whole else settled)
+
+
+def dealt(weight: Tensor, groups: int, signal: Signal) -> list[tuple[Part, Tensor, int]]:
+    """A weight [O, C / groups, ...] over a signal as one over each part of it, and its groups: their sum is the same.
+
+    A concatenation is a sum, in which each part meets its own slice of the weight; channels left out meet zeros.
+    """
+    if signal.index is None and len(signal.parts) == 1:
+        return [(signal.parts[0], weight, groups)]
+    dense = ungrouped(weight, groups)
+    if signal.index is not None:
+        spread = dense.new_zeros((dense.shape[0], signal.width, *dense.shape[2:]))
+        dense = spread.index_add(1, torch.tensor(signal.index, dtype=torch.int64), dense)
+    found, at = [], 0
+    for p in signal.parts:
+        found.append((p, dense[:, at : at + p.channels], 1))
+        at += p.channels
+    return found
+
+
+def merged(current: Current) -> Current:
+    """With one product for all that read a part alike: in one geometry, or the image with one kernel inside another."""
+    products: list[Product] = []
+    for p in current.products:
+        for i, q in enumerate(products):
+            found = _sum(q, p) or _sum(p, q)
+            if found is not None:
+                products[i] = replace(found, layer=q.layer if p.layer == q.layer else f"{q.layer} + {p.layer}")
+                break
+        else:
+            products.append(p)
+    return replace(current, products=tuple(products))
+
+
+def _sum(large: Product, small: Product) -> Product | None:
+    """Two products as one, if the kernel of `small`, padded with zeros, is a kernel of `large`.
+
+    For spikes only equal geometries count: there zeros would be work.
+    """
+    a, b = large.part, small.part
+    if (a.node, a.pools, large.vector) != (b.node, b.pools, small.vector) or not torch.equal(a.amplitude, b.amplitude):
+        return None
+    if large.geometry == small.geometry:
+        fits = large.weight.shape == small.weight.shape
+        return replace(large, weight=large.weight + small.weight) if fits else None
+    (kh, kw, *stride, ph, pw, dh, dw, groups), (h, w, *other, qh, qw, eh, ew, own) = large.geometry, small.geometry
+    top, left = ph - qh, pw - qw
+    if not a.is_image or large.vector or stride != other or {dh, dw, eh, ew} != {1}:
+        return None
+    if not (0 <= top <= kh - h and 0 <= left <= kw - w):
+        return None
+    weight = ungrouped(large.weight, groups).clone()
+    weight[:, :, top : top + h, left : left + w] += ungrouped(small.weight, own)
+    return replace(large, weight=weight, geometry=(*large.geometry[:8], 1))
 
 
 def scaled(signal: Signal, factor: Tensor) -> Signal:
-    """A signal times a factor per channel."""
+    """A signal times a factor per channel of its parts."""
     parts, at = [], 0
     for p in signal.parts:
         parts.append(replace(p, amplitude=p.amplitude * factor[at : at + p.channels]))
@@ -162,6 +297,8 @@ def affine(current: Current, scale: Tensor, shift: Tensor) -> Current:
 def ungrouped(weight: Tensor, groups: int) -> Tensor:
     """The weight [O, C, KH, KW] of the convolution without groups that is the same; zero between the groups."""
     out, channels = weight.shape[:2]
+    if groups == 1:
+        return weight
     dense = weight.new_zeros((out, channels * groups, *weight.shape[2:]))
     for g, rows in enumerate(weight.chunk(groups)):
         at = g * (out // groups)

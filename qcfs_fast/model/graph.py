@@ -200,3 +200,49 @@ def relu_ceiling(gm: fx.GraphModule, node: fx.Node) -> float | None:
         return unbounded if high is None else float(high) if high > 0 else None
     named = RELU_FUNCTIONS if node.op == "call_function" else RELU_METHODS if node.op == "call_method" else ()
     return unbounded if node.target in named else None
+
+
+TAIL_FUNCTIONS = {
+    **dict.fromkeys((F.softmax, torch.softmax, "softmax"), "softmax"),
+    **dict.fromkeys((F.log_softmax, torch.log_softmax, "log_softmax"), "log_softmax"),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), "sigmoid"),
+    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), "tanh"),
+    **dict.fromkeys((torch.squeeze, "squeeze"), "squeeze"),
+}
+TAIL_MODULES = {nn.Softmax: "softmax", nn.LogSoftmax: "log_softmax", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
+
+
+def tail_step(gm: fx.GraphModule, node: fx.Node) -> tuple[str, Any] | None:
+    """What may follow the last layer of a network: the function's name and its dimension (or None); else None.
+
+    No neuron computes these, so they stand at the end alone, behind the mean over the time steps.
+    """
+    if node.op == "call_module":
+        m = gm.get_submodule(str(node.target))
+        name = TAIL_MODULES.get(type(m))
+        return None if name is None else (name, getattr(m, "dim", None))
+    if node.op not in ("call_function", "call_method") or node.target not in TAIL_FUNCTIONS:
+        return None
+    return TAIL_FUNCTIONS[node.target], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+
+
+def without_tail(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | None]:
+    """A network in two: up to its last layer, and what follows if anything does. The first is `gm`, cut."""
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    nodes: list[fx.Node] = []
+    last = output.args[0]
+    while isinstance(last, fx.Node) and tail_step(gm, last) is not None and len(last.all_input_nodes) == 1:
+        nodes.insert(0, last)
+        last = last.all_input_nodes[0]
+    if not nodes:
+        return gm, None
+    graph = fx.Graph()
+    values = {last: graph.placeholder("x")}
+    for node in nodes:
+        values[node] = graph.node_copy(node, lambda n: values[n])
+    graph.output(values[nodes[-1]])
+    tail = fx.GraphModule(gm, graph)
+    output.args = (last,)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm, tail

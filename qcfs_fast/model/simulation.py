@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from .graph import call_sites, evaluating, symbolic_trace
+from .graph import call_sites, evaluating, symbolic_trace, without_tail
 from .neurons import LOOKS_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
 from .qcfs import over_channels
 
@@ -98,7 +98,7 @@ class _Layer(nn.Module):
 
 def _with_neurons(
     model: nn.Module, dtype: torch.dtype, neuron: Callable[[Tensor], Module]
-) -> tuple[nn.Module, OrderedDict[str, Module]]:
+) -> tuple[fx.GraphModule, OrderedDict[str, Module]]:
     """A copy of the model in eval mode with every QCFS call site its own neuron, made from its thresholds."""
     with evaluating(model):
         gm = copy.deepcopy(symbolic_trace(model)).to(dtype)
@@ -110,7 +110,8 @@ def _with_neurons(
         node.target = f"_if_{i}"
     gm.delete_all_unused_submodules()
     gm.recompile()
-    return gm.eval(), neurons
+    gm.eval()
+    return gm, neurons
 
 
 def step_network(model: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, OrderedDict[str, IF]]:
@@ -155,8 +156,9 @@ def simulate(
         skip: steps that the output leaves out (delayed readout), below T.
 
     Returns:
-        [T - skip, N, classes]: means of the output over the steps skip .. t for each t, as ``snn(x, per_step=True)``;
-        in sum mode [1, N, classes]. With ``spikes`` a :class:`Simulation`.
+        [T - skip, N, classes]: means of the last layer's output over the steps skip .. t for each t, and what the model
+        makes of them (a softmax), as ``snn(x, per_step=True)``; in sum mode
+        [1, N, classes]. With ``spikes`` a :class:`Simulation`.
 
     Raises:
         ValueError: an argument is out of range, or does not fit the mode or the input.
@@ -183,7 +185,8 @@ def simulate(
     steps = 1 if neuron == "sum" else max(T, window) if neuron in LOOKS_AHEAD else T
     x = _over_time(x, T, neuron, steps).to(dtype)
 
-    network, layers = _with_neurons(model, dtype, lambda theta: _Layer(theta, neuron, window, iterations, T, steps))
+    whole, layers = _with_neurons(model, dtype, lambda theta: _Layer(theta, neuron, window, iterations, T, steps))
+    network, tail = without_tail(whole)
     if step_bias is not None:
         if neuron not in ("plain", "signed"):
             raise ValueError(f"simulate: {neuron} neurons take no step_bias; use neuron='plain' or 'signed'")
@@ -208,6 +211,9 @@ def simulate(
     output = output / torch.arange(1, len(output) + 1, dtype=dtype, device=x.device).reshape(
         -1, *[1] * (output.dim() - 1)
     )
+    if tail is not None:
+        with torch.no_grad():
+            output = torch.stack([tail(mean) for mean in output])
     if not spikes:
         return output
     found = {name: [part[i] for part in parts] for i, name in enumerate(layers)}

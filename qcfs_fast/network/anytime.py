@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .stream import Stream
+
 
 class Prediction(NamedTuple):
     """labels int64 [N]; steps used, int64 [N]; logits float32 [N, classes], the running mean after those steps."""
@@ -113,7 +115,7 @@ def predict(
 
 
 def _predict(snn: Any, x: Tensor, confidence: float, schedule: Sequence[int]) -> Prediction:
-    go_on: Any = snn.stream() if snn.neuron.causal else _Again(snn)
+    go_on: Any = Stream(snn, lambda logits: logits) if snn.neuron.causal else _Again(snn)  # without a tail
     left = torch.arange(x.shape[0], device=x.device)  # the samples whose answers are not clear yet
     used = torch.empty_like(left)
     logits: Tensor | None = None

@@ -18,12 +18,13 @@ from ..files import written_atomically
 from ..version import __version__
 
 FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # written where the network has a tail; otherwise 2, for programs that know none
 
 
 def header_text(fields: Mapping[str, Any]) -> str:
     """The header of a network: its fields, and who wrote them in which format."""
-    return json.dumps({"format_version": FORMAT_VERSION, "written_by": __version__, **fields})
+    version = FORMAT_VERSION if "tail" in fields else 2
+    return json.dumps({"format_version": version, "written_by": __version__, **fields})
 
 
 def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) -> None:

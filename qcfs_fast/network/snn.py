@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import FormatError
 from ..operators.limits import MAX_COUNT, MAX_SOURCES, MAX_SUM
 from ..operators.neuron import Neuron
-from . import anytime, saving
+from . import anytime, saving, tail
 from .executor import Executor
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, Run, SpikingLayer, Values
 from .stream import Stream
@@ -39,6 +39,7 @@ class SNN(nn.Module):
         neuron: the mode of all neurons, a :class:`qcfs_fast.Neuron`; may be set, also by the name of a mode.
         max_T: the largest T for which no integer can overflow in this mode, whatever the input.
         weight_bits: 16, 8 or 24.
+        tail: what follows the readout, such as a softmax (tail.py); () takes it away, and answers are logits.
         details: per spiking layer, what conversion settled (see :meth:`report`).
     """
 
@@ -50,6 +51,7 @@ class SNN(nn.Module):
         details: Mapping[str, Mapping[str, Any]],
         input_shape: Sequence[int] | None,
         neuron: Neuron = Neuron(),  # noqa: B008 - it is frozen
+        tail: Sequence[tail.Step] = (),
     ) -> None:
         super().__init__()
         self.weight_bits = weight_bits
@@ -68,6 +70,7 @@ class SNN(nn.Module):
         self._drop = {name: [s for s, last in last_use.items() if last == name] for name, _ in layers}
         self._executor = Executor()
         self._set_neuron(neuron, T)
+        self.tail = tail
         self.eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -80,6 +83,15 @@ class SNN(nn.Module):
     @T.setter
     def T(self, value: int) -> None:  # noqa: N802
         self._T = self._checked_steps(value)
+
+    @property
+    def tail(self) -> tuple[tail.Step, ...]:
+        return self._tail
+
+    @tail.setter
+    def tail(self, steps: Sequence[tail.Step]) -> None:
+        readout: Any = self._program[-1][1]
+        self._tail = tail.checked(steps, 2 if readout.config.vector or readout.config.flattened else 4)
 
     @property
     def neuron(self) -> Neuron:
@@ -230,7 +242,7 @@ class SNN(nn.Module):
         watch: Callable[[str, Layer, Any], None] | None = None,
         skip: int = 0,
     ) -> Tensor:
-        """Execute the graph; `watch` sees each node's value. Returns [1 or T - skip, N, ...]."""
+        """Execute the graph but its tail; `watch` sees each node's value. Returns [1 or T - skip, N, ...]."""
         return self._execute(x, self._settled_run(x, T, per_step, skip), watch)
 
     def _execute(self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None = None) -> Any:
@@ -263,14 +275,19 @@ class SNN(nn.Module):
 
         Returns:
             float32 [N, classes], the mean over T of the last layer's output; with ``per_step`` float32
-            [T - skip, N, classes], the running means after each step, from the same single pass.
+            [T - skip, N, classes], the running means after each step, from the same single pass. Where the model
+            ends with a softmax or the like (``tail``), that of these means.
 
         Raises:
             ValueError: wrong shape, T out of range, NaN or infinity in x; per_step, skip or a time axis in sum mode.
             TypeError: x is not a floating-point tensor, nor uint8 with a time axis.
         """
-        out = self.run(x, T, per_step, skip=skip)
+        out = self.answered(self.run(x, T, per_step, skip=skip))
         return out if per_step else out[0]
+
+    def answered(self, out: Tensor) -> Tensor:
+        """What the tail makes of answers [S, N, ...] of the readout."""
+        return tail.applied(self._tail, out) if self._tail else out
 
     def stream(self) -> Stream:
         """A run that goes on from call to call: :class:`qcfs_fast.Stream`.
@@ -278,7 +295,7 @@ class SNN(nn.Module):
         Raises:
             ValueError: the neurons look at later steps (offset, masked) or have no steps (sum).
         """
-        return Stream(self)
+        return Stream(self, self.answered)
 
     def predict(
         self,
@@ -303,7 +320,7 @@ class SNN(nn.Module):
 
         Returns:
             A named tuple: labels int64 [N], steps int64 [N], logits float32 [N, classes]. Row n of logits equals
-            ``snn(x, T, per_step=True)[steps[n] - 1, n]``.
+            ``snn(x, T, per_step=True)[steps[n] - 1, n]`` of a network without ``tail``, which takes no part here.
 
         Raises:
             ValueError: confidence, schedule or batch_size out of range; the output is not class scores.
@@ -339,10 +356,10 @@ class SNN(nn.Module):
     def save(self, path: Any) -> None:
         """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`."""
         tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
-        saving.save(path, self._header(), tensors)
+        saving.save(path, self._header(whole=True), tensors)
 
-    def _header(self) -> str:
-        """The network but for its tensors, as a file says it."""
+    def _header(self, whole: bool = False) -> str:
+        """The network but for its tensors, as a file says it; the native executor leaves the tail to `forward`."""
         graph = [
             {
                 "name": name,
@@ -361,6 +378,7 @@ class SNN(nn.Module):
                 "input_shape": self.input_shape,
                 "details": self.details,
                 "graph": graph,
+                **({"tail": self._tail} if whole and self._tail else {}),
             }
         )
 

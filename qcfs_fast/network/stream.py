@@ -16,6 +16,7 @@ bit, where they are integers or otherwise need no rounding to 24 bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,12 +37,12 @@ class Stream:
         steps: the steps computed since the start or the last reset.
     """
 
-    def __init__(self, snn: Any) -> None:
+    def __init__(self, snn: Any, answered: Callable[[Tensor], Tensor]) -> None:
         if not snn.neuron.causal:
             raise ValueError(
                 f"stream: neurons in {snn.neuron} mode have no state to go on from; set snn.neuron to plain or signed"
             )
-        self._snn = snn
+        self._snn, self._answered = snn, answered
         self._neuron = snn.neuron
         self.reset()
 
@@ -98,7 +99,7 @@ class Stream:
         for held in state.values() if x is not None else ():
             held.pop("current", None)
         run = Run(steps, self._neuron, per_step, varying=varying, state=state, before=self.steps)
-        out: Tensor = self._snn._execute(x, run)
+        out = self._answered(self._snn._execute(x, run))
         self._state, self._shape, self.steps, self._image_shown = state, shape, total, not varying
         return out if per_step else out[0]
 

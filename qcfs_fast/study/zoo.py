@@ -60,7 +60,7 @@ def classifiers() -> list[str]:
     models = torchvision_models()
     families = (
         r"(alexnet|vgg\d+(_bn)?|resnet\d+|wide_resnet\d+_2|resnext\d+_\d+x\d+d|squeezenet1_[01]|googlenet|inception_v3"
-        r"|regnet_x_\w+|mobilenet_v2|mnasnet\d_\d+)"
+        r"|regnet_x_\w+|mobilenet_v2|mnasnet\d_\d+|densenet\d+|shufflenet_v2_\w+)"
     )
     return [n for n in models.list_models(module=models) if re.fullmatch(families, n)]
 

@@ -5,6 +5,7 @@
     selftest  every kernel that this machine can run, against the reference
     train     a network of QCFS activations, on a data set by name or on your images
     convert   a torchvision network or a checkpoint -> a saved spiking network
+    zoo       which of torchvision's networks convert, and why others do not
     eval      accuracy by T and mode of a saved network on a folder of images or an .npz file
     inspect   what stands in a saved network's file
     export    a saved network in a format of other programs
@@ -32,7 +33,7 @@ from ..demo import demo
 from ..selftest import selftest
 from .benchmarking import add_bench, add_compare
 from .common import USER_ERRORS, Parser, command, positive
-from .converting import add_convert
+from .converting import add_convert, add_zoo
 from .evaluating import add_eval, add_profile
 from .exporting import add_export
 from .inspecting import add_inspect
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_selftest,
         add_train,
         add_convert,
+        add_zoo,
         add_inspect,
         add_export,
         add_eval,

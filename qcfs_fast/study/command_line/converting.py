@@ -1,4 +1,4 @@
-"""qcfs-fast convert: a torchvision network or a checkpoint becomes a saved spiking network."""
+"""qcfs-fast convert: a torchvision network or a checkpoint becomes a saved spiking network. qcfs-fast zoo: which do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ...conversion.builder import convert
 from ...model.calibration import calibrate
 from ...operators.neuron import MODES, Neuron
-from .. import zoo
+from .. import zoo, zoo_table
 from ..data import batches
 from ..datasets import open_data
 from ..trained import load_trained, trained_about
@@ -59,6 +59,35 @@ def add_convert(commands: Any) -> None:
     c.add_argument("--input-shape", type=positive, nargs=3, metavar=("C", "H", "W"), help="see qcfs_fast.convert")
     c.add_argument("--quiet", action="store_true", help="no progress bars")
     add_image_options(c)
+
+
+def add_zoo(commands: Any) -> None:
+    c = command(
+        commands,
+        "zoo",
+        _zoo,
+        "torchvision's classifiers: the names that convert, or a page on which do and why others do not",
+        "qcfs-fast zoo --check --output zoo.md",
+    )
+    c.add_argument("names", nargs="*", metavar="NAME", help="with --check: these only (default: every classifier)")
+    c.add_argument("--check", action="store_true", help="try each network; takes minutes to hours and can be resumed")
+    c.add_argument("--output", type=Path, default=Path("zoo.md"), help="page to write; results go to .json beside it")
+
+
+def _zoo(o: argparse.Namespace) -> int:
+    if not o.check:
+        names = zoo.classifiers()
+        print(json.dumps(names) if o.json else "\n".join(names))
+        return 0
+    every = zoo_table.every_classifier()
+    unknown = [n for n in o.names if n not in every]
+    if unknown:
+        raise ValueError(f"torchvision has no classifier {unknown[0]!r}; known: {', '.join(every)}")
+    if not o.output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {o.output.parent} does not exist; create it first")
+    results = zoo_table.check_zoo(o.output, o.names or every, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(results, indent=2) if o.json else f"wrote {o.output}")
+    return 0
 
 
 def _calibration_batches(o: argparse.Namespace, channels: int) -> Iterator[Tensor]:
