@@ -1,11 +1,14 @@
-"""Releases: which wheels the configuration of cibuildwheel makes, and that the workflow runs what a developer runs."""
+"""Releases: the wheels that cibuildwheel is told to make, what the workflow runs, and how the module is linked."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from qcfs_fast.backend import native
 
 SOURCE = Path(__file__).resolve().parent.parent
 
@@ -40,3 +43,19 @@ def test_workflow():
     named = set(re.findall(r"test_\w+\.py", " ".join(steps["exchange"])))
     assert named == {"test_nir.py", "test_spikingjelly.py"}
     assert all((SOURCE / "tests" / file).exists() for file in named)
+
+
+@pytest.mark.skipif(
+    native.module is None or not sys.platform.startswith("linux") or shutil.which("readelf") is None,
+    reason="needs the native module of Linux, and readelf",
+)
+def test_the_native_module_is_hardened():
+    """Symbols are bound at load and their table is then read-only; stacks hold canaries and no code."""
+    said = subprocess.run(
+        ["readelf", "-dlW", native.module.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    assert "BIND_NOW" in said
+    assert "GNU_RELRO" in said
+    assert re.search(r"GNU_STACK.* RW +0x", said)
+    symbols = subprocess.run(["readelf", "--dyn-syms", "-W", native.module.__file__], capture_output=True, text=True)
+    assert "__stack_chk_fail" in symbols.stdout
