@@ -41,7 +41,7 @@ def test_workflow():
     assert jobs["publish"]["needs"] == ["check", "wheels", "sdist"]
     assert jobs["publish"]["if"] == "startsWith(github.ref, 'refs/tags/v')"
     named = set(re.findall(r"test_\w+\.py", " ".join(steps["exchange"])))
-    assert named == {"test_nir.py", "test_spikingjelly.py"}
+    assert {"test_nir.py", "test_spikingjelly.py", "test_batch.py"} <= named
     assert all((SOURCE / "tests" / file).exists() for file in named)
 
 
