@@ -212,7 +212,7 @@ class _SumPool(nn.Module):
 class Simulation(nn.Module):
     """A NIR graph whose neurons are those of one package.
 
-    A call is one time step: x [N, ...] -> the current of the last layer [N, classes]; `reset` begins anew, and a batch of
+    A call is one time step: x [N, ...] -> the current of the last layer [N, classes]. `reset` begins anew; a batch of
     another shape needs it (ValueError). `neurons` maps the names of the network's layers to their neurons, which are
     submodules, as are convolutions.
     """
