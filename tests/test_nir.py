@@ -178,6 +178,17 @@ def test_a_run_begins_anew_after_reset():
         assert torch.equal(simulation(x), first)
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_another_batch_needs_a_reset(library):
+    snn, x, shape = on_grid(networks.AllConvolution)
+    simulation = in_simulator(qcfs_fast.to_nir(snn, shape), library)
+    both = simulation(x)
+    with pytest.raises(ValueError, match=r"cannot go on with \[1, 3, 8, 8\]; call reset\(\) first"):
+        simulation(x[:1])
+    simulation.reset()
+    assert torch.equal(simulation(x[:1]), both[:1])
+
+
 # -------------------------------------------------------------------------------------------- refusals
 
 

@@ -76,3 +76,16 @@ def test_silent_neurons_prove_nothing(monkeypatch, capsys):
     monkeypatch.setattr(selftest, "network", lambda: model)
     assert command_line.main(["selftest"]) == 1
     assert "spikes of join have a rate of 0.000, which proves nothing" in capsys.readouterr().err
+
+
+def test_gpu_backends_that_can_run_are_among_the_ways(monkeypatch):
+    """Names, settings and devices; the kernels themselves are those of tests/test_cuda_device.py."""
+    absence = {"cuda": lambda: "", "triton": lambda: "too old", "reference": lambda: ""}
+    monkeypatch.setattr(backend, "absence", absence)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = [(name, device) for name, _, device in selftest._ways() if not name.startswith("cpu")]
+    assert gpu == [("gpu cuda", "cuda"), ("gpu reference", "cuda")]
+    assert [selftest._not_run(name) for name in ("cuda", "triton")] == ["", "too old"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert all(name.startswith("cpu") for name, _, _ in selftest._ways())
+    assert selftest._not_run("cuda") == "torch sees no GPU"

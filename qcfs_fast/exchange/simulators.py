@@ -212,8 +212,9 @@ class _SumPool(nn.Module):
 class Simulation(nn.Module):
     """A NIR graph whose neurons are those of one package.
 
-    A call is one time step: x [N, ...] -> the current of the last layer [N, classes]; `reset` begins anew. `neurons`
-    maps the names of the network's layers to their neurons, which are submodules, as are convolutions.
+    A call is one time step: x [N, ...] -> the current of the last layer [N, classes]. `reset` begins anew; a batch of
+    another shape needs it (ValueError). `neurons` maps the names of the network's layers to their neurons, which are
+    submodules, as are convolutions.
     """
 
     def __init__(self, graph: Any, library: str) -> None:
@@ -236,6 +237,7 @@ class Simulation(nn.Module):
             raise ConversionError(f"the graph has a circle: {' -> '.join(error.args[1])}") from error
         self._inputs = inputs
         self._before: dict[str, Tensor] = {}
+        self._shape: torch.Size | None = None
         self.neurons: Mapping[str, nn.Module]
         neurons = {}
         for name in self._order:
@@ -249,12 +251,17 @@ class Simulation(nn.Module):
 
     def reset(self) -> None:
         """Begin anew: all membranes at their first potentials."""
-        self._before = {}
+        self._before, self._shape = {}, None
         for module in self.children():
             if (reset := getattr(module, "reset", None)) is not None:
                 reset()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._shape not in (None, x.shape):  # the packages would begin at 0, or at what other samples left
+            raise ValueError(
+                f"a run of {list(self._shape or ())} cannot go on with {list(x.shape)}; call reset() first"
+            )
+        self._shape = x.shape
         values = {self.input_name: x.to(torch.float64)}
         for name in self._order:
             late = [self._before.get(s) for s in self._inputs[name] if (s, name) in self._late]
