@@ -65,6 +65,8 @@ class Program:
 def integer_program(snn: SNN, input_shape: Sequence[int] | None = None) -> Program:
     """The operations of a network for its T and its neurons, on images of one size.
 
+    They end at the readout: what follows it in floats (`snn.tail`, such as a softmax) is the caller's.
+
     Args:
         snn: a network on the CPU.
         input_shape: (C, H, W) of the images; default: of those on which the network was converted. A network that takes
