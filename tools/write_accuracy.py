@@ -3,8 +3,8 @@
     python tools/write_accuracy.py
 
 Each study is results.json of `qcfs-fast study` under its own name. The page has a place for each,
-<!-- study NAME --> ... <!-- end -->; what stands between is replaced. Studies of networks that differ in their seed alone
-have one together, <!-- seeds NAME NAME ... --> ... <!-- end -->: the mean, and from the lowest to the highest.
+<!-- study NAME --> ... <!-- end -->; what stands between is replaced. Studies of networks that differ in their seed
+alone have one together, <!-- seeds NAME NAME ... --> ... <!-- end -->: mean, lowest and highest.
 """
 
 import json
