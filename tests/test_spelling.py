@@ -68,6 +68,7 @@ FLATTEN = {
     "unpacked": unpacked,
     "asserted": asserted,
     "start and end": lambda y: y.flatten(start_dim=1, end_dim=3),
+    "channels apart, then flat": lambda y: y.view(y.size(0), 2, 2, 8, 6).flatten(1),
     "as it was, then flat": lambda y: y.reshape(y.size(0), 4, 8, 6).flatten(1),
 }
 
@@ -82,12 +83,12 @@ def test_flattening(how, plain):
     "mixing",
     [
         lambda y: y.view(y.size(0), y.size(2), y.size(1), y.size(3)).flatten(1),
-        lambda y: y.view(y.size(0), 2, 2, 8, 6).flatten(1),
+        lambda y: y.view(y.size(0), 2, 2, 6, 8).flatten(1),
         lambda y: y.view(-1, y.size(1)).view(-1, 4 * 48),
     ],
 )
 def test_reshapes_that_move_pixels_are_refused(mixing):
-    with pytest.raises(ConversionError, match=r"reshapes \[N, .*\] to .*only flattening"):
+    with pytest.raises(ConversionError, match=r"reshapes \[N, .*\] to .*only (flattening|channels)"):
         converted(Net(mixing))
 
 
