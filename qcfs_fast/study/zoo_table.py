@@ -108,7 +108,7 @@ def _page(results: dict[str, Any]) -> str:
     lines = [
         "# torchvision's classifiers",
         "",
-        "`qcfs-fast zoo --check` wrote this page: it tries every classifier of torchvision. Weights are random,",
+        "`qcfs-fast zoo --check` wrote this page about the classifiers of torchvision. Weights are random,",
         f"thresholds calibrated, L = {LEVELS}, T = {T}, {IMAGES} images of noise, 64x64 pixels (inception_v3: 96x96).",
         "Each layer is compared with float64 on the same spikes: the share is of all spikes, that of the worst layer",
         "of its own.",
@@ -126,4 +126,6 @@ def _page(results: dict[str, Any]) -> str:
     for name, r in sorted(results.items()):
         if name not in good:
             lines.append(f"| {name} | {'; '.join(f'{why} ({n})' for why, n in r['obstacles'])} |")
+    missing = [name for name in every_classifier() if name not in results]
+    lines += ["", f"Not tried: {', '.join(missing)}."] if missing else []
     return "\n".join([*lines, ""])
