@@ -164,7 +164,7 @@ def test_signed_spikes_double_the_sources():
             super().__init__()
             self.first = torch.nn.Conv2d(3, 4, 1)
             self.act = qcfs_fast.QCFS(4)
-            self.many = torch.nn.ModuleList(torch.nn.Conv2d(4, 4, 1) for _ in range(33))
+            self.many = torch.nn.ModuleList(torch.nn.Conv2d(4, 4, 1, dilation=i + 1) for i in range(33))
             self.last = qcfs_fast.QCFS(4)
             self.out = torch.nn.Linear(4, 2)
 
