@@ -77,7 +77,11 @@ double sampled_rate(const ConvIf& a, const Product& p) {
     seen += (end - first) * (mask ? steps : 1);
     for (std::int64_t k = first; k < end; k += word_bytes) {
       std::uint64_t word = 0;
-      std::memcpy(&word, p.x.data + k, static_cast<std::size_t>(k + word_bytes < end ? word_bytes : end - k));
+      if (k + word_bytes <= end) {
+        std::memcpy(&word, p.x.data + k, word_bytes);    // one load
+      } else {
+        std::memcpy(&word, p.x.data + k, static_cast<std::size_t>(end - k));
+      }
       fired += mask ? __builtin_popcountll(word & wanted) : nonzero_bytes(word);
     }
   }

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from ..operators.neuron import MODES
 from ..operators.windows import PoolSpec
 from ..version import __version__
 
+_RUNNER = Path(__file__).with_name("integers.c")
 _COUNT_BYTES = 4
 _LINE = 16  # values of an array in a line of the header
 
@@ -58,7 +58,7 @@ class Program:
         runner = path.with_suffix(".c")
         if runner == path:
             raise ValueError(f"{path}: name the header (.h); the C file is written beside it")
-        write_text_atomically(runner, files(__package__).joinpath("integers.c").read_text())
+        write_text_atomically(runner, _RUNNER.read_text())
         write_text_atomically(path, _header(self))
 
 
@@ -180,34 +180,33 @@ class _Settling:
             channel += self._maps[node][-1]
 
     def _answer(self, layer: Readout, out: Tensor) -> None:
-        terms: list[dict[str, Any]] = []
-        low: list[dict[str, Any]] = []
-        for i, term in enumerate(layer.terms()):
-            x, multiple = self._maps[term.node], 1
-            for spec in [p for p in term.pools if p.kind == "max"]:
+        values = []
+        for node, max_pools, average_pools, vector in layer.plan:
+            x, multiple = self._maps[node], 1
+            for spec in max_pools:
                 x = self._pooled(x, spec, 0, counts=False)
             counted = self._map(1, x[2:], _COUNT_BYTES)
             self._add({"kind": "count", "x": x, "out": counted}, [x])
             x = counted
-            for spec in [p for p in term.pools if p.kind == "avg"]:
+            for spec in average_pools:
                 common = spec.common_multiple(x[2], x[3])
                 multiple *= common
                 x = self._pooled(x, spec, common, counts=True)
-            if term.vector:
-                x = [*x[:2], 1, 1, x[2] * x[3] * x[4]]
-            found = {"x": x, "kernel": list(term.geometry), "divisor": float(self._T * multiple)}
-            digits = [d for d in DIGITS if f"weight_{i}{d}" in layer._buffers and term.weight.numel()]
-            for d, into in zip(digits, (terms, low), strict=False):
-                worth = 256 if len(digits) == 2 and into is terms else 1
-                weight = self._array(f"answer_weight_{i}{d}", layer.buffer(f"weight_{i}{d}"))
-                into.append({**found, "weight": weight, "gain": self._array(f"answer_gain_{i}{d}", term.gain * worth)})
-            if not digits:
-                terms.append({**found, "weight": None, "gain": self._array(f"answer_gain_{i}", term.gain)})
+            values.append(([*x[:2], 1, 1, x[2] * x[3] * x[4]] if vector else x, multiple))
+        terms = []
+        for i, name, worth in layer.products:
+            x, multiple = values[i]
+            term: dict[str, Any] = {"x": x, "kernel": list(layer.config.geometry[i])}
+            term["divisor"] = float(self._T * multiple)
+            weight = layer.buffer(name)
+            term["weight"] = self._array(f"answer_{name}", weight) if weight.numel() else None
+            term["gain"] = self._array(f"answer_gain_{i}_times_{worth}", layer.buffer(f"gain_{i}") * worth)
+            terms.append(term)
         height, width = convolution_size(terms[0]["x"][2], terms[0]["x"][3], terms[0]["kernel"])
         operation = {"kind": "answer", "height": height, "width": width, "channels": layer.offset.numel()}
         self.program.facts["answers"] = out[0].numel()
         offset = self._array("answer_offset", layer.offset)
-        self._add({**operation, "terms": terms + low, "offset": offset}, [t["x"] for t in terms])
+        self._add({**operation, "terms": terms, "offset": offset}, [t["x"] for t in terms])
 
     def _pooled(self, x: list[int], spec: PoolSpec, multiple: int, counts: bool) -> list[int]:
         size = [len(spec.windows(x[2 + axis], axis)) // 3 for axis in (0, 1)]
@@ -240,14 +239,10 @@ class _Settling:
             size, first, last = self._lives[i]
             at = 0
             for other in sorted(places, key=lambda k: places[k]):
-                theirs = self._lives[other]
-                if (
-                    theirs[1] <= last
-                    and first <= theirs[2]
-                    and at < places[other] + theirs[0]
-                    and places[other] < at + size
-                ):
-                    at = -(-(places[other] + theirs[0]) // _COUNT_BYTES) * _COUNT_BYTES
+                their_size, their_first, their_last = self._lives[other]
+                begin, end = places[other], places[other] + their_size
+                if their_first <= last and first <= their_last and begin < at + size and at < end:
+                    at = -(-end // _COUNT_BYTES) * _COUNT_BYTES
             places[i] = at
         self.program.facts["arena"] = max((places[i] + self._lives[i][0] for i in places), default=1)
         for operation in self.program.operations:
@@ -261,7 +256,6 @@ class _Settling:
 # ------------------------------------------------------------------------------------------------- the header for C
 
 _C_TYPES = {"int8": "int8_t", "int16": "int16_t", "int32": "int32_t", "float32": "float", "float64": "double"}
-
 
 # Fields of structs in their order.
 _ORDER = {
@@ -281,9 +275,8 @@ def _literal(value: Any) -> str:
 def _c_array(name: str, values: np.ndarray[Any, Any]) -> str:
     flat = [_literal(v) for v in values.reshape(-1)]
     lines = [", ".join(flat[i : i + _LINE]) for i in range(0, len(flat), _LINE)]
-    return (
-        f"static const {_C_TYPES[values.dtype.name]} {name}[{max(1, len(flat))}] = {{\n  " + ",\n  ".join(lines) + "};"
-    )
+    body = ",\n  ".join(lines)
+    return f"static const {_C_TYPES[values.dtype.name]} {name}[{len(flat)}] = {{\n  {body}}};"
 
 
 def _c(value: Any) -> str:
@@ -340,18 +333,14 @@ class _CText:
 
 def _header(program: Program) -> str:
     facts, text = program.facts, _CText(program)
-    largest = max(facts["steps"], facts["T"], facts["window"])
     value = "int16_t" if MODES[facts["mode"]] == "signed" else "uint8_t"
-    sizes = {
-        **{key: facts[key] for key in ("T", "steps", "mode", "window", "iterations", "channels", "height", "width")},
-        **{key: facts[key] for key in ("sources", "image_bits", "answers", "arena")},
-        "currents": largest,
-    }
+    sizes = {key: size for key, size in facts.items() if key != "written_by"}
+    sizes["currents"] = max(facts["steps"], facts["T"], facts["window"])  # of a neuron
     lines = [
         f"/* A network as integers, for images of {facts['channels']} x {facts['height']} x {facts['width']}, "
         f"T = {facts['T']}, {MODES[facts['mode']]} neurons; written by {facts['written_by']}.",
         " * The C file beside it runs it and says what the fields mean. */",
-        *(f"#define QCFS_{key.upper()} {value}" for key, value in sizes.items()),
+        *(f"#define QCFS_{key.upper()} {size}" for key, size in sizes.items()),
         f"typedef {value} qcfs_value;",
         *(_c_array(name, values) for name, values in program.arrays.items()),
         *text.lines,

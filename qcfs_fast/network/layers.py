@@ -736,13 +736,13 @@ class Readout(Layer):
         # Term, name of the weight, and units of the last digit that a unit of it is worth.
         terms = range(len(config.vectors))
         long = [i for i in terms if config.weight_bits is not None and tensors[f"weight_{i}"].numel()]
-        self._products = [(i, f"weight_{i}", 256 if i in long else 1) for i in terms]
-        self._products += [(i, f"weight_{i}{DIGITS[2]}", 1) for i in long]
-        self._geometry = [v for i, _, _ in self._products for v in config.geometry[i]]
+        self.products = [(i, f"weight_{i}", 256 if i in long else 1) for i in terms]
+        self.products += [(i, f"weight_{i}{DIGITS[2]}", 1) for i in long]
+        self._geometry = [v for i, _, _ in self.products for v in config.geometry[i]]
         self._gain_names = [f"gain_{i}" for i in terms]
         self._vector, self._flattened = config.vector, config.flattened
         # Maxima are of spikes, averages of counts: no term has a maximum behind an average (convert refuses it).
-        self._plan = [
+        self.plan = [
             (node, [p for p in pools if p.kind == "max"], [p for p in pools if p.kind == "avg"], vector)
             for node, pools, vector in zip(self.inputs, config.pools, config.vectors, strict=True)
         ]
@@ -770,7 +770,7 @@ class Readout(Layer):
     def _counts(self, values: Values, run: Run) -> list[Tensor]:
         """The spikes of each term counted over the steps of the answer, [1 or T - skip, N, ...]."""
         found = []
-        for node, max_pools, _, _ in self._plan:
+        for node, max_pools, _, _ in self.plan:
             x = values[node]
             for spec in max_pools:
                 x = max_pooled(x, spec, run)
@@ -781,7 +781,7 @@ class Readout(Layer):
         """The mean over `steps` of the last layer's currents, from counts [1 or steps, N, ...]."""
         settled: list[Tensor] = []
         multiples: list[int] = []
-        for c, (_, _, average_pools, vector) in zip(counts, self._plan, strict=True):
+        for c, (_, _, average_pools, vector) in zip(counts, self.plan, strict=True):
             multiple = 1
             for spec in average_pools:
                 rows, cols = spec.windows(c.shape[2], 0), spec.windows(c.shape[3], 1)
@@ -795,11 +795,11 @@ class Readout(Layer):
         buffers: Any = self._buffers
         gains = [buffers[name] for name in self._gain_names]
         out = torch.ops.qcfs_fast.readout(
-            [settled[i] for i, _, _ in self._products],
-            [buffers[name] for _, name, _ in self._products],
+            [settled[i] for i, _, _ in self.products],
+            [buffers[name] for _, name, _ in self.products],
             self._geometry,
-            [gains[i] if worth == 1 else gains[i] * worth for i, _, worth in self._products],
-            [multiples[i] for i, _, _ in self._products],
+            [gains[i] if worth == 1 else gains[i] * worth for i, _, worth in self.products],
+            [multiples[i] for i, _, _ in self.products],
             buffers["offset"],
             steps,
         )

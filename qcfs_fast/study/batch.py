@@ -211,9 +211,8 @@ def predict_many(
     ray = _ray()
     if workers < 1 or chunk < 1:
         raise ValueError(f"predict_many: workers and chunk must be at least 1, got {workers} and {chunk}")
-    places = (str(Path(p).resolve()) for p in (network, data if Path(data).exists() else network, output))
-    network_path, data_path, output_path = places
-    data_path = data_path if Path(data).exists() else str(data)  # a data set by name
+    network_path, output_path = (str(Path(p).resolve()) for p in (network, output))
+    data_path = str(Path(data).resolve()) if Path(data).exists() else str(data)  # or a data set by name
     numbers = (None if mean is None else tuple(mean), None if std is None else tuple(std))
     job = Job(network_path, data_path, output_path, chunk, size, *numbers, T, neuron)
     load(network)  # damage is reported before anything starts
