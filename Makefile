@@ -4,7 +4,7 @@
 # make readme-figures  measure what the README shows, and write its table and pictures (a quarter of an hour)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
 # make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
-# make docs   the documentation as a site, in site/
+# make docs   the documentation as a site, in site/              make gallery  run the notebooks of docs/gallery, keep outputs
 # make cuda-report  registers, spills and instructions of the CUDA kernels (where nvcc was found)
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
@@ -16,7 +16,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell 
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo docs test quick test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
+.PHONY: demo docs gallery test quick test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -65,8 +65,15 @@ figures-%: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	    --batches $(lastword $(subst -, ,$*)) --steps $(if $(filter %-1,$*),1 2 4 8 16,4) --output $(RESULTS)
 
 docs: $(VENV)/.torch
-	$(PIP) install -c constraints.txt 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1'
+	$(PIP) install -c constraints.txt 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1' 'mkdocs-jupyter>=0.26'
 	$(VENV)/bin/mkdocs build --strict
+
+# What the notebooks write stays beside their copies.
+gallery: $(VENV)/.installed
+	$(PIP) install -c constraints.txt nbconvert ipykernel
+	rm -rf build/gallery && mkdir -p build && cp -r docs/gallery build/gallery
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" jupyter nbconvert --to notebook --output-dir docs/gallery \
+	    --execute --ExecutePreprocessor.record_timing=False build/gallery/*.ipynb
 
 cuda-report: $(VENV)/.installed $(VENV)/.tools
 	cd $(VENV) && bin/python ../tools/cuda_report.py --output cuda-report.json

@@ -6,12 +6,14 @@ made (schema.py). The bound on T that rules out overflow is computed again from 
 
 from __future__ import annotations
 
+import copyreg
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -47,17 +49,41 @@ def load(path: Any) -> SNN:
     if FORMAT not in metadata:
         raise FormatError(f"{path}: a safetensors file, but not a network saved by qcfs_fast")
     try:
-        header = json.loads(metadata[FORMAT])
-    except json.JSONDecodeError as error:
-        raise FormatError(f"{path}: the graph in the file's metadata is damaged ({error})") from error
-    try:
-        return _Reader(header, tensors).read()
+        return network_of(metadata[FORMAT], tensors)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
+
+
+def network_of(header: str, tensors: Mapping[str, Tensor]) -> SNN:
+    """The network of a header's text and its tensors, which may come from anywhere.
+
+    Raises:
+        FormatError: whatever is wrong with them.
+    """
+    try:
+        fields = json.loads(header)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise FormatError(f"the graph in the file's metadata is damaged ({error})") from error
+    try:
+        for key, t in tensors.items():
+            plain = type(t) is Tensor and t.layout is torch.strided and t.is_contiguous()
+            require(plain and not t.is_neg() and not t.requires_grad, f"{key} is not a plain tensor")
+        return _Reader(fields, tensors).read()
+    except FormatError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise FormatError(
-            f"{path}: a field is missing or has the wrong form ({type(error).__name__}: {error})"
-        ) from error
+        raise FormatError(f"a field is missing or has the wrong form ({type(error).__name__}: {error})") from error
+
+
+def _reduced(snn: SNN) -> tuple[Any, ...]:
+    header, tensors = snn.saved()
+    return network_of, (header, {key: t.contiguous() for key, t in tensors.items()})
+
+
+# A pickle of a network is what a file is, a header and tensors, read with the same checks. So torch.load need not be
+# told to trust it, and tensors in shared memory stay there on their way to another process.
+copyreg.pickle(SNN, _reduced)
+torch.serialization.add_safe_globals([network_of])
 
 
 def _check_peaks(layers: Sequence[tuple[str, Layer]]) -> None:

@@ -8,6 +8,7 @@ IMAGE, every other value has the name of its node. On the CPU the native executo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -355,8 +356,18 @@ class SNN(nn.Module):
 
     def save(self, path: Any) -> None:
         """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`."""
+        saving.save(path, *self.saved())
+
+    def saved(self) -> tuple[str, dict[str, Tensor]]:
+        """The header and the tensors of a file, of which loading.py makes the network again."""
         tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
-        saving.save(path, self._header(whole=True), tensors)
+        return self._header(whole=True), tensors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SNN:
+        """As of any module, with its hooks; a pickle has none (loading.py)."""
+        twin = memo[id(self)] = SNN.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _header(self, whole: bool = False) -> str:
         """The network but for its tensors, as a file says it; the native executor leaves the tail to `forward`."""
