@@ -52,7 +52,8 @@ from ..operators.limits import ANALOG_RANGE, IMAGE_BITS, MAX_COUNT, MAX_SOURCES,
 from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
 from . import rounding, units
-from .lowering import lower
+from .checking import self_check
+from .lowering import lower, usable_shape
 from .values import FireNode, Lowered, Part, Product, Signal
 
 CHUNK = 1 << 22  # weights quantised at once
@@ -71,6 +72,7 @@ def convert(
     step_bias: Mapping[str, Tensor] | None = None,
     data: Iterable[Any] | None = None,
     progress: bool = True,
+    check: bool = True,
 ) -> SNN:
     """Convert a QCFS-trained network to a spiking network.
 
@@ -96,6 +98,9 @@ def convert(
             thousand images are enough, and labels are not used. With data, weights are rounded so that their errors
             compensate each other on these images in T steps (see below). Default: each is rounded to the nearest.
         progress: with data, show a progress bar.
+        check: end with a self-check: two steps of one random image through the result and through the model in float64,
+            layer by layer on the same spikes; a channel that integrates something else is a fault of this package and
+            raises. It added a tenth (VGG-11) to one time and a half (ResNet-18 on 224 pixels) to the rest.
 
     Returns:
         An :class:`qcfs_fast.SNN` in eval mode, on the CPU.
@@ -146,7 +151,12 @@ def convert(
     image = lowered.image
     batches = None if data is None else rounding.checked_batches(data, image.channels, image.vector)
     prefix = None if batches is None else rounding.Prefix(batches, Run(T, settled))
-    return _Builder(lowered, weight_bits, T, limit, settled, totals, prefix).build(shape, progress and data is not None)
+    snn = _Builder(lowered, weight_bits, T, limit, settled, totals, prefix).build(shape, progress and data is not None)
+    if check:
+        usable = usable_shape(model, image, shape or input_shape)
+        if usable is not None:
+            self_check(model, snn, usable, step_bias, first_order=data is None)
+    return snn
 
 
 def _add_step_bias(lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron, T: int, max_T: int | None) -> int:

@@ -13,6 +13,8 @@ Source of the construction: Bu et al., ICLR 2022, sections 3 and 4; BatchNorm fo
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -906,14 +908,33 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def _propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
-    """Run the graph on fake tensors of batch 1."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Run the graph on a batch of 1 without values: a copy of it whose tensors are on the meta device."""
+    with made_parameters_kept(gm), torch.no_grad():
+        tensors = [*gm.parameters(), *gm.buffers()]
+        own = {
+            id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors
+        }
+        recorder = _ShapeRecorder(copy.deepcopy(gm, own))
+        with torch.device("meta"):
+            recorder.run(torch.empty((1, *input_shape), dtype=tensors[0].dtype if tensors else None))
+    by_name = {node.name: node for node in gm.graph.nodes}
+    return {by_name[node.name]: shape for node, shape in recorder.shapes.items()}
 
-    first = next(iter(gm.parameters()), torch.empty(0))
-    recorder = _ShapeRecorder(gm)
-    with made_parameters_kept(gm), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        recorder.run(torch.empty((1, *input_shape), dtype=first.dtype, device=first.device))
-    return recorder.shapes
+
+def usable_shape(model: nn.Module, image: Image, known: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The shape of an image that the model runs on: the one given or last seen, or a small one; None: none found."""
+    known = known or model.__dict__.get(LAST_SHAPE)
+    if known is not None:
+        return tuple(known)
+    if image.vector:
+        return (image.channels,)
+    with evaluating(model):
+        gm = symbolic_trace(model)
+        for side in (32, 64, 224):
+            with contextlib.suppress(Exception):  # whatever the model's own code raises
+                _propagate_shapes(gm, (image.channels, side, side))
+                return (image.channels, side, side)
+    return None
 
 
 def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[Lowered, tuple[int, ...] | None]:
