@@ -254,27 +254,37 @@ class _Builder:
                 },
             ),
         )
-        for i, node in enumerate(tqdm(self.lowered.layers, desc="rounding", unit="layer", disable=not progress)):
+        activations = self.lowered.layers
+        for i, activation in enumerate(tqdm(activations, desc="rounding", unit="layer", disable=not progress)):
             if self.prefix is not None:
-                self.prefix.keep({name for later in self.lowered.layers[i:] for name in later.current.nodes()})
-            products = node.current.products
-            # The image is not spikes: its current is computed once, in double, and the same at every step.
-            analog = [p for p in products if p.part.is_image] + [
-                s for s in node.current.identities if any(q.is_image for q in s.parts)
-            ]
-            if len(analog) > 1:
-                raise ConversionError(f"{node.name}: the image enters twice; merge the two layers that read it")
-            if analog and len(products) + len(node.current.identities) == 1:
-                self._encoder(node, analog[0])
-            else:
-                self._spiking(node, analog[0] if analog else None)
+                self.prefix.keep({name for a in activations[i:] for c in a.currents for name in c.nodes()})
+            nodes = activation.nodes()
+            for node in nodes:
+                self._neurons(node)
+            if len(nodes) > 1:
+                self._add(activation.name, SpikeConcat([node.name for node in nodes], ConcatConfig(), {}))
         self._readout()
         check_graph(self.layers)
         return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron, self.lowered.tail)
 
+    def _neurons(self, node: FireNode) -> None:
+        """A spiking layer."""
+        products = node.current.products
+        # The image is not spikes: its current is computed once, in double, and the same at every step.
+        analog = [p for p in products if p.part.is_image] + [
+            s for s in node.current.identities if any(q.is_image for q in s.parts)
+        ]
+        if len(analog) > 1:
+            raise ConversionError(f"{node.name}: the image enters twice; merge the two layers that read it")
+        if analog and len(products) + len(node.current.identities) == 1:
+            self._encoder(node, analog[0])
+        else:
+            self._spiking(node, analog[0] if analog else None)
+
     def _image_bits(self) -> int:
         """Bits of a pixel: IMAGE_BITS, or as many as leave the largest sum of the image's layers exact in double."""
-        fan_in = [p.weight[0].numel() for node in self.lowered.layers for p in node.current.products if p.part.is_image]
+        products = [p for a in self.lowered.layers for c in a.currents for p in c.products]
+        fan_in = [p.weight[0].numel() for p in products if p.part.is_image]
         return min(IMAGE_BITS, EXACT_BITS - math.ceil(math.log2(max([*fan_in, 1]))))
 
     def _add(self, name: str, layer: Layer) -> None:
@@ -515,7 +525,7 @@ class _Builder:
             warnings.warn(
                 f"{node.name}: 32 bits leave only {layer.scarce_bits:.1f} bits for the weights of one channel "
                 f"at max_T={self.max_T} (the bound is n/2 + T*sum|w| < 2^31); convert with a smaller max_T for more",
-                stacklevel=5,
+                stacklevel=6,
             )
         return layer
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import ConversionError
 from ..model.simulation import Simulation, simulate
-from ..network.layers import EncodingLayer, Layer, Run, SpikingLayer
+from ..network.layers import EncodingLayer, Layer, Run, SpikingLayer, pieces
 from ..network.recording import trace
 from ..network.snn import SNN
 from ..operators import masks
@@ -72,7 +72,7 @@ def self_check(
     assert run.state is not None
 
     def watch(name: str, layer: Layer, value: Any) -> None:
-        if isinstance(layer, (EncodingLayer, SpikingLayer)):
+        if pieces(name, layer) or isinstance(layer, (EncodingLayer, SpikingLayer)):
             spikes[name] = _channels_first(masks.unpack(value, steps)[:steps])
 
     answer = snn.answered(snn._execute(x, run, watch))[0]
@@ -86,27 +86,38 @@ def self_check(
         step_bias=step_bias,
     )
     assert isinstance(meant, Simulation)
-    for name, layer in snn.spiking_layers.items():
-        theta = torch.tensor(snn.details[name]["theta"], dtype=torch.float64)
-        state = _channels_first(run.state[layer]["state"])[0]
-        found = _by_channel(state / _over(layer.threshold, state) + spikes[name].sum(0))
-        before = meant.spikes[name][:-1].sum(0).cpu()  # of the simulation's own; its last potential is not reset
-        exact = _by_channel(meant.membranes[name][-1].cpu() / _over(theta, state) + before)
-        if layer.analog is not None:  # which is cut far away
-            found, exact = (t.clamp(-IMAGE_RANGE // 2, IMAGE_RANGE // 2) for t in (found, exact))
-        off = (found - exact).square().mean(1).sqrt()
-        allowed, coarse = _rounding(layer, float(x.abs().max()))
-        usual = (exact - 0.5).square().mean().sqrt()
-        bound = torch.maximum(SIGMAS * steps * allowed, (SHARE + 8 * coarse) * usual)
-        if not first_order:
-            bound = bound + 0.5 * usual
-        if bool((off > bound + 1e-9).any()):
-            c = int((off - bound).argmax())
-            raise _fault(f"{name}: channel {c} integrates {off[c]:.2g} thresholds more or less than in the model")
+    for name, before_reset in meant.membranes.items():
+        own = meant.spikes[name][:-1].sum(0)  # the simulation's own; its last potential is not reset
+        layers = {part: snn.layers[part] for part in pieces(name, snn.layers[name]) or [name]}
+        theta = torch.tensor([v for part in layers for v in snn.details[part]["theta"]], dtype=torch.float64)
+        exact = _by_channel(before_reset[-1].cpu() / _over(theta, own) + own.cpu())
+        at = 0
+        for part, layer in layers.items():
+            state = _channels_first(run.state[layer]["state"])[0]
+            found = _by_channel(state / _over(layer.threshold, state) + spikes[part].sum(0))
+            here = exact[at : at + len(found)]
+            off = _beyond_rounding(layer, found, here, steps, float(x.abs().max()), first_order)
+            if bool((off > 0).any()):
+                c = int(off.argmax())
+                raise _fault(f"{part}: channel {c} integrates {off[c]:.2g} thresholds too much or too little")
+            at += len(found)
     wanted = meant.output[-1].cpu()
     off = (answer - wanted).abs().max()
     if answer.shape != wanted.shape or not bool(off <= SHARE * (1e-3 + wanted.abs().max())):
         raise _fault(f"the output is off by {off:.2g}, for answers of up to {wanted.abs().max():.2g}")
+
+
+def _beyond_rounding(
+    layer: Layer, found: Tensor, exact: Tensor, steps: int, brightest: float, first_order: bool
+) -> Tensor:
+    """By how much the currents [C, values] of a layer differ beyond what their rounding explains, in thresholds [C]."""
+    if cast(Any, layer).analog is not None:  # which is cut far away
+        found, exact = (t.clamp(-IMAGE_RANGE // 2, IMAGE_RANGE // 2) for t in (found, exact))
+    allowed, coarse = _rounding(layer, brightest)
+    usual = (exact - 0.5).square().mean().sqrt()
+    bound = torch.maximum(SIGMAS * steps * allowed, (SHARE + 8 * coarse) * usual) + 1e-9
+    bound = bound if first_order else bound + 0.5 * usual
+    return (found - exact).square().mean(1).sqrt() - bound
 
 
 def _fault(what: str) -> ConversionError:

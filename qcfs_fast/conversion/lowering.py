@@ -44,11 +44,12 @@ from ..network.tail import OF_NUMBERS
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .values import (
+    Activation,
     Answer,
     Current,
-    FireNode,
     Grouped,
     Image,
+    Joined,
     Lowered,
     Part,
     Product,
@@ -57,6 +58,7 @@ from .values import (
     composed,
     concatenated,
     dealt,
+    dense,
     identity_current,
     joined,
     merged,
@@ -77,6 +79,10 @@ class ShapeNeededError(ConversionError):
 
 class _Unknown:
     """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again."""
+
+
+def _one_current(x: Any) -> Any:
+    return dense(x) if isinstance(x, Joined) else x
 
 
 class _Size:
@@ -159,6 +165,13 @@ class Lowering:
         self.result.image = self.image
         return self.result
 
+    def _takes_joined(self, node: fx.Node) -> bool:
+        """Whether a node leaves currents side by side as they are; all others get them as one."""
+        if node.op == "call_module":
+            m = self.gm.get_submodule(str(node.target))
+            return is_qcfs(m) or isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, *_PASSING_MODULES))
+        return FUNCTIONS.get(node.target, METHODS.get(str(node.target))) in _OF_JOINED
+
     def _get(self, x: Any) -> Any:
         return fx.node.map_arg(x, lambda n: self.values[n])
 
@@ -168,13 +181,15 @@ class Lowering:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current, Grouped, Answer, _Unknown))
+        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Answer, _Unknown))
 
     def _is_unknown(self, x: Any) -> bool:
         return any(map(self._is_unknown, x)) if isinstance(x, (tuple, list)) else isinstance(x, _Unknown)
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
+        if not self._takes_joined(node):
+            args, kwargs = (fx.node.map_aggregate(v, _one_current) for v in (args, kwargs))
         if node.op == "placeholder":
             if any(isinstance(v, Image) for v in self.values.values()):
                 if node.args:  # a further argument with a default
@@ -241,7 +256,7 @@ class Lowering:
             return self.linear(x, parameter(m, "weight"), parameter(m, "bias"))
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
             return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
-        if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)):
+        if isinstance(m, _PASSING_MODULES):
             return x
         if isinstance(m, nn.ChannelShuffle):
             return self.shuffle(x, m.groups)
@@ -270,12 +285,16 @@ class Lowering:
 
     def fire(self, x: Any, m: Any) -> Signal:
         name = self.sites[self.node][0]
-        current = merged(self._current(x, None, "activates something that is not a layer's output"))
-        parts = [p.part for p in current.products] + [p for s in current.identities for p in s.parts]
+        values = x.currents if isinstance(x, Joined) else (x,)
+        currents = tuple(
+            merged(self._current(v, None, "activates something that is not a layer's output")) for v in values
+        )
+        parts = [p.part for c in currents for p in c.products]
+        parts += [p for c in currents for s in c.identities for p in s.parts]
         self.needs_shapes |= any(p.needs_size for p in parts)
-        theta = thresholds(m, name, current.channels)
-        self.result.layers.append(FireNode(name, current, theta, int(m.L)))
-        return Signal((Part(name, theta),), current.vector or current.flattened)
+        theta = thresholds(m, name, sum(c.channels for c in currents))
+        self.result.layers.append(Activation(name, currents, theta, int(m.L)))
+        return Signal((Part(name, theta),), currents[0].vector or currents[0].flattened)
 
     def _read_image(self, x: Image, channels: int | None) -> Signal:
         """The image as the one analog Part; all layers that read it must agree on its channels."""
@@ -413,7 +432,7 @@ class Lowering:
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> Current:
+    ) -> Current | Joined:
         if running_mean is None or running_var is None or training:
             raise self.fail("BatchNorm without running statistics cannot be folded; use track_running_stats=True")
         mean, var = running_mean.to("cpu", torch.float64), running_var.to("cpu", torch.float64)
@@ -422,7 +441,7 @@ class Lowering:
         if not bool(torch.isfinite(scale).all()):
             raise self.fail("BatchNorm statistics are not finite; train or reset them")
         why_not = "BatchNorm of a value it does not fit"
-        current = self._current(x, mean.numel(), why_not)
+        current = x if isinstance(x, Joined) else self._current(x, mean.numel(), why_not)
         if current.channels != mean.numel():
             raise self.fail(why_not)
         return affine(current, scale, beta - mean * scale)
@@ -727,13 +746,12 @@ class Lowering:
                 sum((t.scale for t in tensors), ()),
                 sum((t.shift for t in tensors), ()),
             )
-        if dim not in (1, -3) or not all(isinstance(t, Signal | Current) for t in tensors):
+        if dim not in (1, -3) or not all(isinstance(t, Signal | Current | Joined) for t in tensors):
             raise self.fail("concatenates the image with layers, or values not along the channels")
-        if any(isinstance(t, Current) for t in tensors):
-            currents = [self._current(t, None, "concatenates something that is not a layer's output") for t in tensors]
-            if any(c.vector or c.flattened for c in currents):
+        if any(isinstance(t, Current | Joined) for t in tensors):
+            if any(t.vector or getattr(t, "flattened", False) for t in tensors):
                 raise self.fail("concatenates flattened values with no activation in between. Remedy: put one before")
-            return joined(currents)
+            return joined([t if isinstance(t, Joined) else self._current(t, None, "") for t in tensors])
         if len({t.vector for t in tensors}) != 1:
             raise self.fail("concatenates feature maps and flattened values")
         return concatenated(tensors)
@@ -855,23 +873,22 @@ METHODS: dict[str, Handler] = {
 }
 
 
+_PASSING_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)
 _KNOWN_MODULES = (
+    *_PASSING_MODULES,
     nn.Conv2d,
     nn.Linear,
     nn.BatchNorm1d,
     nn.BatchNorm2d,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.AlphaDropout,
-    nn.Identity,
     nn.Flatten,
     nn.ChannelShuffle,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
     nn.MaxPool2d,
 )
-# What is looked at even where a value is unknown: sizes have an answer, and a product of two values is an obstacle.
+# What takes currents side by side one by one.
+_OF_JOINED = (Lowering.batch_norm, Lowering.concat, Lowering.scale, Lowering.divide, Lowering.keep, Lowering.dropout)
+# What is looked at even where a value is unknown: sizes have an answer, a product of two values is an obstacle.
 _OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)
 
 
