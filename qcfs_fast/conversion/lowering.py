@@ -31,6 +31,7 @@ from ..model.graph import (
     call_sites,
     describe,
     evaluating,
+    is_normalize,
     made_parameters_kept,
     parameter,
     refuse_hooks,
@@ -258,6 +259,8 @@ class Lowering:
             return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
         if isinstance(m, _PASSING_MODULES):
             return x
+        if is_normalize(m):
+            return self.normalize(x, m.mean, m.std)
         if isinstance(m, nn.ChannelShuffle):
             return self.shuffle(x, m.groups)
         if isinstance(m, nn.Flatten):
@@ -305,13 +308,21 @@ class Lowering:
                 shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
                 self.needs_shapes |= shape is None
                 channels = 1 if shape is None else shape[0]
-            x = Image(tuple(range(channels)), (1.0,) * channels, (0.0,) * channels, x.vector)
+            x = self._whole_image(x, channels)
         if self.image is not None and replace(self.image, vector=x.vector) != x:
             raise self.fail(
                 "reads the image with another normalisation or channel order than the first layer; use one for all"
             )
         self.image = x
         return Signal((Part(INPUT, torch.ones(len(x.source), dtype=torch.float64)),), x.vector)
+
+    @staticmethod
+    def _whole_image(x: Image, channels: int) -> Image:
+        """With its channels named, which before nothing has read: all are scaled alike."""
+        if x.source:
+            return x
+        scale, shift = x.scale or (1.0,), x.shift or (0.0,)
+        return replace(x, source=tuple(range(channels)), scale=scale * channels, shift=shift * channels)
 
     def _current(self, x: Any, channels: int | None, why_not: str) -> Current:
         """The value as what a neuron may integrate: spikes stand for the current that they are."""
@@ -325,14 +336,22 @@ class Lowering:
             raise self.fail(why_not)
         return x
 
-    def _sources(self, x: Any, what: str, channels: int) -> list[Signal]:
-        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one)."""
+    def _sources(self, x: Any, what: str, channels: int, shifted: bool = False) -> list[Signal]:
+        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one).
+
+        `shifted`: the operator is one for their sum's bias too.
+        """
         if isinstance(x, Image):
             return [self._read_image(x, channels)]
         if isinstance(x, Signal):
             return [x]
-        if isinstance(x, Current) and not x.products and not bool(x.bias.any()):
-            return list(x.identities)
+        if isinstance(x, Current) and not x.products:
+            if shifted or not bool(x.bias.any()):
+                return list(x.identities)
+            raise self.fail(
+                f"{what} of spikes to which a constant was added (by a BatchNorm, say), which its padding has not. "
+                "Remedy: padding=0, or an activation in between"
+            )
         raise self.fail(
             f"{what} of a value with no activation in between, so there are no spikes to work on. Remedy: put a ReLU "
             "(then QCFS) between the two layers, or merge them into one"
@@ -372,7 +391,9 @@ class Lowering:
                 x, ungrouped(weight, groups)[:, :, 0, 0], _float64(bias, _zeros(out)), stride, self._layer()
             )
         products = []
-        for signal in self._sources(x, "is a convolution", channels):
+        unpadded = _pair(padding) == (0, 0)
+        out_bias = _float64(bias, _zeros(out))
+        for signal in self._sources(x, "is a convolution", channels, unpadded):
             if signal.vector:
                 raise self.fail("is a convolution of a flattened value")
             if signal.channels != channels:
@@ -381,7 +402,9 @@ class Lowering:
                 Product(part, w, (*geometry[:8], own), False, self._layer())
                 for part, w, own in dealt(weight, groups, signal)
             ]
-        return Current(_float64(bias, _zeros(out)), tuple(products))
+        if isinstance(x, Current) and unpadded:
+            out_bias = out_bias + ungrouped(weight, groups).sum((2, 3)) @ x.bias
+        return Current(out_bias, tuple(products))
 
     def _layer(self) -> str:
         """The name of the layer that this node is, for reports."""
@@ -408,7 +431,7 @@ class Lowering:
             return composed(x, weight, _float64(bias, _zeros(out)), (1, 1), self._layer())
         products = []
         for signal in self._sources(
-            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
+            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features, True
         ):
             if not signal.vector:
                 raise self.fail("is a linear layer on a feature map; flatten it first")
@@ -420,7 +443,10 @@ class Lowering:
             geometry = (area, 1, 1, 1, 0, 0, 1, 1, 1)
             blocks = dealt(weight.reshape(out, signal.channels, area, 1), 1, signal)
             products += [Product(part, block, geometry, True, self._layer()) for part, block, _ in blocks]
-        return Current(_float64(bias, _zeros(out)), tuple(products), (), True)
+        out_bias = _float64(bias, _zeros(out))
+        if isinstance(x, Current):
+            out_bias = out_bias + weight.reshape(out, x.channels, -1).sum(2) @ x.bias
+        return Current(out_bias, tuple(products), (), True)
 
     def batch_norm(
         self,
@@ -467,6 +493,8 @@ class Lowering:
             isinstance(x, Current) or any(q.kind == "avg" for s in signals for p in s.parts for q in p.pools)
         ):
             raise self.fail("max pooling works on spikes only; use prepare(model, max_pool='avg')")
+        if spec.kind == "max" and any(bool((p.amplitude < 0).any()) for s in signals for p in s.parts):
+            raise self.fail("takes the maximum of spikes times a negative factor. Remedy: pool first, then scale")
         out = [replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in signals]
         if isinstance(x, Signal):
             return out[0]
@@ -615,7 +643,7 @@ class Lowering:
         """Some channels of a value."""
         if isinstance(x, Image) and not x.batch_only and not x.vector and not x.map:
             n = self._channels(x)
-            whole = x if x.source else Image(tuple(range(n)), (1.0,) * n, (0.0,) * n)
+            whole = self._whole_image(x, n)
             source = tuple(whole.source[i] for i in index)
             scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
             return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
@@ -683,7 +711,7 @@ class Lowering:
         if isinstance(x, Image) and not x.source and isinstance(index, tuple) and len(index) == 2:
             everything, channel = index
             if everything == slice(None) and isinstance(channel, int):
-                return Image((channel,), (1.0,), (0.0,), batch_only=True)
+                return Image((channel,), x.scale or (1.0,), x.shift or (0.0,), batch_only=True)
         if isinstance(index, tuple) and 1 < len(index) <= 4 and index[0] == slice(None):
             rest = index[2:-1] if index[-1] is Ellipsis else index[2:]
             if all(isinstance(i, slice) and i == slice(None) for i in rest):
@@ -695,15 +723,14 @@ class Lowering:
             return replace(x, batch_only=False)
         raise self.fail("adds a dimension, which has no spiking counterpart")
 
-    def add(self, x: Any, y: Any, alpha: float = 1) -> Any:
-        if isinstance(x, (int, float)):
-            x, y = y, x
-        if isinstance(y, (int, float)) and isinstance(x, Image):
-            if not x.source:
-                raise self.fail("adds a constant to the image; normalise images before they enter the network")
-            return replace(x, shift=tuple(s + y for s in x.shift))
-        if alpha != 1 or isinstance(y, (int, float)):
-            raise self.fail("adds a scaled value or a constant; put it into a layer's bias")
+    # A constant is a number, or a tensor with one for each channel: parameters, buffers and what is computed of them.
+
+    def add(self, x: Any, y: Any, alpha: Any = 1) -> Any:
+        if self._is_constant(x):
+            return self._affine(self.scale(y, alpha), 1.0, x)
+        if self._is_constant(y):
+            return self._affine(x, 1.0, y * alpha)
+        y = y if isinstance(alpha, (int, float)) and alpha == 1 else self.scale(y, alpha)
         a, b = (self._current(v, None, "adds something that is not a layer's output") for v in (x, y))
         if a.channels != b.channels or a.vector != b.vector:
             raise self.fail(f"adds values of {a.channels} and {b.channels} channels; broadcasting is not supported")
@@ -711,40 +738,81 @@ class Lowering:
             a.bias + b.bias, a.products + b.products, a.identities + b.identities, a.vector, a.flattened or b.flattened
         )
 
+    def subtract(self, x: Any, y: Any, alpha: Any = 1) -> Any:
+        return self.add(x, y, -alpha)
+
+    def negate(self, x: Any) -> Any:
+        return self.scale(x, -1)
+
     def scale(self, x: Any, factor: Any) -> Any:
-        if isinstance(x, (int, float)):
+        if self._is_constant(x):
             x, factor = factor, x
-        if not isinstance(factor, (int, float)):
+        if not self._is_constant(factor):
             raise self.fail(
                 "multiplies two activations, which has no spiking counterpart (attention and "
                 "squeeze-and-excitation cannot be converted)"
             )
-        if isinstance(x, _Unknown):
-            return x
-        if isinstance(x, Image):
-            if not x.source:
-                raise self.fail("scales the image; normalise images before they enter the network")
-            return replace(x, scale=tuple(s * factor for s in x.scale), shift=tuple(s * factor for s in x.shift))
-        if isinstance(x, Signal):
-            return scaled(x, torch.full((x.width,), float(factor), dtype=torch.float64))
-        return affine(
-            x,
-            torch.full((x.channels,), float(factor), dtype=torch.float64),
-            _zeros(x.channels),
-        )
+        return self._affine(x, factor, 0.0)
 
     def divide(self, x: Any, factor: Any) -> Any:
-        if not isinstance(factor, (int, float)):
+        if not self._is_constant(factor):
             raise self.fail("divides by an activation, which has no spiking counterpart")
-        return self.scale(x, 1.0 / factor)
+        if isinstance(factor, (int, float, Tensor)):
+            factor = torch.as_tensor(factor).detach().to("cpu", torch.float64).reciprocal()
+        return self._affine(x, factor, 0.0)
+
+    def normalize(self, x: Any, mean: Any, std: Any) -> Any:
+        """(x - mean) / std, lists with a number for each channel."""
+        mean, std = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (mean, std))
+        return self.divide(self.subtract(x, mean), std)
+
+    def _affine(self, x: Any, scale: Any, shift: Any) -> Any:
+        """x * scale + shift."""
+        if isinstance(x, _Unknown):
+            return x
+        scale, shift = self._by_channel(x, scale), self._by_channel(x, shift)
+        if isinstance(x, Image):
+            n = max(len(x.scale), scale.numel(), shift.numel())
+            x = self._whole_image(x, n) if n > 1 else x
+            first, before = (torch.tensor(v or (d,), dtype=torch.float64) for v, d in ((x.scale, 1.0), (x.shift, 0.0)))
+            after = ((first * scale).expand(n), (before * scale + shift).expand(n))
+            return replace(x, scale=tuple(after[0].tolist()), shift=tuple(after[1].tolist()))
+        if isinstance(x, Signal):
+            if not bool(shift.any()) and (x.index is None or scale.numel() == 1):
+                return scaled(x, scale.expand(x.width))
+            x = self._current(x, None, "")
+        return affine(x, scale.expand(x.channels), shift.expand(x.channels))
+
+    def _by_channel(self, x: Any, value: Any) -> Tensor:
+        """A constant as float64 [1] or [channels of x]."""
+        if isinstance(value, _Size):
+            raise self._shape_needed("computes with a size that is not known")
+        if not isinstance(value, (int, float, Tensor)):
+            raise self.fail("computes with a constant that is neither a number nor a tensor")
+        t = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(t).all()):
+            raise self.fail("computes with a constant that is not finite")
+        if t.numel() == 1 or not isinstance(x, Image | Signal | Current | Joined):
+            return t.reshape(-1)
+        rank = 2 if x.vector or getattr(x, "flattened", False) else 4
+        shape = (*([1] * (rank - t.dim())), *t.shape)
+        channels = (len(x.source) if isinstance(x, Image) else x.channels) or t.numel()
+        if len(shape) != rank or shape[1] != channels or t.numel() != channels:
+            raise self.fail(
+                f"computes with a constant of shape {list(t.shape)}, which differs between pixels or does not fit "
+                f"{channels} channels. Remedy: one number, or one for each channel ([{channels}, 1, 1] for maps)"
+            )
+        return t.reshape(-1)
 
     def concat(self, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Any:
         dim = kwargs.get("axis", dim)
         if all(isinstance(t, Image) for t in tensors) and dim == 1:
+            tensors = [self._whole_image(t, self._channels(t)) for t in tensors]
             return Image(
                 sum((t.source for t in tensors), ()),
                 sum((t.scale for t in tensors), ()),
                 sum((t.shift for t in tensors), ()),
+                width=max(t.width for t in tensors),
             )
         if dim not in (1, -3) or not all(isinstance(t, Signal | Current | Joined) for t in tensors):
             raise self.fail("concatenates the image with layers, or values not along the channels")
@@ -816,10 +884,10 @@ class Lowering:
 Handler = Callable[..., Any]
 FUNCTIONS: dict[Any, Handler] = {
     **dict.fromkeys(ADD_FUNCTIONS, Lowering.add),
-    operator.mul: Lowering.scale,
-    torch.mul: Lowering.scale,
-    operator.truediv: Lowering.divide,
-    torch.div: Lowering.divide,
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), Lowering.subtract),
+    **dict.fromkeys((operator.neg, torch.neg, torch.negative), Lowering.negate),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), Lowering.scale),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, torch.divide), Lowering.divide),
     torch.cat: Lowering.concat,
     torch.concat: Lowering.concat,
     torch.flatten: Lowering.flatten,
@@ -852,8 +920,10 @@ FUNCTIONS: dict[Any, Handler] = {
 METHODS: dict[str, Handler] = {
     "add": Lowering.add,
     "add_": Lowering.add,
-    "mul": Lowering.scale,
-    "div": Lowering.divide,
+    **dict.fromkeys(("sub", "sub_", "subtract"), Lowering.subtract),
+    **dict.fromkeys(("neg", "neg_", "negative"), Lowering.negate),
+    **dict.fromkeys(("mul", "mul_", "multiply"), Lowering.scale),
+    **dict.fromkeys(("div", "div_", "divide"), Lowering.divide),
     "flatten": Lowering.flatten,
     "view": Lowering.view,
     "reshape": Lowering.view,
@@ -870,6 +940,7 @@ METHODS: dict[str, Handler] = {
     "contiguous": Lowering.keep,
     "detach": Lowering.keep,
     "clone": Lowering.keep,
+    "float": Lowering.keep,
 }
 
 
@@ -887,7 +958,10 @@ _KNOWN_MODULES = (
     nn.MaxPool2d,
 )
 # What takes currents side by side one by one.
-_OF_JOINED = (Lowering.batch_norm, Lowering.concat, Lowering.scale, Lowering.divide, Lowering.keep, Lowering.dropout)
+_OF_JOINED = (
+    *(Lowering.batch_norm, Lowering.concat, Lowering.scale, Lowering.divide, Lowering.negate),
+    *(Lowering.keep, Lowering.dropout),
+)
 # What is looked at even where a value is unknown: sizes have an answer, a product of two values is an obstacle.
 _OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)
 
@@ -916,6 +990,11 @@ class _ShapeRecorder(fx.Interpreter):
         super().__init__(gm)
         self.extra_traceback = False
         self.shapes: Shapes = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_normalize(self.fetch_attr(target)):  # which looks at values
+            return args[0]
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
