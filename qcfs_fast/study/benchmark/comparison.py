@@ -149,9 +149,11 @@ def _latencies(cases: Sequence[Case]) -> Any:
     """Latencies at batch 1 and T = 4: a line per contender, a column per network."""
     from rich.table import Table
 
+    heading = f"batch 1, T = 4: milliseconds, {' / '.join(('median', *TAIL))}"
     result = Table(
-        title=f"batch 1, T = 4: milliseconds, {' / '.join(('median', *TAIL))}",
+        title=heading,
         title_justify="left",
+        min_width=len(heading),
         caption="a percentile is shown where a hundredth (p99) or a tenth (p90) of the readings is one at least",
         caption_justify="left",
     )
