@@ -95,7 +95,12 @@ def tables(data: Mapping[str, Any]) -> list[Any]:
     names = dict.fromkeys(c["name"] for c in cases if c["kind"] == "network")
     groups = [[c for c in cases if c["kind"] == "network" and c["name"] == n] for n in names]
     layers = [c for c in cases if c["kind"] == "layer"]
-    alone = [c for c in cases if c["kind"] == "network" and c["batch"] == 1 and c["T"] == 4 and _tails(c)]
+    alone = [
+        c
+        for g in groups
+        for c in g
+        if (c["batch"], c["T"]) == (1, 4) and max(map(len, _spread(c).values()), default=0) > 1
+    ]
     return [_table(data, group) for group in [*groups, layers] if group] + ([_latencies(alone)] if alone else [])
 
 
@@ -138,11 +143,10 @@ def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
     return result
 
 
-def _tails(case: Case) -> dict[str, list[float]]:
-    """Median and percentiles of the contenders that were read often enough for one percentile at least."""
-    rows = case["contenders"].items()
-    found = {n: [r[key] for key in ("seconds", *TAIL) if key in r] for n, r in rows}
-    return {n: seconds for n, seconds in found.items() if len(seconds) > 1}
+def _spread(case: Case) -> dict[str, list[float]]:
+    """By contender the median and the percentiles that its readings can tell."""
+    rows = {n: r for n, r in case["contenders"].items() if "seconds" in r}
+    return {n: [r[key] for key in ("seconds", *TAIL) if key in r] for n, r in rows.items()}
 
 
 def _latencies(cases: Sequence[Case]) -> Any:
@@ -160,9 +164,9 @@ def _latencies(cases: Sequence[Case]) -> Any:
     result.add_column("contender", no_wrap=True)
     for case in cases:
         result.add_column("\n".join(_network_and_size(case["name"])), justify="right")
-    tails = [_tails(case) for case in cases]
-    for name in dict.fromkeys(n for found in tails for n in found):
-        result.add_row(name, *(" / ".join(map(_milliseconds, found.get(name, []))) or "-" for found in tails))
+    spreads = [_spread(case) for case in cases]
+    for name in dict.fromkeys(n for found in spreads for n in found):
+        result.add_row(name, *(" / ".join(map(_milliseconds, found.get(name, []))) or "-" for found in spreads))
     return result
 
 
