@@ -1,6 +1,7 @@
-# make demo   train, convert and evaluate a network on real data     make test   all tests (10 minutes)
-# make check  format, lint and types, without a change               make quick  the tests of the inner loop (2 minutes)
+# make demo   train, convert and evaluate a network on real data     make test   the tests (10 minutes)
+# make check  format, lint and types, without a change               make quick  those of the inner loop (2 minutes)
 # make format rewrite files as `make check` wants them               make bench  compare latencies (10 minutes)
+# make test-slow   what is left: builds under sanitizers, for arm64 and of CUDA; emulated and interpreted GPU kernels
 # make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
 # make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
@@ -24,8 +25,12 @@ demo: $(VENV)/.installed
 	cd $(VENV) && bin/python -m qcfs_fast demo --output ../demo-output
 
 TESTS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests -n 2 --dist loadfile
+SLOW := slow and (native or triton or cuda)
 test: $(VENV)/.installed $(VENV)/.tools
-	$(TESTS) $(PYTEST_ARGS)
+	$(TESTS) -m 'not ($(SLOW))' $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed $(VENV)/.tools
+	$(TESTS) -m '$(SLOW)' $(PYTEST_ARGS)
 
 quick: $(VENV)/.installed $(VENV)/.tools
 	$(TESTS) -m 'not slow' $(PYTEST_ARGS)

@@ -2,7 +2,8 @@
 
 Each engine is timed on 3x3 layers of several widths, sizes and firing rates, one thread, and its time is fitted to the
 work that engines.cpp counts: relative least squares over rates that are not negative. Other programs disturb a timing
-upwards only, so the least of many counts. Usage: python tools/fit_engine_rates.py [--repeat N]
+upwards only, so the least of many counts; rounds go over all layers, so that a slow spell of the machine spoils one
+round of each and not all of one. Usage: python tools/fit_engine_rates.py [--repeat N]
 """
 
 from __future__ import annotations
@@ -11,60 +12,57 @@ import argparse
 import itertools
 import math
 import time
+from typing import Any
 
 import numpy as np
 import torch
 
 from qcfs_fast import backend
+from qcfs_fast.backend import native
+from qcfs_fast.backend.choice import ENGINES, settings
 from qcfs_fast.backend.protocol import last_engine
+from qcfs_fast.operators.signature import Conv2dIf
 
 T = 4
-SHAPES = ((16, 16, 32), (16, 32, 32), (32, 32, 16), (48, 32, 16), (64, 64, 8), (64, 64, 16), (128, 128, 8))
-FIRING = (0.02, 0.05, 0.1, 0.2)
+SHAPES = (
+    (16, 16, 32), (16, 32, 32), (32, 32, 16), (48, 32, 16), (64, 64, 8), (64, 64, 16), (128, 128, 8),
+    (64, 64, 56), (128, 128, 28), (256, 256, 14), (512, 512, 7),
+)  # fmt: skip
+FIRING = (0.02, 0.05, 0.1, 0.2, 0.3)
 
 
-def timed(engine: str, bits: int, C: int, O: int, size: int, rate: float, repeat: int) -> float:
-    """Nanoseconds a step of one image on this engine; nan where it does not take the layer."""
-    rng = np.random.default_rng(0)
-    batch = max(1, 2048 // size**2)  # as many images as make the fixed cost of a call small
-    x = torch.from_numpy(
-        sum((rng.random((1, batch, size, size, C)) < rate).astype(np.uint8) << t for t in range(T)).astype(np.uint8)
-    )
-    spread = 20 if bits == 8 else 4000
-    w = torch.from_numpy(np.clip(rng.normal(0, spread, (3, 3, C, O)), -6 * spread, 6 * spread))
-    w = w.to(torch.int8 if bits == 8 else torch.int16)
-    unit = 256 if bits == 8 else 1
-    n = torch.full((O,), 2 * int(spread * unit * math.sqrt(9 * C * rate)) + 2, dtype=torch.int32)
-    rest = ([3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, torch.zeros_like(n), n, T)
-    best = math.inf
-    with backend.force(cpu_engine=engine):
-        for _ in range(repeat):
+class Layer:
+    """A layer with its input, and its least time so far by engine."""
+
+    def __init__(self, bits: int, C: int, O: int, size: int, rate: float) -> None:
+        rng = np.random.default_rng(0)
+        batch = max(1, 2048 // size**2)  # as many images as make the fixed cost of a call small
+        x = torch.from_numpy(
+            sum((rng.random((1, batch, size, size, C)) < rate).astype(np.uint8) << t for t in range(T)).astype(np.uint8)
+        )
+        spread = 20 if bits == 8 else 4000
+        w = torch.from_numpy(np.clip(rng.normal(0, spread, (3, 3, C, O)), -6 * spread, 6 * spread))
+        w = w.to(torch.int8 if bits == 8 else torch.int16)
+        unit = 256 if bits == 8 else 1
+        n = torch.full((O,), 2 * int(spread * unit * math.sqrt(9 * C * rate)) + 2, dtype=torch.int32)
+        self.operands: Any = ([x], [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, torch.zeros_like(n), n, T)
+        checked = Conv2dIf.checked(*self.operands)
+        self.work = native.module.SpikingLayer(checked, settings().isa, 1, ENGINES.index("auto")).work()
+        self.best = dict.fromkeys(self.work, math.inf)
+
+    def run(self, engine: str) -> None:
+        with backend.force(cpu_engine=engine):
             begin = time.perf_counter()
-            torch.ops.qcfs_fast.conv2d_if([x], [w], *rest)
-            best = min(best, time.perf_counter() - begin)
-    return best * 1e9 / T / batch if last_engine.get() == engine else math.nan
+            torch.ops.qcfs_fast.conv2d_if(*self.operands)
+            seconds = time.perf_counter() - begin
+        if last_engine.get() == engine:  # some layers are not for every engine
+            self.best[engine] = min(self.best[engine], seconds * 1e9 / T)
 
 
-def work(engine: str, bits: int, C: int, O: int, size: int, rate: float) -> list[float]:
-    """What engines.cpp counts, in the order of an engine's columns there. Padding at the border is left out."""
-    pixels, inputs = size**2, size**2 * C
-    if engine == "events":
-        panel = 64 * 8 // bits
-        rows = rate * 9 * C * pixels * math.ceil(O / panel) * panel
-        return [*((rows, 0.0) if bits == 16 else (0.0, rows)), inputs, 3 * pixels]
-    if engine == "dense":
-        return [pixels * 9 * C * O * bits / 8, inputs]
-    return [3 * C / 4 * pixels, pixels, (1 - (1 - rate) ** 4) * 9 * C / 4 * pixels * O * bits / 4]
-
-
-def fit(engine: str, repeat: int) -> np.ndarray:
+def fit(engine: str, layers: list[Layer]) -> np.ndarray:
     """Nanoseconds for a unit of each kind of work."""
-    rows, times = [], []
-    for bits, (C, O, size), rate in itertools.product((16, 8), SHAPES, FIRING):
-        measured = timed(engine, bits, C, O, size, rate, repeat)
-        if not math.isnan(measured):
-            rows.append(work(engine, bits, C, O, size, rate))
-            times.append(measured)
+    timed = [layer for layer in layers if layer.best[engine] < math.inf]
+    rows, times = [layer.work[engine] for layer in timed], [layer.best[engine] for layer in timed]
     scaled = np.array(rows) / np.array(times)[:, None]
     kept = list(range(scaled.shape[1]))
     while True:  # a kind of work whose cost would be negative costs nothing
@@ -84,11 +82,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=30)
     repeat = parser.parse_args().repeat
     torch.set_num_threads(1)
-    events_16, events_8, listed, appended = fit("events", repeat)
-    products, expanded = fit("dense", repeat)
-    groups, pixel, rows = fit("table", repeat)
+    layers = [Layer(bits, *shape, rate) for bits, shape, rate in itertools.product((16, 8), SHAPES, FIRING)]
+    for _, layer in itertools.product(range(repeat), layers):
+        for engine in layer.work:
+            layer.run(engine)
+    events_16, events_8, listed, appended = fit("events", layers)
+    products, expanded, fired = fit("dense", layers)
+    groups, pixel, rows = fit("table", layers)
     rates = [1 / max(cost, 1e-3) for cost in (events_16, events_8, products, listed)]
-    rates += [appended, 1 / max(expanded, 1e-3), 1 / max(groups, 1e-3), pixel, 1 / max(rows, 1e-3)]
+    rates += [appended, 1 / max(expanded, 1e-3), fired, 1 / max(groups, 1e-3), pixel, 1 / max(rows, 1e-3)]
     print(f'{{"{backend.kernel_set()}", {", ".join(f"{r:.3g}" for r in rates)}}},')
 
 

@@ -65,6 +65,15 @@ class SpikingLayer {
     options_.engine = qcfs::cpu::choose_engine(a_.layer, options_);
   }
 
+  // By engine, in the order of a row of rates in engines.cpp; tools/fit_engine_rates.py fits the rates to it.
+  py::dict work() const {
+    const qcfs::cpu::EngineWork w = qcfs::cpu::engine_work(a_.layer, options_.isa);
+    py::dict by_engine;
+    by_engine["events"] = py::make_tuple(w.events_16, w.events_8, w.inputs, w.kernel_rows);
+    by_engine["dense"] = py::make_tuple(w.products, w.inputs, w.pixels);
+    by_engine["table"] = py::make_tuple(w.groups, w.pixels, w.row_bytes);
+    return by_engine;
+  }
   const char* engine() const { return qcfs::cpu::engine_name(options_.engine); }
   std::size_t packed_bytes(int product) const {
     return qcfs::cpu::packed_bytes(a_.layer, product, options_.engine, options_.isa);
@@ -185,6 +194,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<SpikingLayer>(m, "SpikingLayer")
       .def(py::init<py::handle, std::uint32_t, int, int>())
       .def_property_readonly("engine", &SpikingLayer::engine)
+      .def("work", &SpikingLayer::work)
       .def("packed_bytes", &SpikingLayer::packed_bytes)
       .def("pack", &SpikingLayer::pack)
       .def("fire", &SpikingLayer::fire);

@@ -4,8 +4,8 @@
 //     events    T * rate * (inputs under the kernels) * (outputs, filled up to panels)   row elements; listing every
 //     input
 //               T times; and appending the lists of every kernel row and output pixel T times
-//     dense     T * digits * positions * padded inputs * padded outputs   products of bytes, whatever the rate; and
-//               expanding every input T times
+//     dense     T * digits * positions * padded inputs * padded outputs   products of bytes, whatever the rate;
+//               expanding every input T times; and the neurons of every output pixel
 //     table     T * (1 - (1 - rate)^4) * (groups under the kernels) * (bytes of a row); listing every group T times for
 //               each kernel row; and beginning every output pixel T times
 //
@@ -23,27 +23,28 @@ namespace qcfs::cpu {
 namespace {
 
 // What one thread does in a nanosecond, and the nanoseconds of what is done for each pixel and step. Only ratios within
-// a row matter. tools/fit_engine_rates.py measures a set and prints its row: avx2 on a 3.2 GHz Zen 3, by that script.
-// Measured by hand on a 4.4 GHz Zen 5, the columns of the table engine estimated from those of avx2: avx512vnni,
-// avx512, avxvnni. Estimated from the instructions' throughput and not measured: amx, neondot, neon, portable.
+// a row matter. tools/fit_engine_rates.py measures a set and prints its row: avx2 on a 3.2 GHz Zen 3 (without the
+// neurons of a pixel), amx, avx512vnni, avx512 and avxvnni on a 2.8 GHz Sapphire Rapids or Emerald Rapids (its
+// processor says only "Intel Xeon"). Estimated from the instructions' throughput and not measured: neondot, neon,
+// portable.
 struct EngineRates {
   const char* set;
   double events_16, events_8;    // row elements
   double products;               // of bytes
   double listed, appended;       // events: inputs; nanoseconds to append the list of a kernel row to a pixel's
-  double expanded;               // dense: inputs
+  double expanded, fired;        // dense: inputs; nanoseconds for the neurons of a pixel
   double groups, pixel, rows;    // table: groups listed; nanoseconds to begin a pixel; bytes of rows
 };
 
 constexpr EngineRates engine_rates[] = {
-    {"amx", 105, 165, 1000, 12, 4, 60, 2.5, 5.4, 150},
-    {"avx512vnni", 105, 165, 500, 12, 4, 60, 2.5, 5.4, 150},
-    {"avx512", 105, 165, 270, 12, 4, 60, 2.5, 5.4, 150},
-    {"avxvnni", 80, 92, 260, 12, 4, 60, 1.6, 5.4, 100},
-    {"avx2", 27.1, 31.8, 44.9, 1.44, 23, 1000, 0.762, 11.3, 47.3},
-    {"neondot", 16, 16, 60, 12, 4, 60, 0.5, 8, 30},
-    {"neon", 16, 16, 6, 12, 4, 60, 0.5, 8, 30},
-    {"portable", 12, 12, 4, 12, 4, 60, 0.4, 8, 30},
+    {"amx", 64.6, 102, 1000, 1.99, 11, 16.3, 13.5, 1.92, 21.1, 108},
+    {"avx512vnni", 64.8, 100, 337, 2.04, 10.8, 1000, 14.1, 1.77, 20.2, 105},
+    {"avx512", 41.8, 85.5, 101, 1.21, 14.9, 1000, 30.6, 0.813, 27.2, 77.3},
+    {"avxvnni", 41.9, 54.5, 128, 2.17, 15.1, 1000, 12.8, 1.38, 21.8, 80.2},
+    {"avx2", 27.1, 31.8, 44.9, 1.44, 23, 0, 1000, 0.762, 11.3, 47.3},
+    {"neondot", 16, 16, 60, 12, 4, 0, 60, 0.5, 8, 30},
+    {"neon", 16, 16, 6, 12, 4, 0, 60, 0.5, 8, 30},
+    {"portable", 12, 12, 4, 12, 4, 0, 60, 0.4, 8, 30},
 };
 
 const EngineRates& rates_of(const KernelSet& k) {
@@ -88,37 +89,43 @@ double sampled_rate(const ConvIf& a, const Product& p) {
   return seen == 0 ? 0.0 : static_cast<double>(fired) / static_cast<double>(seen);
 }
 
-// Nanoseconds a step on each engine.
-struct Estimate {
-  double events = 0, dense = 0, table = 0;
-};
+double events_time(const EngineWork& w, const EngineRates& r) {
+  return w.events_16 / r.events_16 + w.events_8 / r.events_8 + w.inputs / r.listed + w.kernel_rows * r.appended;
+}
 
-Estimate estimate(const KernelSet& k, const ConvIf& a) {
-  const EngineRates& rates = rates_of(k);
-  const double pixels = static_cast<double>(a.batch * a.out_h * a.out_w);
-  const LinearAsImage layer(a);    // linear layers fill their blocks with samples
-  Estimate e;
-  e.dense = dense_products(k, layer.a) / rates.products;
-  for (int i = 0; i < a.product_count; ++i) {
-    const Product& p = a.products[i];
-    const double inputs = static_cast<double>(a.batch * p.x.height * p.x.width * p.x.channels);
-    const double rate = sampled_rate(a, p), silent = (1 - rate) * (1 - rate);
-    const double filled = static_cast<double>(round_up(a.out_channels, event_panel_channels(p.weight_bytes)));
-    const double rows = rate * static_cast<double>(kernel_inputs(p.g, p.x.channels)) * pixels;
-    const double kernel_rows = static_cast<double>(p.g.kernel_h);
-    const bool narrow = p.weight_bytes == 1 && p.x.coding == Coding::mask;
-    e.events += rows * filled / (narrow ? rates.events_8 : rates.events_16) + inputs / rates.listed +
-                rates.appended * pixels * kernel_rows;
-    e.dense += inputs / rates.expanded;
-    const double column = kernel_rows * static_cast<double>(ceil_div(p.x.channels, 4));    // groups
-    const double row = static_cast<double>(round_up(a.out_channels * 2 * p.weight_bytes, k.register_bytes));
-    e.table += (1 - silent * silent) * column * static_cast<double>(p.g.kernel_w) * pixels * row / rates.rows +
-               column * static_cast<double>(a.batch * a.out_h * p.x.width) / rates.groups + rates.pixel * pixels;
-  }
-  return e;
+double dense_time(const EngineWork& w, const EngineRates& r) {
+  return w.products / r.products + w.inputs / r.expanded + w.pixels * r.fired;
+}
+
+double table_time(const EngineWork& w, const EngineRates& r) {
+  return w.row_bytes / r.rows + w.groups / r.groups + w.pixels * r.pixel;
 }
 
 }    // namespace
+
+EngineWork engine_work(const ConvIf& a, std::uint32_t isa) {
+  const KernelSet& k = choose(isa);
+  const LinearAsImage layer(a);    // linear layers fill their blocks with samples
+  EngineWork w;
+  w.pixels = static_cast<double>(a.batch * a.out_h * a.out_w);
+  w.products = dense_products(k, layer.a);
+  for (int i = 0; i < a.product_count; ++i) {
+    const Product& p = a.products[i];
+    const double rate = sampled_rate(a, p), silent = (1 - rate) * (1 - rate);
+    const double filled = static_cast<double>(round_up(a.out_channels, event_panel_channels(p.weight_bytes)));
+    const double kernel_rows = static_cast<double>(p.g.kernel_h);
+    const bool narrow = p.weight_bytes == 1 && p.x.coding == Coding::mask;
+    (narrow ? w.events_8 : w.events_16) +=
+        rate * static_cast<double>(kernel_inputs(p.g, p.x.channels)) * w.pixels * filled;
+    w.inputs += static_cast<double>(a.batch * p.x.height * p.x.width * p.x.channels);
+    w.kernel_rows += w.pixels * kernel_rows;
+    const double column = kernel_rows * static_cast<double>(ceil_div(p.x.channels, 4));    // groups
+    const double row = static_cast<double>(round_up(a.out_channels * 2 * p.weight_bytes, k.register_bytes));
+    w.row_bytes += (1 - silent * silent) * column * static_cast<double>(p.g.kernel_w) * w.pixels * row;
+    w.groups += column * static_cast<double>(a.batch * a.out_h * p.x.width);
+  }
+  return w;
+}
 
 const char* engine_name(Engine engine) {
   switch (engine) {
@@ -152,9 +159,11 @@ Engine choose_engine(const ConvIf& a, const Options& options) {
   if (wanted == Engine::table && table_allowed(k, a)) return Engine::table;
   if (wanted == Engine::dense && dense_allowed(k, a)) return Engine::dense;
   if (wanted != Engine::automatic || a.product_count == 0) return Engine::events;
-  const Estimate e = estimate(k, a);
-  if (e.table < e.events && e.table < e.dense && table_is_near(k, a) && table_allowed(k, a)) return Engine::table;
-  return e.dense < e.events && dense_allowed(k, a) ? Engine::dense : Engine::events;
+  const EngineWork work = engine_work(a, options.isa);
+  const EngineRates& rates = rates_of(k);
+  const double events = events_time(work, rates), dense = dense_time(work, rates), table = table_time(work, rates);
+  if (table < events && table < dense && table_is_near(k, a) && table_allowed(k, a)) return Engine::table;
+  return dense < events && dense_allowed(k, a) ? Engine::dense : Engine::events;
 }
 
 }    // namespace qcfs::cpu

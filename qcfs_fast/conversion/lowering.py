@@ -13,6 +13,8 @@ Source of the construction: Bu et al., ICLR 2022, sections 3 and 4; BatchNorm fo
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -29,6 +31,7 @@ from ..model.graph import (
     call_sites,
     describe,
     evaluating,
+    is_normalize,
     made_parameters_kept,
     parameter,
     refuse_hooks,
@@ -42,11 +45,12 @@ from ..network.tail import OF_NUMBERS
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .values import (
+    Activation,
     Answer,
     Current,
-    FireNode,
     Grouped,
     Image,
+    Joined,
     Lowered,
     Part,
     Product,
@@ -55,6 +59,7 @@ from .values import (
     composed,
     concatenated,
     dealt,
+    dense,
     identity_current,
     joined,
     merged,
@@ -75,6 +80,10 @@ class ShapeNeededError(ConversionError):
 
 class _Unknown:
     """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again."""
+
+
+def _one_current(x: Any) -> Any:
+    return dense(x) if isinstance(x, Joined) else x
 
 
 class _Size:
@@ -157,6 +166,13 @@ class Lowering:
         self.result.image = self.image
         return self.result
 
+    def _takes_joined(self, node: fx.Node) -> bool:
+        """Whether a node leaves currents side by side as they are; all others get them as one."""
+        if node.op == "call_module":
+            m = self.gm.get_submodule(str(node.target))
+            return is_qcfs(m) or isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, *_PASSING_MODULES))
+        return FUNCTIONS.get(node.target, METHODS.get(str(node.target))) in _OF_JOINED
+
     def _get(self, x: Any) -> Any:
         return fx.node.map_arg(x, lambda n: self.values[n])
 
@@ -166,13 +182,15 @@ class Lowering:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current, Grouped, Answer, _Unknown))
+        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Answer, _Unknown))
 
     def _is_unknown(self, x: Any) -> bool:
         return any(map(self._is_unknown, x)) if isinstance(x, (tuple, list)) else isinstance(x, _Unknown)
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
+        if not self._takes_joined(node):
+            args, kwargs = (fx.node.map_aggregate(v, _one_current) for v in (args, kwargs))
         if node.op == "placeholder":
             if any(isinstance(v, Image) for v in self.values.values()):
                 if node.args:  # a further argument with a default
@@ -239,8 +257,10 @@ class Lowering:
             return self.linear(x, parameter(m, "weight"), parameter(m, "bias"))
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
             return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
-        if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)):
+        if isinstance(m, _PASSING_MODULES):
             return x
+        if is_normalize(m):
+            return self.normalize(x, m.mean, m.std)
         if isinstance(m, nn.ChannelShuffle):
             return self.shuffle(x, m.groups)
         if isinstance(m, nn.Flatten):
@@ -268,12 +288,16 @@ class Lowering:
 
     def fire(self, x: Any, m: Any) -> Signal:
         name = self.sites[self.node][0]
-        current = merged(self._current(x, None, "activates something that is not a layer's output"))
-        parts = [p.part for p in current.products] + [p for s in current.identities for p in s.parts]
+        values = x.currents if isinstance(x, Joined) else (x,)
+        currents = tuple(
+            merged(self._current(v, None, "activates something that is not a layer's output")) for v in values
+        )
+        parts = [p.part for c in currents for p in c.products]
+        parts += [p for c in currents for s in c.identities for p in s.parts]
         self.needs_shapes |= any(p.needs_size for p in parts)
-        theta = thresholds(m, name, current.channels)
-        self.result.layers.append(FireNode(name, current, theta, int(m.L)))
-        return Signal((Part(name, theta),), current.vector or current.flattened)
+        theta = thresholds(m, name, sum(c.channels for c in currents))
+        self.result.layers.append(Activation(name, currents, theta, int(m.L)))
+        return Signal((Part(name, theta),), currents[0].vector or currents[0].flattened)
 
     def _read_image(self, x: Image, channels: int | None) -> Signal:
         """The image as the one analog Part; all layers that read it must agree on its channels."""
@@ -284,13 +308,21 @@ class Lowering:
                 shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
                 self.needs_shapes |= shape is None
                 channels = 1 if shape is None else shape[0]
-            x = Image(tuple(range(channels)), (1.0,) * channels, (0.0,) * channels, x.vector)
+            x = self._whole_image(x, channels)
         if self.image is not None and replace(self.image, vector=x.vector) != x:
             raise self.fail(
                 "reads the image with another normalisation or channel order than the first layer; use one for all"
             )
         self.image = x
         return Signal((Part(INPUT, torch.ones(len(x.source), dtype=torch.float64)),), x.vector)
+
+    @staticmethod
+    def _whole_image(x: Image, channels: int) -> Image:
+        """With its channels named, which before nothing has read: all are scaled alike."""
+        if x.source:
+            return x
+        scale, shift = x.scale or (1.0,), x.shift or (0.0,)
+        return replace(x, source=tuple(range(channels)), scale=scale * channels, shift=shift * channels)
 
     def _current(self, x: Any, channels: int | None, why_not: str) -> Current:
         """The value as what a neuron may integrate: spikes stand for the current that they are."""
@@ -304,14 +336,22 @@ class Lowering:
             raise self.fail(why_not)
         return x
 
-    def _sources(self, x: Any, what: str, channels: int) -> list[Signal]:
-        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one)."""
+    def _sources(self, x: Any, what: str, channels: int, shifted: bool = False) -> list[Signal]:
+        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one).
+
+        `shifted`: the operator is one for their sum's bias too.
+        """
         if isinstance(x, Image):
             return [self._read_image(x, channels)]
         if isinstance(x, Signal):
             return [x]
-        if isinstance(x, Current) and not x.products and not bool(x.bias.any()):
-            return list(x.identities)
+        if isinstance(x, Current) and not x.products:
+            if shifted or not bool(x.bias.any()):
+                return list(x.identities)
+            raise self.fail(
+                f"{what} of spikes to which a constant was added (by a BatchNorm, say), which its padding has not. "
+                "Remedy: padding=0, or an activation in between"
+            )
         raise self.fail(
             f"{what} of a value with no activation in between, so there are no spikes to work on. Remedy: put a ReLU "
             "(then QCFS) between the two layers, or merge them into one"
@@ -351,7 +391,9 @@ class Lowering:
                 x, ungrouped(weight, groups)[:, :, 0, 0], _float64(bias, _zeros(out)), stride, self._layer()
             )
         products = []
-        for signal in self._sources(x, "is a convolution", channels):
+        unpadded = _pair(padding) == (0, 0)
+        out_bias = _float64(bias, _zeros(out))
+        for signal in self._sources(x, "is a convolution", channels, unpadded):
             if signal.vector:
                 raise self.fail("is a convolution of a flattened value")
             if signal.channels != channels:
@@ -360,7 +402,9 @@ class Lowering:
                 Product(part, w, (*geometry[:8], own), False, self._layer())
                 for part, w, own in dealt(weight, groups, signal)
             ]
-        return Current(_float64(bias, _zeros(out)), tuple(products))
+        if isinstance(x, Current) and unpadded:
+            out_bias = out_bias + ungrouped(weight, groups).sum((2, 3)) @ x.bias
+        return Current(out_bias, tuple(products))
 
     def _layer(self) -> str:
         """The name of the layer that this node is, for reports."""
@@ -387,7 +431,7 @@ class Lowering:
             return composed(x, weight, _float64(bias, _zeros(out)), (1, 1), self._layer())
         products = []
         for signal in self._sources(
-            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
+            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features, True
         ):
             if not signal.vector:
                 raise self.fail("is a linear layer on a feature map; flatten it first")
@@ -399,7 +443,10 @@ class Lowering:
             geometry = (area, 1, 1, 1, 0, 0, 1, 1, 1)
             blocks = dealt(weight.reshape(out, signal.channels, area, 1), 1, signal)
             products += [Product(part, block, geometry, True, self._layer()) for part, block, _ in blocks]
-        return Current(_float64(bias, _zeros(out)), tuple(products), (), True)
+        out_bias = _float64(bias, _zeros(out))
+        if isinstance(x, Current):
+            out_bias = out_bias + weight.reshape(out, x.channels, -1).sum(2) @ x.bias
+        return Current(out_bias, tuple(products), (), True)
 
     def batch_norm(
         self,
@@ -411,7 +458,7 @@ class Lowering:
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> Current:
+    ) -> Current | Joined:
         if running_mean is None or running_var is None or training:
             raise self.fail("BatchNorm without running statistics cannot be folded; use track_running_stats=True")
         mean, var = running_mean.to("cpu", torch.float64), running_var.to("cpu", torch.float64)
@@ -420,7 +467,7 @@ class Lowering:
         if not bool(torch.isfinite(scale).all()):
             raise self.fail("BatchNorm statistics are not finite; train or reset them")
         why_not = "BatchNorm of a value it does not fit"
-        current = self._current(x, mean.numel(), why_not)
+        current = x if isinstance(x, Joined) else self._current(x, mean.numel(), why_not)
         if current.channels != mean.numel():
             raise self.fail(why_not)
         return affine(current, scale, beta - mean * scale)
@@ -446,6 +493,8 @@ class Lowering:
             isinstance(x, Current) or any(q.kind == "avg" for s in signals for p in s.parts for q in p.pools)
         ):
             raise self.fail("max pooling works on spikes only; use prepare(model, max_pool='avg')")
+        if spec.kind == "max" and any(bool((p.amplitude < 0).any()) for s in signals for p in s.parts):
+            raise self.fail("takes the maximum of spikes times a negative factor. Remedy: pool first, then scale")
         out = [replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in signals]
         if isinstance(x, Signal):
             return out[0]
@@ -594,7 +643,7 @@ class Lowering:
         """Some channels of a value."""
         if isinstance(x, Image) and not x.batch_only and not x.vector and not x.map:
             n = self._channels(x)
-            whole = x if x.source else Image(tuple(range(n)), (1.0,) * n, (0.0,) * n)
+            whole = self._whole_image(x, n)
             source = tuple(whole.source[i] for i in index)
             scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
             return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
@@ -662,7 +711,7 @@ class Lowering:
         if isinstance(x, Image) and not x.source and isinstance(index, tuple) and len(index) == 2:
             everything, channel = index
             if everything == slice(None) and isinstance(channel, int):
-                return Image((channel,), (1.0,), (0.0,), batch_only=True)
+                return Image((channel,), x.scale or (1.0,), x.shift or (0.0,), batch_only=True)
         if isinstance(index, tuple) and 1 < len(index) <= 4 and index[0] == slice(None):
             rest = index[2:-1] if index[-1] is Ellipsis else index[2:]
             if all(isinstance(i, slice) and i == slice(None) for i in rest):
@@ -674,15 +723,14 @@ class Lowering:
             return replace(x, batch_only=False)
         raise self.fail("adds a dimension, which has no spiking counterpart")
 
-    def add(self, x: Any, y: Any, alpha: float = 1) -> Any:
-        if isinstance(x, (int, float)):
-            x, y = y, x
-        if isinstance(y, (int, float)) and isinstance(x, Image):
-            if not x.source:
-                raise self.fail("adds a constant to the image; normalise images before they enter the network")
-            return replace(x, shift=tuple(s + y for s in x.shift))
-        if alpha != 1 or isinstance(y, (int, float)):
-            raise self.fail("adds a scaled value or a constant; put it into a layer's bias")
+    # A constant is a number, or a tensor with one for each channel: parameters, buffers and what is computed of them.
+
+    def add(self, x: Any, y: Any, alpha: Any = 1) -> Any:
+        if self._is_constant(x):
+            return self._affine(self.scale(y, alpha), 1.0, x)
+        if self._is_constant(y):
+            return self._affine(x, 1.0, y * alpha)
+        y = y if isinstance(alpha, (int, float)) and alpha == 1 else self.scale(y, alpha)
         a, b = (self._current(v, None, "adds something that is not a layer's output") for v in (x, y))
         if a.channels != b.channels or a.vector != b.vector:
             raise self.fail(f"adds values of {a.channels} and {b.channels} channels; broadcasting is not supported")
@@ -690,48 +738,88 @@ class Lowering:
             a.bias + b.bias, a.products + b.products, a.identities + b.identities, a.vector, a.flattened or b.flattened
         )
 
+    def subtract(self, x: Any, y: Any, alpha: Any = 1) -> Any:
+        return self.add(x, y, -alpha)
+
+    def negate(self, x: Any) -> Any:
+        return self.scale(x, -1)
+
     def scale(self, x: Any, factor: Any) -> Any:
-        if isinstance(x, (int, float)):
+        if self._is_constant(x):
             x, factor = factor, x
-        if not isinstance(factor, (int, float)):
+        if not self._is_constant(factor):
             raise self.fail(
                 "multiplies two activations, which has no spiking counterpart (attention and "
                 "squeeze-and-excitation cannot be converted)"
             )
-        if isinstance(x, _Unknown):
-            return x
-        if isinstance(x, Image):
-            if not x.source:
-                raise self.fail("scales the image; normalise images before they enter the network")
-            return replace(x, scale=tuple(s * factor for s in x.scale), shift=tuple(s * factor for s in x.shift))
-        if isinstance(x, Signal):
-            return scaled(x, torch.full((x.width,), float(factor), dtype=torch.float64))
-        return affine(
-            x,
-            torch.full((x.channels,), float(factor), dtype=torch.float64),
-            _zeros(x.channels),
-        )
+        return self._affine(x, factor, 0.0)
 
     def divide(self, x: Any, factor: Any) -> Any:
-        if not isinstance(factor, (int, float)):
+        if not self._is_constant(factor):
             raise self.fail("divides by an activation, which has no spiking counterpart")
-        return self.scale(x, 1.0 / factor)
+        if isinstance(factor, (int, float, Tensor)):
+            factor = torch.as_tensor(factor).detach().to("cpu", torch.float64).reciprocal()
+        return self._affine(x, factor, 0.0)
+
+    def normalize(self, x: Any, mean: Any, std: Any) -> Any:
+        """(x - mean) / std, lists with a number for each channel."""
+        mean, std = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (mean, std))
+        return self.divide(self.subtract(x, mean), std)
+
+    def _affine(self, x: Any, scale: Any, shift: Any) -> Any:
+        """x * scale + shift."""
+        if isinstance(x, _Unknown):
+            return x
+        scale, shift = self._by_channel(x, scale), self._by_channel(x, shift)
+        if isinstance(x, Image):
+            n = max(len(x.scale), scale.numel(), shift.numel())
+            x = self._whole_image(x, n) if n > 1 else x
+            first, before = (torch.tensor(v or (d,), dtype=torch.float64) for v, d in ((x.scale, 1.0), (x.shift, 0.0)))
+            after = ((first * scale).expand(n), (before * scale + shift).expand(n))
+            return replace(x, scale=tuple(after[0].tolist()), shift=tuple(after[1].tolist()))
+        if isinstance(x, Signal):
+            if not bool(shift.any()) and (x.index is None or scale.numel() == 1):
+                return scaled(x, scale.expand(x.width))
+            x = self._current(x, None, "")
+        return affine(x, scale.expand(x.channels), shift.expand(x.channels))
+
+    def _by_channel(self, x: Any, value: Any) -> Tensor:
+        """A constant as float64 [1] or [channels of x]."""
+        if isinstance(value, _Size):
+            raise self._shape_needed("computes with a size that is not known")
+        if not isinstance(value, (int, float, Tensor)):
+            raise self.fail("computes with a constant that is neither a number nor a tensor")
+        t = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(t).all()):
+            raise self.fail("computes with a constant that is not finite")
+        if t.numel() == 1 or not isinstance(x, Image | Signal | Current | Joined):
+            return t.reshape(-1)
+        rank = 2 if x.vector or getattr(x, "flattened", False) else 4
+        shape = (*([1] * (rank - t.dim())), *t.shape)
+        channels = (len(x.source) if isinstance(x, Image) else x.channels) or t.numel()
+        if len(shape) != rank or shape[1] != channels or t.numel() != channels:
+            raise self.fail(
+                f"computes with a constant of shape {list(t.shape)}, which differs between pixels or does not fit "
+                f"{channels} channels. Remedy: one number, or one for each channel ([{channels}, 1, 1] for maps)"
+            )
+        return t.reshape(-1)
 
     def concat(self, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Any:
         dim = kwargs.get("axis", dim)
         if all(isinstance(t, Image) for t in tensors) and dim == 1:
+            tensors = [self._whole_image(t, self._channels(t)) for t in tensors]
             return Image(
                 sum((t.source for t in tensors), ()),
                 sum((t.scale for t in tensors), ()),
                 sum((t.shift for t in tensors), ()),
+                width=max(t.width for t in tensors),
             )
-        if dim not in (1, -3) or not all(isinstance(t, Signal | Current) for t in tensors):
+        if dim not in (1, -3) or not all(isinstance(t, Signal | Current | Joined) for t in tensors):
             raise self.fail("concatenates the image with layers, or values not along the channels")
-        if any(isinstance(t, Current) for t in tensors):
-            currents = [self._current(t, None, "concatenates something that is not a layer's output") for t in tensors]
-            if any(c.vector or c.flattened for c in currents):
+        if any(isinstance(t, Current | Joined) for t in tensors):
+            if any(t.vector or getattr(t, "flattened", False) for t in tensors):
                 raise self.fail("concatenates flattened values with no activation in between. Remedy: put one before")
-            return joined(currents)
+            return joined([t if isinstance(t, Joined) else self._current(t, None, "") for t in tensors])
         if len({t.vector for t in tensors}) != 1:
             raise self.fail("concatenates feature maps and flattened values")
         return concatenated(tensors)
@@ -796,10 +884,10 @@ class Lowering:
 Handler = Callable[..., Any]
 FUNCTIONS: dict[Any, Handler] = {
     **dict.fromkeys(ADD_FUNCTIONS, Lowering.add),
-    operator.mul: Lowering.scale,
-    torch.mul: Lowering.scale,
-    operator.truediv: Lowering.divide,
-    torch.div: Lowering.divide,
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), Lowering.subtract),
+    **dict.fromkeys((operator.neg, torch.neg, torch.negative), Lowering.negate),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), Lowering.scale),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, torch.divide), Lowering.divide),
     torch.cat: Lowering.concat,
     torch.concat: Lowering.concat,
     torch.flatten: Lowering.flatten,
@@ -832,8 +920,10 @@ FUNCTIONS: dict[Any, Handler] = {
 METHODS: dict[str, Handler] = {
     "add": Lowering.add,
     "add_": Lowering.add,
-    "mul": Lowering.scale,
-    "div": Lowering.divide,
+    **dict.fromkeys(("sub", "sub_", "subtract"), Lowering.subtract),
+    **dict.fromkeys(("neg", "neg_", "negative"), Lowering.negate),
+    **dict.fromkeys(("mul", "mul_", "multiply"), Lowering.scale),
+    **dict.fromkeys(("div", "div_", "divide"), Lowering.divide),
     "flatten": Lowering.flatten,
     "view": Lowering.view,
     "reshape": Lowering.view,
@@ -850,26 +940,29 @@ METHODS: dict[str, Handler] = {
     "contiguous": Lowering.keep,
     "detach": Lowering.keep,
     "clone": Lowering.keep,
+    "float": Lowering.keep,
 }
 
 
+_PASSING_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)
 _KNOWN_MODULES = (
+    *_PASSING_MODULES,
     nn.Conv2d,
     nn.Linear,
     nn.BatchNorm1d,
     nn.BatchNorm2d,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.AlphaDropout,
-    nn.Identity,
     nn.Flatten,
     nn.ChannelShuffle,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
     nn.MaxPool2d,
 )
-# What is looked at even where a value is unknown: sizes have an answer, and a product of two values is an obstacle.
+# What takes currents side by side one by one.
+_OF_JOINED = (
+    *(Lowering.batch_norm, Lowering.concat, Lowering.scale, Lowering.divide, Lowering.negate),
+    *(Lowering.keep, Lowering.dropout),
+)
+# What is looked at even where a value is unknown: sizes have an answer, a product of two values is an obstacle.
 _OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)
 
 
@@ -898,6 +991,11 @@ class _ShapeRecorder(fx.Interpreter):
         self.extra_traceback = False
         self.shapes: Shapes = {}
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_normalize(self.fetch_attr(target)):  # which looks at values
+            return args[0]
+        return super().call_module(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
@@ -906,14 +1004,33 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def _propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
-    """Run the graph on fake tensors of batch 1."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Run the graph on a batch of 1 without values: a copy of it whose tensors are on the meta device."""
+    with made_parameters_kept(gm), torch.no_grad():
+        tensors = [*gm.parameters(), *gm.buffers()]
+        own = {
+            id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors
+        }
+        recorder = _ShapeRecorder(copy.deepcopy(gm, own))
+        with torch.device("meta"):
+            recorder.run(torch.empty((1, *input_shape), dtype=tensors[0].dtype if tensors else None))
+    by_name = {node.name: node for node in gm.graph.nodes}
+    return {by_name[node.name]: shape for node, shape in recorder.shapes.items()}
 
-    first = next(iter(gm.parameters()), torch.empty(0))
-    recorder = _ShapeRecorder(gm)
-    with made_parameters_kept(gm), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        recorder.run(torch.empty((1, *input_shape), dtype=first.dtype, device=first.device))
-    return recorder.shapes
+
+def usable_shape(model: nn.Module, image: Image, known: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The shape of an image that the model runs on: the one given or last seen, or a small one; None: none found."""
+    known = known or model.__dict__.get(LAST_SHAPE)
+    if known is not None:
+        return tuple(known)
+    if image.vector:
+        return (image.channels,)
+    with evaluating(model):
+        gm = symbolic_trace(model)
+        for side in (32, 64, 224):
+            with contextlib.suppress(Exception):  # whatever the model's own code raises
+                _propagate_shapes(gm, (image.channels, side, side))
+                return (image.channels, side, side)
+    return None
 
 
 def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[Lowered, tuple[int, ...] | None]:

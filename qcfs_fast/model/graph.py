@@ -60,7 +60,12 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_qcfs(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_qcfs(m) or is_normalize(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def is_normalize(m: nn.Module) -> bool:
+    """Whether a module is torchvision's Normalize, whose forward asks what its input is."""
+    return type(m).__name__ == "Normalize" and type(m).__module__.startswith("torchvision.transforms")
 
 
 def symbolic_trace(model: nn.Module) -> fx.GraphModule:

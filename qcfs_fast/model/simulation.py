@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from .graph import call_sites, evaluating, symbolic_trace, without_tail
+from .graph import call_sites, evaluating, made_parameters_kept, symbolic_trace, without_tail
 from .neurons import LOOKS_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
 from .qcfs import over_channels
 
@@ -100,7 +100,7 @@ def _with_neurons(
     model: nn.Module, dtype: torch.dtype, neuron: Callable[[Tensor], Module]
 ) -> tuple[fx.GraphModule, OrderedDict[str, Module]]:
     """A copy of the model in eval mode with every QCFS call site its own neuron, made from its thresholds."""
-    with evaluating(model):
+    with evaluating(model), made_parameters_kept(model):
         gm = copy.deepcopy(symbolic_trace(model)).to(dtype)
     gm._forward_pre_hooks.clear()
     neurons: OrderedDict[str, Module] = OrderedDict()
