@@ -76,6 +76,7 @@ def self_check(
             spikes[name] = _channels_first(masks.unpack(value, steps)[:steps])
 
     answer = snn.answered(snn._execute(x, run, watch))[0]
+    snn.forget_runs()
     device = next((t.device for t in model.parameters()), x.device)
     meant = simulate(
         model,

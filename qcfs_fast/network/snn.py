@@ -262,6 +262,12 @@ class SNN(nn.Module):
             values[name] = out
         return out
 
+    def forget_runs(self) -> None:
+        """As before the first call: nothing is said of how the last one ran."""
+        self._executor = Executor()
+        for layer in self.spiking_layers.values():
+            layer.__dict__.pop("engine", None)
+
     def forward(self, x: Tensor, T: int | None = None, per_step: bool = False, skip: int = 0) -> Tensor:
         """Run the network.
 
