@@ -42,7 +42,7 @@ from ..model.graph import (
 )
 from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
-from ..network.tail import OF_NUMBERS
+from ..network.tail import OF_NUMBERS, RESIZE_MODES
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .values import (
@@ -161,7 +161,7 @@ class Lowering:
                 self.values[node] = _Unknown()
         if obstacles:
             raise _all_of(obstacles)
-        if self.result.output is None:
+        if not self.result.outputs:
             raise ConversionError("the model returns nothing that depends on its input")
         if self.image is None:
             raise ConversionError("the model has no layer that reads its input")
@@ -210,13 +210,12 @@ class Lowering:
         step = tail_step(self.gm, node)
         if step is not None and not unknown and not (self._is_constant(args) and self._is_constant(kwargs)):
             return self._tail(args[0] if args else kwargs["input"], *step)
-        for value in (*args, *kwargs.values()):
+        resizes = node.target is F.interpolate or (
+            node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.Upsample)
+        )
+        for value in () if resizes else (*args, *kwargs.values()):
             if isinstance(value, Answer):
-                raise self.fail(
-                    f"works on the result of {value.steps[-1][0] if value.steps else 'squeeze'}, which no neuron "
-                    "computes: it may only stand at the end of a network. Gates, squeeze-and-excitation and attention "
-                    "cannot be converted"
-                )
+                raise self._not_the_end(value)
         if relu_ceiling(self.gm, node) is not None:
             raise self.fail(_NO_THRESHOLD)
         if node.op == "call_module":
@@ -247,6 +246,17 @@ class Lowering:
         except TypeError as error:
             raise self.fail(f"is called in a way that is not known here ({error})") from error
 
+    def _not_the_end(self, value: Answer) -> ConversionError:
+        """Why nothing may work on a tail."""
+        name = value.steps[-1][0] if value.steps else "squeeze"
+        more = "Gates, squeeze-and-excitation and attention cannot be converted"
+        if name == "resize":
+            more = "Remedy: mode='nearest' by a whole factor, which spikes can do"
+        return self.fail(
+            f"works on the result of {name}, which no neuron computes: it may only stand at the end of a network. "
+            + more
+        )
+
     # ------------------------------------------------------------------------------------- modules
 
     def _module(self, m: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -264,7 +274,7 @@ class Lowering:
         if isinstance(m, (nn.ZeroPad2d, nn.ConstantPad2d)):
             return self.pad(x, m.padding, "constant", m.value)
         if isinstance(m, nn.Upsample):
-            return self.upsample(x, m.size, m.scale_factor, m.mode)
+            return self.upsample(x, m.size, m.scale_factor, m.mode, m.align_corners)
         if isinstance(m, nn.PixelShuffle):
             return self.pixel_shuffle(x, m.upscale_factor)
         if isinstance(m, nn.PixelUnshuffle):
@@ -645,6 +655,10 @@ class Lowering:
         recompute_scale_factor: bool | None = None,
         antialias: bool = False,
     ) -> Any:
+        everywhere = self._shape(x)[2:] == (1, 1)  # one pixel goes everywhere
+        if isinstance(x, Answer) or (mode in ("bilinear", "bicubic") and not antialias and not everywhere):
+            return self._resized(x, mode, size, scale_factor, align_corners)
+        mode = "nearest" if everywhere else mode
         factors: list[Any] = []
         if scale_factor is not None:
             factors = list(scale_factor) if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
@@ -1034,18 +1048,58 @@ class Lowering:
 
     def _answered(self, x: Any) -> Current:
         """The value as what a readout gives."""
+        if isinstance(x, Signal) and (x.index is not None or len(x.parts) > 1) and not x.vector:
+            choice = torch.eye(x.channels, dtype=torch.float64)
+            x = composed(Current(_zeros(x.channels), (), (x,)), choice, _zeros(x.channels), (1, 1), "channels")
         if isinstance(x, Signal):
             x = replace(identity_current(replace(x, vector=False)), flattened=x.vector)
         if not isinstance(x, Current):
             raise self.fail("the model's output is not a layer's output")
-        return x
+        return without_choices(x)
 
     def _output(self, x: Any) -> None:
-        if isinstance(x, (tuple, list, dict)):
-            raise self.fail("the model returns several values; return the logits alone")
-        if isinstance(x, Answer):
-            x, self.result.tail = x.current, x.steps
-        self.result.output = self._answered(x)
+        several = isinstance(x, (tuple, list, dict))
+        if several and not x:
+            raise ConversionError("the model returns nothing that depends on its input")
+        form = self._form(x)
+        self.result.form = form if several else None
+
+    def _form(self, x: Any) -> Any:
+        """How outputs are put together; each of them becomes a readout."""
+        if isinstance(x, dict):
+            if not all(isinstance(name, str) for name in x):
+                raise self.fail("the model returns a dict whose keys are no strings")
+            return ["dict", {name: self._form(v) for name, v in x.items()}]
+        if isinstance(x, (tuple, list)):
+            return ["tuple" if isinstance(x, tuple) else "list", [self._form(v) for v in x]]
+        answer = x if isinstance(x, Answer) else None
+        current = self._answered(x) if answer is None else answer.current
+        self.result.outputs.append(answer or Answer(current, 2 if current.vector or current.flattened else 4))
+        return len(self.result.outputs) - 1
+
+    def _resized(self, x: Any, mode: str, size: Any, scale: Any, align_corners: Any) -> Answer:
+        """A resize behind the last layer, of the mean over the steps: linear, but not behind a softmax."""
+        if mode not in RESIZE_MODES:
+            raise self.fail(f"resizes with mode={mode!r}. Remedy: one of {', '.join(RESIZE_MODES)}")
+        answer = x if isinstance(x, Answer) else Answer(self._answered(x), 4)
+        if any(name in OF_NUMBERS or name in ("softmax", "log_softmax") for name, *_ in answer.steps):
+            raise self.fail("resizes behind a softmax or the like. Remedy: resize first")
+        if answer.dims != 4:
+            raise self.fail("resizes what is no map")
+        if scale is not None:
+            scale = [float(f) for f in (scale if isinstance(scale, (tuple, list)) else [scale] * 2)]
+        elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
+            image = next((s for n, s in (self.shapes or {}).items() if n.op == "placeholder"), None)
+            sizes = list(size) if isinstance(size, (tuple, list)) else [size] * 2
+            if image is None or not _whole(sizes):
+                raise self._shape_needed("resizes to a size that is not known")
+            if sizes != list(image[-2:]):
+                raise self.fail("resizes to a size that is neither the image's nor a number. Remedy: scale_factor")
+            size = "image"
+        else:
+            size = list(size) if isinstance(size, (tuple, list)) else [size] * 2
+        how = {"mode": mode, "size": size, "scale": scale, "align_corners": align_corners}
+        return replace(answer, steps=(*answer.steps, ("resize", how)))
 
 
 Handler = Callable[..., Any]

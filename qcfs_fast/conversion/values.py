@@ -194,12 +194,15 @@ class Answer:
 
 @dataclass
 class Lowered:
-    """A network as spiking layers in order of execution, and the current that is read out."""
+    """A network as spiking layers in order of execution, and the currents that are read out, with their tails.
+
+    `form` says how several outputs are put together (network/tail.py).
+    """
 
     image: Image
     layers: list[Activation] = field(default_factory=list)
-    output: Current | None = None
-    tail: tuple[tuple[Any, ...], ...] = ()
+    outputs: list[Answer] = field(default_factory=list)
+    form: Any = None
 
 
 def identity_current(signal: Signal) -> Current:

@@ -26,7 +26,8 @@ FORMAT_VERSION = (
 def header_text(fields: Mapping[str, Any]) -> str:
     """The header of a network: its fields, and who wrote them in which format."""
     pools = [p for node in fields["graph"] for p in _pools(node["config"])]
-    version = FORMAT_VERSION if any("spread" in p for p in pools) else 3 if "tail" in fields else 2
+    newest = "outputs" in fields or any("spread" in p for p in pools)
+    version = FORMAT_VERSION if newest else 3 if "tail" in fields else 2
     return json.dumps({"format_version": version, "written_by": __version__, **fields})
 
 
