@@ -1,8 +1,8 @@
 # make demo   train, convert and evaluate a network on real data     make test   the tests (10 minutes)
 # make check  format, lint and types, without a change               make quick  those of the inner loop (2 minutes)
-# make format rewrite files as `make check` wants them               make bench  compare latencies (5 minutes)
+# make format rewrite files as `make check` wants them               make bench  compare latencies (10 minutes)
 # make test-slow   what is left: builds under sanitizers, for arm64 and of CUDA; emulated and interpreted GPU kernels
-# make readme-figures  measure what the README shows, and write its table and pictures (a quarter of an hour)
+# make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
 # make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
 # make docs   the documentation as a site, in site/              make gallery  run the notebooks of docs/gallery, keep outputs
@@ -53,7 +53,9 @@ bench: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 # In parts of less than ten minutes each, all added to one file: `make figures-resnet18_224-1 figures-write` measures one
 # part again.
 RESULTS := docs/benchmark-results.json
-FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 vgg16_bn_224-1 layers
+FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 vgg16_bn_224-1 \
+    $(foreach network,resnet20_32 resnet18_32 vgg16_32,$(network)-1 $(network)-8 $(network)-128) \
+    demo_8-1 lenet_32-1 mlp_28-1 layers
 readme-figures:
 	rm -f $(RESULTS)
 	$(MAKE) $(addprefix figures-,$(FIGURES))
@@ -66,7 +68,7 @@ figures-layers: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/qcfs-fast bench --layers --output $(RESULTS)
 
 figures-%: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
-	$(VENV)/bin/qcfs-fast bench --networks "$(subst _224, 224,$(subst _32, 32,$(firstword $(subst -, ,$*))))" \
+	$(VENV)/bin/qcfs-fast bench --networks "$$(echo $* | sed 's/_\([0-9]*\)-.*/ \1/')" \
 	    --batches $(lastword $(subst -, ,$*)) --steps $(if $(filter %-1,$*),1 2 4 8 16,4) --output $(RESULTS)
 
 docs: $(VENV)/.torch

@@ -9,6 +9,7 @@ import importlib
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision_models
 from test_integers import COMPILER, run_in_c
 from torch import nn
@@ -191,3 +192,120 @@ def test_torchvisions_normalize_is_part_of_a_model(tmp_path):
     assert torchvision_models.models  # torchvision can be imported then
     norm = importlib.import_module("torchvision.transforms").Normalize([0.5, 0.25, 0.0], [0.5, 2.0, 1.0])
     exact(Net(lambda n, x: n.relu_a(n.a(n.norm(x))), norm=norm), tmp_path)
+
+
+# ----------------------------------------------------------------------------------- pixels that move
+
+SPATIAL = {
+    "pad": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 1, 1, 1)))),
+    "uneven pad": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (0, 1, 2, 0)))),
+    "far pad": lambda n, x: n.relu_b(n.c(F.pad(spikes_of(n, x), (0, 3, 0, 0))) + 0.25),
+    "ZeroPad2d": lambda n, x: n.relu_b(n.b(n.zero_pad(spikes_of(n, x)))),
+    "pad and average": lambda n, x: n.relu_b(n.b(F.avg_pool2d(F.pad(spikes_of(n, x), (1, 1)), 2))),
+    "negative pad": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (-1, 1, 0, -2)))),
+    "channels padded": lambda n, x: n.relu_b(
+        F.pad(n.narrow(y := spikes_of(n, x)), (0, 0, 0, 0, 1, 4)) + F.pad(y[:, 1:-1], (0, 0, 0, 0, 0, 2))
+    ),
+    "shortcut A": lambda n, x: n.relu_b(
+        n.strided(y := spikes_of(n, x)) + F.pad(y[:, ::2, ::2, ::2], (0, 0, 0, 0, 2, 2))
+    ),
+    "crop": lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, 1:-2, 2:])),
+    "crop by a negative start": lambda n, x: n.relu_b(n.b(spikes_of(n, x)[..., -5:, :])),
+    "crop of channels and pixels": lambda n, x: n.relu_b(n.narrow_in(spikes_of(n, x)[:, 2:5, 1:-1])),
+    "every second pixel": lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, 1::2, ::2])),
+    "crop of averages": lambda n, x: n.relu_b(n.b(F.avg_pool2d(spikes_of(n, x), 2)[:, :, 1:, :-1])),
+    "crop of a pointwise layer": lambda n, x: n.relu_b(n.c(spikes_of(n, x))[:, :, 1:]),
+    "nearest": lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=2))),
+    "nearest, by two factors": lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=(1, 3)))),
+    "nearest of averages": lambda n, x: n.relu_b(n.b(F.interpolate(F.avg_pool2d(spikes_of(n, x), 2), scale_factor=2))),
+    "Upsample": lambda n, x: n.relu_b(n.b(n.up(spikes_of(n, x)))),
+    "to the size of another": lambda n, x: n.relu_b(
+        (y := spikes_of(n, x)) + F.interpolate(n.relu_c(n.c(F.avg_pool2d(y, 2))), size=y.shape[-2:], mode="nearest")
+    ),
+    "of a pointwise sum": lambda n, x: n.relu_b(
+        n.c(y := spikes_of(n, x)) + F.interpolate(n.c(F.avg_pool2d(y, 2)), scale_factor=2)
+    ),
+    "and pooled to the maximum": lambda n, x: n.relu_b(n.b(F.max_pool2d(n.up(spikes_of(n, x))[:, :, 1:], 2))),
+    "PixelShuffle": lambda n, x: n.relu_b(n.after(n.shuffle(spikes_of(n, x)))),
+    "pixel_shuffle before an activation": lambda n, x: n.relu_b(F.pixel_shuffle(spikes_of(n, x), 2) + 0.25),
+    "PixelShuffle, BatchNorm and a layer": lambda n, x: n.relu_b(n.mix(n.two(n.shuffle(spikes_of(n, x))))),
+    "PixelUnshuffle": lambda n, x: n.relu_b(n.unshuffled(n.unshuffle(spikes_of(n, x)))),
+    "slices of phases": lambda n, x: n.relu_b(
+        n.unshuffled(torch.cat([y[:, :, i::2, j::2] for y in [spikes_of(n, x)] for i in (0, 1) for j in (0, 1)], 1))
+    ),
+    "ConvTranspose2d": lambda n, x: n.relu_b(n.transposed(spikes_of(n, x))),
+    "ConvTranspose2d, 2x2": lambda n, x: n.relu_b(n.transposed_2(spikes_of(n, x))),
+    "ConvTranspose2d, groups": lambda n, x: n.relu_b(n.transposed_g(spikes_of(n, x))),
+    "ConvTranspose2d, stride 1": lambda n, x: n.relu_b(n.transposed_1(spikes_of(n, x))),
+    "ConvTranspose2d of averages": lambda n, x: n.relu_b(n.transposed(F.avg_pool2d(spikes_of(n, x), 2))),
+    "out of ConvTranspose2d": lambda n, x: n.transposed(spikes_of(n, x)),
+    "out of nearest": lambda n, x: n.c(n.up(spikes_of(n, x))),
+    "out of a crop": lambda n, x: n.b(F.avg_pool2d(spikes_of(n, x)[:, :, 2:], 2, 1)),
+}
+
+
+def on_small_grid(model):
+    """Transposed convolutions have weights of the grid too."""
+    g = torch.Generator().manual_seed(3)
+    for m in model.modules():
+        if isinstance(m, nn.ConvTranspose2d):
+            m.weight.data = torch.randint(-3, 4, m.weight.shape, generator=g) / 8
+            m.bias.data = torch.randint(-2, 3, m.bias.shape, generator=g) / 8
+    return model
+
+
+@pytest.mark.parametrize("wiring", SPATIAL)
+def test_pixels_are_moved(wiring, tmp_path):
+    extra = {
+        "zero_pad": nn.ZeroPad2d((0, 1, 0, 1)), "narrow": nn.Conv2d(8, 3, 1), "narrow_in": nn.Conv2d(3, 8, 3),
+        "strided": nn.Conv2d(8, 8, 3, 2, 1), "up": nn.Upsample(scale_factor=2), "shuffle": nn.PixelShuffle(2),
+        "after": nn.Conv2d(2, 8, 3, padding=1), "two": nn.BatchNorm2d(2), "mix": nn.Conv2d(2, 8, 1),
+        "unshuffle": nn.PixelUnshuffle(2), "unshuffled": nn.Conv2d(32, 8, 1),
+        "transposed": nn.ConvTranspose2d(8, 6, 3, 2, 1, 1), "transposed_2": nn.ConvTranspose2d(8, 4, 2, 2),
+        "transposed_g": nn.ConvTranspose2d(8, 4, (3, 4), (1, 2), (0, 1), groups=2, dilation=(2, 1)),
+        "transposed_1": nn.ConvTranspose2d(8, 4, 3, padding=2),
+    }  # fmt: skip
+    net = on_small_grid(Net(SPATIAL[wiring], head=not wiring.startswith("out of"), **extra))
+    snn = exact(net, tmp_path)
+    # At another size it is the same network, and in all modes it is that of the reference.
+    for mode in ("signed", "offset", "sum"):
+        snn.neuron = mode
+        x = networks.images(SHAPE, 2, seed=5, grid=64)
+        meaning = qcfs_fast.simulate(net, x, 4, neuron=mode)[-1]
+        torch.testing.assert_close(snn(x, 4), meaning.float(), rtol=2e-7, atol=1e-7)
+
+
+REFUSED_PIXELS = {
+    "bilinear": (
+        lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=2, mode="bilinear"))),
+        "nearest",
+    ),
+    "to a size": (lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), size=(16, 12)))), "scale_factor"),
+    "by one and a half": (lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=1.5))), "whole factor"),
+    "reflection": (lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 1, 1, 1), "reflect"))), "pad with zeros"),
+    "a place from the other border": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, :4])), "from the same border"),
+    "the image": (lambda n, x: n.relu_a(n.a(x[:, :, 1:])), "image itself.*Remedy"),
+    "a layer's output": (lambda n, x: n.relu_b(n.b(spikes_of(n, x))[:, :, 1:]), "no activation in between"),
+    "cut by more than it adds": (lambda n, x: n.relu_b(n.cut(spikes_of(n, x))), "less padding"),
+}
+
+
+@pytest.mark.parametrize("wiring", REFUSED_PIXELS)
+def test_what_moves_pixels_otherwise_is_refused(wiring):
+    made, message = REFUSED_PIXELS[wiring]
+    with pytest.raises(qcfs_fast.ConversionError, match=message):
+        qcfs_fast.convert(Net(made, head=False, cut=nn.ConvTranspose2d(8, 8, 2, 2, 2)), input_shape=SHAPE)
+
+
+@pytest.mark.parametrize("move", [nn.PixelShuffle(2), nn.Upsample(scale_factor=2), nn.PixelUnshuffle(2)])
+def test_what_moves_pixels_before_an_activation_is_prepared_behind_it(move):
+    width = move(torch.zeros(1, 8, 2, 2)).shape[1]
+    layers = [nn.Conv2d(3, 8, 3, padding=1), move, nn.ReLU(), nn.Conv2d(width, 4, 3, padding=1), nn.ReLU()]
+    model = networks.randomize(nn.Sequential(*layers, nn.Conv2d(4, 5, 1)))
+    x = networks.images((3, 8, 8))
+    prepared = qcfs_fast.prepare(model, levels=255)
+    qcfs_fast.calibrate(prepared, [x], progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(x), model(x), rtol=0.1, atol=0.1)
+    snn = qcfs_fast.convert(prepared)
+    assert snn(x).shape == model(x).shape

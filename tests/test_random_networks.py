@@ -10,6 +10,7 @@ from collections import Counter
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,8 +19,13 @@ import qcfs_fast
 from qcfs_fast import QCFS
 from qcfs_fast.operators.neuron import MODES
 
-STEPS = ("layer", "projection", "identity", "image", "joined", "pool", "max pool", "concatenation")
-FIRING = STEPS[:5]
+FIRING = ("layer", "projection", "identity", "image", "joined")
+MOVES = {  # and the size of what comes out
+    "nearest": (lambda x: F.interpolate(x, scale_factor=2), lambda n: 2 * n),
+    "crop": (lambda x: x[:, :, 1:, :-1], lambda n: n - 1),
+    "pad": (lambda x: F.pad(x, (0, 1, 1, 0)), lambda n: n + 1),
+}
+STEPS = (*FIRING, "pool", "max pool", "concatenation", *MOVES)
 CHANNELS = ("all", "shuffled", "chosen")
 FACTORS = (1, -1, 0.5, -2)  # of what is added
 
@@ -31,7 +37,7 @@ def plans(draw):
     values, spikes = [(3, 8), (first, 8)], [False, True]  # channels and size; whether it is no average: image, layer
     plan = [("layer", 0, {"out": first, "kernel": 3, "stride": 1, "groups": 1, "mixed": 0, "channels": "all"})]
     plan[0][2]["normalised"] = draw(st.booleans())
-    for _ in range(draw(st.integers(1, 6))):
+    for _ in range(draw(st.integers(1, 7))):
         kind, (channels, size) = draw(st.sampled_from(STEPS)), values[-1]
         fitting = [i for i, (_, s) in enumerate(values) if i > 0 and s == size]
         other = draw(st.sampled_from(fitting))
@@ -55,15 +61,19 @@ def plans(draw):
             if size <= 2:
                 continue
             out, stride = channels, 2
+        if kind in MOVES:
+            out = channels
+            if not 2 <= MOVES[kind][1](size) <= 9:
+                continue
         if kind == "concatenation":
             out = channels + values[other][0]
         numbers = {"kernel": draw(st.sampled_from((1, 3))), "stride": stride, "groups": groups, "channels": which}
         numbers["factor"] = draw(st.sampled_from(FACTORS))
         plan.append((kind, other, {"out": out, "mixed": mixed if groups == 1 and mixed > 2 else 0, **numbers}))
-        values.append((out + 2 * (kind == "joined"), size // stride))
-        spikes.append(
-            kind in FIRING or kind == "max pool" or (kind == "concatenation" and spikes[-1] and spikes[other])
-        )
+        after = MOVES[kind][1](size) if kind in MOVES else size // stride
+        values.append((out + 2 * (kind == "joined"), after))
+        kept = spikes[-1] and (kind in ("max pool", "nearest", "crop") or (kind == "concatenation" and spikes[other]))
+        spikes.append(kind in FIRING or kept)
     return plan, draw(st.sampled_from(("linear", "pooled", "convolution")))
 
 
@@ -90,7 +100,7 @@ class Random(nn.Module):
                 self.add_module(f"other{i}", nn.Conv2d(channels[other], 2, 3, padding=1))
                 out += 2
             channels.append(out)
-            sizes.append(sizes[-1] // p["stride"])
+            sizes.append(MOVES[kind][1](sizes[-1]) if kind in MOVES else sizes[-1] // p["stride"])
         self.pool, self.maximum = nn.AvgPool2d(2), nn.MaxPool2d(2)
         self.wide = nn.AdaptiveAvgPool2d(1)
         features = channels[-1] * (sizes[-1] ** 2 if head == "linear" else 1)
@@ -102,6 +112,9 @@ class Random(nn.Module):
         values = [x]
         for i, (kind, other, p) in enumerate(self.plan):
             last = values[-1]
+            if kind in MOVES:
+                values.append(MOVES[kind][0](last))
+                continue
             if kind in ("pool", "max pool"):
                 values.append(self.pool(last) if kind == "pool" else self.maximum(last))
                 continue
@@ -125,7 +138,7 @@ class Random(nn.Module):
     def conv_input(self, x, which):
         """The channels that a convolution reads."""
         if which == "shuffled":
-            return torch.nn.functional.channel_shuffle(x, 2)
+            return F.channel_shuffle(x, 2)
         return torch.cat(x.split(2, 1)[::-1], 1)[:, 1:] if which == "chosen" else x
 
 
@@ -144,7 +157,7 @@ def run(snn, x, T):
     return snn(x, T)[None] if snn.neuron.mode == "sum" else snn(x, T, per_step=True)
 
 
-@pytest.mark.parametrize("graphs", [80, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("graphs", [100, pytest.param(500, marks=pytest.mark.slow)])
 def test_random_networks_on_a_grid_convert_exactly(graphs):
     seen, spikes, sites, ties = Counter(), 0, 0, 0
 

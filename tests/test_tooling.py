@@ -10,6 +10,7 @@ import copyreg
 import io
 import pickle
 import threading
+from multiprocessing.reduction import ForkingPickler
 
 import networks
 import pytest
@@ -135,6 +136,16 @@ def test_shared_memory(network):
     shared = copy.deepcopy(snn).share_memory()
     assert all(b.is_shared() for b in shared.buffers())
     assert same(snn, shared, x)
+
+
+def test_shared_tensors_are_sent_and_not_copied(network):
+    snn, x = network
+    shared = copy.deepcopy(snn).share_memory()
+    there = pickle.loads(ForkingPickler.dumps(shared))  # as to a spawned process
+    assert same(shared, there, x)
+    for buffer in shared.buffers():
+        buffer.zero_()
+    assert not any(buffer.any() for buffer in there.buffers())
 
 
 # ------------------------------------------------------------------------------------ other processes

@@ -54,7 +54,7 @@ from ..operators.windows import PoolSpec
 from . import rounding, units
 from .checking import self_check
 from .lowering import lower, usable_shape
-from .values import FireNode, Lowered, Part, Product, Signal
+from .values import Current, FireNode, Lowered, Part, Product, Signal
 
 CHUNK = 1 << 22  # weights quantised at once
 EXACT_BITS = 53 - 15 + 1  # a sum of K products of 16-bit weights and pixels of b bits is exact where b <= this - log2 K
@@ -263,9 +263,13 @@ class _Builder:
                 self._neurons(node)
             if len(nodes) > 1:
                 self._add(activation.name, SpikeConcat([node.name for node in nodes], ConcatConfig(), {}))
-        self._readout()
+        answers = self.lowered.outputs
+        for answer in answers:
+            self._readout(answer.current)
         check_graph(self.layers)
-        return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron, self.lowered.tail)
+        form = self.lowered.form
+        tails: Any = answers[0].steps if form is None else [a.steps for a in answers]
+        return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron, tails, form)
 
     def _neurons(self, node: FireNode) -> None:
         """A spiking layer."""
@@ -529,9 +533,7 @@ class _Builder:
             )
         return layer
 
-    def _readout(self) -> None:
-        current = self.lowered.output
-        assert current is not None
+    def _readout(self, current: Current) -> None:
         if any(p.part.is_image for p in current.products) or any(
             q.is_image for s in current.identities for q in s.parts
         ):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ from ..model.graph import (
 )
 from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
-from ..network.tail import OF_NUMBERS
+from ..network.tail import OF_NUMBERS, RESIZE_MODES
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .values import (
@@ -66,6 +67,7 @@ from .values import (
     scaled,
     selected,
     ungrouped,
+    without_choices,
 )
 
 Shapes = dict[fx.Node, tuple[int, ...]]
@@ -159,7 +161,7 @@ class Lowering:
                 self.values[node] = _Unknown()
         if obstacles:
             raise _all_of(obstacles)
-        if self.result.output is None:
+        if not self.result.outputs:
             raise ConversionError("the model returns nothing that depends on its input")
         if self.image is None:
             raise ConversionError("the model has no layer that reads its input")
@@ -208,13 +210,12 @@ class Lowering:
         step = tail_step(self.gm, node)
         if step is not None and not unknown and not (self._is_constant(args) and self._is_constant(kwargs)):
             return self._tail(args[0] if args else kwargs["input"], *step)
-        for value in (*args, *kwargs.values()):
+        resizes = node.target is F.interpolate or (
+            node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.Upsample)
+        )
+        for value in () if resizes else (*args, *kwargs.values()):
             if isinstance(value, Answer):
-                raise self.fail(
-                    f"works on the result of {value.steps[-1][0] if value.steps else 'squeeze'}, which no neuron "
-                    "computes: it may only stand at the end of a network. Gates, squeeze-and-excitation and attention "
-                    "cannot be converted"
-                )
+                raise self._not_the_end(value)
         if relu_ceiling(self.gm, node) is not None:
             raise self.fail(_NO_THRESHOLD)
         if node.op == "call_module":
@@ -245,6 +246,17 @@ class Lowering:
         except TypeError as error:
             raise self.fail(f"is called in a way that is not known here ({error})") from error
 
+    def _not_the_end(self, value: Answer) -> ConversionError:
+        """Why nothing may work on a tail."""
+        name = value.steps[-1][0] if value.steps else "squeeze"
+        more = "Gates, squeeze-and-excitation and attention cannot be converted"
+        if name == "resize":
+            more = "Remedy: mode='nearest' by a whole factor, which spikes can do"
+        return self.fail(
+            f"works on the result of {name}, which no neuron computes: it may only stand at the end of a network. "
+            + more
+        )
+
     # ------------------------------------------------------------------------------------- modules
 
     def _module(self, m: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -253,6 +265,20 @@ class Lowering:
             return self.fire(x, m)
         if isinstance(m, nn.Conv2d):
             return self._conv_module(x, m)
+        if isinstance(m, nn.ConvTranspose2d):
+            given = args[1] if len(args) > 1 else kwargs.get("output_size")
+            if given is not None:
+                raise self.fail("is told its output size at the call. Remedy: output_padding")
+            weight, bias = parameter(m, "weight"), parameter(m, "bias")
+            return self.conv_transpose(x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+        if isinstance(m, (nn.ZeroPad2d, nn.ConstantPad2d)):
+            return self.pad(x, m.padding, "constant", m.value)
+        if isinstance(m, nn.Upsample):
+            return self.upsample(x, m.size, m.scale_factor, m.mode, m.align_corners)
+        if isinstance(m, nn.PixelShuffle):
+            return self.pixel_shuffle(x, m.upscale_factor)
+        if isinstance(m, nn.PixelUnshuffle):
+            return self.pixel_unshuffle(x, m.downscale_factor)
         if isinstance(m, nn.Linear):
             return self.linear(x, parameter(m, "weight"), parameter(m, "bias"))
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -334,7 +360,7 @@ class Lowering:
             x = identity_current(x)
         if not isinstance(x, Current):
             raise self.fail(why_not)
-        return x
+        return without_choices(x)
 
     def _sources(self, x: Any, what: str, channels: int, shifted: bool = False) -> list[Signal]:
         """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one).
@@ -550,6 +576,156 @@ class Lowering:
             x, PoolSpec("max", kernel, _pair(stride) if stride else kernel, _pair(padding), bool(ceil_mode))
         )
 
+    # ------------------------------------------------------- pixels moved: windows of one pixel or none
+
+    def _moved(self, x: Any, spec: PoolSpec, zeros: bool = False) -> Signal | Current:
+        """A value whose pixels go where the windows of `spec` say; `zeros`: some places get none."""
+        if isinstance(x, Image):
+            raise self.fail("moves pixels of the image itself. Remedy: pad, crop or resize images before")
+
+        def placed(signals: Sequence[Signal]) -> tuple[Signal, ...]:
+            return tuple(replace(s, parts=tuple(map(part, s.parts))) for s in signals)
+
+        def part(p: Part) -> Part:
+            # Masks stay masks, but where spikes have signs a window of none would be a negative spike.
+            counts = zeros or any(q.kind == "avg" for q in p.pools)
+            return replace(p, pools=(*p.pools, replace(spec, kind="avg" if counts else "max", divisor_override=1)))
+
+        if isinstance(x, Current) and x.products:
+            pointwise = all(p.geometry == POINTWISE and not p.part.is_image for p in x.products)
+            if pointwise and not x.vector and not (zeros and bool(x.bias.any())):
+                products = tuple(replace(p, part=part(p.part)) for p in x.products)
+                return replace(x, products=products, identities=placed(x.identities))
+        signals = self._sources(x, "moves pixels", 1, shifted=not zeros)
+        if any(s.vector for s in signals):
+            raise self.fail("moves pixels of a flattened value")
+        return placed(signals)[0] if isinstance(x, Signal) else replace(x, identities=placed(signals))
+
+    def pad(self, x: Any, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
+        if mode != "constant" or value not in (None, 0):
+            raise self.fail("pads with something else than zeros, which is no spike. Remedy: pad with zeros")
+        if not _whole(pad):
+            raise self._shape_needed("pads by a size that is not known")
+        if len(pad) > 6 and any(pad[6:]):
+            raise self.fail("pads the batch")
+        left, right, top, bottom, first, last = [*pad, 0, 0, 0, 0, 0, 0][:6]
+        rows, cols = (top, bottom), (left, right)
+        border = (max(0, *rows), max(0, *cols))
+        if border != (0, 0):
+            x = self._moved(x, PoolSpec("avg", (1, 1), padding=border), zeros=True)
+        extra = [(border[0] - top, border[0] - bottom), (border[1] - left, border[1] - right)]
+        if extra != [(0, 0), (0, 0)]:
+            x = self._moved(x, PoolSpec.cropped(*extra))
+        if first < 0 or last < 0:
+            channels = self._channels(x)
+            x = self._selected(x, range(max(0, -first), channels - max(0, -last)))
+        if first > 0 or last > 0:  # as in the shortcuts of ResNets for CIFAR
+            current = self._current(x, None, "pads the channels of what is not a layer's output")
+            rows_of = F.pad(torch.eye(current.channels, dtype=torch.float64), (0, 0, max(0, first), max(0, last)))
+            x = composed(current, rows_of, _zeros(len(rows_of)), (1, 1), "channels")
+        return x
+
+    def _sliced(self, x: Any, rows: slice, cols: slice) -> Any:
+        """x[:, :, rows, cols]."""
+        crops, strides = [], []
+        for s, size in zip((rows, cols), self._shape(x)[2:], strict=True):
+            start, stop, step = s.start or 0, s.stop, s.step or 1
+            if not _whole([start, step, stop or 0]):
+                raise self._shape_needed("cuts pixels at a size that is not known")
+            if isinstance(size, int):
+                start, stop = start + size * (start < 0), None if stop == size else stop
+            if start < 0 or (stop is not None and stop >= 0):
+                raise self.fail(
+                    "cuts pixels at a place counted from the other border, which is another one in images of another "
+                    "size. Remedy: count from the same border (x[:, :, 1:-1])"
+                )
+            crops.append((start, -(stop or 0)))
+            strides.append(step)
+        if crops == [(0, 0), (0, 0)] and strides == [1, 1]:
+            return x
+        return self._moved(x, PoolSpec.cropped(crops[0], crops[1], (strides[0], strides[1])))
+
+    def upsample(
+        self,
+        x: Any,
+        size: Any = None,
+        scale_factor: Any = None,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+        recompute_scale_factor: bool | None = None,
+        antialias: bool = False,
+    ) -> Any:
+        everywhere = self._shape(x)[2:] == (1, 1)  # one pixel goes everywhere
+        if isinstance(x, Answer) or (mode in ("bilinear", "bicubic") and not antialias and not everywhere):
+            return self._resized(x, mode, size, scale_factor, align_corners)
+        mode = "nearest" if everywhere else mode
+        factors: list[Any] = []
+        if scale_factor is not None:
+            factors = list(scale_factor) if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
+        elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
+            own, wanted = self._shape(x)[2:], list(size) if isinstance(size, (tuple, list)) else [size] * 2
+            if not _whole([*own, *wanted]):
+                raise self._shape_needed("resizes to a size that is not known")
+            factors = [w / n for w, n in zip(wanted, own, strict=True)]
+        if mode not in ("nearest", "nearest-exact") or len(factors) != 2 or any(f < 1 or f != int(f) for f in factors):
+            raise self.fail(
+                f"resizes with mode={mode!r}, size={size} and scale_factor={scale_factor}. Between activations only "
+                "nearest pixels by a whole factor are spikes again. Remedy: mode='nearest', scale_factor=2, say"
+            )
+        spread = (int(factors[0]), int(factors[1]))
+        return x if spread == (1, 1) else self._moved(x, PoolSpec("max", (1, 1), spread=spread))
+
+    def pixel_shuffle(self, x: Any, upscale_factor: int) -> Current:
+        r, channels = int(upscale_factor), self._channels(x)
+        if channels % (r * r):
+            raise self.fail(f"shuffles {channels} channels into blocks of {r}x{r} pixels")
+        found = []
+        for i, j in itertools.product(range(r), repeat=2):  # each pixel of a block comes from channels of its own
+            chosen = self._selected(x, range(i * r + j, channels, r * r))
+            moved = self._moved(chosen, PoolSpec("avg", (1, 1), spread=(r, r), phase=(i, j)), zeros=True)
+            found.append(moved if isinstance(moved, Current) else Current(_zeros(moved.channels), (), (moved,)))
+        return replace(
+            found[0],
+            products=sum((c.products for c in found), ()),
+            identities=sum((c.identities for c in found), ()),
+        )
+
+    def pixel_unshuffle(self, x: Any, downscale_factor: int) -> Any:
+        r, channels = int(downscale_factor), self._channels(x)
+        places = [
+            self._moved(x, PoolSpec("max", (r, r), (r, r), section=(i, r, j, r)))
+            for i, j in itertools.product(range(r), repeat=2)
+        ]
+        order = torch.arange(r * r * channels).reshape(r * r, channels).t().flatten().tolist()
+        return self._selected(self.concat(places, 1), order)
+
+    def conv_transpose(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Current:
+        """A convolution of the map with zeros between its pixels, by the kernel turned round."""
+        if not isinstance(weight, Tensor):
+            raise self.fail("is a convolution whose weights depend on the image, which has no spiking counterpart")
+        weight = _float64(weight, _zeros(0))
+        stride, padding, dilation, more = (_pair(v) for v in (stride, padding, dilation, output_padding))
+        border = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
+        extra = tuple(s - 1 - m for s, m in zip(stride, more, strict=True))
+        if min(*border, *extra) < 0:
+            raise self.fail("is a transposed convolution that cuts off more than its kernel adds. Remedy: less padding")
+        if stride != (1, 1):
+            x = self._moved(x, PoolSpec("avg", (1, 1), spread=stride, phase=(0, 0)), zeros=True)
+        if extra != (0, 0):
+            x = self._moved(x, PoolSpec.cropped((0, extra[0]), (0, extra[1])))
+        turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(-2, -1)
+        return self.conv(x, turned, bias, 1, border, dilation, groups)
+
     # ---------------------------------------------------------------------------------- arithmetic
 
     def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
@@ -712,10 +888,15 @@ class Lowering:
             everything, channel = index
             if everything == slice(None) and isinstance(channel, int):
                 return Image((channel,), x.scale or (1.0,), x.shift or (0.0,), batch_only=True)
-        if isinstance(index, tuple) and 1 < len(index) <= 4 and index[0] == slice(None):
-            rest = index[2:-1] if index[-1] is Ellipsis else index[2:]
-            if all(isinstance(i, slice) and i == slice(None) for i in rest):
-                return self._indexed(x, index[1])
+        if isinstance(index, tuple) and isinstance(x, Image | Signal | Current):
+            if Ellipsis in index:
+                at = index.index(Ellipsis)
+                index = (*index[:at], *[slice(None)] * (5 - len(index)), *index[at + 1 :])
+            index = (*index, *[slice(None)] * (4 - len(index)))
+            batch, channels, *pixels = index
+            if batch == slice(None) and len(pixels) == 2 and all(isinstance(p, slice) for p in pixels):
+                x = x if channels == slice(None) else self._indexed(x, channels)
+                return x if pixels == [slice(None)] * 2 else self._sliced(x, *pixels)
         raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
 
     def unsqueeze(self, x: Any, dim: int) -> Any:
@@ -867,18 +1048,58 @@ class Lowering:
 
     def _answered(self, x: Any) -> Current:
         """The value as what a readout gives."""
+        if isinstance(x, Signal) and (x.index is not None or len(x.parts) > 1) and not x.vector:
+            choice = torch.eye(x.channels, dtype=torch.float64)
+            x = composed(Current(_zeros(x.channels), (), (x,)), choice, _zeros(x.channels), (1, 1), "channels")
         if isinstance(x, Signal):
             x = replace(identity_current(replace(x, vector=False)), flattened=x.vector)
         if not isinstance(x, Current):
             raise self.fail("the model's output is not a layer's output")
-        return x
+        return without_choices(x)
 
     def _output(self, x: Any) -> None:
-        if isinstance(x, (tuple, list, dict)):
-            raise self.fail("the model returns several values; return the logits alone")
-        if isinstance(x, Answer):
-            x, self.result.tail = x.current, x.steps
-        self.result.output = self._answered(x)
+        several = isinstance(x, (tuple, list, dict))
+        if several and not x:
+            raise ConversionError("the model returns nothing that depends on its input")
+        form = self._form(x)
+        self.result.form = form if several else None
+
+    def _form(self, x: Any) -> Any:
+        """How outputs are put together; each of them becomes a readout."""
+        if isinstance(x, dict):
+            if not all(isinstance(name, str) for name in x):
+                raise self.fail("the model returns a dict whose keys are no strings")
+            return ["dict", {name: self._form(v) for name, v in x.items()}]
+        if isinstance(x, (tuple, list)):
+            return ["tuple" if isinstance(x, tuple) else "list", [self._form(v) for v in x]]
+        answer = x if isinstance(x, Answer) else None
+        current = self._answered(x) if answer is None else answer.current
+        self.result.outputs.append(answer or Answer(current, 2 if current.vector or current.flattened else 4))
+        return len(self.result.outputs) - 1
+
+    def _resized(self, x: Any, mode: str, size: Any, scale: Any, align_corners: Any) -> Answer:
+        """A resize behind the last layer, of the mean over the steps: linear, but not behind a softmax."""
+        if mode not in RESIZE_MODES:
+            raise self.fail(f"resizes with mode={mode!r}. Remedy: one of {', '.join(RESIZE_MODES)}")
+        answer = x if isinstance(x, Answer) else Answer(self._answered(x), 4)
+        if any(name in OF_NUMBERS or name in ("softmax", "log_softmax") for name, *_ in answer.steps):
+            raise self.fail("resizes behind a softmax or the like. Remedy: resize first")
+        if answer.dims != 4:
+            raise self.fail("resizes what is no map")
+        if scale is not None:
+            scale = [float(f) for f in (scale if isinstance(scale, (tuple, list)) else [scale] * 2)]
+        elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
+            image = next((s for n, s in (self.shapes or {}).items() if n.op == "placeholder"), None)
+            sizes = list(size) if isinstance(size, (tuple, list)) else [size] * 2
+            if image is None or not _whole(sizes):
+                raise self._shape_needed("resizes to a size that is not known")
+            if sizes != list(image[-2:]):
+                raise self.fail("resizes to a size that is neither the image's nor a number. Remedy: scale_factor")
+            size = "image"
+        else:
+            size = list(size) if isinstance(size, (tuple, list)) else [size] * 2
+        how = {"mode": mode, "size": size, "scale": scale, "align_corners": align_corners}
+        return replace(answer, steps=(*answer.steps, ("resize", how)))
 
 
 Handler = Callable[..., Any]
@@ -914,6 +1135,12 @@ FUNCTIONS: dict[Any, Handler] = {
     F.adaptive_avg_pool2d: Lowering.adaptive_pool,
     F.max_pool2d: Lowering.max_pool,
     torch.max_pool2d: Lowering.max_pool,
+    F.pad: Lowering.pad,
+    F.interpolate: Lowering.upsample,
+    F.pixel_shuffle: Lowering.pixel_shuffle,
+    F.pixel_unshuffle: Lowering.pixel_unshuffle,
+    torch.conv_transpose2d: Lowering.conv_transpose,
+    F.conv_transpose2d: Lowering.conv_transpose,
     operator.getitem: Lowering.getitem,
     getattr: Lowering.getattr,
 }
@@ -956,6 +1183,11 @@ _KNOWN_MODULES = (
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
     nn.MaxPool2d,
+    nn.ConvTranspose2d,
+    nn.ConstantPad2d,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
 )
 # What takes currents side by side one by one.
 _OF_JOINED = (

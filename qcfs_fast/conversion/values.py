@@ -194,12 +194,15 @@ class Answer:
 
 @dataclass
 class Lowered:
-    """A network as spiking layers in order of execution, and the current that is read out."""
+    """A network as spiking layers in order of execution, and the currents that are read out, with their tails.
+
+    `form` says how several outputs are put together (network/tail.py).
+    """
 
     image: Image
     layers: list[Activation] = field(default_factory=list)
-    output: Current | None = None
-    tail: tuple[tuple[Any, ...], ...] = ()
+    outputs: list[Answer] = field(default_factory=list)
+    form: Any = None
 
 
 def identity_current(signal: Signal) -> Current:
@@ -213,6 +216,16 @@ def identity_current(signal: Signal) -> Current:
     choice = torch.eye(signal.channels, dtype=torch.float64)[:, :, None, None]
     products = tuple(Product(p, w, POINTWISE, False, "channels") for p, w, _ in dealt(choice, 1, signal))
     return Current(nothing, products)
+
+
+def without_choices(current: Current) -> Current:
+    """With a product of zeros and ones for each identity that has some channels of its parts."""
+    chosen = [identity_current(s) for s in current.identities if s.index is not None]
+    return replace(
+        current,
+        products=current.products + sum((c.products for c in chosen), ()),
+        identities=tuple(s for s in current.identities if s.index is None),
+    )
 
 
 def concatenated(signals: Sequence[Signal]) -> Signal:
@@ -325,11 +338,14 @@ def affine(current: Current | Joined, scale: Tensor, shift: Tensor) -> Any:
         sizes = [c.channels for c in current.currents]
         each = zip(current.currents, scale.split(sizes), shift.split(sizes), strict=True)
         return replace(current, currents=tuple(affine(*c) for c in each))
+    current = current if bool((scale == scale[0]).all()) else without_choices(current)
     return replace(
         current,
         bias=current.bias * scale + shift,
         products=tuple(replace(p, weight=p.weight * scale[:, None, None, None]) for p in current.products),
-        identities=tuple(scaled(s, scale) for s in current.identities),
+        identities=tuple(
+            scaled(s, scale if s.index is None else scale[:1].expand(s.width)) for s in current.identities
+        ),
     )
 
 
@@ -362,11 +378,9 @@ def composed(current: Current, weight: Tensor, bias: Tensor, stride: tuple[int, 
         geometry = (kh, kw, sh * stride[0], sw * stride[1], *rest, 1)
         products.append(replace(p, weight=outer, geometry=geometry, layer=f"{p.layer} * {layer}"))
     for signal in current.identities:
-        at = 0
-        for part in signal.parts:
-            taps = weight[:, at : at + part.channels, None, None]
-            products.append(Product(part, taps, (1, 1, *stride, 0, 0, 1, 1, 1), current.vector, layer))
-            at += part.channels
+        geometry = (1, 1, *stride, 0, 0, 1, 1, 1)
+        taps = dealt(weight[:, :, None, None], 1, signal)
+        products += [Product(part, w, geometry, current.vector, layer) for part, w, _ in taps]
     return replace(current, bias=weight @ current.bias + bias, products=tuple(products), identities=())
 
 

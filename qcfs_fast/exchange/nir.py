@@ -106,6 +106,7 @@ def to_nir(snn: SNN, input_shape: Sequence[int] | None = None, neurons: str = "i
         raise ConversionError(
             f'to_nir: NIR has no {snn.neuron.mode} neurons; set snn.neuron = "plain", or convert with plain neurons'
         )
+    snn.refuse_several_outputs("to_nir")
     first = dict(snn.layers)["input"].config
     shape = input_shape or snn.input_shape
     if shape is None and first.vector:

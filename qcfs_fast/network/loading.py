@@ -147,7 +147,7 @@ class _Reader:
                 f"{name}: claims to be free of overflow up to T={said['max_T']}, but its "
                 f"weights allow {bound}; the file was altered",
             )
-        return SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron, h.get("tail", ()))
+        return SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron, h.get("tail", ()), h.get("outputs"))
 
     def _neuron(self) -> Neuron:
         """The mode of the neurons; a file of format 1 has plain ones."""
