@@ -41,6 +41,7 @@ class SNN(nn.Module):
         weight_bits: 16, 8 or 24.
         tail: what follows the readout, such as a softmax (tail.py); () takes it away, and answers are logits.
         details: per spiking layer, what conversion settled (see :meth:`report`).
+        metadata: what you say of the network (data set, accuracy, ...), kept in its file; values of JSON.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class SNN(nn.Module):
         self._executor = Executor()
         self._set_neuron(neuron, T)
         self.tail = tail
+        self.metadata: dict[str, Any] = {}
         self.eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -353,13 +355,27 @@ class SNN(nn.Module):
         text = f"T={self.T}, max_T={self.max_T}, weight_bits={self.weight_bits}, neuron={self._neuron}"
         return text + (f", {self._executor.path}" if self._executor.path else "")
 
-    def save(self, path: Any) -> None:
-        """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`."""
-        tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
-        saving.save(path, self._header(whole=True), tensors)
+    def save(self, path: Any, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`.
 
-    def _header(self, whole: bool = False) -> str:
-        """The network but for its tensors, as a file says it; the native executor leaves the tail to `forward`."""
+        Args:
+            path: the file; one that exists is replaced.
+            metadata: what is to be known of the network, by name, as values of JSON: it stands in the file and comes
+                back as ``qcfs_fast.load(path).metadata``. Default: ``self.metadata``.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+            TypeError, ValueError: JSON has no such value, or would give another one back.
+        """
+        about = saving.checked_metadata(self.metadata if metadata is None else metadata)
+        tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
+        saving.save(path, self._header(tail=self._tail, metadata=about), tensors)
+
+    def _header(self, **more: Any) -> str:
+        """The network but for its tensors, as a file says it, with further fields where they are not empty.
+
+        The native executor needs none of those: it leaves the tail to `forward`.
+        """
         graph = [
             {
                 "name": name,
@@ -378,7 +394,7 @@ class SNN(nn.Module):
                 "input_shape": self.input_shape,
                 "details": self.details,
                 "graph": graph,
-                **({"tail": self._tail} if whole and self._tail else {}),
+                **{name: value for name, value in more.items() if value},
             }
         )
 
