@@ -189,7 +189,8 @@ HEADERS = {
     "negative": (lambda h: node(h, "SpikingLayer")["config"]["geometry"].__setitem__(2, -1), "geometry is damaged"),
     "peaks": (lambda h: node(h, "SpikingLayer")["config"].update(peaks=[]), "peaks are damaged"),
     "pool": (lambda h: node(h, "SpikePool")["config"]["pool"].update(kind="sum"), "pool is damaged"),
-    "geometry of zero": (lambda h: node(h, "SpikingLayer")["config"]["geometry"].__setitem__(0, 0), "geometry is damaged"),
+    "geometry of zero": (
+        lambda h: node(h, "SpikingLayer")["config"]["geometry"].__setitem__(0, 0), "geometry is damaged"),
     "groups": (
         lambda h: node(h, "SpikingLayer")["config"]["geometry"].__setitem__(8, 3),
         r"weight_0 of shape \[3, 3, 8, 8\] does not fit the geometry"),

@@ -44,7 +44,6 @@ VALUES += [
 VALUES += ["sum", "signed", "EncodingLayer", "SpikePool", [1, 1], [0, 1, 0, 1], [1] * 9, {"mode": "sum"}, math.nan]
 
 
-@functools.cache
 def originals():
     """Sound files, as bytes: with shapes stated and without, of every kind of node and neuron."""
     found = [path.read_bytes() for path in sorted(DATA.glob("*.safetensors"))]
@@ -55,6 +54,9 @@ def originals():
             snn.save(Path(folder) / "net", {"about": [1, "two"]} if i % 2 else None)
             found.append((Path(folder) / "net").read_bytes())
     return found
+
+
+ORIGINALS = originals()
 
 
 def places(tree, path=()):
@@ -118,7 +120,7 @@ def folder():
 
 def run(seed):
     rng = np.random.default_rng(seed)
-    original = originals()[rng.integers(len(originals()))]
+    original = ORIGINALS[rng.integers(len(ORIGINALS))]
     data = altered(rng, original)
     path, again, third = (Path(folder().name) / name for name in ("a", "b", "c"))
     path.write_bytes(data)

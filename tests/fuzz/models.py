@@ -82,8 +82,9 @@ def run(seed):
         snn = qcfs_fast.convert(model, T=4, progress=False, **options)
         out = snn(x)
     except (ValueError, RuntimeError) as error:
-        assert str(error), "an exception without a message"
-        return "refused"
+        if str(error):
+            return "refused"
+        raise
     sound = all(bool(torch.isfinite(t).all()) for t in model.state_dict().values() if t.is_floating_point())
     assert sound or bool(torch.isfinite(out).all()), "a model with NaN or infinity was converted, and answers so"
     with backend.force(reference=True):
