@@ -190,7 +190,11 @@ qcfs_status qcfs_load_file(const char* path, qcfs_network** network, qcfs_error*
     given(network, "network");
     *network = nullptr;
     const std::vector<char> bytes = bytes_of(path);
-    *network = loaded(bytes.data(), bytes.size());
+    try {
+      *network = loaded(bytes.data(), bytes.size());
+    } catch (const Error& e) {
+      throw Error(e.fault, std::string(path) + ": " + e.what());
+    }
   });
 }
 

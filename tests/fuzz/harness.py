@@ -13,7 +13,7 @@ HANG = 60  # seconds
 BAD = {"CRASH", "HANG", "WRONG"}
 
 
-def work(kind, first, last, deadline, place, results):
+def work(kind, first, last, deadline, hang, place, results):
     """In the child: cases first .. last - 1 of a module's `run`. `place` tells the parent which one is running."""
     import torch
 
@@ -24,7 +24,7 @@ def work(kind, first, last, deadline, place, results):
         if time.time() > deadline:
             break
         place.value = case
-        signal.setitimer(signal.ITIMER_REAL, HANG)  # without a handler: it ends the child, whatever runs
+        signal.setitimer(signal.ITIMER_REAL, hang)  # without a handler: it ends the child, whatever runs
         try:
             results.put((case, run(case)))
         except Exception:
@@ -41,7 +41,7 @@ def fuzz(kind, first, cases, seconds=1e9):
     while first < last and time.time() < deadline:
         results = context.SimpleQueue()
         place.value = first
-        child = context.Process(target=work, args=(kind, first, last, deadline, place, results))
+        child = context.Process(target=work, args=(kind, first, last, deadline, HANG, place, results))
         child.start()
         while child.is_alive() or not results.empty():
             if results.empty():

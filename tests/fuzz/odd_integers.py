@@ -29,6 +29,6 @@ CASES = len(PLACES) * len(operators.POWERS)
 
 def run(case):
     name, operands, key, index = PLACES[case % len(PLACES)]
-    power = operators.POWERS[case // len(PLACES)]
+    power = operators.POWERS[case // len(PLACES) % len(operators.POWERS)]
     value = power if index is None else [*operands[key][:index], power, *operands[key][index + 1 :]]
     return operators.compare(name, {**operands, key: value})
