@@ -187,7 +187,8 @@ class Lowering:
         return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Answer, _Unknown))
 
     def _is_unknown(self, x: Any) -> bool:
-        return any(map(self._is_unknown, x)) if isinstance(x, (tuple, list)) else isinstance(x, _Unknown)
+        values = x.values() if isinstance(x, dict) else x
+        return any(map(self._is_unknown, values)) if isinstance(x, (tuple, list, dict)) else isinstance(x, _Unknown)
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
