@@ -10,6 +10,7 @@ from collections import Counter
 import networks
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,9 +19,15 @@ import qcfs_fast
 from qcfs_fast import QCFS
 from qcfs_fast.operators.neuron import MODES
 
-STEPS = ("layer", "projection", "identity", "image", "joined", "pool", "max pool", "concatenation")
-FIRING = STEPS[:5]
+FIRING = ("layer", "projection", "identity", "image", "joined")
+MOVES = {  # and the size of what comes out
+    "nearest": (lambda x: F.interpolate(x, scale_factor=2), lambda n: 2 * n),
+    "crop": (lambda x: x[:, :, 1:, :-1], lambda n: n - 1),
+    "pad": (lambda x: F.pad(x, (0, 1, 1, 0)), lambda n: n + 1),
+}
+STEPS = (*FIRING, "pool", "max pool", "concatenation", *MOVES)
 CHANNELS = ("all", "shuffled", "chosen")
+FACTORS = (1, -1, 0.5, -2)  # of what is added
 
 
 @st.composite
@@ -29,7 +36,8 @@ def plans(draw):
     first = draw(st.integers(1, 6))
     values, spikes = [(3, 8), (first, 8)], [False, True]  # channels and size; whether it is no average: image, layer
     plan = [("layer", 0, {"out": first, "kernel": 3, "stride": 1, "groups": 1, "mixed": 0, "channels": "all"})]
-    for _ in range(draw(st.integers(1, 6))):
+    plan[0][2]["normalised"] = draw(st.booleans())
+    for _ in range(draw(st.integers(1, 7))):
         kind, (channels, size) = draw(st.sampled_from(STEPS)), values[-1]
         fitting = [i for i, (_, s) in enumerate(values) if i > 0 and s == size]
         other = draw(st.sampled_from(fitting))
@@ -53,14 +61,19 @@ def plans(draw):
             if size <= 2:
                 continue
             out, stride = channels, 2
+        if kind in MOVES:
+            out = channels
+            if not 2 <= MOVES[kind][1](size) <= 9:
+                continue
         if kind == "concatenation":
             out = channels + values[other][0]
         numbers = {"kernel": draw(st.sampled_from((1, 3))), "stride": stride, "groups": groups, "channels": which}
+        numbers["factor"] = draw(st.sampled_from(FACTORS))
         plan.append((kind, other, {"out": out, "mixed": mixed if groups == 1 and mixed > 2 else 0, **numbers}))
-        values.append((out + 2 * (kind == "joined"), size // stride))
-        spikes.append(
-            kind in FIRING or kind == "max pool" or (kind == "concatenation" and spikes[-1] and spikes[other])
-        )
+        after = MOVES[kind][1](size) if kind in MOVES else size // stride
+        values.append((out + 2 * (kind == "joined"), after))
+        kept = spikes[-1] and (kind in ("max pool", "nearest", "crop") or (kind == "concatenation" and spikes[other]))
+        spikes.append(kind in FIRING or kept)
     return plan, draw(st.sampled_from(("linear", "pooled", "convolution")))
 
 
@@ -70,6 +83,7 @@ class Random(nn.Module):
     def __init__(self, plan, head):
         super().__init__()
         self.plan, self.head = plan, head
+        self.register_buffer("mean", torch.tensor([0.25, 0.0, -0.5]).reshape(3, 1, 1))
         channels, sizes = [3], [8]
         for i, (kind, other, p) in enumerate(plan):
             out, k = p["out"], p["kernel"]
@@ -86,16 +100,21 @@ class Random(nn.Module):
                 self.add_module(f"other{i}", nn.Conv2d(channels[other], 2, 3, padding=1))
                 out += 2
             channels.append(out)
-            sizes.append(sizes[-1] // p["stride"])
+            sizes.append(MOVES[kind][1](sizes[-1]) if kind in MOVES else sizes[-1] // p["stride"])
         self.pool, self.maximum = nn.AvgPool2d(2), nn.MaxPool2d(2)
         self.wide = nn.AdaptiveAvgPool2d(1)
         features = channels[-1] * (sizes[-1] ** 2 if head == "linear" else 1)
         self.out = nn.Conv2d(channels[-1], 4, 1) if head == "convolution" else nn.Linear(features, 4)
 
     def forward(self, x):
+        if self.plan[0][2]["normalised"]:
+            x = (x - self.mean) / 0.5
         values = [x]
         for i, (kind, other, p) in enumerate(self.plan):
             last = values[-1]
+            if kind in MOVES:
+                values.append(MOVES[kind][0](last))
+                continue
             if kind in ("pool", "max pool"):
                 values.append(self.pool(last) if kind == "pool" else self.maximum(last))
                 continue
@@ -105,11 +124,12 @@ class Random(nn.Module):
             read = self.conv_input(last, p["channels"])
             y = getattr(self, f"norm{i}")(getattr(self, f"mix{i}")(getattr(self, f"conv{i}")(read)))
             if kind == "identity":
-                y = y + values[other]
+                y = torch.add(y, values[other], alpha=p["factor"])
             elif kind == "joined":
                 y = torch.cat([getattr(self, f"other{i}")(values[other]), y], 1)
             elif kind in ("projection", "image"):
-                y = y + getattr(self, f"other{i}")(x if kind == "image" else values[other])
+                z = getattr(self, f"other{i}")(x if kind == "image" else values[other])
+                y = y - z if p["factor"] == -1 else y + z * p["factor"]
             values.append(getattr(self, f"act{i}")(y))
         if self.head == "convolution":
             return self.wide(self.out(values[-1])).flatten(1)
@@ -118,7 +138,7 @@ class Random(nn.Module):
     def conv_input(self, x, which):
         """The channels that a convolution reads."""
         if which == "shuffled":
-            return torch.nn.functional.channel_shuffle(x, 2)
+            return F.channel_shuffle(x, 2)
         return torch.cat(x.split(2, 1)[::-1], 1)[:, 1:] if which == "chosen" else x
 
 
@@ -137,7 +157,7 @@ def run(snn, x, T):
     return snn(x, T)[None] if snn.neuron.mode == "sum" else snn(x, T, per_step=True)
 
 
-@pytest.mark.parametrize("graphs", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("graphs", [100, pytest.param(500, marks=pytest.mark.slow)])
 def test_random_networks_on_a_grid_convert_exactly(graphs):
     seen, spikes, sites, ties = Counter(), 0, 0, 0
 
@@ -177,6 +197,8 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
         torch.testing.assert_close(run(snn, x, T), meaning.output.float(), rtol=2e-7, atol=1e-7)
         seen.update([plan[1], neuron.mode, *(kind for kind, *_ in plan[0])])
         seen.update(p["channels"] for kind, _, p in plan[0] if kind in FIRING)
+        seen.update(p["factor"] for kind, _, p in plan[0] if kind in ("identity", "projection"))
+        seen["normalised"] += plan[0][0][2]["normalised"]
         seen["mixed"] += any(p["mixed"] for kind, _, p in plan[0] if kind in FIRING)
 
     check()
@@ -184,6 +206,8 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
         *STEPS,
         *CHANNELS,
         *MODES,
+        *FACTORS,
+        "normalised",
         "mixed",
         "linear",
         "pooled",

@@ -171,13 +171,27 @@ struct TableLayer {
 struct DenseShape {
   int rows;       // output positions
   int columns;    // columns of packed weights; one or two (digits) to an output channel
-  int depth;      // input channels are padded to a multiple of this
+  int depth;      // the inputs of a run of taps are padded to a multiple of this, with weights of zero
   int max_input;
 };
 
-// One product, its input expanded to bytes (dense.h): planes [T, samples, phases_h, phases_w, plane_h, plane_w, depth].
+// Taps of a kernel row that read positions side by side in a plane, so that their inputs are one run of bytes: every
+// `apart`-th tap from `first`. Taps with a dilation are alone.
+struct TapRun {
+  std::int64_t first, apart, count;
+};
+
+static constexpr std::int64_t tap_runs(const Geometry& g) {
+  return g.dilation_w == 1 && g.stride_w < g.kernel_w ? g.stride_w : g.kernel_w;
+}
+
+static constexpr TapRun tap_run(const Geometry& g, std::int64_t i) {
+  const std::int64_t apart = tap_runs(g);
+  return {i, apart, (g.kernel_w - 1 - i) / apart + 1};
+}
+
+// One product, its input expanded to bytes (dense.h): planes [T, samples, phases_h, phases_w, plane_h, plane_w, C].
 struct DenseProduct {
-  std::int64_t depth;                 // padded input channels
   std::int64_t phases_h, phases_w;    // see dense.h
   std::int64_t phase_bytes;           // of one phase of one sample
   std::int64_t sample_bytes;
@@ -185,7 +199,7 @@ struct DenseProduct {
   std::uint8_t* plane;
 };
 
-// `blocks` * depth input channels of one tap, from `a` at output position 0 of a sample and step.
+// `blocks` * depth inputs of one run of taps, from `a` at output position 0 of a sample and step.
 struct Segment {
   const std::uint8_t* a;
   std::int64_t row_bytes, step_bytes, sample_bytes;

@@ -17,7 +17,7 @@ constexpr std::int64_t max_weight = 32639, max_byte_weight = 128, max_sum = 0x7f
 constexpr std::int64_t max_image_threshold = 1 << 25, analog_range = 64;
 constexpr std::int64_t max_peak =
     1 << 20;    // no layer takes more than max_count: beyond it makes no difference how far
-constexpr int format_version = 2;
+constexpr int format_version = 4;
 constexpr std::size_t geometry_size = 9;
 
 void check(bool condition, const std::string& what) { require(condition, Fault::format, what); }
@@ -150,6 +150,12 @@ PoolSpec read_pool(const Json& json) {
   const std::vector<std::int64_t> section = f.wholes("section", 0, max_extent);
   check(section.size() == 4 && section[0] < section[1] && section[2] < section[3], "section is damaged");
   std::copy(section.begin(), section.end(), spec.section);
+  if (f.has("spread")) {
+    f.pair("spread", 1, spec.spread);
+    if (!f.null("phase")) f.pair("phase", 0, spec.phase);
+    const bool alone = !spec.adaptive && spec.kernel[0] == 1 && spec.kernel[1] == 1;
+    check(alone && spec.phase[0] < spec.spread[0] && spec.phase[1] < spec.spread[1], "spread is damaged");
+  }
   return spec;
 }
 
@@ -730,6 +736,7 @@ Graph read_graph(const std::string& header, const Tensors& tensors) {
   check(version <= format_version, "written in format " + std::to_string(version) +
                                        ", this version of qcfs_fast reads up to " + std::to_string(format_version) +
                                        "; upgrade qcfs_fast");
+  check(!f.has("tail"), "ends with a function of its logits (tail), which only Python computes");
   Graph graph{};
   graph.weight_bits = static_cast<int>(f.whole("weight_bits", 8, 24));
   check(graph.weight_bits % 8 == 0, "weight_bits is not 8, 16 or 24");

@@ -34,7 +34,7 @@ std::shared_ptr<const Plan> Network::prepare(const Request& request, std::size_t
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found =
         std::find_if(plans_.begin(), plans_.end(), [&](const auto& plan) { return plan->request == request; });
-    if (found != plans_.end() && (*found)->bytes <= max_bytes) {
+    if (found != plans_.end() && (*found)->memory.bytes <= max_bytes) {
       plans_.splice(plans_.begin(), plans_, found);
       return plans_.front();
     }
@@ -48,7 +48,7 @@ std::shared_ptr<const Plan> Network::prepare(const Request& request, std::size_t
 
 void Network::run_in(char* arena, const Plan& plan, const Image& image, std::int64_t before,
                      const cpu::Options& options, float* out, std::uint8_t* engines) {
-  const Frame frame{arena, plan.offsets.data(), image, before, out, options, &packed_, engines};
+  const Frame frame{arena, plan.memory.offsets.data(), image, before, out, options, &packed_, engines};
   for (const auto& step : plan.steps) {
     switch (step(frame)) {
       case Status::ok:
@@ -76,9 +76,9 @@ void Network::run(const Plan& plan, const Image& image, const cpu::Options& opti
       waiting_.pop_back();
     }
   }
-  if (mine.block == nullptr || mine.bytes < plan.bytes) {
+  if (mine.block == nullptr || mine.bytes < plan.memory.bytes) {
     mine.block.reset();
-    mine = {make_block(plan.bytes), plan.bytes};
+    mine = {make_block(plan.memory.bytes), plan.memory.bytes};
   }
   const auto give_back = [&] {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -101,11 +101,11 @@ void Stream::check(const Request& request, bool same_image) const {
 }
 
 void Stream::run(const Plan& plan, const Image& image, const cpu::Options& options, float* out) {
-  if (bytes_ < plan.bytes) {
-    Block larger = make_block(plan.bytes);
-    if (steps_ > 0) std::memcpy(larger.get(), block_.get(), plan.kept_bytes);
+  if (bytes_ < plan.memory.bytes) {
+    Block larger = make_block(plan.memory.bytes);
+    if (steps_ > 0) std::memcpy(larger.get(), block_.get(), plan.memory.kept_bytes);
     block_ = std::move(larger);
-    bytes_ = plan.bytes;
+    bytes_ = plan.memory.bytes;
   }
   try {
     network_->run_in(block_.get(), plan, image, steps_, options, out, nullptr);

@@ -4,16 +4,16 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <cstring>
 #include <utility>
 
 #include "network/error.h"
+#include "network/memory.h"
+#include "network/steps.h"
 
 namespace qcfs::network {
 namespace {
 
-constexpr std::size_t line = 64;    // bytes of a cache line
 constexpr std::int64_t max_bytes_of_value = std::int64_t{1} << 46;
 constexpr std::int64_t image_range = 31;        // thresholds: limits.py
 constexpr std::int64_t max_listed = 1 << 29;    // limits.py
@@ -71,77 +71,6 @@ std::pair<std::int64_t, std::int64_t> convolved_size(std::int64_t height, std::i
           out_size(width, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w)};
 }
 
-// ------------------------------------------------------------------------------------------------ steps with weights
-
-// The convolution of the image.
-struct AnalogStep {
-  AnalogConv a;
-  Slot x, exponent, out;
-  bool keeps;    // what it gave for the image of the call before
-
-  Status operator()(const Frame& f) const {
-    if (keeps && f.image.data == nullptr) return Status::ok;
-    AnalogConv now = a;
-    now.x = f.at<const std::int32_t>(x);
-    now.exponent = f.at<const std::int32_t>(exponent);
-    if (now.steps > 0) {
-      now.out_mask = f.at<std::uint8_t>(out);
-    } else {
-      now.out_current = f.at<std::int32_t>(out);
-    }
-    const std::uint32_t isa = f.options.isa;
-    now.packed = f.packed->find(
-        {now.weight, 0, -1, 0, cpu::chosen_kernel_set(isa)}, [&] { return cpu::packed_bytes(now, isa); },
-        [&](void* to) { cpu::pack(now, isa, to); });
-    return now.packed == nullptr ? Status::out_of_memory : cpu::analog(now, f.options);
-  }
-};
-
-// A spiking layer.
-struct FireStep {
-  ConvIf a{};
-  std::vector<Product> products;
-  std::vector<Residual> residuals;
-  std::vector<Slot> inputs;    // of the products, then of the residuals
-  Slot out = 0;
-  bool has_current = false, has_state = false;
-  Slot current = 0, state = 0;    // the state is replaced in place: a neuron reads its own before it writes it
-  const void* layer = nullptr;
-  int place = -1;    // among the layers whose engines a run tells
-
-  Status operator()(const Frame& f) const {
-    Product p[max_products];
-    Residual r[max_residuals];
-    std::copy(products.begin(), products.end(), p);
-    std::copy(residuals.begin(), residuals.end(), r);
-    for (std::size_t i = 0; i < products.size(); ++i) p[i].x.data = f.at<const std::uint8_t>(inputs[i]);
-    for (std::size_t i = 0; i < residuals.size(); ++i) {
-      r[i].data = f.at<const std::uint8_t>(inputs[products.size() + i]);
-    }
-    ConvIf now = a;
-    now.products = p;
-    now.residuals = r;
-    now.out = f.at<std::uint8_t>(out);
-    if (has_current) now.current = f.at<const std::int32_t>(current);
-    if (now.bias_step != 0) now.bias += f.before * now.bias_step;
-    if (has_state) now.state_out = f.at<std::int32_t>(state);
-    if (f.before > 0) now.state = now.state_out;
-    cpu::Options options = f.options;
-    options.engine = cpu::choose_engine(now, options);
-    if (f.engines != nullptr && place >= 0) f.engines[place] = static_cast<std::uint8_t>(options.engine);
-    for (int i = 0; i < now.product_count; ++i) {
-      if (!cpu::has_packed(i, options.engine)) continue;
-      const PackedWeights::Key key{layer, i, static_cast<int>(options.engine), now.product_count,
-                                   cpu::chosen_kernel_set(options.isa)};
-      p[i].packed = f.packed->find(
-          key, [&] { return cpu::packed_bytes(now, i, options.engine, options.isa); },
-          [&](void* to) { cpu::pack(now, i, options.engine, options.isa, to); });
-      if (p[i].packed == nullptr) return Status::out_of_memory;
-    }
-    return cpu::conv_if(now, options);
-  }
-};
-
 // ---------------------------------------------------------------------------------------------------------- the walk
 
 class Builder {
@@ -168,9 +97,9 @@ class Builder {
         throw Error(error.fault, node.name + ": " + error.what());
       }
     }
-    place_slots();
-    require(plan_.bytes <= max_bytes, Fault::out_of_memory,
-            "a run needs " + std::to_string(plan_.bytes) + " bytes; use a smaller batch");
+    plan_.memory = memory_.place();
+    require(plan_.memory.bytes <= max_bytes, Fault::out_of_memory,
+            "a run needs " + std::to_string(plan_.memory.bytes) + " bytes; use a smaller batch");
     return std::move(plan_);
   }
 
@@ -196,63 +125,26 @@ class Builder {
   // -------------------------------------------------------------------------------------------------------- memory
 
   // A slot that lives from the step that is made next.
-  Slot take(std::int64_t bytes) {
-    const std::size_t now = plan_.steps.size();
-    slots_.push_back({static_cast<std::size_t>(bytes), now, now});
-    return slots_.size() - 1;
-  }
+  Slot take(std::int64_t bytes) { return memory_.take(static_cast<std::size_t>(bytes), plan_.steps.size()); }
 
   Slot take_integers(std::int64_t count) { return take(bounded({count, 4})); }
 
   // A slot that a later call finds as this one left it.
   Slot keep_integers(std::int64_t count) {
     const Slot slot = take_integers(count);
-    slots_[slot].kept = true;
+    memory_.keep(slot);
     return slot;
   }
 
   // The step that is made next reads these.
   void read(std::initializer_list<Slot> slots) {
-    for (const Slot slot : slots) slots_[slot].last = plan_.steps.size();
+    for (const Slot slot : slots) memory_.read(slot, plan_.steps.size());
   }
 
   template <typename Step>
   void step(Step&& made) {
     plan_.steps.emplace_back(std::forward<Step>(made));
   }
-
-  // Kept slots first, in the order in which they were taken. Then the largest first, each at the lowest place where it
-  // meets no other that lives at the same time.
-  void place_slots() {
-    std::vector<std::size_t> order;
-    plan_.offsets.resize(slots_.size());
-    for (Slot i = 0; i < slots_.size(); ++i) {
-      if (slots_[i].kept) {
-        plan_.offsets[i] = plan_.kept_bytes;
-        plan_.kept_bytes += whole_lines(slots_[i].bytes);
-      } else {
-        order.push_back(i);
-      }
-    }
-    plan_.bytes = plan_.kept_bytes;
-    std::stable_sort(order.begin(), order.end(), [&](Slot a, Slot b) { return slots_[a].bytes > slots_[b].bytes; });
-    std::vector<Slot> placed;    // by offset
-    for (const Slot i : order) {
-      std::size_t at = plan_.kept_bytes;
-      for (const Slot other : placed) {
-        const bool meet = slots_[other].first <= slots_[i].last && slots_[i].first <= slots_[other].last;
-        const bool before = at + whole_lines(slots_[i].bytes) <= plan_.offsets[other];
-        if (meet && !before) at = std::max(at, plan_.offsets[other] + whole_lines(slots_[other].bytes));
-      }
-      plan_.offsets[i] = at;
-      plan_.bytes = std::max(plan_.bytes, at + whole_lines(slots_[i].bytes));
-      placed.insert(std::upper_bound(placed.begin(), placed.end(), at,
-                                     [&](std::size_t offset, Slot s) { return offset < plan_.offsets[s]; }),
-                    i);
-    }
-  }
-
-  static std::size_t whole_lines(std::size_t bytes) { return (bytes + line - 1) / line * line; }
 
   template <typename Make>
   const std::int32_t* integers(std::int64_t count, const Make& make) {
@@ -922,27 +814,16 @@ class Builder {
     return sent;
   }
 
-  struct Life {
-    std::size_t bytes, first, last;    // steps
-    bool kept = false;
-  };
-
   const Graph& graph_;
   const Request r_;
   std::int64_t steps_ = 0;    // that layers compute
   Plan plan_{};
-  std::vector<Life> slots_;
+  Memory memory_;
   std::vector<Value> values_;    // of the nodes
   ImageValue image_;
 };
 
 }    // namespace
-
-Block make_block(std::size_t bytes) {
-  Block block(static_cast<char*>(std::aligned_alloc(line, (bytes / line + 1) * line)), std::free);
-  require(block != nullptr, Fault::out_of_memory, "no memory for the workspace; use a smaller batch");
-  return block;
-}
 
 Plan make_plan(const Graph& graph, const Request& request, std::size_t max_bytes) {
   return Builder(graph, request).build(max_bytes);

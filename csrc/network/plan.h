@@ -7,13 +7,8 @@
 //     shapes, windows, operands checked,                for each step: operands get the frame's addresses, the
 //     one slot of memory for every intermediate         kernel runs
 //
-// Slots of one block of memory hold the intermediates (the arena). A slot is taken by the step that writes it and free
-// after the last that reads it, and slots whose times do not meet share bytes, so memory does not grow with depth. A
-// run allocates nothing, and a plan never changes: threads that run it at the same time have a block each.
-//
-// A run that goes on from another one (`going_on`) keeps what it left in slots of its own: the neurons' membranes, the
-// current of an image that stays the same, the spikes counted for the answer. They lie first in the block, in the same
-// places for any number of steps, so a later call may bring another plan.
+// Slots of one block of memory hold the intermediates (memory.h). A run allocates nothing, and a plan never changes:
+// threads that run it at the same time have a block each.
 #pragma once
 
 #include <cstddef>
@@ -29,6 +24,7 @@
 #include "core/contract.h"
 #include "cpu/cpu.h"
 #include "network/graph.h"
+#include "network/memory.h"
 
 namespace qcfs::network {
 
@@ -54,10 +50,6 @@ struct Image {
   const float* data;
   std::int64_t step, sample, channel, row, column;
 };
-
-// Memory aligned to cache lines.
-using Block = std::unique_ptr<char, void (*)(void*)>;
-Block make_block(std::size_t bytes);    // raises Error (out_of_memory)
 
 // Weights in the orders of the kernels, made when a kernel first wants them and kept as long as the network.
 class PackedWeights {
@@ -87,8 +79,6 @@ class PackedWeights {
   std::map<Key, Block> made_;
 };
 
-using Slot = std::size_t;
-
 struct Frame {
   char* arena;
   const std::size_t* offsets;    // of slots
@@ -109,8 +99,7 @@ struct Plan {
   Request request;
   std::int64_t answers, out_h, out_w, out_channels;    // the answer is float32 [answers, N, OH, OW, O]
   std::vector<std::function<Status(const Frame&)>> steps;
-  std::vector<std::size_t> offsets;
-  std::size_t kept_bytes = 0, bytes = 0;    // of the arena: what a later call needs, and all
+  Placed memory;    // of the intermediates
   // Operands that follow from the graph's; deques, because steps point into them.
   std::deque<std::vector<std::int32_t>> integers;
   std::deque<std::vector<double>> doubles;

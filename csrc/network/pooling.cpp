@@ -18,6 +18,13 @@ std::int64_t product(std::int64_t area, std::int64_t factor) { return std::min(a
 // The windows of one axis before a section is cut out of them.
 std::vector<std::int64_t> whole_windows(const PoolSpec& spec, std::int64_t size, int axis) {
   std::vector<std::int64_t> found;
+  if (const std::int64_t f = spec.spread[axis], phase = spec.phase[axis]; spec.spread[0] * spec.spread[1] != 1) {
+    require(size <= max_extent / f, Fault::shape, "pooling: too many windows");
+    for (std::int64_t i = 0; i < size * f; ++i) {
+      found.insert(found.end(), {i / f, i / f + (phase < 0 || i % f == phase ? 1 : 0), 1});
+    }
+    return found;
+  }
   if (spec.adaptive) {
     const std::int64_t out = spec.output[axis] != 0 ? spec.output[axis] : size;
     for (std::int64_t i = 0; i < out; ++i) {
@@ -37,7 +44,7 @@ std::vector<std::int64_t> whole_windows(const PoolSpec& spec, std::int64_t size,
   require(out <= max_extent, Fault::shape, "pooling: too many windows");
   for (std::int64_t i = 0; i < out; ++i) {
     const std::int64_t start = i * s - p, end = std::min(start + k, size + p);
-    const std::int64_t first = std::max<std::int64_t>(start, 0), last = std::min(end, size);
+    const std::int64_t first = std::clamp<std::int64_t>(start, 0, size), last = std::clamp<std::int64_t>(end, 0, size);
     const std::int64_t divisor = spec.count_include_pad ? end - start : last - first;
     found.insert(found.end(), {first, last,
                                spec.divisor_override == 0 ? divisor

@@ -17,6 +17,8 @@ struct PoolSpec {
   std::int64_t divisor_override = 0;    // 0: none
   std::int64_t multiple = 0;            // of all divisors; 0: bare sums
   std::int64_t section[4] = {0, 1, 0, 1};
+  std::int64_t spread[2] = {1, 1};     // else: each input takes so many outputs, and there are no windows
+  std::int64_t phase[2] = {-1, -1};    // -1: all of those outputs; else one alone, and the others are zero
 
   bool depends_on_size() const;
 };

@@ -52,8 +52,9 @@ from ..operators.limits import ANALOG_RANGE, IMAGE_BITS, MAX_COUNT, MAX_SOURCES,
 from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
 from . import rounding, units
-from .lowering import lower
-from .values import FireNode, Lowered, Part, Product, Signal
+from .checking import self_check
+from .lowering import lower, usable_shape
+from .values import Current, FireNode, Lowered, Part, Product, Signal
 
 CHUNK = 1 << 22  # weights quantised at once
 EXACT_BITS = 53 - 15 + 1  # a sum of K products of 16-bit weights and pixels of b bits is exact where b <= this - log2 K
@@ -71,6 +72,7 @@ def convert(
     step_bias: Mapping[str, Tensor] | None = None,
     data: Iterable[Any] | None = None,
     progress: bool = True,
+    check: bool = True,
 ) -> SNN:
     """Convert a QCFS-trained network to a spiking network.
 
@@ -96,6 +98,9 @@ def convert(
             thousand images are enough, and labels are not used. With data, weights are rounded so that their errors
             compensate each other on these images in T steps (see below). Default: each is rounded to the nearest.
         progress: with data, show a progress bar.
+        check: end with a self-check: two steps of one random image through the result and through the model in float64,
+            layer by layer on the same spikes; a channel that integrates something else is a fault of this package and
+            raises. It added a tenth (VGG-11) to one time and a half (ResNet-18 on 224 pixels) to the rest.
 
     Returns:
         An :class:`qcfs_fast.SNN` in eval mode, on the CPU.
@@ -146,7 +151,12 @@ def convert(
     image = lowered.image
     batches = None if data is None else rounding.checked_batches(data, image.channels, image.vector)
     prefix = None if batches is None else rounding.Prefix(batches, Run(T, settled))
-    return _Builder(lowered, weight_bits, T, limit, settled, totals, prefix).build(shape, progress and data is not None)
+    snn = _Builder(lowered, weight_bits, T, limit, settled, totals, prefix).build(shape, progress and data is not None)
+    if check:
+        usable = usable_shape(model, image, shape or input_shape)
+        if usable is not None:
+            self_check(model, snn, usable, step_bias, first_order=data is None)
+    return snn
 
 
 def _add_step_bias(lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron, T: int, max_T: int | None) -> int:
@@ -244,27 +254,41 @@ class _Builder:
                 },
             ),
         )
-        for i, node in enumerate(tqdm(self.lowered.layers, desc="rounding", unit="layer", disable=not progress)):
+        activations = self.lowered.layers
+        for i, activation in enumerate(tqdm(activations, desc="rounding", unit="layer", disable=not progress)):
             if self.prefix is not None:
-                self.prefix.keep({name for later in self.lowered.layers[i:] for name in later.current.nodes()})
-            products = node.current.products
-            # The image is not spikes: its current is computed once, in double, and the same at every step.
-            analog = [p for p in products if p.part.is_image] + [
-                s for s in node.current.identities if any(q.is_image for q in s.parts)
-            ]
-            if len(analog) > 1:
-                raise ConversionError(f"{node.name}: the image enters twice; merge the two layers that read it")
-            if analog and len(products) + len(node.current.identities) == 1:
-                self._encoder(node, analog[0])
-            else:
-                self._spiking(node, analog[0] if analog else None)
-        self._readout()
+                self.prefix.keep({name for a in activations[i:] for c in a.currents for name in c.nodes()})
+            nodes = activation.nodes()
+            for node in nodes:
+                self._neurons(node)
+            if len(nodes) > 1:
+                self._add(activation.name, SpikeConcat([node.name for node in nodes], ConcatConfig(), {}))
+        answers = self.lowered.outputs
+        for answer in answers:
+            self._readout(answer.current)
         check_graph(self.layers)
-        return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron, self.lowered.tail)
+        form = self.lowered.form
+        tails: Any = answers[0].steps if form is None else [a.steps for a in answers]
+        return SNN(self.layers, self.T, self.weight_bits, self.details, shape, self.neuron, tails, form)
+
+    def _neurons(self, node: FireNode) -> None:
+        """A spiking layer."""
+        products = node.current.products
+        # The image is not spikes: its current is computed once, in double, and the same at every step.
+        analog = [p for p in products if p.part.is_image] + [
+            s for s in node.current.identities if any(q.is_image for q in s.parts)
+        ]
+        if len(analog) > 1:
+            raise ConversionError(f"{node.name}: the image enters twice; merge the two layers that read it")
+        if analog and len(products) + len(node.current.identities) == 1:
+            self._encoder(node, analog[0])
+        else:
+            self._spiking(node, analog[0] if analog else None)
 
     def _image_bits(self) -> int:
         """Bits of a pixel: IMAGE_BITS, or as many as leave the largest sum of the image's layers exact in double."""
-        fan_in = [p.weight[0].numel() for node in self.lowered.layers for p in node.current.products if p.part.is_image]
+        products = [p for a in self.lowered.layers for c in a.currents for p in c.products]
+        fan_in = [p.weight[0].numel() for p in products if p.part.is_image]
         return min(IMAGE_BITS, EXACT_BITS - math.ceil(math.log2(max([*fan_in, 1]))))
 
     def _add(self, name: str, layer: Layer) -> None:
@@ -505,13 +529,11 @@ class _Builder:
             warnings.warn(
                 f"{node.name}: 32 bits leave only {layer.scarce_bits:.1f} bits for the weights of one channel "
                 f"at max_T={self.max_T} (the bound is n/2 + T*sum|w| < 2^31); convert with a smaller max_T for more",
-                stacklevel=5,
+                stacklevel=6,
             )
         return layer
 
-    def _readout(self) -> None:
-        current = self.lowered.output
-        assert current is not None
+    def _readout(self, current: Current) -> None:
         if any(p.part.is_image for p in current.products) or any(
             q.is_image for s in current.identities for q in s.parts
         ):

@@ -13,6 +13,9 @@ Source of the construction: Bu et al., ICLR 2022, sections 3 and 4; BatchNorm fo
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -29,6 +32,7 @@ from ..model.graph import (
     call_sites,
     describe,
     evaluating,
+    is_normalize,
     made_parameters_kept,
     parameter,
     refuse_hooks,
@@ -38,15 +42,16 @@ from ..model.graph import (
 )
 from ..model.qcfs import is_qcfs, thresholds
 from ..network.layers import INPUT
-from ..network.tail import OF_NUMBERS
+from ..network.tail import OF_NUMBERS, RESIZE_MODES
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .values import (
+    Activation,
     Answer,
     Current,
-    FireNode,
     Grouped,
     Image,
+    Joined,
     Lowered,
     Part,
     Product,
@@ -55,12 +60,14 @@ from .values import (
     composed,
     concatenated,
     dealt,
+    dense,
     identity_current,
     joined,
     merged,
     scaled,
     selected,
     ungrouped,
+    without_choices,
 )
 
 Shapes = dict[fx.Node, tuple[int, ...]]
@@ -75,6 +82,10 @@ class ShapeNeededError(ConversionError):
 
 class _Unknown:
     """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again."""
+
+
+def _one_current(x: Any) -> Any:
+    return dense(x) if isinstance(x, Joined) else x
 
 
 class _Size:
@@ -150,12 +161,19 @@ class Lowering:
                 self.values[node] = _Unknown()
         if obstacles:
             raise _all_of(obstacles)
-        if self.result.output is None:
+        if not self.result.outputs:
             raise ConversionError("the model returns nothing that depends on its input")
         if self.image is None:
             raise ConversionError("the model has no layer that reads its input")
         self.result.image = self.image
         return self.result
+
+    def _takes_joined(self, node: fx.Node) -> bool:
+        """Whether a node leaves currents side by side as they are; all others get them as one."""
+        if node.op == "call_module":
+            m = self.gm.get_submodule(str(node.target))
+            return is_qcfs(m) or isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, *_PASSING_MODULES))
+        return FUNCTIONS.get(node.target, METHODS.get(str(node.target))) in _OF_JOINED
 
     def _get(self, x: Any) -> Any:
         return fx.node.map_arg(x, lambda n: self.values[n])
@@ -166,13 +184,15 @@ class Lowering:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current, Grouped, Answer, _Unknown))
+        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Answer, _Unknown))
 
     def _is_unknown(self, x: Any) -> bool:
         return any(map(self._is_unknown, x)) if isinstance(x, (tuple, list)) else isinstance(x, _Unknown)
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
+        if not self._takes_joined(node):
+            args, kwargs = (fx.node.map_aggregate(v, _one_current) for v in (args, kwargs))
         if node.op == "placeholder":
             if any(isinstance(v, Image) for v in self.values.values()):
                 if node.args:  # a further argument with a default
@@ -190,13 +210,12 @@ class Lowering:
         step = tail_step(self.gm, node)
         if step is not None and not unknown and not (self._is_constant(args) and self._is_constant(kwargs)):
             return self._tail(args[0] if args else kwargs["input"], *step)
-        for value in (*args, *kwargs.values()):
+        resizes = node.target is F.interpolate or (
+            node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.Upsample)
+        )
+        for value in () if resizes else (*args, *kwargs.values()):
             if isinstance(value, Answer):
-                raise self.fail(
-                    f"works on the result of {value.steps[-1][0] if value.steps else 'squeeze'}, which no neuron "
-                    "computes: it may only stand at the end of a network. Gates, squeeze-and-excitation and attention "
-                    "cannot be converted"
-                )
+                raise self._not_the_end(value)
         if relu_ceiling(self.gm, node) is not None:
             raise self.fail(_NO_THRESHOLD)
         if node.op == "call_module":
@@ -227,6 +246,17 @@ class Lowering:
         except TypeError as error:
             raise self.fail(f"is called in a way that is not known here ({error})") from error
 
+    def _not_the_end(self, value: Answer) -> ConversionError:
+        """Why nothing may work on a tail."""
+        name = value.steps[-1][0] if value.steps else "squeeze"
+        more = "Gates, squeeze-and-excitation and attention cannot be converted"
+        if name == "resize":
+            more = "Remedy: mode='nearest' by a whole factor, which spikes can do"
+        return self.fail(
+            f"works on the result of {name}, which no neuron computes: it may only stand at the end of a network. "
+            + more
+        )
+
     # ------------------------------------------------------------------------------------- modules
 
     def _module(self, m: nn.Module, args: tuple, kwargs: dict) -> Any:
@@ -235,12 +265,28 @@ class Lowering:
             return self.fire(x, m)
         if isinstance(m, nn.Conv2d):
             return self._conv_module(x, m)
+        if isinstance(m, nn.ConvTranspose2d):
+            given = args[1] if len(args) > 1 else kwargs.get("output_size")
+            if given is not None:
+                raise self.fail("is told its output size at the call. Remedy: output_padding")
+            weight, bias = parameter(m, "weight"), parameter(m, "bias")
+            return self.conv_transpose(x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+        if isinstance(m, (nn.ZeroPad2d, nn.ConstantPad2d)):
+            return self.pad(x, m.padding, "constant", m.value)
+        if isinstance(m, nn.Upsample):
+            return self.upsample(x, m.size, m.scale_factor, m.mode, m.align_corners)
+        if isinstance(m, nn.PixelShuffle):
+            return self.pixel_shuffle(x, m.upscale_factor)
+        if isinstance(m, nn.PixelUnshuffle):
+            return self.pixel_unshuffle(x, m.downscale_factor)
         if isinstance(m, nn.Linear):
             return self.linear(x, parameter(m, "weight"), parameter(m, "bias"))
         if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
             return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
-        if isinstance(m, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)):
+        if isinstance(m, _PASSING_MODULES):
             return x
+        if is_normalize(m):
+            return self.normalize(x, m.mean, m.std)
         if isinstance(m, nn.ChannelShuffle):
             return self.shuffle(x, m.groups)
         if isinstance(m, nn.Flatten):
@@ -268,12 +314,16 @@ class Lowering:
 
     def fire(self, x: Any, m: Any) -> Signal:
         name = self.sites[self.node][0]
-        current = merged(self._current(x, None, "activates something that is not a layer's output"))
-        parts = [p.part for p in current.products] + [p for s in current.identities for p in s.parts]
+        values = x.currents if isinstance(x, Joined) else (x,)
+        currents = tuple(
+            merged(self._current(v, None, "activates something that is not a layer's output")) for v in values
+        )
+        parts = [p.part for c in currents for p in c.products]
+        parts += [p for c in currents for s in c.identities for p in s.parts]
         self.needs_shapes |= any(p.needs_size for p in parts)
-        theta = thresholds(m, name, current.channels)
-        self.result.layers.append(FireNode(name, current, theta, int(m.L)))
-        return Signal((Part(name, theta),), current.vector or current.flattened)
+        theta = thresholds(m, name, sum(c.channels for c in currents))
+        self.result.layers.append(Activation(name, currents, theta, int(m.L)))
+        return Signal((Part(name, theta),), currents[0].vector or currents[0].flattened)
 
     def _read_image(self, x: Image, channels: int | None) -> Signal:
         """The image as the one analog Part; all layers that read it must agree on its channels."""
@@ -284,13 +334,21 @@ class Lowering:
                 shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
                 self.needs_shapes |= shape is None
                 channels = 1 if shape is None else shape[0]
-            x = Image(tuple(range(channels)), (1.0,) * channels, (0.0,) * channels, x.vector)
+            x = self._whole_image(x, channels)
         if self.image is not None and replace(self.image, vector=x.vector) != x:
             raise self.fail(
                 "reads the image with another normalisation or channel order than the first layer; use one for all"
             )
         self.image = x
         return Signal((Part(INPUT, torch.ones(len(x.source), dtype=torch.float64)),), x.vector)
+
+    @staticmethod
+    def _whole_image(x: Image, channels: int) -> Image:
+        """With its channels named, which before nothing has read: all are scaled alike."""
+        if x.source:
+            return x
+        scale, shift = x.scale or (1.0,), x.shift or (0.0,)
+        return replace(x, source=tuple(range(channels)), scale=scale * channels, shift=shift * channels)
 
     def _current(self, x: Any, channels: int | None, why_not: str) -> Current:
         """The value as what a neuron may integrate: spikes stand for the current that they are."""
@@ -302,16 +360,24 @@ class Lowering:
             x = identity_current(x)
         if not isinstance(x, Current):
             raise self.fail(why_not)
-        return x
+        return without_choices(x)
 
-    def _sources(self, x: Any, what: str, channels: int) -> list[Signal]:
-        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one)."""
+    def _sources(self, x: Any, what: str, channels: int, shifted: bool = False) -> list[Signal]:
+        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one).
+
+        `shifted`: the operator is one for their sum's bias too.
+        """
         if isinstance(x, Image):
             return [self._read_image(x, channels)]
         if isinstance(x, Signal):
             return [x]
-        if isinstance(x, Current) and not x.products and not bool(x.bias.any()):
-            return list(x.identities)
+        if isinstance(x, Current) and not x.products:
+            if shifted or not bool(x.bias.any()):
+                return list(x.identities)
+            raise self.fail(
+                f"{what} of spikes to which a constant was added (by a BatchNorm, say), which its padding has not. "
+                "Remedy: padding=0, or an activation in between"
+            )
         raise self.fail(
             f"{what} of a value with no activation in between, so there are no spikes to work on. Remedy: put a ReLU "
             "(then QCFS) between the two layers, or merge them into one"
@@ -351,7 +417,9 @@ class Lowering:
                 x, ungrouped(weight, groups)[:, :, 0, 0], _float64(bias, _zeros(out)), stride, self._layer()
             )
         products = []
-        for signal in self._sources(x, "is a convolution", channels):
+        unpadded = _pair(padding) == (0, 0)
+        out_bias = _float64(bias, _zeros(out))
+        for signal in self._sources(x, "is a convolution", channels, unpadded):
             if signal.vector:
                 raise self.fail("is a convolution of a flattened value")
             if signal.channels != channels:
@@ -360,7 +428,9 @@ class Lowering:
                 Product(part, w, (*geometry[:8], own), False, self._layer())
                 for part, w, own in dealt(weight, groups, signal)
             ]
-        return Current(_float64(bias, _zeros(out)), tuple(products))
+        if isinstance(x, Current) and unpadded:
+            out_bias = out_bias + ungrouped(weight, groups).sum((2, 3)) @ x.bias
+        return Current(out_bias, tuple(products))
 
     def _layer(self) -> str:
         """The name of the layer that this node is, for reports."""
@@ -387,7 +457,7 @@ class Lowering:
             return composed(x, weight, _float64(bias, _zeros(out)), (1, 1), self._layer())
         products = []
         for signal in self._sources(
-            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
+            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features, True
         ):
             if not signal.vector:
                 raise self.fail("is a linear layer on a feature map; flatten it first")
@@ -399,7 +469,10 @@ class Lowering:
             geometry = (area, 1, 1, 1, 0, 0, 1, 1, 1)
             blocks = dealt(weight.reshape(out, signal.channels, area, 1), 1, signal)
             products += [Product(part, block, geometry, True, self._layer()) for part, block, _ in blocks]
-        return Current(_float64(bias, _zeros(out)), tuple(products), (), True)
+        out_bias = _float64(bias, _zeros(out))
+        if isinstance(x, Current):
+            out_bias = out_bias + weight.reshape(out, x.channels, -1).sum(2) @ x.bias
+        return Current(out_bias, tuple(products), (), True)
 
     def batch_norm(
         self,
@@ -411,7 +484,7 @@ class Lowering:
         training: bool = False,
         momentum: float = 0.1,
         eps: float = 1e-5,
-    ) -> Current:
+    ) -> Current | Joined:
         if running_mean is None or running_var is None or training:
             raise self.fail("BatchNorm without running statistics cannot be folded; use track_running_stats=True")
         mean, var = running_mean.to("cpu", torch.float64), running_var.to("cpu", torch.float64)
@@ -420,7 +493,7 @@ class Lowering:
         if not bool(torch.isfinite(scale).all()):
             raise self.fail("BatchNorm statistics are not finite; train or reset them")
         why_not = "BatchNorm of a value it does not fit"
-        current = self._current(x, mean.numel(), why_not)
+        current = x if isinstance(x, Joined) else self._current(x, mean.numel(), why_not)
         if current.channels != mean.numel():
             raise self.fail(why_not)
         return affine(current, scale, beta - mean * scale)
@@ -446,6 +519,8 @@ class Lowering:
             isinstance(x, Current) or any(q.kind == "avg" for s in signals for p in s.parts for q in p.pools)
         ):
             raise self.fail("max pooling works on spikes only; use prepare(model, max_pool='avg')")
+        if spec.kind == "max" and any(bool((p.amplitude < 0).any()) for s in signals for p in s.parts):
+            raise self.fail("takes the maximum of spikes times a negative factor. Remedy: pool first, then scale")
         out = [replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in signals]
         if isinstance(x, Signal):
             return out[0]
@@ -500,6 +575,156 @@ class Lowering:
         return self._pooled(
             x, PoolSpec("max", kernel, _pair(stride) if stride else kernel, _pair(padding), bool(ceil_mode))
         )
+
+    # ------------------------------------------------------- pixels moved: windows of one pixel or none
+
+    def _moved(self, x: Any, spec: PoolSpec, zeros: bool = False) -> Signal | Current:
+        """A value whose pixels go where the windows of `spec` say; `zeros`: some places get none."""
+        if isinstance(x, Image):
+            raise self.fail("moves pixels of the image itself. Remedy: pad, crop or resize images before")
+
+        def placed(signals: Sequence[Signal]) -> tuple[Signal, ...]:
+            return tuple(replace(s, parts=tuple(map(part, s.parts))) for s in signals)
+
+        def part(p: Part) -> Part:
+            # Masks stay masks, but where spikes have signs a window of none would be a negative spike.
+            counts = zeros or any(q.kind == "avg" for q in p.pools)
+            return replace(p, pools=(*p.pools, replace(spec, kind="avg" if counts else "max", divisor_override=1)))
+
+        if isinstance(x, Current) and x.products:
+            pointwise = all(p.geometry == POINTWISE and not p.part.is_image for p in x.products)
+            if pointwise and not x.vector and not (zeros and bool(x.bias.any())):
+                products = tuple(replace(p, part=part(p.part)) for p in x.products)
+                return replace(x, products=products, identities=placed(x.identities))
+        signals = self._sources(x, "moves pixels", 1, shifted=not zeros)
+        if any(s.vector for s in signals):
+            raise self.fail("moves pixels of a flattened value")
+        return placed(signals)[0] if isinstance(x, Signal) else replace(x, identities=placed(signals))
+
+    def pad(self, x: Any, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
+        if mode != "constant" or value not in (None, 0):
+            raise self.fail("pads with something else than zeros, which is no spike. Remedy: pad with zeros")
+        if not _whole(pad):
+            raise self._shape_needed("pads by a size that is not known")
+        if len(pad) > 6 and any(pad[6:]):
+            raise self.fail("pads the batch")
+        left, right, top, bottom, first, last = [*pad, 0, 0, 0, 0, 0, 0][:6]
+        rows, cols = (top, bottom), (left, right)
+        border = (max(0, *rows), max(0, *cols))
+        if border != (0, 0):
+            x = self._moved(x, PoolSpec("avg", (1, 1), padding=border), zeros=True)
+        extra = [(border[0] - top, border[0] - bottom), (border[1] - left, border[1] - right)]
+        if extra != [(0, 0), (0, 0)]:
+            x = self._moved(x, PoolSpec.cropped(*extra))
+        if first < 0 or last < 0:
+            channels = self._channels(x)
+            x = self._selected(x, range(max(0, -first), channels - max(0, -last)))
+        if first > 0 or last > 0:  # as in the shortcuts of ResNets for CIFAR
+            current = self._current(x, None, "pads the channels of what is not a layer's output")
+            rows_of = F.pad(torch.eye(current.channels, dtype=torch.float64), (0, 0, max(0, first), max(0, last)))
+            x = composed(current, rows_of, _zeros(len(rows_of)), (1, 1), "channels")
+        return x
+
+    def _sliced(self, x: Any, rows: slice, cols: slice) -> Any:
+        """x[:, :, rows, cols]."""
+        crops, strides = [], []
+        for s, size in zip((rows, cols), self._shape(x)[2:], strict=True):
+            start, stop, step = s.start or 0, s.stop, s.step or 1
+            if not _whole([start, step, stop or 0]):
+                raise self._shape_needed("cuts pixels at a size that is not known")
+            if isinstance(size, int):
+                start, stop = start + size * (start < 0), None if stop == size else stop
+            if start < 0 or (stop is not None and stop >= 0):
+                raise self.fail(
+                    "cuts pixels at a place counted from the other border, which is another one in images of another "
+                    "size. Remedy: count from the same border (x[:, :, 1:-1])"
+                )
+            crops.append((start, -(stop or 0)))
+            strides.append(step)
+        if crops == [(0, 0), (0, 0)] and strides == [1, 1]:
+            return x
+        return self._moved(x, PoolSpec.cropped(crops[0], crops[1], (strides[0], strides[1])))
+
+    def upsample(
+        self,
+        x: Any,
+        size: Any = None,
+        scale_factor: Any = None,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+        recompute_scale_factor: bool | None = None,
+        antialias: bool = False,
+    ) -> Any:
+        everywhere = self._shape(x)[2:] == (1, 1)  # one pixel goes everywhere
+        if isinstance(x, Answer) or (mode in ("bilinear", "bicubic") and not antialias and not everywhere):
+            return self._resized(x, mode, size, scale_factor, align_corners)
+        mode = "nearest" if everywhere else mode
+        factors: list[Any] = []
+        if scale_factor is not None:
+            factors = list(scale_factor) if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
+        elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
+            own, wanted = self._shape(x)[2:], list(size) if isinstance(size, (tuple, list)) else [size] * 2
+            if not _whole([*own, *wanted]):
+                raise self._shape_needed("resizes to a size that is not known")
+            factors = [w / n for w, n in zip(wanted, own, strict=True)]
+        if mode not in ("nearest", "nearest-exact") or len(factors) != 2 or any(f < 1 or f != int(f) for f in factors):
+            raise self.fail(
+                f"resizes with mode={mode!r}, size={size} and scale_factor={scale_factor}. Between activations only "
+                "nearest pixels by a whole factor are spikes again. Remedy: mode='nearest', scale_factor=2, say"
+            )
+        spread = (int(factors[0]), int(factors[1]))
+        return x if spread == (1, 1) else self._moved(x, PoolSpec("max", (1, 1), spread=spread))
+
+    def pixel_shuffle(self, x: Any, upscale_factor: int) -> Current:
+        r, channels = int(upscale_factor), self._channels(x)
+        if channels % (r * r):
+            raise self.fail(f"shuffles {channels} channels into blocks of {r}x{r} pixels")
+        found = []
+        for i, j in itertools.product(range(r), repeat=2):  # each pixel of a block comes from channels of its own
+            chosen = self._selected(x, range(i * r + j, channels, r * r))
+            moved = self._moved(chosen, PoolSpec("avg", (1, 1), spread=(r, r), phase=(i, j)), zeros=True)
+            found.append(moved if isinstance(moved, Current) else Current(_zeros(moved.channels), (), (moved,)))
+        return replace(
+            found[0],
+            products=sum((c.products for c in found), ()),
+            identities=sum((c.identities for c in found), ()),
+        )
+
+    def pixel_unshuffle(self, x: Any, downscale_factor: int) -> Any:
+        r, channels = int(downscale_factor), self._channels(x)
+        places = [
+            self._moved(x, PoolSpec("max", (r, r), (r, r), section=(i, r, j, r)))
+            for i, j in itertools.product(range(r), repeat=2)
+        ]
+        order = torch.arange(r * r * channels).reshape(r * r, channels).t().flatten().tolist()
+        return self._selected(self.concat(places, 1), order)
+
+    def conv_transpose(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Current:
+        """A convolution of the map with zeros between its pixels, by the kernel turned round."""
+        if not isinstance(weight, Tensor):
+            raise self.fail("is a convolution whose weights depend on the image, which has no spiking counterpart")
+        weight = _float64(weight, _zeros(0))
+        stride, padding, dilation, more = (_pair(v) for v in (stride, padding, dilation, output_padding))
+        border = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
+        extra = tuple(s - 1 - m for s, m in zip(stride, more, strict=True))
+        if min(*border, *extra) < 0:
+            raise self.fail("is a transposed convolution that cuts off more than its kernel adds. Remedy: less padding")
+        if stride != (1, 1):
+            x = self._moved(x, PoolSpec("avg", (1, 1), spread=stride, phase=(0, 0)), zeros=True)
+        if extra != (0, 0):
+            x = self._moved(x, PoolSpec.cropped((0, extra[0]), (0, extra[1])))
+        turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(-2, -1)
+        return self.conv(x, turned, bias, 1, border, dilation, groups)
 
     # ---------------------------------------------------------------------------------- arithmetic
 
@@ -594,7 +819,7 @@ class Lowering:
         """Some channels of a value."""
         if isinstance(x, Image) and not x.batch_only and not x.vector and not x.map:
             n = self._channels(x)
-            whole = x if x.source else Image(tuple(range(n)), (1.0,) * n, (0.0,) * n)
+            whole = self._whole_image(x, n)
             source = tuple(whole.source[i] for i in index)
             scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
             return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
@@ -662,11 +887,16 @@ class Lowering:
         if isinstance(x, Image) and not x.source and isinstance(index, tuple) and len(index) == 2:
             everything, channel = index
             if everything == slice(None) and isinstance(channel, int):
-                return Image((channel,), (1.0,), (0.0,), batch_only=True)
-        if isinstance(index, tuple) and 1 < len(index) <= 4 and index[0] == slice(None):
-            rest = index[2:-1] if index[-1] is Ellipsis else index[2:]
-            if all(isinstance(i, slice) and i == slice(None) for i in rest):
-                return self._indexed(x, index[1])
+                return Image((channel,), x.scale or (1.0,), x.shift or (0.0,), batch_only=True)
+        if isinstance(index, tuple) and isinstance(x, Image | Signal | Current):
+            if Ellipsis in index:
+                at = index.index(Ellipsis)
+                index = (*index[:at], *[slice(None)] * (5 - len(index)), *index[at + 1 :])
+            index = (*index, *[slice(None)] * (4 - len(index)))
+            batch, channels, *pixels = index
+            if batch == slice(None) and len(pixels) == 2 and all(isinstance(p, slice) for p in pixels):
+                x = x if channels == slice(None) else self._indexed(x, channels)
+                return x if pixels == [slice(None)] * 2 else self._sliced(x, *pixels)
         raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
 
     def unsqueeze(self, x: Any, dim: int) -> Any:
@@ -674,15 +904,14 @@ class Lowering:
             return replace(x, batch_only=False)
         raise self.fail("adds a dimension, which has no spiking counterpart")
 
-    def add(self, x: Any, y: Any, alpha: float = 1) -> Any:
-        if isinstance(x, (int, float)):
-            x, y = y, x
-        if isinstance(y, (int, float)) and isinstance(x, Image):
-            if not x.source:
-                raise self.fail("adds a constant to the image; normalise images before they enter the network")
-            return replace(x, shift=tuple(s + y for s in x.shift))
-        if alpha != 1 or isinstance(y, (int, float)):
-            raise self.fail("adds a scaled value or a constant; put it into a layer's bias")
+    # A constant is a number, or a tensor with one for each channel: parameters, buffers and what is computed of them.
+
+    def add(self, x: Any, y: Any, alpha: Any = 1) -> Any:
+        if self._is_constant(x):
+            return self._affine(self.scale(y, alpha), 1.0, x)
+        if self._is_constant(y):
+            return self._affine(x, 1.0, y * alpha)
+        y = y if isinstance(alpha, (int, float)) and alpha == 1 else self.scale(y, alpha)
         a, b = (self._current(v, None, "adds something that is not a layer's output") for v in (x, y))
         if a.channels != b.channels or a.vector != b.vector:
             raise self.fail(f"adds values of {a.channels} and {b.channels} channels; broadcasting is not supported")
@@ -690,48 +919,88 @@ class Lowering:
             a.bias + b.bias, a.products + b.products, a.identities + b.identities, a.vector, a.flattened or b.flattened
         )
 
+    def subtract(self, x: Any, y: Any, alpha: Any = 1) -> Any:
+        return self.add(x, y, -alpha)
+
+    def negate(self, x: Any) -> Any:
+        return self.scale(x, -1)
+
     def scale(self, x: Any, factor: Any) -> Any:
-        if isinstance(x, (int, float)):
+        if self._is_constant(x):
             x, factor = factor, x
-        if not isinstance(factor, (int, float)):
+        if not self._is_constant(factor):
             raise self.fail(
                 "multiplies two activations, which has no spiking counterpart (attention and "
                 "squeeze-and-excitation cannot be converted)"
             )
-        if isinstance(x, _Unknown):
-            return x
-        if isinstance(x, Image):
-            if not x.source:
-                raise self.fail("scales the image; normalise images before they enter the network")
-            return replace(x, scale=tuple(s * factor for s in x.scale), shift=tuple(s * factor for s in x.shift))
-        if isinstance(x, Signal):
-            return scaled(x, torch.full((x.width,), float(factor), dtype=torch.float64))
-        return affine(
-            x,
-            torch.full((x.channels,), float(factor), dtype=torch.float64),
-            _zeros(x.channels),
-        )
+        return self._affine(x, factor, 0.0)
 
     def divide(self, x: Any, factor: Any) -> Any:
-        if not isinstance(factor, (int, float)):
+        if not self._is_constant(factor):
             raise self.fail("divides by an activation, which has no spiking counterpart")
-        return self.scale(x, 1.0 / factor)
+        if isinstance(factor, (int, float, Tensor)):
+            factor = torch.as_tensor(factor).detach().to("cpu", torch.float64).reciprocal()
+        return self._affine(x, factor, 0.0)
+
+    def normalize(self, x: Any, mean: Any, std: Any) -> Any:
+        """(x - mean) / std, lists with a number for each channel."""
+        mean, std = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (mean, std))
+        return self.divide(self.subtract(x, mean), std)
+
+    def _affine(self, x: Any, scale: Any, shift: Any) -> Any:
+        """x * scale + shift."""
+        if isinstance(x, _Unknown):
+            return x
+        scale, shift = self._by_channel(x, scale), self._by_channel(x, shift)
+        if isinstance(x, Image):
+            n = max(len(x.scale), scale.numel(), shift.numel())
+            x = self._whole_image(x, n) if n > 1 else x
+            first, before = (torch.tensor(v or (d,), dtype=torch.float64) for v, d in ((x.scale, 1.0), (x.shift, 0.0)))
+            after = ((first * scale).expand(n), (before * scale + shift).expand(n))
+            return replace(x, scale=tuple(after[0].tolist()), shift=tuple(after[1].tolist()))
+        if isinstance(x, Signal):
+            if not bool(shift.any()) and (x.index is None or scale.numel() == 1):
+                return scaled(x, scale.expand(x.width))
+            x = self._current(x, None, "")
+        return affine(x, scale.expand(x.channels), shift.expand(x.channels))
+
+    def _by_channel(self, x: Any, value: Any) -> Tensor:
+        """A constant as float64 [1] or [channels of x]."""
+        if isinstance(value, _Size):
+            raise self._shape_needed("computes with a size that is not known")
+        if not isinstance(value, (int, float, Tensor)):
+            raise self.fail("computes with a constant that is neither a number nor a tensor")
+        t = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(t).all()):
+            raise self.fail("computes with a constant that is not finite")
+        if t.numel() == 1 or not isinstance(x, Image | Signal | Current | Joined):
+            return t.reshape(-1)
+        rank = 2 if x.vector or getattr(x, "flattened", False) else 4
+        shape = (*([1] * (rank - t.dim())), *t.shape)
+        channels = (len(x.source) if isinstance(x, Image) else x.channels) or t.numel()
+        if len(shape) != rank or shape[1] != channels or t.numel() != channels:
+            raise self.fail(
+                f"computes with a constant of shape {list(t.shape)}, which differs between pixels or does not fit "
+                f"{channels} channels. Remedy: one number, or one for each channel ([{channels}, 1, 1] for maps)"
+            )
+        return t.reshape(-1)
 
     def concat(self, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Any:
         dim = kwargs.get("axis", dim)
         if all(isinstance(t, Image) for t in tensors) and dim == 1:
+            tensors = [self._whole_image(t, self._channels(t)) for t in tensors]
             return Image(
                 sum((t.source for t in tensors), ()),
                 sum((t.scale for t in tensors), ()),
                 sum((t.shift for t in tensors), ()),
+                width=max(t.width for t in tensors),
             )
-        if dim not in (1, -3) or not all(isinstance(t, Signal | Current) for t in tensors):
+        if dim not in (1, -3) or not all(isinstance(t, Signal | Current | Joined) for t in tensors):
             raise self.fail("concatenates the image with layers, or values not along the channels")
-        if any(isinstance(t, Current) for t in tensors):
-            currents = [self._current(t, None, "concatenates something that is not a layer's output") for t in tensors]
-            if any(c.vector or c.flattened for c in currents):
+        if any(isinstance(t, Current | Joined) for t in tensors):
+            if any(t.vector or getattr(t, "flattened", False) for t in tensors):
                 raise self.fail("concatenates flattened values with no activation in between. Remedy: put one before")
-            return joined(currents)
+            return joined([t if isinstance(t, Joined) else self._current(t, None, "") for t in tensors])
         if len({t.vector for t in tensors}) != 1:
             raise self.fail("concatenates feature maps and flattened values")
         return concatenated(tensors)
@@ -779,27 +1048,67 @@ class Lowering:
 
     def _answered(self, x: Any) -> Current:
         """The value as what a readout gives."""
+        if isinstance(x, Signal) and (x.index is not None or len(x.parts) > 1) and not x.vector:
+            choice = torch.eye(x.channels, dtype=torch.float64)
+            x = composed(Current(_zeros(x.channels), (), (x,)), choice, _zeros(x.channels), (1, 1), "channels")
         if isinstance(x, Signal):
             x = replace(identity_current(replace(x, vector=False)), flattened=x.vector)
         if not isinstance(x, Current):
             raise self.fail("the model's output is not a layer's output")
-        return x
+        return without_choices(x)
 
     def _output(self, x: Any) -> None:
-        if isinstance(x, (tuple, list, dict)):
-            raise self.fail("the model returns several values; return the logits alone")
-        if isinstance(x, Answer):
-            x, self.result.tail = x.current, x.steps
-        self.result.output = self._answered(x)
+        several = isinstance(x, (tuple, list, dict))
+        if several and not x:
+            raise ConversionError("the model returns nothing that depends on its input")
+        form = self._form(x)
+        self.result.form = form if several else None
+
+    def _form(self, x: Any) -> Any:
+        """How outputs are put together; each of them becomes a readout."""
+        if isinstance(x, dict):
+            if not all(isinstance(name, str) for name in x):
+                raise self.fail("the model returns a dict whose keys are no strings")
+            return ["dict", {name: self._form(v) for name, v in x.items()}]
+        if isinstance(x, (tuple, list)):
+            return ["tuple" if isinstance(x, tuple) else "list", [self._form(v) for v in x]]
+        answer = x if isinstance(x, Answer) else None
+        current = self._answered(x) if answer is None else answer.current
+        self.result.outputs.append(answer or Answer(current, 2 if current.vector or current.flattened else 4))
+        return len(self.result.outputs) - 1
+
+    def _resized(self, x: Any, mode: str, size: Any, scale: Any, align_corners: Any) -> Answer:
+        """A resize behind the last layer, of the mean over the steps: linear, but not behind a softmax."""
+        if mode not in RESIZE_MODES:
+            raise self.fail(f"resizes with mode={mode!r}. Remedy: one of {', '.join(RESIZE_MODES)}")
+        answer = x if isinstance(x, Answer) else Answer(self._answered(x), 4)
+        if any(name in OF_NUMBERS or name in ("softmax", "log_softmax") for name, *_ in answer.steps):
+            raise self.fail("resizes behind a softmax or the like. Remedy: resize first")
+        if answer.dims != 4:
+            raise self.fail("resizes what is no map")
+        if scale is not None:
+            scale = [float(f) for f in (scale if isinstance(scale, (tuple, list)) else [scale] * 2)]
+        elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
+            image = next((s for n, s in (self.shapes or {}).items() if n.op == "placeholder"), None)
+            sizes = list(size) if isinstance(size, (tuple, list)) else [size] * 2
+            if image is None or not _whole(sizes):
+                raise self._shape_needed("resizes to a size that is not known")
+            if sizes != list(image[-2:]):
+                raise self.fail("resizes to a size that is neither the image's nor a number. Remedy: scale_factor")
+            size = "image"
+        else:
+            size = list(size) if isinstance(size, (tuple, list)) else [size] * 2
+        how = {"mode": mode, "size": size, "scale": scale, "align_corners": align_corners}
+        return replace(answer, steps=(*answer.steps, ("resize", how)))
 
 
 Handler = Callable[..., Any]
 FUNCTIONS: dict[Any, Handler] = {
     **dict.fromkeys(ADD_FUNCTIONS, Lowering.add),
-    operator.mul: Lowering.scale,
-    torch.mul: Lowering.scale,
-    operator.truediv: Lowering.divide,
-    torch.div: Lowering.divide,
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), Lowering.subtract),
+    **dict.fromkeys((operator.neg, torch.neg, torch.negative), Lowering.negate),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), Lowering.scale),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, torch.divide), Lowering.divide),
     torch.cat: Lowering.concat,
     torch.concat: Lowering.concat,
     torch.flatten: Lowering.flatten,
@@ -826,14 +1135,22 @@ FUNCTIONS: dict[Any, Handler] = {
     F.adaptive_avg_pool2d: Lowering.adaptive_pool,
     F.max_pool2d: Lowering.max_pool,
     torch.max_pool2d: Lowering.max_pool,
+    F.pad: Lowering.pad,
+    F.interpolate: Lowering.upsample,
+    F.pixel_shuffle: Lowering.pixel_shuffle,
+    F.pixel_unshuffle: Lowering.pixel_unshuffle,
+    torch.conv_transpose2d: Lowering.conv_transpose,
+    F.conv_transpose2d: Lowering.conv_transpose,
     operator.getitem: Lowering.getitem,
     getattr: Lowering.getattr,
 }
 METHODS: dict[str, Handler] = {
     "add": Lowering.add,
     "add_": Lowering.add,
-    "mul": Lowering.scale,
-    "div": Lowering.divide,
+    **dict.fromkeys(("sub", "sub_", "subtract"), Lowering.subtract),
+    **dict.fromkeys(("neg", "neg_", "negative"), Lowering.negate),
+    **dict.fromkeys(("mul", "mul_", "multiply"), Lowering.scale),
+    **dict.fromkeys(("div", "div_", "divide"), Lowering.divide),
     "flatten": Lowering.flatten,
     "view": Lowering.view,
     "reshape": Lowering.view,
@@ -850,26 +1167,34 @@ METHODS: dict[str, Handler] = {
     "contiguous": Lowering.keep,
     "detach": Lowering.keep,
     "clone": Lowering.keep,
+    "float": Lowering.keep,
 }
 
 
+_PASSING_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)
 _KNOWN_MODULES = (
+    *_PASSING_MODULES,
     nn.Conv2d,
     nn.Linear,
     nn.BatchNorm1d,
     nn.BatchNorm2d,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.AlphaDropout,
-    nn.Identity,
     nn.Flatten,
     nn.ChannelShuffle,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
     nn.MaxPool2d,
+    nn.ConvTranspose2d,
+    nn.ConstantPad2d,
+    nn.Upsample,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
 )
-# What is looked at even where a value is unknown: sizes have an answer, and a product of two values is an obstacle.
+# What takes currents side by side one by one.
+_OF_JOINED = (
+    *(Lowering.batch_norm, Lowering.concat, Lowering.scale, Lowering.divide, Lowering.negate),
+    *(Lowering.keep, Lowering.dropout),
+)
+# What is looked at even where a value is unknown: sizes have an answer, a product of two values is an obstacle.
 _OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)
 
 
@@ -898,6 +1223,11 @@ class _ShapeRecorder(fx.Interpreter):
         self.extra_traceback = False
         self.shapes: Shapes = {}
 
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_normalize(self.fetch_attr(target)):  # which looks at values
+            return args[0]
+        return super().call_module(target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
@@ -906,14 +1236,33 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def _propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
-    """Run the graph on fake tensors of batch 1."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    """Run the graph on a batch of 1 without values: a copy of it whose tensors are on the meta device."""
+    with made_parameters_kept(gm), torch.no_grad():
+        tensors = [*gm.parameters(), *gm.buffers()]
+        own = {
+            id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors
+        }
+        recorder = _ShapeRecorder(copy.deepcopy(gm, own))
+        with torch.device("meta"):
+            recorder.run(torch.empty((1, *input_shape), dtype=tensors[0].dtype if tensors else None))
+    by_name = {node.name: node for node in gm.graph.nodes}
+    return {by_name[node.name]: shape for node, shape in recorder.shapes.items()}
 
-    first = next(iter(gm.parameters()), torch.empty(0))
-    recorder = _ShapeRecorder(gm)
-    with made_parameters_kept(gm), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        recorder.run(torch.empty((1, *input_shape), dtype=first.dtype, device=first.device))
-    return recorder.shapes
+
+def usable_shape(model: nn.Module, image: Image, known: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The shape of an image that the model runs on: the one given or last seen, or a small one; None: none found."""
+    known = known or model.__dict__.get(LAST_SHAPE)
+    if known is not None:
+        return tuple(known)
+    if image.vector:
+        return (image.channels,)
+    with evaluating(model):
+        gm = symbolic_trace(model)
+        for side in (32, 64, 224):
+            with contextlib.suppress(Exception):  # whatever the model's own code raises
+                _propagate_shapes(gm, (image.channels, side, side))
+                return (image.channels, side, side)
+    return None
 
 
 def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[Lowered, tuple[int, ...] | None]:

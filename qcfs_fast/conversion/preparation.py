@@ -58,7 +58,7 @@ def prepare(
     gm = symbolic_trace(own)
     QCFS(levels, threshold)  # validates both before anything is changed
     taken = {name for name, _ in gm.named_modules()}
-    _pool_after_activation(gm)
+    _activate_first(gm)
     # Found before any is replaced: two calls of one module are two sites.
     ceilings = {node: c for node in gm.graph.nodes if (c := relu_ceiling(gm, node)) is not None}
     for node in list(gm.graph.nodes):
@@ -86,19 +86,31 @@ def prepare(
     return gm
 
 
-def _pool_after_activation(gm: fx.GraphModule) -> None:
-    """relu(max_pool(z)) becomes max_pool(relu(z)), which is the same; so does QCFS, which never falls either."""
+def _activate_first(gm: fx.GraphModule) -> None:
+    """relu(max_pool(z)) becomes max_pool(relu(z)), which is the same; so does QCFS, which never falls either.
+
+    Likewise behind what moves whole pixels: they are spikes then, and no currents.
+    """
     for node in list(gm.graph.nodes):
-        pool = node.args[0] if node.args else None
-        if relu_ceiling(gm, node) is None or not isinstance(pool, fx.Node) or len(pool.users) != 1:
+        moved = node.args[0] if node.args else None
+        if relu_ceiling(gm, node) is None or not isinstance(moved, fx.Node) or len(moved.users) != 1:
             continue
-        if not _is_max_pool(gm, pool):
+        if len(moved.all_input_nodes) != 1 or not (_is_max_pool(gm, moved) or _moves_pixels(gm, moved)):
             continue
-        source = pool.all_input_nodes[0]
-        node.replace_all_uses_with(pool)
-        node.replace_input_with(pool, source)
-        pool.replace_input_with(source, node)
-        pool.prepend(node)
+        source = moved.all_input_nodes[0]
+        node.replace_all_uses_with(moved)
+        node.replace_input_with(moved, source)
+        moved.replace_input_with(source, node)
+        moved.prepend(node)
+
+
+def _moves_pixels(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        m = gm.get_submodule(str(node.target))
+        nearest = isinstance(m, nn.Upsample) and m.mode == "nearest"
+        return nearest or isinstance(m, nn.PixelShuffle | nn.PixelUnshuffle)
+    nearest = node.target is F.interpolate and node.kwargs.get("mode", "nearest") == "nearest" and len(node.args) < 4
+    return node.op == "call_function" and (nearest or node.target in (F.pixel_shuffle, F.pixel_unshuffle))
 
 
 def _is_max_pool(gm: fx.GraphModule, node: fx.Node) -> bool:

@@ -4,6 +4,7 @@ Signal   spikes (or their window sums, or the image): integers times an amplitud
          parts, concatenated along the channels, or a choice of their channels in any order
 Current  what a neuron integrates: a sum of products (convolution or linear layer of a part) and identities
          (residual signals), plus a bias per channel
+Joined   currents side by side along the channels, as a DenseNet concatenates them
 
 The amplitude of a layer's spikes is its threshold theta: a spike stands for theta in the network that was trained. All
 values here are float64; rounding to integers comes later (units.py).
@@ -19,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..network.layers import INPUT
+from ..network.layers import INPUT, piece_name
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 
@@ -130,6 +131,21 @@ class Current:
         return {p.part.node for p in self.products} | {q.node for s in self.identities for q in s.parts}
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Currents side by side along the channels. As one current each would have rows of zeros for all others."""
+
+    currents: tuple[Current, ...]
+
+    @property
+    def channels(self) -> int:
+        return sum(c.channels for c in self.currents)
+
+    @property
+    def vector(self) -> bool:
+        return self.currents[0].vector
+
+
 @dataclass
 class FireNode:
     """A spiking layer: its name, what it integrates, and its thresholds."""
@@ -145,6 +161,28 @@ class FireNode:
         return self.current.bias if self.step_bias is None else self.current.bias + self.step_bias
 
 
+@dataclass
+class Activation:
+    """A call of an activation: a spiking layer, or one for each current of a concatenation before it."""
+
+    name: str
+    currents: tuple[Current, ...]
+    theta: Tensor  # float64 [O]
+    levels: int
+    step_bias: Tensor | None = None  # float64 [steps, O], added to the bias
+
+    def nodes(self) -> list[FireNode]:
+        """Its spiking layers, in the order of the channels."""
+        found, at = [], 0
+        for i, c in enumerate(self.currents):
+            here = slice(at, at + c.channels)
+            name = piece_name(self.name, i) if len(self.currents) > 1 else self.name
+            bias = None if self.step_bias is None else self.step_bias[:, here]
+            found.append(FireNode(name, c, self.theta[here], self.levels, bias))
+            at += c.channels
+        return found
+
+
 @dataclass(frozen=True)
 class Answer:
     """The output of the network with a tail behind it: steps as network/tail.py takes them."""
@@ -156,12 +194,15 @@ class Answer:
 
 @dataclass
 class Lowered:
-    """A network as spiking layers in order of execution, and the current that is read out."""
+    """A network as spiking layers in order of execution, and the currents that are read out, with their tails.
+
+    `form` says how several outputs are put together (network/tail.py).
+    """
 
     image: Image
-    layers: list[FireNode] = field(default_factory=list)
-    output: Current | None = None
-    tail: tuple[tuple[Any, ...], ...] = ()
+    layers: list[Activation] = field(default_factory=list)
+    outputs: list[Answer] = field(default_factory=list)
+    form: Any = None
 
 
 def identity_current(signal: Signal) -> Current:
@@ -175,6 +216,16 @@ def identity_current(signal: Signal) -> Current:
     choice = torch.eye(signal.channels, dtype=torch.float64)[:, :, None, None]
     products = tuple(Product(p, w, POINTWISE, False, "channels") for p, w, _ in dealt(choice, 1, signal))
     return Current(nothing, products)
+
+
+def without_choices(current: Current) -> Current:
+    """With a product of zeros and ones for each identity that has some channels of its parts."""
+    chosen = [identity_current(s) for s in current.identities if s.index is not None]
+    return replace(
+        current,
+        products=current.products + sum((c.products for c in chosen), ()),
+        identities=tuple(s for s in current.identities if s.index is None),
+    )
 
 
 def concatenated(signals: Sequence[Signal]) -> Signal:
@@ -281,13 +332,20 @@ def scaled(signal: Signal, factor: Tensor) -> Signal:
     return replace(signal, parts=tuple(parts))
 
 
-def affine(current: Current, scale: Tensor, shift: Tensor) -> Current:
+def affine(current: Current | Joined, scale: Tensor, shift: Tensor) -> Any:
     """current * scale + shift, per channel; scaling a product scales the rows of its weight."""
+    if isinstance(current, Joined):
+        sizes = [c.channels for c in current.currents]
+        each = zip(current.currents, scale.split(sizes), shift.split(sizes), strict=True)
+        return replace(current, currents=tuple(affine(*c) for c in each))
+    current = current if bool((scale == scale[0]).all()) else without_choices(current)
     return replace(
         current,
         bias=current.bias * scale + shift,
         products=tuple(replace(p, weight=p.weight * scale[:, None, None, None]) for p in current.products),
-        identities=tuple(scaled(s, scale) for s in current.identities),
+        identities=tuple(
+            scaled(s, scale if s.index is None else scale[:1].expand(s.width)) for s in current.identities
+        ),
     )
 
 
@@ -320,22 +378,43 @@ def composed(current: Current, weight: Tensor, bias: Tensor, stride: tuple[int, 
         geometry = (kh, kw, sh * stride[0], sw * stride[1], *rest, 1)
         products.append(replace(p, weight=outer, geometry=geometry, layer=f"{p.layer} * {layer}"))
     for signal in current.identities:
-        at = 0
-        for part in signal.parts:
-            taps = weight[:, at : at + part.channels, None, None]
-            products.append(Product(part, taps, (1, 1, *stride, 0, 0, 1, 1, 1), current.vector, layer))
-            at += part.channels
+        geometry = (1, 1, *stride, 0, 0, 1, 1, 1)
+        taps = dealt(weight[:, :, None, None], 1, signal)
+        products += [Product(part, w, geometry, current.vector, layer) for part, w, _ in taps]
     return replace(current, bias=weight @ current.bias + bias, products=tuple(products), identities=())
 
 
-def joined(currents: Sequence[Current]) -> Current:
-    """Currents side by side along the channels: each in rows of its own, zero in those of the others."""
-    total = sum(c.channels for c in currents)
-    products, at = [], 0
-    for current in currents:
-        rows = torch.zeros((total, current.channels), dtype=torch.float64)
-        rows[at : at + current.channels] = torch.eye(current.channels, dtype=torch.float64)
-        part = composed(current, rows, torch.zeros(total, dtype=torch.float64), (1, 1), "concatenation")
-        products += [replace(p, layer=p.layer.removesuffix(" * concatenation")) for p in part.products]
-        at += current.channels
-    return Current(torch.cat([c.bias for c in currents]), tuple(products))
+def joined(currents: Sequence[Current | Joined]) -> Joined:
+    """Currents side by side; neighbours that read the same parts alike are one, with the rows of both."""
+    found: list[Current] = []
+    for c in (c for value in currents for c in (value.currents if isinstance(value, Joined) else (value,))):
+        if found and (alike := _reads(c)) is not None and alike == _reads(found[-1]):
+            found[-1] = dense(Joined((found[-1], c)))
+        else:
+            found.append(c)
+    return Joined(tuple(found))
+
+
+def _reads(current: Current) -> Any:
+    """What a current reads and how, if it can be made wider: it has no identities and no groups."""
+    if current.identities or any(p.geometry[8] != 1 for p in current.products):
+        return None
+    return [(p.part.node, p.part.pools, p.part.amplitude.tolist(), p.geometry, p.vector) for p in current.products]
+
+
+def dense(value: Joined) -> Current:
+    """The same as one current: each has rows of its own, and zeros in those of the others."""
+    first = value.currents[0]
+    if _reads(first) is not None and all(_reads(c) == _reads(first) for c in value.currents[1:]):
+        rows = zip(*(c.products for c in value.currents), strict=True)
+        products = [replace(p[0], weight=torch.cat([q.weight for q in p])) for p in rows]
+    else:
+        products, at = [], 0
+        for current in value.currents:
+            rows_of = torch.zeros((value.channels, current.channels), dtype=torch.float64)
+            rows_of[at : at + current.channels] = torch.eye(current.channels, dtype=torch.float64)
+            nothing = torch.zeros(value.channels, dtype=torch.float64)
+            wide = composed(current, rows_of, nothing, (1, 1), "concatenation")
+            products += [replace(p, layer=p.layer.removesuffix(" * concatenation")) for p in wide.products]
+            at += current.channels
+    return replace(first, bias=torch.cat([c.bias for c in value.currents]), products=tuple(products), identities=())

@@ -75,6 +75,7 @@ def integer_program(snn: SNN, input_shape: Sequence[int] | None = None) -> Progr
     Raises:
         ValueError: the shape is not known, or does not fit the network.
     """
+    snn.refuse_several_outputs("integer_program")
     return _Settling(snn, input_shape).program
 
 

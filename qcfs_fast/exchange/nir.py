@@ -55,6 +55,7 @@ from ..network.layers import (
     Readout,
     SpikePool,
     SpikingLayer,
+    pieces,
 )
 from ..network.loading import load
 from ..network.schema import Geometry
@@ -105,6 +106,7 @@ def to_nir(snn: SNN, input_shape: Sequence[int] | None = None, neurons: str = "i
         raise ConversionError(
             f'to_nir: NIR has no {snn.neuron.mode} neurons; set snn.neuron = "plain", or convert with plain neurons'
         )
+    snn.refuse_several_outputs("to_nir")
     first = dict(snn.layers)["input"].config
     shape = input_shape or snn.input_shape
     if shape is None and first.vector:
@@ -138,9 +140,9 @@ class _Writer:
         }
         for name, layer in self.snn.layers.items():
             if type(layer) not in writers:
+                remedy = "" if pieces(name, layer) else "; put an activation after the concatenation"
                 raise ConversionError(
-                    f"to_nir: {name} concatenates {' and '.join(layer.inputs)}, which no NIR node does; put an "
-                    "activation after the concatenation"
+                    f"to_nir: {name} concatenates {' and '.join(layer.inputs)}, which no NIR node does{remedy}"
                 )
             self.names[name] = writers[type(layer)](name, layer)
         about = {OURS: self.snn._header(), "T": self.snn.T, "units": "integers: thresholds are even, a spike is 1"}

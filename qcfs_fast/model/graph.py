@@ -60,7 +60,12 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_qcfs(m) or super().is_leaf_module(m, module_qualified_name)
+        return is_qcfs(m) or is_normalize(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def is_normalize(m: nn.Module) -> bool:
+    """Whether a module is torchvision's Normalize, whose forward asks what its input is."""
+    return type(m).__name__ == "Normalize" and type(m).__module__.startswith("torchvision.transforms")
 
 
 def symbolic_trace(model: nn.Module) -> fx.GraphModule:
@@ -226,23 +231,37 @@ def tail_step(gm: fx.GraphModule, node: fx.Node) -> tuple[str, Any] | None:
     return TAIL_FUNCTIONS[node.target], node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
 
 
-def without_tail(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule | None]:
-    """A network in two: up to its last layer, and what follows if anything does. The first is `gm`, cut."""
+def without_tails(gm: fx.GraphModule) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """A network in two: up to its last layers, whose values are a tuple, and what the model makes of these values: its
+    output, with the tails behind them. The first is `gm`, cut.
+    """
     output = next(node for node in gm.graph.nodes if node.op == "output")
-    nodes: list[fx.Node] = []
-    last = output.args[0]
-    while isinstance(last, fx.Node) and tail_step(gm, last) is not None and len(last.all_input_nodes) == 1:
-        nodes.insert(0, last)
-        last = last.all_input_nodes[0]
-    if not nodes:
-        return gm, None
     graph = fx.Graph()
-    values = {last: graph.placeholder("x")}
-    for node in nodes:
-        values[node] = graph.node_copy(node, lambda n: values[n])
-    graph.output(values[nodes[-1]])
-    tail = fx.GraphModule(gm, graph)
-    output.args = (last,)
-    gm.graph.eliminate_dead_code()
+    values: dict[fx.Node, fx.Node] = {}
+    ends: list[fx.Node] = []
+
+    def moved(node: fx.Node) -> fx.Node:
+        if node not in values:
+            if tail_step(gm, node) is not None and len(node.all_input_nodes) == 1:
+                moved(node.all_input_nodes[0])
+                values[node] = graph.node_copy(node, values.__getitem__)
+            else:
+                values[node] = placeholders[node]
+        return values[node]
+
+    def end(node: fx.Node) -> fx.Node:
+        while tail_step(gm, node) is not None and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        if node not in ends:
+            ends.append(node)
+        return node
+
+    fx.node.map_arg(output.args[0], end)
+    placeholders = {node: graph.placeholder(f"x{i}") for i, node in enumerate(ends)}
+    graph.output(fx.node.map_arg(output.args[0], moved))
+    finish = fx.GraphModule(gm, graph)
+    output.args = (tuple(ends),)
+    for node in reversed([n for n in gm.graph.nodes if n in values and n not in placeholders]):
+        gm.graph.erase_node(node)
     gm.recompile()
-    return gm, tail
+    return gm, finish

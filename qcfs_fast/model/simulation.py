@@ -15,12 +15,13 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from .graph import call_sites, evaluating, symbolic_trace, without_tail
+from .graph import call_sites, evaluating, made_parameters_kept, symbolic_trace, without_tails
 from .neurons import LOOKS_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
 from .qcfs import over_channels
 
@@ -34,7 +35,7 @@ class Simulation(NamedTuple):
     membrane potential is the sum of all currents and theta/2, and the output is [1, N, classes].
     """
 
-    output: Tensor
+    output: Any
     spikes: OrderedDict[str, Tensor]
     membranes: OrderedDict[str, Tensor]
 
@@ -100,7 +101,7 @@ def _with_neurons(
     model: nn.Module, dtype: torch.dtype, neuron: Callable[[Tensor], Module]
 ) -> tuple[fx.GraphModule, OrderedDict[str, Module]]:
     """A copy of the model in eval mode with every QCFS call site its own neuron, made from its thresholds."""
-    with evaluating(model):
+    with evaluating(model), made_parameters_kept(model):
         gm = copy.deepcopy(symbolic_trace(model)).to(dtype)
     gm._forward_pre_hooks.clear()
     neurons: OrderedDict[str, Module] = OrderedDict()
@@ -134,7 +135,7 @@ def simulate(
     iterations: int = 1,
     step_bias: Mapping[str, Tensor] | None = None,
     skip: int = 0,
-) -> Tensor | Simulation:
+) -> Any:
     """Simulate the spiking network of a prepared model.
 
     Args:
@@ -158,7 +159,8 @@ def simulate(
     Returns:
         [T - skip, N, classes]: means of the last layer's output over the steps skip .. t for each t, and what the model
         makes of them (a softmax), as ``snn(x, per_step=True)``; in sum mode
-        [1, N, classes]. With ``spikes`` a :class:`Simulation`.
+        [1, N, classes]. With ``spikes`` a :class:`Simulation`. Of a model that returns a tuple, list or dict, one of
+        such tensors.
 
     Raises:
         ValueError: an argument is out of range, or does not fit the mode or the input.
@@ -186,7 +188,7 @@ def simulate(
     x = _over_time(x, T, neuron, steps).to(dtype)
 
     whole, layers = _with_neurons(model, dtype, lambda theta: _Layer(theta, neuron, window, iterations, T, steps))
-    network, tail = without_tail(whole)
+    network, finish = without_tails(whole)
     if step_bias is not None:
         if neuron not in ("plain", "signed"):
             raise ValueError(f"simulate: {neuron} neurons take no step_bias; use neuron='plain' or 'signed'")
@@ -203,17 +205,13 @@ def simulate(
             for name in forced:
                 layers[name].forced = forced[name][:, here]
             part = x[:, here]
-            y = network(part.flatten(0, 1))
-            outputs.append(y.unflatten(0, part.shape[:2])[:T])
+            outputs.append([y.unflatten(0, part.shape[:2])[:T] for y in network(part.flatten(0, 1))])
             if spikes:
                 parts.append([layer.fired for layer in layers.values()])
-    output = torch.cat(outputs, 1)[skip:].cumsum(0)
-    output = output / torch.arange(1, len(output) + 1, dtype=dtype, device=x.device).reshape(
-        -1, *[1] * (output.dim() - 1)
-    )
-    if tail is not None:
-        with torch.no_grad():
-            output = torch.stack([tail(mean) for mean in output])
+    means = [_running_mean(torch.cat(y, 1)[skip:]) for y in zip(*outputs, strict=True)]
+    with torch.no_grad():
+        by_step = [finish(*(mean[t] for mean in means)) for t in range(T - skip if neuron != "sum" else 1)]
+    output = pytree.tree_map(lambda *y: torch.stack(y), *by_step)
     if not spikes:
         return output
     found = {name: [part[i] for part in parts] for i, name in enumerate(layers)}
@@ -222,6 +220,12 @@ def simulate(
         OrderedDict((name, torch.cat([f.spikes[:T] for f in fired], 1)) for name, fired in found.items()),
         OrderedDict((name, torch.cat([f.membranes[:T] for f in fired], 1)) for name, fired in found.items()),
     )
+
+
+def _running_mean(x: Tensor) -> Tensor:
+    """The means over the first 1, 2, ... steps."""
+    steps = torch.arange(1, len(x) + 1, dtype=x.dtype, device=x.device)
+    return x.cumsum(0) / steps.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _is_int(value: object, low: int, high: float = math.inf) -> bool:

@@ -115,7 +115,11 @@ def predict(
 
 
 def _predict(snn: Any, x: Tensor, confidence: float, schedule: Sequence[int]) -> Prediction:
-    go_on: Any = Stream(snn, lambda logits: logits) if snn.neuron.causal else _Again(snn)  # without a tail
+    go_on: Any = (
+        Stream(snn, lambda logits, image, per_step: logits if per_step else logits[0])
+        if snn.neuron.causal
+        else _Again(snn)
+    )  # without a tail
     left = torch.arange(x.shape[0], device=x.device)  # the samples whose answers are not clear yet
     used = torch.empty_like(left)
     logits: Tensor | None = None

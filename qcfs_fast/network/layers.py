@@ -729,8 +729,18 @@ class ConcatConfig(Config):
         require(len(inputs) > 1, "a concatenation has several inputs")
 
 
+def piece_name(activation: str, i: int) -> str:
+    """The name of a spiking layer that is a part of an activation; a SpikeConcat of all has the activation's."""
+    return f"{activation}[{i}]"
+
+
+def pieces(name: str, layer: Layer) -> list[str]:
+    """The spiking layers that a concatenation makes one activation of; none if it does no such thing."""
+    return layer.inputs if isinstance(layer, SpikeConcat) and layer.inputs[0] == piece_name(name, 0) else []
+
+
 class SpikeConcat(Layer):
-    """Concatenation along the channels, for a residual that is one."""
+    """Concatenation along the channels: of a residual that is one, or of the layers of one activation."""
 
     config_type = ConcatConfig
 

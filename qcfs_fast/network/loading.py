@@ -8,6 +8,8 @@ computed again from the integers.
 
 from __future__ import annotations
 
+import copyreg
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -53,13 +55,41 @@ def load(path: Any) -> SNN:
     if not path.is_file():
         raise FileNotFoundError(f"load: no file {path}")
     try:
-        return _Reader(*read(path)).read()
+        return network_of(*read(path))
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
+
+
+def network_of(header: str, tensors: Mapping[str, Tensor]) -> SNN:
+    """The network of a header's text and its tensors, which may come from anywhere.
+
+    Raises:
+        FormatError: whatever is wrong with them.
+    """
+    try:
+        fields = json.loads(header)
+    except (TypeError, ValueError, RecursionError) as error:  # also of an integer of thousands of digits
+        raise FormatError(f"the graph in the file's metadata is damaged ({error})") from error
+    try:
+        for key, t in tensors.items():
+            plain = type(t) is Tensor and t.layout is torch.strided and t.is_contiguous()
+            require(plain and not t.is_neg() and not t.requires_grad, f"{key} is not a plain tensor")
+        return _Reader(fields, tensors).read()
+    except FormatError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise FormatError(
-            f"{path}: a field is missing or has the wrong form ({type(error).__name__}: {error})"
-        ) from error
+        raise FormatError(f"a field is missing or has the wrong form ({type(error).__name__}: {error})") from error
+
+
+def _reduced(snn: SNN) -> tuple[Any, ...]:
+    header, tensors = snn.saved()
+    return network_of, (header, {key: t.contiguous() for key, t in tensors.items()})
+
+
+# A pickle of a network is what a file is, a header and tensors, read with the same checks. So torch.load need not be
+# told to trust it, and tensors in shared memory stay there on their way to another process.
+copyreg.pickle(SNN, _reduced)
+torch.serialization.add_safe_globals([network_of])
 
 
 def _check_channels(layers: Sequence[tuple[str, Layer]]) -> None:
@@ -126,7 +156,8 @@ def _named(node: str) -> Iterator[None]:
 class _Reader:
     """Makes a network of a header and the tensors of its file; takes tensors away as nodes claim them."""
 
-    def __init__(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, header: Any, tensors: Mapping[str, Tensor]) -> None:
+        require(isinstance(header, dict), "the header is not an object")
         version: Any = header.get("format_version")
         require(is_int(version, 1), "the header names no format version")
         require(
@@ -174,7 +205,7 @@ class _Reader:
                 f"{name}: claims to be free of overflow up to T={said['max_T']}, but its "
                 f"weights allow {bound}; the file was altered",
             )
-        snn = SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron, h.get("tail", ()))
+        snn = SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron, h.get("tail", ()), h.get("outputs"))
         snn.metadata = checked_metadata(h.get("metadata", {}))
         return snn
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators import masks
-from .layers import EncodingLayer, Layer, Signed, SpikingLayer
+from .layers import EncodingLayer, Layer, Signed, SpikingLayer, pieces
 from .snn import SNN
 
 
@@ -41,7 +41,10 @@ def trace(snn: SNN, x: Tensor, T: int | None = None) -> OrderedDict[str, Tensor]
         return spikes.to(torch.int8 if run.neuron.mode == "signed" else torch.bool)
 
     def watch(name: str, layer: Layer, value: Any) -> None:
-        if isinstance(layer, (EncodingLayer, SpikingLayer)):
+        parts = pieces(name, layer)
+        for part in parts:
+            del found[part]
+        if parts or isinstance(layer, (EncodingLayer, SpikingLayer)):
             spikes = spikes_of(value)
             found[name] = spikes.permute(0, 1, 4, 2, 3) if spikes.dim() == 5 else spikes
 

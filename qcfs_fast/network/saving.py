@@ -25,7 +25,9 @@ from ..files import written_atomically
 from ..version import __version__
 
 FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
-FORMAT_VERSION = 3  # written where the network has a tail; otherwise 2, for programs that know none
+FORMAT_VERSION = (
+    4  # written where a pool spreads pixels; 3 where the network has a tail; otherwise 2, for older programs
+)
 SEALED = re.compile(r'(.*), "crc32": "([0-9a-f]{8})"}', re.DOTALL)
 
 
@@ -40,7 +42,9 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 def header_text(fields: Mapping[str, Any]) -> str:
     """The header of a network: its fields, and who wrote them in which format."""
-    version = FORMAT_VERSION if "tail" in fields else 2
+    pools = [p for node in fields["graph"] for p in _pools(node["config"])]
+    newest = "outputs" in fields or any("spread" in p for p in pools)
+    version = FORMAT_VERSION if newest else 3 if "tail" in fields else 2
     return json.dumps({"format_version": version, "written_by": __version__, **fields})
 
 
@@ -49,6 +53,11 @@ def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(metadata, Mapping) or json.loads(json.dumps(dict(metadata), allow_nan=False)) != metadata:
         raise ValueError("metadata must be a dict of what JSON has: names, texts, numbers, lists and dicts of them")
     return dict(metadata)
+
+
+def _pools(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pools of a node."""
+    return [p for term in config.get("pools", []) for p in term] + [config[k] for k in ("pool",) if k in config]
 
 
 def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) -> None:
@@ -63,7 +72,7 @@ def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) 
         save_file(dense, temporary, metadata={FORMAT: f'{text}, "crc32": "{checksum(text, dense)}"}}'})
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path) -> tuple[str, dict[str, Tensor]]:
     """The header and the tensors of a saved network's file, its checksum compared; files of before have none.
 
     Raises:
@@ -81,10 +90,4 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     sealed = SEALED.fullmatch(text)
     if sealed and sealed[2] != checksum(sealed[1], tensors):
         raise FormatError("its checksum does not fit its contents; the file was damaged, copy it again from its source")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:  # also of an integer of thousands of digits
-        raise FormatError(f"the graph in the file's metadata is damaged ({error})") from error
-    if not isinstance(header, dict):
-        raise FormatError("the header is not an object")
-    return header, tensors
+    return text, tensors

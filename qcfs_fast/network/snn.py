@@ -8,6 +8,7 @@ IMAGE, every other value has the name of its node. On the CPU the native executo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from . import anytime, saving, tail
 from .executor import Executor
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, Run, SpikingLayer, Values
 from .stream import Stream
+from .tail import checked_form
 
 
 class Branch(nn.Module):
@@ -39,7 +41,9 @@ class SNN(nn.Module):
         neuron: the mode of all neurons, a :class:`qcfs_fast.Neuron`; may be set, also by the name of a mode.
         max_T: the largest T for which no integer can overflow in this mode, whatever the input.
         weight_bits: 16, 8 or 24.
-        tail: what follows the readout, such as a softmax (tail.py); () takes it away, and answers are logits.
+        tail: what follows the readout, such as a softmax (tail.py); () takes it away, and answers are logits. Of
+            several outputs a tuple of tails.
+        outputs: how several outputs are put together (tail.py); None where there is one.
         details: per spiking layer, what conversion settled (see :meth:`report`).
         metadata: what you say of the network (data set, accuracy, ...), kept in its file; values of JSON.
     """
@@ -52,7 +56,8 @@ class SNN(nn.Module):
         details: Mapping[str, Mapping[str, Any]],
         input_shape: Sequence[int] | None,
         neuron: Neuron = Neuron(),  # noqa: B008 - it is frozen
-        tail: Sequence[tail.Step] = (),
+        tail: Sequence[Any] = (),
+        outputs: tail.Form = None,
     ) -> None:
         super().__init__()
         self.weight_bits = weight_bits
@@ -71,6 +76,8 @@ class SNN(nn.Module):
         self._drop = {name: [s for s, last in last_use.items() if last == name] for name, _ in layers}
         self._executor = Executor()
         self._set_neuron(neuron, T)
+        self._readouts = [name for name, layer in layers if isinstance(layer, Readout)]
+        self.outputs = None if outputs is None else checked_form(outputs, len(self._readouts))
         self.tail = tail
         self.metadata: dict[str, Any] = {}
         self.eval()
@@ -87,13 +94,22 @@ class SNN(nn.Module):
         self._T = self._checked_steps(value)
 
     @property
-    def tail(self) -> tuple[tail.Step, ...]:
-        return self._tail
+    def tail(self) -> tuple[Any, ...]:
+        return self._tails if self.outputs is not None else self._tails[0]
 
     @tail.setter
-    def tail(self, steps: Sequence[tail.Step]) -> None:
-        readout: Any = self._program[-1][1]
-        self._tail = tail.checked(steps, 2 if readout.config.vector or readout.config.flattened else 4)
+    def tail(self, steps: Sequence[Any]) -> None:
+        tails = [steps] if self.outputs is None else list(steps) or [()] * len(self._readouts)
+        if len(tails) != len(self._readouts):
+            raise FormatError(f"tail has {len(tails)} parts for {len(self._readouts)} outputs")
+        configs: list[Any] = [self.layers[name].config for name in self._readouts]
+        dims = [2 if c.vector or c.flattened else 4 for c in configs]
+        self._tails = tuple(tail.checked(t, n) for t, n in zip(tails, dims, strict=True))
+
+    def refuse_several_outputs(self, what: str) -> None:
+        """ValueError where the network has several outputs, which `what` does not know."""
+        if self.outputs is not None:
+            raise ValueError(f"{what} takes networks with one output, and this one has {len(self._readouts)}")
 
     @property
     def neuron(self) -> Neuron:
@@ -245,10 +261,11 @@ class SNN(nn.Module):
         skip: int = 0,
     ) -> Tensor:
         """Execute the graph but its tail; `watch` sees each node's value. Returns [1 or T - skip, N, ...]."""
+        self.refuse_several_outputs("run")
         return self._execute(x, self._settled_run(x, T, per_step, skip), watch)
 
     def _execute(self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None = None) -> Any:
-        """Run all nodes; without x, in a run that goes on, on the image of the run before."""
+        """Run all nodes; without x, in a run that goes on, on that of the run before. Several outputs are a list."""
         if not torch.compiler.is_compiling():
             answer = self._executor.answer(self._program, self._header, None if watch else x, run)
             if answer is not None:
@@ -262,9 +279,15 @@ class SNN(nn.Module):
             for dead in self._drop[name]:
                 del values[dead]
             values[name] = out
-        return out
+        return out if self.outputs is None else [values[name] for name in self._readouts]
 
-    def forward(self, x: Tensor, T: int | None = None, per_step: bool = False, skip: int = 0) -> Tensor:
+    def forget_runs(self) -> None:
+        """As before the first call: nothing is said of how the last one ran."""
+        self._executor = Executor()
+        for layer in self.spiking_layers.values():
+            layer.__dict__.pop("engine", None)
+
+    def forward(self, x: Tensor, T: int | None = None, per_step: bool = False, skip: int = 0) -> Any:
         """Run the network.
 
         Args:
@@ -278,18 +301,22 @@ class SNN(nn.Module):
         Returns:
             float32 [N, classes], the mean over T of the last layer's output; with ``per_step`` float32
             [T - skip, N, classes], the running means after each step, from the same single pass. Where the model
-            ends with a softmax or the like (``tail``), that of these means.
+            ends with a softmax or the like (``tail``), that of these means. A model with several outputs gives a tuple,
+            list or dict of such tensors, as it does itself.
 
         Raises:
             ValueError: wrong shape, T out of range, NaN or infinity in x; per_step, skip or a time axis in sum mode.
             TypeError: x is not a floating-point tensor, nor uint8 with a time axis.
         """
-        out = self.answered(self.run(x, T, per_step, skip=skip))
-        return out if per_step else out[0]
+        out = self._execute(x, self._settled_run(x, T, per_step, skip))
+        return self.answered(out, x.shape, per_step)
 
-    def answered(self, out: Tensor) -> Tensor:
-        """What the tail makes of answers [S, N, ...] of the readout."""
-        return tail.applied(self._tail, out) if self._tail else out
+    def answered(self, out: Any, image: Sequence[int], per_step: bool) -> Any:
+        """What the tails make of answers [S, N, ...] of the readouts, on images of this shape."""
+        each = out if isinstance(out, list) else [out]  # the native call gives one
+        done = [tail.applied(t, o, image) if t else o for t, o in zip(self._tails, each, strict=True)]
+        done = done if per_step else [o[0] for o in done]
+        return done[0] if self.outputs is None else tail.put_together(self.outputs, done)
 
     def stream(self) -> Stream:
         """A run that goes on from call to call: :class:`qcfs_fast.Stream`.
@@ -327,6 +354,7 @@ class SNN(nn.Module):
         Raises:
             ValueError: confidence, schedule or batch_size out of range; the output is not class scores.
         """
+        self.refuse_several_outputs("predict")
         steps = self._checked_steps(self.T if T is None else T)
         level, lengths = anytime.checked_confidence(confidence), anytime.checked_schedule(schedule, steps)
         if self._check_input(x):
@@ -367,9 +395,19 @@ class SNN(nn.Module):
             FileNotFoundError: the folder does not exist.
             TypeError, ValueError: JSON has no such value, or would give another one back.
         """
+        saving.save(path, *self.saved(metadata))
+
+    def saved(self, metadata: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Tensor]]:
+        """The header and the tensors of a file, of which loading.py makes the network again."""
         about = saving.checked_metadata(self.metadata if metadata is None else metadata)
         tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
-        saving.save(path, self._header(tail=self._tail, metadata=about), tensors)
+        return self._header(tail=self.tail if any(self._tails) else (), metadata=about), tensors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SNN:
+        """As of any module, with its hooks; a pickle has none (loading.py)."""
+        twin = memo[id(self)] = SNN.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def _header(self, **more: Any) -> str:
         """The network but for its tensors, as a file says it, with further fields where they are not empty.
@@ -394,6 +432,7 @@ class SNN(nn.Module):
                 "input_shape": self.input_shape,
                 "details": self.details,
                 "graph": graph,
+                **({} if self.outputs is None else {"outputs": self.outputs}),
                 **{name: value for name, value in more.items() if value},
             }
         )
@@ -411,5 +450,7 @@ def check_graph(layers: Sequence[tuple[str, Layer]]) -> None:
         known.add(name)
     if not layers or not isinstance(layers[0][1], ImageInput) or layers[0][0] != INPUT:
         raise FormatError("the first node must be the image input")
-    if not isinstance(layers[-1][1], Readout):
+    ends = [isinstance(layer, Readout) for _, layer in layers]
+    answers = {name for name, layer in layers if isinstance(layer, Readout)}
+    if not ends[-1] or ends != sorted(ends) or any(answers.intersection(layer.inputs) for _, layer in layers):
         raise FormatError("the last node must be the readout")

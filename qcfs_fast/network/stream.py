@@ -37,7 +37,7 @@ class Stream:
         steps: the steps computed since the start or the last reset.
     """
 
-    def __init__(self, snn: Any, answered: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, snn: Any, answered: Callable[..., Any]) -> None:
         if not snn.neuron.causal:
             raise ValueError(
                 f"stream: neurons in {snn.neuron} mode have no state to go on from; set snn.neuron to plain or signed"
@@ -53,7 +53,7 @@ class Stream:
         self._shape: tuple[int, ...] | None = None  # of the images, [N, ...]
         self._image_shown = False
 
-    def __call__(self, x: Tensor | None = None, steps: int | None = None, per_step: bool = False) -> Tensor:
+    def __call__(self, x: Tensor | None = None, steps: int | None = None, per_step: bool = False) -> Any:
         """Run further steps.
 
         Args:
@@ -99,9 +99,9 @@ class Stream:
         for held in state.values() if x is not None else ():
             held.pop("current", None)
         run = Run(steps, self._neuron, per_step, varying=varying, state=state, before=self.steps)
-        out = self._answered(self._snn._execute(x, run))
+        out = self._answered(self._snn._execute(x, run), shape, per_step)
         self._state, self._shape, self.steps, self._image_shown = state, shape, total, not varying
-        return out if per_step else out[0]
+        return out
 
     def keep(self, index: Tensor) -> None:
         """Go on with some samples of the batch: bool [N], or int64 positions."""

@@ -6,6 +6,9 @@ divisor. So no operator has to know about padding, ceil mode or adaptive pools.
 
 Averages stay integers: with m a common multiple of all divisors, a window counts sum * (m / divisor), and the factor
 1/m is folded into the weights that read the pool.
+
+The same windows say which pixel goes where without any sum: a crop has windows of one pixel that begin inside, a border
+of zeros has windows of none, and an image is enlarged (`spread`) by windows of one pixel that repeat.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ class PoolSpec:
     `multiple` is the common multiple of the divisors, 0 as long as none has been chosen. `size` is the height and width
     of the input for which it was chosen, where that matters. `section` = (i, m, j, n) keeps only the i-th of m parts of
     each window's rows and the j-th of n parts of its columns: a window whose sum does not fit a byte is cut into
-    sections, and the layer that reads them adds them up.
+    sections, and the layer that reads them adds them up. `spread` = (h, w) gives each pixel h x w outputs, or, among
+    zeros, that one of them which `phase` names.
     """
 
     kind: str
@@ -42,11 +46,20 @@ class PoolSpec:
     multiple: int = 0
     size: tuple[int, int] | None = None
     section: tuple[int, int, int, int] = (0, 1, 0, 1)
+    spread: tuple[int, int] = (1, 1)
+    phase: tuple[int, int] | None = None
+
+    @classmethod
+    def cropped(cls, rows: tuple[int, int], cols: tuple[int, int], stride: tuple[int, int] = (1, 1)) -> PoolSpec:
+        """A pool that leaves out the first and last rows and columns, and then takes every stride-th."""
+        (top, bottom), (left, right) = rows, cols
+        height, width = top + bottom + 1, left + right + 1
+        return cls("max", (height, width), stride, section=(top, height, left, width))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PoolSpec:
         """Read a pool from JSON values; raises ValueError, TypeError or KeyError where they are none."""
-        found: dict[str, Any] = {name: values[name] for name in _STORED}
+        found: dict[str, Any] = {name: values[name] for name in _stored("spread" in values)}
         found = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in found.items()}
         spec = cls(**found)
         if spec.kind not in ("avg", "max") or (spec.kernel is None) == (spec.output is None):
@@ -60,6 +73,8 @@ class PoolSpec:
             ("padding", spec.padding, 0, MAX_EXTENT),
             ("kernel", spec.kernel or (1, 1), 1, MAX_EXTENT),
             ("output", output, 1, MAX_EXTENT),
+            ("spread", spec.spread, 1, MAX_EXTENT),
+            ("phase", spec.phase or (0, 0), 0, MAX_EXTENT),
             ("section", first, 0, MAX_EXTENT),
             ("section", parts, 1, MAX_EXTENT),
             ("multiple and divisor_override", (spec.multiple, spec.divisor_override or 0), 0, MAX_SUM),
@@ -68,11 +83,19 @@ class PoolSpec:
                 raise ValueError(f"{name} {pair} where two integers from {least} to {most} are needed")
         if not all(i < m for i, m in zip(first, parts, strict=True)):
             raise ValueError(f"section {spec.section} where a part below the number of parts is needed")
+        if spec.spreads and (
+            spec.kernel != (1, 1) or any(p >= s for p, s in zip(spec.phase or (0, 0), spec.spread, strict=True))
+        ):
+            raise ValueError(f"spread {spec.spread} of a kernel {spec.kernel} and a phase {spec.phase}")
         return spec
 
     def to_dict(self) -> dict[str, Any]:
         """The pool as JSON values; `size` is left out, since `multiple` holds what was settled with it."""
-        return {name: getattr(self, name) for name in _STORED}
+        return {name: getattr(self, name) for name in _stored(self.spreads)}
+
+    @property
+    def spreads(self) -> bool:
+        return self.spread != (1, 1)
 
     @property
     def pads(self) -> bool:
@@ -115,7 +138,9 @@ class PoolSpec:
 
     def sections(self, limit: int) -> list[PoolSpec]:
         """This pool cut into sections whose window values are at most `limit` on inputs of one."""
-        for m, n in [(m, 1) for m in range(1, 33)] + [(m, m) for m in range(2, 33)]:
+        if self.largest_value() <= limit:
+            return [self]
+        for m, n in [(m, 1) for m in range(2, 33)] + [(m, m) for m in range(2, 33)]:
             cut = [replace(self, section=(i, m, j, n)) for i in range(m) for j in range(n)]
             if max(c.largest_value() for c in cut) <= limit:
                 return cut
@@ -159,6 +184,10 @@ def _common_multiple(spec: PoolSpec, height: int, width: int) -> int:
 
 def _whole_windows(spec: PoolSpec, size: int, axis: int) -> list[int]:
     """The windows before a section is cut out of them."""
+    if spec.spreads:
+        factor, phase = spec.spread[axis], None if spec.phase is None else spec.phase[axis]
+        taken = [(i // factor, phase is None or i % factor == phase) for i in range(size * factor)]
+        return [v for at, there in taken for v in (at, at + there, 1)]
     if spec.output is not None:
         out = spec.output[axis] or size
         edges = [(floor(i * size / out), ceil((i + 1) * size / out)) for i in range(out)]
@@ -175,7 +204,7 @@ def _whole_windows(spec: PoolSpec, size: int, axis: int) -> list[int]:
     for i in range(out):
         start = i * s - p
         end = min(start + k, size + p)
-        first, last = max(start, 0), min(end, size)
+        first, last = min(max(start, 0), size), min(max(end, 0), size)
         divisor = end - start if spec.count_include_pad else last - first
         values += (first, last, divisor)
     if spec.divisor_override:
@@ -183,10 +212,13 @@ def _whole_windows(spec: PoolSpec, size: int, axis: int) -> list[int]:
     return values
 
 
-_STORED = (
-    "kind", "kernel", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output", "multiple",
-    "section",
-)  # fmt: skip
+def _stored(spreads: bool) -> tuple[str, ...]:
+    """The fields that a file has; the last two, since format 4, where a pool spreads."""
+    always = (
+        "kind", "kernel", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output",
+        "multiple", "section",
+    )  # fmt: skip
+    return (*always, "spread", "phase") if spreads else always
 
 
 def largest_value(rows: Sequence[int], cols: Sequence[int], multiple: int) -> int:

@@ -58,10 +58,9 @@ def torchvision_models() -> Any:
 def classifiers() -> list[str]:
     """Names of torchvision's image classifiers that convert (those without attention or gates)."""
     models = torchvision_models()
-    # DenseNets beyond 121: each layer's weights cover all channels before it, and 24 GB do not hold those of 169.
     families = (
         r"(alexnet|vgg\d+(_bn)?|resnet\d+|wide_resnet\d+_2|resnext\d+_\d+x\d+d|squeezenet1_[01]|googlenet|inception_v3"
-        r"|regnet_x_\w+|mobilenet_v2|mnasnet\d_\d+|densenet121|shufflenet_v2_\w+)"
+        r"|regnet_x_\w+|mobilenet_v2|mnasnet\d_\d+|densenet\d+|shufflenet_v2_\w+)"
     )
     return [n for n in models.list_models(module=models) if re.fullmatch(families, n)]
 

@@ -10,9 +10,11 @@
 //            phase (kh*dh mod sh, kw*dw mod sw), position (r + kh*dh / sh) * plane_w + c + kw*dw / sw
 //
 //        Consecutive positions are consecutive rows of the left matrix, also across the end of an image row; what
-//        falls into the padding is computed and thrown away.
-//     2. fire_dense: multiply blocks of `rows` positions by `columns` packed columns, over all taps and channels, for
-//        each step; then integrate, fire, reset.
+//        falls into the padding is computed and thrown away. Without dilation, the taps of a kernel row that meet one
+//        phase read neighbouring positions: their inputs are one run of bytes (TapRun), which wastes less of a block's
+//        depth where channels are few.
+//     2. fire_dense: multiply blocks of `rows` positions by `columns` packed columns, over all runs of taps, for each
+//        step; then integrate, fire, reset.
 //
 //               columns: 16-bit weights  [ high digits of the panel | low digits of the panel ]
 //                         8-bit weights  [ weights of the panel                               ]
@@ -27,7 +29,7 @@
 //
 // The register block is Isa::DenseBlock (dense_vector.h, dense_tiles.h):
 //
-//     rows, columns, depth    positions and columns of a block; inputs are padded to a multiple of depth
+//     rows, columns, depth    positions and columns of a block; the weights of a run are padded to a multiple of depth
 //     place(k, column)        the byte that holds input k of a column, in the packed weights of `depth` inputs
 //     begin(), end()          around the blocks of a task
 //     multiply(..)            one block of one step, of which `positions` matter; adds to the sums unless `first`
@@ -46,6 +48,31 @@
 namespace qcfs::cpu {
 namespace {
 
+// `bytes` neighbouring masks (or counts, one plane each step) as one byte a step.
+template <class Isa>
+inline void expand_run(const std::uint8_t* x, std::int64_t bytes, bool mask, std::int64_t plane, std::int64_t steps,
+                       std::uint8_t* out, std::int64_t step_bytes) {
+  constexpr std::int64_t some = register_bytes<Isa>;
+  for (std::int64_t k = 0; k < bytes; k += some) {
+    const std::int64_t width = smaller(some, bytes - k);
+    Bytes<Isa> m{};
+    for (std::int64_t t = 0; t < steps; ++t) {
+      if (!mask || t % 8 == 0) {
+        const std::uint8_t* from = x + (mask ? t / 8 : t) * plane + k;
+        m = width == some ? load<Bytes<Isa>>(from) : load_some<Bytes<Isa>>(from, width);
+      }
+      const Words<Isa> shifted = reinterpret_cast<const Words<Isa>&>(m) >> static_cast<int>(mask ? t % 8 : 0);
+      const Words<Isa> bits = mask ? shifted & 0x0101 : shifted;
+      std::uint8_t* to = out + t * step_bytes + k;
+      if (width == some) {
+        store(to, bits);
+      } else {
+        __builtin_memcpy(to, &bits, static_cast<std::size_t>(width));
+      }
+    }
+  }
+}
+
 // Step 1: row `plane_row` of every phase, of one product and sample, at all steps.
 template <class Isa>
 void expand(const DenseLayer& layer, int product, std::int64_t sample, std::int64_t plane_row) {
@@ -55,75 +82,75 @@ void expand(const DenseLayer& layer, int product, std::int64_t sample, std::int6
   const DenseProduct& d = layer.product[product];
   const std::int64_t channels = p.x.channels, steps = a.steps;
   const std::int64_t plane = a.batch * p.x.height * p.x.width * channels;
-  const bool mask = p.x.coding == Coding::mask;
-  constexpr std::int64_t some = register_bytes<Isa>;    // channels at a time
+  const auto pad = [&](std::uint8_t* out, std::int64_t positions) {
+    for (std::int64_t t = 0; t < steps; ++t) {
+      __builtin_memset(out + t * d.step_bytes, 0, static_cast<std::size_t>(positions * channels));
+    }
+  };
   for (std::int64_t ph = 0; ph < d.phases_h; ++ph) {
     const std::int64_t r = (layer.wave.row0 + plane_row) * p.g.stride_h + ph - p.g.pad_h;
     for (std::int64_t pw = 0; pw < d.phases_w; ++pw) {
       std::uint8_t* out = d.plane + (sample - layer.wave.sample0) * d.sample_bytes +
-                          (ph * d.phases_w + pw) * d.phase_bytes + plane_row * layer.plane_w * d.depth;
-      for (std::int64_t j = 0; j < layer.plane_w; ++j, out += d.depth) {
-        const std::int64_t c = j * p.g.stride_w + pw - p.g.pad_w;
-        if (r < 0 || r >= p.x.height || c < 0 || c >= p.x.width) {
-          for (std::int64_t t = 0; t < steps; ++t) {
-            __builtin_memset(out + t * d.step_bytes, 0, static_cast<std::size_t>(d.depth));
-          }
-          continue;
-        }
+                          (ph * d.phases_w + pw) * d.phase_bytes + plane_row * layer.plane_w * channels;
+      if (r < 0 || r >= p.x.height) {
+        pad(out, layer.plane_w);
+        continue;
+      }
+      // Position j reads column j * stride - shift: inside the image from `begin` to `end`.
+      const std::int64_t shift = p.g.pad_w - pw;
+      const std::int64_t begin = smaller(layer.plane_w, shift > 0 ? ceil_div(shift, p.g.stride_w) : 0);
+      const std::int64_t inside = p.x.width + shift > 0 ? ceil_div(p.x.width + shift, p.g.stride_w) : 0;
+      const std::int64_t end = larger(begin, smaller(layer.plane_w, inside));
+      pad(out, begin);
+      pad(out + end * channels, layer.plane_w - end);
+      const std::int64_t together = p.g.stride_w == 1 ? end - begin : 1;    // positions whose inputs are neighbours
+      for (std::int64_t j = begin; j < end; j += together) {
+        const std::int64_t c = j * p.g.stride_w - shift;
         const std::uint8_t* x = p.x.data + ((sample * p.x.height + r) * p.x.width + c) * channels;
-        for (std::int64_t k = 0; k < d.depth; k += some) {
-          const std::int64_t in = smaller(some, channels - k);
-          const std::int64_t width = smaller(some, d.depth - k);
-          Bytes<Isa> m{};
-          for (std::int64_t t = 0; t < steps; ++t) {
-            if (!mask || t % 8 == 0) {
-              const std::uint8_t* bytes = x + (mask ? t / 8 : t) * plane + k;
-              m = in >= some ? load<Bytes<Isa>>(bytes) : load_some<Bytes<Isa>>(bytes, larger(in, 0));
-            }
-            const Words<Isa> shifted = reinterpret_cast<const Words<Isa>&>(m) >> static_cast<int>(mask ? t % 8 : 0);
-            const Words<Isa> bits = mask ? shifted & 0x0101 : shifted;
-            std::uint8_t* to = out + t * d.step_bytes + k;
-            if (width == some) {
-              store(to, bits);
-            } else {
-              __builtin_memcpy(to, &bits, static_cast<std::size_t>(width));
-            }
-          }
-        }
+        expand_run<Isa>(x, together * channels, p.x.coding == Coding::mask, plane, steps, out + j * channels,
+                        d.step_bytes);
       }
     }
   }
 }
 
-// Packed weights of one product: [panels][taps, blocks of depth][place(k, column)], panels `panel_bytes` apart.
+// Packed weights of one product: [panels][runs of taps, blocks of depth][place(k, column)], panels `panel_bytes` apart.
 template <class Isa, typename Weight>
 void pack_columns(const Product& p, std::int64_t out_channels, std::int64_t panel_bytes, std::int8_t* out) {
   using Block = typename Isa::DenseBlock;
   constexpr int digits = static_cast<int>(sizeof(Weight));
   constexpr std::int64_t panel_channels = Block::columns / digits;
-  const Weight* weight = static_cast<const Weight*>(p.weight);
-  const std::int64_t channels = p.x.channels, depth = round_up(channels, Block::depth);
-  const std::int64_t taps = p.g.kernel_h * p.g.kernel_w;
+  const std::int64_t channels = p.x.channels;
+  // The weights of one input, as input `within` of a block.
+  const auto pack_input = [&](const Weight* row, std::int64_t present, std::int8_t* block, int within) {
+    for (std::int64_t c = 0; c < present; ++c) {
+      const int w = row[c];
+      const int column = static_cast<int>(c);
+      if (digits == 2) {
+        const int low = static_cast<std::int8_t>(w & 0xff);
+        block[Block::place(within, column)] = static_cast<std::int8_t>((w - low) / 256);
+        block[Block::place(within, column + static_cast<int>(panel_channels))] = static_cast<std::int8_t>(low);
+      } else {
+        block[Block::place(within, column)] = static_cast<std::int8_t>(w);
+      }
+    }
+  };
   for (std::int64_t panel = 0; panel * panel_channels < out_channels; ++panel) {
+    const std::int64_t channel = panel * panel_channels;
+    const std::int64_t present = smaller(panel_channels, out_channels - channel);
     std::int8_t* to = out + panel * panel_bytes;
-    __builtin_memset(to, 0, static_cast<std::size_t>(taps * depth * Block::columns));
-    for (std::int64_t tap = 0; tap < taps; ++tap) {
-      for (std::int64_t k = 0; k < channels; ++k) {
-        const Weight* row = weight + (tap * channels + k) * out_channels + panel * panel_channels;
-        std::int8_t* depth_block = to + (tap * depth + k / Block::depth * Block::depth) * Block::columns;
-        const int within = static_cast<int>(k % Block::depth);
-        for (std::int64_t c = 0; c < smaller(panel_channels, out_channels - panel * panel_channels); ++c) {
-          const int w = row[c];
-          const int column = static_cast<int>(c);
-          if (digits == 2) {
-            const int low = static_cast<std::int8_t>(w & 0xff);
-            depth_block[Block::place(within, column)] = static_cast<std::int8_t>((w - low) / 256);
-            depth_block[Block::place(within, column + static_cast<int>(panel_channels))] =
-                static_cast<std::int8_t>(low);
-          } else {
-            depth_block[Block::place(within, column)] = static_cast<std::int8_t>(w);
-          }
+    for (std::int64_t kh = 0; kh < p.g.kernel_h; ++kh) {
+      for (std::int64_t i = 0; i < tap_runs(p.g); ++i) {
+        const TapRun run = tap_run(p.g, i);
+        const std::int64_t inputs = run.count * channels, bytes = round_up(inputs, Block::depth) * Block::columns;
+        __builtin_memset(to, 0, static_cast<std::size_t>(bytes));
+        for (std::int64_t k = 0; k < inputs; ++k) {
+          const std::int64_t tap = kh * p.g.kernel_w + run.first + k / channels * run.apart;
+          const Weight* row = static_cast<const Weight*>(p.weight) + (tap * channels + k % channels) * out_channels;
+          const std::int64_t within = k % Block::depth;
+          pack_input(row + channel, present, to + (k - within) * Block::columns, static_cast<int>(within));
         }
+        to += bytes;
       }
     }
   }

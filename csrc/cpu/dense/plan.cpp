@@ -22,7 +22,11 @@ std::int64_t panel_channels(const KernelSet& k, const ConvIf& a) {
 std::int64_t panels_of(const KernelSet& k, const ConvIf& a) { return ceil_div(a.out_channels, panel_channels(k, a)); }
 
 std::int64_t product_panel_bytes(const KernelSet& k, const Product& p) {
-  return p.g.kernel_h * p.g.kernel_w * round_up(p.x.channels, k.dense.depth) * k.dense.columns;
+  std::int64_t inputs = 0;
+  for (std::int64_t i = 0; i < tap_runs(p.g); ++i) {
+    inputs += round_up(tap_run(p.g, i).count * p.x.channels, k.dense.depth);
+  }
+  return p.g.kernel_h * inputs * k.dense.columns;
 }
 
 std::int64_t panel_bytes(const KernelSet& k, const ConvIf& a) {
@@ -62,14 +66,14 @@ void place_planes(const KernelSet& k, DenseLayer& layer, Arena& arena) {
   for (int i = 0; i < a.product_count; ++i) {
     const Product& p = a.products[i];
     DenseProduct& d = layer.product[i];
-    d.depth = round_up(p.x.channels, k.dense.depth);
     d.phases_h = phases_of(p.g.kernel_h, p.g.stride_h, p.g.dilation_h);
     d.phases_w = phases_of(p.g.kernel_w, p.g.stride_w, p.g.dilation_w);
-    d.phase_bytes = size.h * size.w * d.depth;
+    d.phase_bytes = size.h * size.w * p.x.channels;
     d.sample_bytes = d.phases_h * d.phases_w * d.phase_bytes;
     d.step_bytes = samples_of(layer.wave) * d.sample_bytes;
-    // The last block reads a whole block of positions and all taps behind them.
-    d.plane = arena.take<std::uint8_t>(a.steps * d.step_bytes + (k.dense.rows + 1) * d.depth + slack);
+    // The last block reads a whole block of positions and all taps behind them, each run to its full depth.
+    d.plane =
+        arena.take<std::uint8_t>(a.steps * d.step_bytes + (k.dense.rows + 1) * p.x.channels + k.dense.depth + slack);
   }
 }
 
@@ -99,18 +103,21 @@ void cut_segments(const KernelSet& k, const DenseLayer& layer, Segments& out) {
       next_chunk(a.products[i - 1].scale / a.products[i].scale);
     }
     const Geometry& g = a.products[i].g;
+    const std::int64_t channels = a.products[i].x.channels;
     const DenseProduct& d = layer.product[i];
     for (std::int64_t kh = 0; kh < g.kernel_h; ++kh) {
-      for (std::int64_t kw = 0; kw < g.kernel_w; ++kw) {
-        // Where the tap meets output position 0: its phase and the offset inside it (dense.h).
-        const std::int64_t h = kh * g.dilation_h, w = kw * g.dilation_w;
-        const std::uint8_t* tap = d.plane + (h % g.stride_h * d.phases_w + w % g.stride_w) * d.phase_bytes +
-                                  (h / g.stride_h * layer.plane_w + w / g.stride_w) * d.depth;
-        for (std::int64_t first = 0; first < d.depth;) {
+      for (std::int64_t i = 0; i < tap_runs(g); ++i) {
+        // Where the run meets output position 0: its phase and the offset inside it (dense.h).
+        const TapRun run = tap_run(g, i);
+        const std::int64_t h = kh * g.dilation_h, w = run.first * g.dilation_w;
+        const std::uint8_t* inputs = d.plane + (h % g.stride_h * d.phases_w + w % g.stride_w) * d.phase_bytes +
+                                     (h / g.stride_h * layer.plane_w + w / g.stride_w) * channels;
+        const std::int64_t depth = round_up(run.count * channels, k.dense.depth);
+        for (std::int64_t first = 0; first < depth;) {
           const std::int64_t blocks =
-              std::min((d.depth - first) / k.dense.depth, std::max<std::int64_t>(1, limit / unit));
+              std::min((depth - first) / k.dense.depth, std::max<std::int64_t>(1, limit / unit));
           if (filled > 0 && filled + blocks * unit > limit) next_chunk(1);
-          out.all.push_back({tap + first, d.depth, d.step_bytes, d.sample_bytes, blocks});
+          out.all.push_back({inputs + first, channels, d.step_bytes, d.sample_bytes, blocks});
           filled += blocks * unit;
           first += blocks * k.dense.depth;
         }

@@ -98,6 +98,7 @@ class _Measurement:
         self.margins: list[Tensor] = []
         self.answers: list[Tensor] = []
         self.targets: list[Tensor] = []
+        snn.refuse_several_outputs("profile")
         readout = list(snn.layers.values())[-1]
         self.behind_max: list[tuple[str, tuple]] = []  # planes that only the readout sees
         assert isinstance(readout, Readout)

@@ -1,0 +1,311 @@
+"""What a network may be made of besides layers and sums: each on a grid, where every way to run it is exact.
+
+A network of each is converted, and its spikes and answers must be those of float64, ties included. The native executor,
+the operators, a saved file and (where there is a compiler) the C program of integers must then give the same bytes.
+"""
+
+import importlib
+
+import networks
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision_models
+from test_integers import COMPILER, run_in_c
+from torch import nn
+
+import qcfs_fast
+from qcfs_fast import QCFS
+from qcfs_fast.exchange.integers import integer_program
+
+pytestmark = pytest.mark.filterwarnings("ignore:convert. no threshold")
+SHAPE = (3, 8, 6)
+
+
+class Net(nn.Module):
+    """Layers a to d, an activation behind each, put together by `wiring(net, x)`; the head reads what that returns."""
+
+    def __init__(self, wiring, width=8, shape=SHAPE, head=True, **layers):
+        super().__init__()
+        self.wiring, self.relu_a, self.relu_b, self.relu_c, self.relu_d = wiring, *(QCFS(4) for _ in range(4))
+        self.a, self.b = nn.Conv2d(shape[0], width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.c, self.d = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 3, padding=1)
+        for name, value in layers.items():
+            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self.head = nn.Identity()
+        if head:
+            with torch.no_grad():
+                self.head = nn.Linear(wiring(self, torch.zeros(1, *shape)).flatten(1).shape[1], 5)
+
+    def forward(self, x):
+        out = self.wiring(self, x)
+        return out if isinstance(self.head, nn.Identity) else self.head(out.flatten(1))
+
+
+def exact(model, folder, shape=SHAPE, c=True, T=5, **options):
+    """Convert a network on a grid, and compare all ways to run it with float64 and with each other."""
+    model = networks.on_grid(model)
+    snn = qcfs_fast.convert(model, T=T, input_shape=shape, **options)
+    assert all(d["lossless"] == d["channels"] for d in snn.details.values())
+    x = networks.images(shape, 3, grid=64)
+    meaning = qcfs_fast.simulate(model, x, T, spikes=True)
+    spikes = qcfs_fast.trace(snn, x)
+    assert list(spikes) == list(meaning.spikes)
+    for name, theirs in meaning.spikes.items():
+        assert torch.equal(spikes[name], theirs), name
+    rates = [float(s.float().mean()) for s in spikes.values()]
+    assert 0.05 < sum(rates) / len(rates) < 0.95
+    by_step = snn(x, per_step=True)
+    assert snn._executor.path == "one native call"
+    torch.testing.assert_close(by_step, meaning.output.float(), rtol=2e-7, atol=1e-7)
+    assert torch.equal(by_step[-1], snn(x))
+    seen = []
+    assert torch.equal(snn.answered(snn.run(x, per_step=True, watch=lambda *a: seen.append(a)), x.shape, True), by_step)
+    assert len(seen) == len(snn.layers)
+    snn.save(folder / "snn.safetensors")
+    assert torch.equal(qcfs_fast.load(folder / "snn.safetensors")(x, per_step=True), by_step)
+    if c and COMPILER is not None:
+        integer_program(snn, shape).c_header(folder / "network.h")
+        assert torch.equal(run_in_c(folder, x, ("-std=c99", "-O1")), snn(x).flatten())
+    return snn
+
+
+# ----------------------------------------------------------------- concatenation before the activation
+
+
+def dense_block(net, x):
+    """As a DenseNet has it: each layer reads all before it, behind a BatchNorm and an activation of its own."""
+    found = [net.relu_a(net.a(x))]
+    for conv, norm, act in ((net.b, net.norm_b, net.relu_b), (net.narrow_c, net.norm_c, net.relu_c)):
+        found.append(conv(act(norm(torch.cat(found, 1)))))
+    return net.relu_d(net.norm_d(torch.cat(found, 1)))
+
+
+def test_a_dense_block_has_weights_that_grow_with_its_channels(tmp_path):
+    norms = {"norm_b": nn.BatchNorm2d(8), "norm_c": nn.BatchNorm2d(16), "norm_d": nn.BatchNorm2d(20)}
+    snn = exact(Net(dense_block, narrow_c=nn.Conv2d(16, 4, 3, padding=1), **norms), tmp_path)
+    widths = [layer.threshold.numel() for name, layer in snn.spiking_layers.items() if name.startswith("relu_d[")]
+    assert widths == [8, 8, 4]  # one layer for each current: no zeros are stored, and none is multiplied
+
+
+def test_currents_that_read_alike_are_one_layer(tmp_path):
+    snn = exact(Net(lambda n, x: n.relu_b(torch.cat([n.b(y := n.relu_a(n.a(x))), n.d(y)], 1))), tmp_path)
+    assert list(snn.spiking_layers) == ["relu_a", "relu_b"]
+
+
+# ----------------------------------------------------------------------------------- signs and scales
+
+PER_CHANNEL = torch.tensor([1.0, -0.5, 0.25, -2.0, 0.5, 1.0, -1.0, 0.0]).reshape(8, 1, 1)
+
+
+class Scale(nn.Module):
+    """A learned scale for each channel, as residual branches have."""
+
+    def __init__(self, values=PER_CHANNEL):
+        super().__init__()
+        self.gamma = nn.Parameter(values.clone())
+
+    def forward(self, x):
+        return self.gamma * x
+
+
+def spikes_of(net, x):
+    return net.relu_a(net.a(x))
+
+
+ARITHMETIC = {
+    "difference of layers": lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)) - n.d(y)),
+    "difference of spikes": lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)) - y),
+    "sub with alpha": lambda n, x: n.relu_b(torch.sub(n.b(y := spikes_of(n, x)), y, alpha=0.5)),
+    "add with alpha": lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)).add(y, alpha=-0.25)),
+    "in place": lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)).sub_(y).mul_(0.5)),
+    "negation": lambda n, x: n.relu_b(-n.b(-spikes_of(n, x))),
+    "1 - spikes": lambda n, x: n.relu_c(n.c(1 - spikes_of(n, x))),
+    "constants": lambda n, x: n.relu_b(n.b(2 * spikes_of(n, x) / 4) * torch.tensor(2.0) + 0.25),
+    "scale for each channel": lambda n, x: n.relu_b(n.b(n.scale(spikes_of(n, x)))),
+    "scale of a layer": lambda n, x: n.relu_b(spikes_of(n, x) + n.scale(n.b(spikes_of(n, x)))),
+    "scale of chosen channels": lambda n, x: n.relu_c(n.scale(spikes_of(n, x)[:, [1, 0, 2, 2, 3, 4, 6, 7]])),
+    "scale of joined": lambda n, x: n.relu_b(n.wide(torch.cat([n.b(y := spikes_of(n, x)), y], 1))),
+    "learned number": lambda n, x: n.relu_b(n.number * n.b(spikes_of(n, x))),
+    "learned bias": lambda n, x: n.relu_b(n.b(spikes_of(n, x)) + n.scale.gamma[None]),
+    "divided by a buffer": lambda n, x: n.relu_b(n.b(spikes_of(n, x)) / n.divisor),
+    "computed constant": lambda n, x: n.relu_b(n.b(spikes_of(n, x)) * (n.scale.gamma + 1).view(1, -1, 1, 1)),
+    "BatchNorm of spikes before an unpadded layer": lambda n, x: n.relu_c(n.c(n.norm(spikes_of(n, x)))),
+    "BatchNorm before the head": lambda n, x: n.norm(n.relu_b(n.b(spikes_of(n, x)))),
+    "at the output": lambda n, x: 3 - 2 * n.norm(n.c(spikes_of(n, x))),
+}
+
+
+@pytest.mark.parametrize("wiring", ARITHMETIC)
+def test_arithmetic_between_layers(wiring, tmp_path):
+    extra = {"scale": Scale(), "wide": Scale(torch.cat([PER_CHANNEL, PER_CHANNEL.abs()])), "norm": nn.BatchNorm2d(8)}
+    extra |= {"number": nn.Parameter(torch.tensor([-0.5])), "divisor": torch.full((8, 1, 1), 0.5)}
+    exact(Net(ARITHMETIC[wiring], head=wiring != "at the output", **extra), tmp_path)
+
+
+REFUSED = {
+    "a constant for each pixel": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) + torch.ones(8, 6)), "Remedy: one number"),
+    "a constant for each column": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) * torch.ones(6)), "Remedy: one number"),
+    "a constant before padding": (lambda n, x: n.relu_b(n.b(spikes_of(n, x) + 1)), "which its padding has not.*Remedy"),
+    "maximum of negative spikes": (lambda n, x: n.relu_b(n.c(n.pool(-spikes_of(n, x)))), "maximum.*negative.*Remedy"),
+    "not finite": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) / torch.zeros(1)), "not finite"),
+    "a product": (lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)) * y), "multiplies two activations"),
+}
+
+
+@pytest.mark.parametrize("wiring", REFUSED)
+def test_arithmetic_without_a_spiking_meaning_is_refused(wiring):
+    made, message = REFUSED[wiring]
+    with pytest.raises(qcfs_fast.ConversionError, match=message):
+        qcfs_fast.convert(Net(made, head=False, pool=nn.MaxPool2d(2)), input_shape=SHAPE)
+
+
+# --------------------------------------------------------------------------------- the image's values
+
+IMAGES = {
+    "divided": lambda n, x: n.relu_a(n.a(x / 0.5)),
+    "to -1..1": lambda n, x: n.relu_a(n.a(x * 2 - 1)),
+    "buffers": lambda n, x: n.relu_a(n.a((x - n.mean) / n.std)),
+    "in place": lambda n, x: n.relu_a(n.a(x.float().sub(n.mean).div_(n.std))),
+    "buffers of a batch": lambda n, x: n.relu_a(n.a((x - n.mean[None]) / n.std[None])),
+    "two readers": lambda n, x: n.relu_b(n.b(n.relu_a(n.a(y := 0.5 - x))) + n.aside(y)),
+    "channels": lambda n, x: n.relu_a(n.a((x / 2)[:, [2, 1, 0]])),
+    "one channel": lambda n, x: n.relu_a(n.a(torch.cat([(x / 2)[:, i].unsqueeze(1) + i for i in range(3)], 1))),
+    "twice": lambda n, x: n.relu_a(n.twice(torch.cat([x, x], 1) / 2)),
+    "flattened": lambda n, x: n.relu_e(n.flat((x - n.mean).div(n.std).flatten(1))),
+}
+
+
+@pytest.mark.parametrize("wiring", IMAGES)
+def test_the_image_is_normalised_by_the_model(wiring, tmp_path):
+    extra = {"aside": nn.Conv2d(3, 8, 1), "twice": nn.Conv2d(6, 8, 3, padding=1)}
+    extra |= {"flat": nn.Linear(144, 8), "relu_e": QCFS(4)}
+    numbers = {"mean": [0.5, -0.25, 1.0], "std": [0.5, 2.0, 0.25]}
+    extra |= {name: torch.tensor(v).reshape(3, 1, 1) for name, v in numbers.items()}
+    exact(Net(IMAGES[wiring], **extra), tmp_path)
+
+
+def test_torchvisions_normalize_is_part_of_a_model(tmp_path):
+    assert torchvision_models.models  # torchvision can be imported then
+    norm = importlib.import_module("torchvision.transforms").Normalize([0.5, 0.25, 0.0], [0.5, 2.0, 1.0])
+    exact(Net(lambda n, x: n.relu_a(n.a(n.norm(x))), norm=norm), tmp_path)
+
+
+# ----------------------------------------------------------------------------------- pixels that move
+
+SPATIAL = {
+    "pad": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 1, 1, 1)))),
+    "uneven pad": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (0, 1, 2, 0)))),
+    "far pad": lambda n, x: n.relu_b(n.c(F.pad(spikes_of(n, x), (0, 3, 0, 0))) + 0.25),
+    "ZeroPad2d": lambda n, x: n.relu_b(n.b(n.zero_pad(spikes_of(n, x)))),
+    "pad and average": lambda n, x: n.relu_b(n.b(F.avg_pool2d(F.pad(spikes_of(n, x), (1, 1)), 2))),
+    "negative pad": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (-1, 1, 0, -2)))),
+    "channels padded": lambda n, x: n.relu_b(
+        F.pad(n.narrow(y := spikes_of(n, x)), (0, 0, 0, 0, 1, 4)) + F.pad(y[:, 1:-1], (0, 0, 0, 0, 0, 2))
+    ),
+    "shortcut A": lambda n, x: n.relu_b(
+        n.strided(y := spikes_of(n, x)) + F.pad(y[:, ::2, ::2, ::2], (0, 0, 0, 0, 2, 2))
+    ),
+    "crop": lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, 1:-2, 2:])),
+    "crop by a negative start": lambda n, x: n.relu_b(n.b(spikes_of(n, x)[..., -5:, :])),
+    "crop of channels and pixels": lambda n, x: n.relu_b(n.narrow_in(spikes_of(n, x)[:, 2:5, 1:-1])),
+    "every second pixel": lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, 1::2, ::2])),
+    "crop of averages": lambda n, x: n.relu_b(n.b(F.avg_pool2d(spikes_of(n, x), 2)[:, :, 1:, :-1])),
+    "crop of a pointwise layer": lambda n, x: n.relu_b(n.c(spikes_of(n, x))[:, :, 1:]),
+    "nearest": lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=2))),
+    "nearest, by two factors": lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=(1, 3)))),
+    "nearest of averages": lambda n, x: n.relu_b(n.b(F.interpolate(F.avg_pool2d(spikes_of(n, x), 2), scale_factor=2))),
+    "Upsample": lambda n, x: n.relu_b(n.b(n.up(spikes_of(n, x)))),
+    "to the size of another": lambda n, x: n.relu_b(
+        (y := spikes_of(n, x)) + F.interpolate(n.relu_c(n.c(F.avg_pool2d(y, 2))), size=y.shape[-2:], mode="nearest")
+    ),
+    "of a pointwise sum": lambda n, x: n.relu_b(
+        n.c(y := spikes_of(n, x)) + F.interpolate(n.c(F.avg_pool2d(y, 2)), scale_factor=2)
+    ),
+    "and pooled to the maximum": lambda n, x: n.relu_b(n.b(F.max_pool2d(n.up(spikes_of(n, x))[:, :, 1:], 2))),
+    "PixelShuffle": lambda n, x: n.relu_b(n.after(n.shuffle(spikes_of(n, x)))),
+    "pixel_shuffle before an activation": lambda n, x: n.relu_b(F.pixel_shuffle(spikes_of(n, x), 2) + 0.25),
+    "PixelShuffle, BatchNorm and a layer": lambda n, x: n.relu_b(n.mix(n.two(n.shuffle(spikes_of(n, x))))),
+    "PixelUnshuffle": lambda n, x: n.relu_b(n.unshuffled(n.unshuffle(spikes_of(n, x)))),
+    "slices of phases": lambda n, x: n.relu_b(
+        n.unshuffled(torch.cat([y[:, :, i::2, j::2] for y in [spikes_of(n, x)] for i in (0, 1) for j in (0, 1)], 1))
+    ),
+    "ConvTranspose2d": lambda n, x: n.relu_b(n.transposed(spikes_of(n, x))),
+    "ConvTranspose2d, 2x2": lambda n, x: n.relu_b(n.transposed_2(spikes_of(n, x))),
+    "ConvTranspose2d, groups": lambda n, x: n.relu_b(n.transposed_g(spikes_of(n, x))),
+    "ConvTranspose2d, stride 1": lambda n, x: n.relu_b(n.transposed_1(spikes_of(n, x))),
+    "ConvTranspose2d of averages": lambda n, x: n.relu_b(n.transposed(F.avg_pool2d(spikes_of(n, x), 2))),
+    "out of ConvTranspose2d": lambda n, x: n.transposed(spikes_of(n, x)),
+    "out of nearest": lambda n, x: n.c(n.up(spikes_of(n, x))),
+    "out of a crop": lambda n, x: n.b(F.avg_pool2d(spikes_of(n, x)[:, :, 2:], 2, 1)),
+}
+
+
+def on_small_grid(model):
+    """Transposed convolutions have weights of the grid too."""
+    g = torch.Generator().manual_seed(3)
+    for m in model.modules():
+        if isinstance(m, nn.ConvTranspose2d):
+            m.weight.data = torch.randint(-3, 4, m.weight.shape, generator=g) / 8
+            m.bias.data = torch.randint(-2, 3, m.bias.shape, generator=g) / 8
+    return model
+
+
+@pytest.mark.parametrize("wiring", SPATIAL)
+def test_pixels_are_moved(wiring, tmp_path):
+    extra = {
+        "zero_pad": nn.ZeroPad2d((0, 1, 0, 1)), "narrow": nn.Conv2d(8, 3, 1), "narrow_in": nn.Conv2d(3, 8, 3),
+        "strided": nn.Conv2d(8, 8, 3, 2, 1), "up": nn.Upsample(scale_factor=2), "shuffle": nn.PixelShuffle(2),
+        "after": nn.Conv2d(2, 8, 3, padding=1), "two": nn.BatchNorm2d(2), "mix": nn.Conv2d(2, 8, 1),
+        "unshuffle": nn.PixelUnshuffle(2), "unshuffled": nn.Conv2d(32, 8, 1),
+        "transposed": nn.ConvTranspose2d(8, 6, 3, 2, 1, 1), "transposed_2": nn.ConvTranspose2d(8, 4, 2, 2),
+        "transposed_g": nn.ConvTranspose2d(8, 4, (3, 4), (1, 2), (0, 1), groups=2, dilation=(2, 1)),
+        "transposed_1": nn.ConvTranspose2d(8, 4, 3, padding=2),
+    }  # fmt: skip
+    net = on_small_grid(Net(SPATIAL[wiring], head=not wiring.startswith("out of"), **extra))
+    snn = exact(net, tmp_path)
+    # At another size it is the same network, and in all modes it is that of the reference.
+    for mode in ("signed", "offset", "sum"):
+        snn.neuron = mode
+        x = networks.images(SHAPE, 2, seed=5, grid=64)
+        meaning = qcfs_fast.simulate(net, x, 4, neuron=mode)[-1]
+        torch.testing.assert_close(snn(x, 4), meaning.float(), rtol=2e-7, atol=1e-7)
+
+
+REFUSED_PIXELS = {
+    "bilinear": (
+        lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=2, mode="bilinear"))),
+        "nearest",
+    ),
+    "to a size": (lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), size=(16, 12)))), "scale_factor"),
+    "by one and a half": (lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=1.5))), "whole factor"),
+    "reflection": (lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 1, 1, 1), "reflect"))), "pad with zeros"),
+    "a place from the other border": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, :4])), "from the same border"),
+    "the image": (lambda n, x: n.relu_a(n.a(x[:, :, 1:])), "image itself.*Remedy"),
+    "a layer's output": (lambda n, x: n.relu_b(n.b(spikes_of(n, x))[:, :, 1:]), "no activation in between"),
+    "cut by more than it adds": (lambda n, x: n.relu_b(n.cut(spikes_of(n, x))), "less padding"),
+}
+
+
+@pytest.mark.parametrize("wiring", REFUSED_PIXELS)
+def test_what_moves_pixels_otherwise_is_refused(wiring):
+    made, message = REFUSED_PIXELS[wiring]
+    with pytest.raises(qcfs_fast.ConversionError, match=message):
+        qcfs_fast.convert(Net(made, head=False, cut=nn.ConvTranspose2d(8, 8, 2, 2, 2)), input_shape=SHAPE)
+
+
+@pytest.mark.parametrize("move", [nn.PixelShuffle(2), nn.Upsample(scale_factor=2), nn.PixelUnshuffle(2)])
+def test_what_moves_pixels_before_an_activation_is_prepared_behind_it(move):
+    width = move(torch.zeros(1, 8, 2, 2)).shape[1]
+    layers = [nn.Conv2d(3, 8, 3, padding=1), move, nn.ReLU(), nn.Conv2d(width, 4, 3, padding=1), nn.ReLU()]
+    model = networks.randomize(nn.Sequential(*layers, nn.Conv2d(4, 5, 1)))
+    x = networks.images((3, 8, 8))
+    prepared = qcfs_fast.prepare(model, levels=255)
+    qcfs_fast.calibrate(prepared, [x], progress=False)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared(x), model(x), rtol=0.1, atol=0.1)
+    snn = qcfs_fast.convert(prepared)
+    assert snn(x).shape == model(x).shape
