@@ -1,23 +1,26 @@
 """A short run of each kind of case in tests/fuzz; `make fuzz` runs more. test_odd_calls.py has the operators."""
 
+import pytest
 from fuzz import harness
 
 
+@pytest.mark.slow
 def test_altered_files():
     """Python and the native reader refuse the same, and what they accept runs."""
-    seen = harness.fuzz("files", 0, 250)
-    assert sum(seen.values()) == 250
+    seen = harness.fuzz("files", 0, 150)
+    assert sum(seen.values()) == 150
     assert not harness.BAD & set(seen)
-    assert seen["refused"] > 100
-    assert seen["ran"] > 15
+    assert seen["refused"] > 60
+    assert seen["ran"] > 8
 
 
+@pytest.mark.slow
 def test_odd_models():
-    seen = harness.fuzz("models", 0, 30)
-    assert sum(seen.values()) == 30
+    seen = harness.fuzz("models", 0, 15)
+    assert sum(seen.values()) == 15
     assert not harness.BAD & set(seen)
-    assert seen["refused"] > 5
-    assert seen["equal"] > 10
+    assert seen["refused"] > 2
+    assert seen["equal"] > 5
 
 
 def test_the_harness_sees_crashes_hangs_and_wrong_answers(monkeypatch):

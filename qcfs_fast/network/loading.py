@@ -9,6 +9,7 @@ computed again from the integers.
 from __future__ import annotations
 
 import copyreg
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -35,7 +36,7 @@ from .layers import (
     SpikingLayer,
     signs,
 )
-from .saving import FORMAT_VERSION, checked_metadata, parsed, read
+from .saving import FORMAT_VERSION, checked_metadata, read
 from .schema import is_int, require, whole
 from .snn import SNN, check_graph
 
@@ -54,7 +55,7 @@ def load(path: Any) -> SNN:
     if not path.is_file():
         raise FileNotFoundError(f"load: no file {path}")
     try:
-        return _network(*read(path))
+        return network_of(*read(path))
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
 
@@ -65,15 +66,15 @@ def network_of(header: str, tensors: Mapping[str, Tensor]) -> SNN:
     Raises:
         FormatError: whatever is wrong with them.
     """
-    return _network(parsed(header), tensors)
-
-
-def _network(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> SNN:
+    try:
+        fields = json.loads(header)
+    except (TypeError, ValueError, RecursionError) as error:  # also of an integer of thousands of digits
+        raise FormatError(f"the graph in the file's metadata is damaged ({error})") from error
     try:
         for key, t in tensors.items():
             plain = type(t) is Tensor and t.layout is torch.strided and t.is_contiguous()
             require(plain and not t.is_neg() and not t.requires_grad, f"{key} is not a plain tensor")
-        return _Reader(header, tensors).read()
+        return _Reader(fields, tensors).read()
     except FormatError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
@@ -155,7 +156,8 @@ def _named(node: str) -> Iterator[None]:
 class _Reader:
     """Makes a network of a header and the tensors of its file; takes tensors away as nodes claim them."""
 
-    def __init__(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, header: Any, tensors: Mapping[str, Tensor]) -> None:
+        require(isinstance(header, dict), "the header is not an object")
         version: Any = header.get("format_version")
         require(is_int(version, 1), "the header names no format version")
         require(
@@ -203,8 +205,7 @@ class _Reader:
                 f"{name}: claims to be free of overflow up to T={said['max_T']}, but its "
                 f"weights allow {bound}; the file was altered",
             )
-        outputs = h.get("outputs")
-        snn = SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron, h.get("tail", ()), outputs)
+        snn = SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron, h.get("tail", ()), h.get("outputs"))
         snn.metadata = checked_metadata(h.get("metadata", {}))
         return snn
 

@@ -48,16 +48,16 @@ def header_text(fields: Mapping[str, Any]) -> str:
     return json.dumps({"format_version": version, "written_by": __version__, **fields})
 
 
-def _pools(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The pools of a node."""
-    return [p for term in config.get("pools", []) for p in term] + [config[k] for k in ("pool",) if k in config]
-
-
 def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What a user says of a network; ValueError or TypeError where JSON has no such value."""
     if not isinstance(metadata, Mapping) or json.loads(json.dumps(dict(metadata), allow_nan=False)) != metadata:
         raise ValueError("metadata must be a dict of what JSON has: names, texts, numbers, lists and dicts of them")
     return dict(metadata)
+
+
+def _pools(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The pools of a node."""
+    return [p for term in config.get("pools", []) for p in term] + [config[k] for k in ("pool",) if k in config]
 
 
 def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) -> None:
@@ -72,7 +72,7 @@ def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) 
         save_file(dense, temporary, metadata={FORMAT: f'{text}, "crc32": "{checksum(text, dense)}"}}'})
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path) -> tuple[str, dict[str, Tensor]]:
     """The header and the tensors of a saved network's file, its checksum compared; files of before have none.
 
     Raises:
@@ -90,15 +90,4 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     sealed = SEALED.fullmatch(text)
     if sealed and sealed[2] != checksum(sealed[1], tensors):
         raise FormatError("its checksum does not fit its contents; the file was damaged, copy it again from its source")
-    return parsed(text), tensors
-
-
-def parsed(text: str) -> dict[str, Any]:
-    """The fields of a header."""
-    try:
-        header = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:  # also of an integer of thousands of digits
-        raise FormatError(f"the graph in the file's metadata is damaged ({error})") from error
-    if not isinstance(header, dict):
-        raise FormatError("the header is not an object")
-    return header
+    return text, tensors

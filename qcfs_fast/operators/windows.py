@@ -73,6 +73,8 @@ class PoolSpec:
             ("padding", spec.padding, 0, MAX_EXTENT),
             ("kernel", spec.kernel or (1, 1), 1, MAX_EXTENT),
             ("output", output, 1, MAX_EXTENT),
+            ("spread", spec.spread, 1, MAX_EXTENT),
+            ("phase", spec.phase or (0, 0), 0, MAX_EXTENT),
             ("section", first, 0, MAX_EXTENT),
             ("section", parts, 1, MAX_EXTENT),
             ("spread", spec.spread, 1, MAX_EXTENT),

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+# A file of a kilobyte can hold an image of gigabytes, or a line that becomes one when its short side is enlarged.
+MAX_PIXELS, MAX_ASPECT = 2**26, 100
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
@@ -151,8 +153,14 @@ class Folder:
             raise ImportError("reading images needs Pillow: pip install pillow") from error
         try:
             with Image.open(path) as file:
+                width, height = file.size  # known before a pixel is decoded
+                if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
+                    raise ValueError(
+                        f"{path}: an image of {width} x {height} pixels; at most {MAX_PIXELS} are read, and sides of "
+                        f"1 : {MAX_ASPECT}"
+                    )
                 image = file.convert("RGB")
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: cannot be read as an image ({error})") from error
         if place is None:
             scale = round(self.size * 8 / 7) / min(image.size)

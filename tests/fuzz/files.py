@@ -138,11 +138,16 @@ def run(seed):
     shape = stated or (snn.layers["input"].config.channels, *(() if snn.layers["input"].config.vector else (8, 8)))
     if math.prod(shape) > 10**5 or snn.T > 10**4:
         return "large"
-    native.module.Network(snn._header(), {f"{n}/{k}": t for n, layer in snn.layers.items() for k, t in layer.tensors()})
+    if json.loads(snn._header())["format_version"] == 2:  # which is all that the native reader knows
+        native.module.Network(snn._header(), snn.saved()[1])
     x = torch.from_numpy(rng.standard_normal((2, *shape))).float()
     T = min(snn.T, 4)
     try:
         out = snn(x, T)
+    except (MemoryError, RuntimeError) as error:
+        if "memory" in str(error):  # a padding of 2^24 is no damage
+            return "large"
+        raise
     except ValueError:
         assert stated is None, "an image of the shape that it states is refused"
         return "accepted"
@@ -159,7 +164,7 @@ def refused_natively(data):
         tensors, header = load_tensors(data), json.loads(text)
     except Exception:  # the container: of which libqcfs has a reader of its own (tests/native/hostile_files.cpp)
         return True
-    if {"crc32", "tail", "metadata"} & set(header):  # which this reader leaves to others
+    if {"crc32", "tail", "metadata", "outputs"} & set(header):  # which this reader leaves to others
         return True
     try:
         native.module.Network(text, tensors)

@@ -36,7 +36,7 @@ def facts_of(path: Path) -> dict[str, Any]:
         FileNotFoundError, FormatError: as of :func:`qcfs_fast.load`.
     """
     snn = load(path)
-    header = read(path)[0]
+    header = json.loads(read(path)[0])
     nodes = [
         {
             "name": name,

@@ -1,0 +1,80 @@
+"""What SECURITY.md promises besides files and operators: no network, no code of a checkpoint's author, no pixel bombs."""
+
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import qcfs_fast
+from qcfs_fast import FormatError
+from qcfs_fast.study import datasets, training, zoo
+
+OFFLINE = """
+import socket
+def refuse(*arguments, **named):
+    raise AssertionError("a socket was asked for")
+class Refused(socket.socket):
+    __init__ = refuse
+socket.socket, socket.create_connection, socket.getaddrinfo = Refused, refuse, refuse
+import torch, qcfs_fast
+from qcfs_fast.study import shipped
+model, about = shipped.network()
+snn = qcfs_fast.convert(model, T=2, progress=False)
+x = shipped.images().batch(range(4))[0]
+out = snn(x)
+snn.save("net")
+assert torch.equal(qcfs_fast.load("net")(x), out)
+try:
+    socket.socket()
+except AssertionError:
+    print("done")
+"""
+
+
+def test_nothing_asks_for_the_network(tmp_path):
+    here = {**os.environ, "PYTHONPATH": str(Path(qcfs_fast.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], cwd=tmp_path, env=here, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "done\n", done.stderr
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("the-code-of-a-checkpoint-ran",)
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle"])
+def test_the_code_of_a_checkpoint_does_not_run(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = {"fc.weight": torch.zeros(1), "more": Hostile()}
+    if kind == "torch":
+        torch.save(state, "net.pt")
+    else:
+        Path("net.pt").write_bytes(pickle.dumps(state))
+    with pytest.raises(FormatError, match="holds objects other than tensors|not a complete checkpoint"):
+        zoo.read_state(Path("net.pt"))
+    assert [p.name for p in tmp_path.iterdir()] == ["net.pt"]
+    for module in (zoo, training):  # every other reader of a pickle in the package
+        text = Path(module.__file__).read_text()
+        assert text.count("torch.load(") == text.count("weights_only=True)") > 0
+    sources = Path(qcfs_fast.__file__).parent.rglob("*.py")
+    assert {p.name for p in sources if "torch.load(" in p.read_text()} == {"zoo.py", "training.py"}
+
+
+@pytest.mark.parametrize("size", [(1, 60000), (9000, 9000), (14000, 14000)])
+def test_pixel_bombs(size, tmp_path):
+    """Small files that would be gigabytes: as pixels, or as pixels of an image that is resized by its shorter side."""
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "a").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image.new("1", size).save(tmp_path / "a" / "bomb.png")
+        assert (tmp_path / "a" / "bomb.png").stat().st_size < 10**5
+        with pytest.raises(ValueError, match=r"bomb.png: an image of \d+ x \d+ pixels|bomb.png: cannot be read"):
+            datasets.open_data(tmp_path, 32).batch([0])
