@@ -18,7 +18,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell 
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo docs gallery test quick fuzz test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
+.PHONY: demo docs gallery test test-slow quick fuzz test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.

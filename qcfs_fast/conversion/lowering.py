@@ -187,7 +187,8 @@ class Lowering:
         return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Answer, _Unknown))
 
     def _is_unknown(self, x: Any) -> bool:
-        return any(map(self._is_unknown, x)) if isinstance(x, (tuple, list)) else isinstance(x, _Unknown)
+        values = x.values() if isinstance(x, dict) else x
+        return any(map(self._is_unknown, values)) if isinstance(x, (tuple, list, dict)) else isinstance(x, _Unknown)
 
     def _execute(self, node: fx.Node) -> Any:
         args, kwargs = self._get(node.args), self._get(node.kwargs)
@@ -354,13 +355,18 @@ class Lowering:
         """The value as what a neuron may integrate: spikes stand for the current that they are."""
         if isinstance(x, Image):
             x = self._read_image(x, channels)
+        x = self._summand(x, why_not)
+        if any(s.vector and s.index is not None for s in x.identities):
+            raise self.fail("reorders or drops channels and flattens them, with no layer behind; put one there")
+        return without_choices(x)
+
+    def _summand(self, x: Any, why_not: str) -> Current:
+        """The value as a current in which spikes are still what a layer may read."""
         if isinstance(x, Signal):
-            if x.vector and x.index is not None:
-                raise self.fail("reorders or drops channels and flattens them, with no layer behind; put one there")
-            x = identity_current(x)
+            return Current(_zeros(x.channels), (), (x,), x.vector)
         if not isinstance(x, Current):
             raise self.fail(why_not)
-        return without_choices(x)
+        return x
 
     def _sources(self, x: Any, what: str, channels: int, shifted: bool = False) -> list[Signal]:
         """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one).
@@ -912,7 +918,10 @@ class Lowering:
         if self._is_constant(y):
             return self._affine(x, 1.0, y * alpha)
         y = y if isinstance(alpha, (int, float)) and alpha == 1 else self.scale(y, alpha)
-        a, b = (self._current(v, None, "adds something that is not a layer's output") for v in (x, y))
+        a, b = (
+            self._summand(self._read_image(v, None) if isinstance(v, Image) else v, "adds what is no layer's output")
+            for v in (x, y)
+        )
         if a.channels != b.channels or a.vector != b.vector:
             raise self.fail(f"adds values of {a.channels} and {b.channels} channels; broadcasting is not supported")
         return Current(

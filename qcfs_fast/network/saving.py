@@ -25,9 +25,9 @@ from ..files import written_atomically
 from ..version import __version__
 
 FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
-FORMAT_VERSION = (
-    4  # written where a pool spreads pixels; 3 where the network has a tail; otherwise 2, for older programs
-)
+# 4 is written where a pool spreads pixels or there are several outputs; 3 where the network has a tail; otherwise 2,
+# for older programs.
+FORMAT_VERSION = 4
 SEALED = re.compile(r'(.*), "crc32": "([0-9a-f]{8})"}', re.DOTALL)
 
 

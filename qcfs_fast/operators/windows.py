@@ -77,6 +77,8 @@ class PoolSpec:
             ("phase", spec.phase or (0, 0), 0, MAX_EXTENT),
             ("section", first, 0, MAX_EXTENT),
             ("section", parts, 1, MAX_EXTENT),
+            ("spread", spec.spread, 1, MAX_EXTENT),
+            ("phase", spec.phase or (0, 0), 0, MAX_EXTENT),
             ("multiple and divisor_override", (spec.multiple, spec.divisor_override or 0), 0, MAX_SUM),
         ):
             if len(pair) != 2 or any(type(v) is not int or not least <= v <= most for v in pair):

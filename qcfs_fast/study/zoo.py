@@ -1,6 +1,7 @@
 """Networks by name or from a file: what `qcfs-fast convert` turns into a spiking network.
 
-    torchvision's classifiers   by name, prepared (ReLU -> QCFS); weights from a checkpoint or as torchvision has them
+    torchvision's classifiers   by name (timm's as timm:NAME), prepared (ReLU -> QCFS); weights from a checkpoint or as
+                                torchvision has them
     the authors' checkpoints    state dicts of Bu et al.'s published code (VGG and ResNet for CIFAR and ImageNet). Such
                                 a file holds tensors only, so the network is rebuilt from their names and shapes:
 
@@ -66,7 +67,12 @@ def classifiers() -> list[str]:
 
 
 def torchvision_network(name: str, classes: int | None = None, weights: str | None = None) -> nn.Module:
-    """One of torchvision's classifiers, in eval mode; `weights` as torchvision names them (may download)."""
+    """One of torchvision's classifiers, in eval mode; `weights` as torchvision names them (may download).
+
+    timm:NAME is one of timm's, with its pretrained weights where any are asked for.
+    """
+    if name.startswith("timm:"):
+        return _timm_network(name.removeprefix("timm:"), classes, weights)
     models = torchvision_models()
     if name not in classifiers():
         raise ValueError(f"{name!r} is no torchvision network that converts; known: {', '.join(classifiers())}")
@@ -77,6 +83,20 @@ def torchvision_network(name: str, classes: int | None = None, weights: str | No
         network: nn.Module = getattr(models, name)(weights=weights, **options)
     except (ValueError, KeyError) as error:
         raise ValueError(f"torchvision cannot make {name} with weights={weights!r}: {error}") from error
+    return network.eval()
+
+
+def _timm_network(name: str, classes: int | None, weights: str | None) -> nn.Module:
+    torchvision_models()  # timm imports torchvision
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise ImportError("timm is not installed: pip install 'qcfs-fast[timm]'") from error
+    options = {} if classes is None else {"num_classes": classes}
+    try:
+        network: nn.Module = timm.create_model(name, pretrained=weights is not None, **options)
+    except RuntimeError as error:  # an unknown name
+        raise ValueError(f"timm cannot make {name}: {error}") from error
     return network.eval()
 
 

@@ -33,7 +33,7 @@ def add_convert(commands: Any) -> None:
         "         qcfs-fast convert resnet18 --checkpoint my-resnet18.pth --output resnet18.safetensors\n"
         "         qcfs-fast convert vgg16-cifar10.pth --output vgg16.safetensors",
     )
-    c.add_argument("source", help="a file of train, a torchvision name, or a checkpoint of the authors' VGG or ResNet")
+    c.add_argument("source", help="a file of train, a torchvision name, timm:NAME, or the authors' VGG or ResNet")
     c.add_argument("--output", type=Path, required=True, help="file to write (safetensors)")
     c.add_argument("--checkpoint", type=Path, help="state_dict for a torchvision name, QCFS-trained or plain")
     c.add_argument("--weights", help="torchvision's own weights, such as DEFAULT (downloads)")
