@@ -111,6 +111,7 @@ def compile_text(text):
 def test_limits_of_the_kernels_are_those_of_python():
     n = backend.native.module
     assert n.MAX_PRODUCTS == n.MAX_RESIDUALS == limits.MAX_SOURCES
+    assert (n.MAX_EXTENT, n.MAX_ELEMENTS) == (limits.MAX_EXTENT, limits.MAX_ELEMENTS)
 
 
 def test_headers_stand_alone():

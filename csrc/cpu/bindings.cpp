@@ -176,6 +176,8 @@ PYBIND11_MODULE(_cpu, m) {
   }
   m.attr("MAX_PRODUCTS") = qcfs::max_products;
   m.attr("MAX_RESIDUALS") = qcfs::max_residuals;
+  m.attr("MAX_EXTENT") = qcfs::max_extent;
+  m.attr("MAX_ELEMENTS") = qcfs::max_elements;
   m.def("host_isa", &qcfs::cpu::host_isa);
   m.def("chosen_kernel_set", &qcfs::cpu::chosen_kernel_set);
   m.def("kernel_sets", [] {
