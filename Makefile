@@ -1,10 +1,12 @@
-# make demo   train, convert and evaluate a network on real data     make test   all tests (10 minutes)
-# make check  format, lint and types, without a change               make quick  the tests of the inner loop (2 minutes)
-# make format rewrite files as `make check` wants them               make bench  compare latencies (5 minutes)
-# make readme-figures  measure what the README shows, and write its table and pictures (a quarter of an hour)
+# make demo   train, convert and evaluate a network on real data     make test   the tests (10 minutes)
+# make check  format, lint and types, without a change               make quick  those of the inner loop (2 minutes)
+# make fuzz   odd calls, files and models, ten minutes of each: SECONDS or CASES, KINDS and SEED say otherwise
+# make format rewrite files as `make check` wants them               make bench  compare latencies (10 minutes)
+# make test-slow   what is left: builds under sanitizers, for arm64 and of CUDA; emulated and interpreted GPU kernels
+# make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
 # make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
-# make docs   the documentation as a site, in site/
+# make docs   the documentation as a site, in site/              make gallery  run the notebooks of docs/gallery, keep outputs
 # make cuda-report  registers, spills and instructions of the CUDA kernels (where nvcc was found)
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
@@ -16,7 +18,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell 
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo docs test quick test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
+.PHONY: demo docs gallery test test-slow quick fuzz test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -24,11 +26,19 @@ demo: $(VENV)/.installed
 	cd $(VENV) && bin/python -m qcfs_fast demo --output ../demo-output
 
 TESTS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests -n 2 --dist loadfile
+SLOW := slow and (native or triton or cuda)
 test: $(VENV)/.installed $(VENV)/.tools
-	$(TESTS) $(PYTEST_ARGS)
+	$(TESTS) -m 'not ($(SLOW))' $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed $(VENV)/.tools
+	$(TESTS) -m '$(SLOW)' $(PYTEST_ARGS)
 
 quick: $(VENV)/.installed $(VENV)/.tools
 	$(TESTS) -m 'not slow' $(PYTEST_ARGS)
+
+KINDS := operators odd_integers files models
+fuzz: $(VENV)/.installed $(VENV)/.tools
+	cd tests && ../$(PY) -m fuzz $(KINDS) $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0)
 
 # Laid over the environment for this one run: the packages in it stay as they are. The interpreter of early releases
 # makes scalars of arrays in a way that NumPy 2.4 ended.
@@ -48,7 +58,9 @@ bench: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 # In parts of less than ten minutes each, all added to one file: `make figures-resnet18_224-1 figures-write` measures one
 # part again.
 RESULTS := docs/benchmark-results.json
-FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 vgg16_bn_224-1 layers
+FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 vgg16_bn_224-1 \
+    $(foreach network,resnet20_32 resnet18_32 vgg16_32,$(network)-1 $(network)-8 $(network)-128) \
+    demo_8-1 lenet_32-1 mlp_28-1 layers
 readme-figures:
 	rm -f $(RESULTS)
 	$(MAKE) $(addprefix figures-,$(FIGURES))
@@ -61,12 +73,19 @@ figures-layers: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/qcfs-fast bench --layers --output $(RESULTS)
 
 figures-%: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
-	$(VENV)/bin/qcfs-fast bench --networks "$(subst _224, 224,$(subst _32, 32,$(firstword $(subst -, ,$*))))" \
+	$(VENV)/bin/qcfs-fast bench --networks "$$(echo $* | sed 's/_\([0-9]*\)-.*/ \1/')" \
 	    --batches $(lastword $(subst -, ,$*)) --steps $(if $(filter %-1,$*),1 2 4 8 16,4) --output $(RESULTS)
 
 docs: $(VENV)/.torch
-	$(PIP) install -c constraints.txt 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1'
+	$(PIP) install -c constraints.txt 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1' 'mkdocs-jupyter>=0.26'
 	$(VENV)/bin/mkdocs build --strict
+
+# What the notebooks write stays beside their copies.
+gallery: $(VENV)/.installed
+	$(PIP) install -c constraints.txt nbconvert ipykernel
+	rm -rf build/gallery && mkdir -p build && cp -r docs/gallery build/gallery
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" jupyter nbconvert --to notebook --output-dir docs/gallery \
+	    --execute --ExecutePreprocessor.record_timing=False build/gallery/*.ipynb
 
 cuda-report: $(VENV)/.installed $(VENV)/.tools
 	cd $(VENV) && bin/python ../tools/cuda_report.py --output cuda-report.json

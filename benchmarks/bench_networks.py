@@ -6,9 +6,9 @@ pytest-benchmark itself prints is that of our 16-bit network at the last T.
 
 import pytest
 
-from qcfs_fast.study.benchmark.cases import BATCHES, NETWORKS, QUICK, STEPS
+from qcfs_fast.study.benchmark.cases import NETWORKS, QUICK, STEPS, batches
 
-CASES = [(label, batch) for label in NETWORKS for batch in BATCHES]
+CASES = [(label, batch) for label in NETWORKS for batch in batches(label)]
 
 
 @pytest.mark.parametrize(("label", "batch"), CASES, ids=[f"{label}-batch {batch}" for label, batch in CASES])

@@ -1,6 +1,6 @@
 """make bench: every case of qcfs_fast/study/benchmark as a pytest benchmark, with its check inside.
 
-    pytest benchmarks --benchmark-only                        a selection of about five minutes
+    pytest benchmarks --benchmark-only                        a selection of about ten minutes
     pytest benchmarks --benchmark-only --full                 all networks, batches and T (hours on two cores)
     pytest benchmarks --benchmark-only -k "resnet18" --results results.json
 

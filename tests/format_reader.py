@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,24 @@ def read(path):
     data = Path(path).read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     entries = json.loads(data[8:end])
-    header = json.loads(entries.pop("__metadata__")["qcfs_fast"])
+    metadata = entries.pop("__metadata__")
+    header = json.loads(metadata["qcfs_fast"])
     tensors = {}
     for name, entry in entries.items():
         first, last = entry["data_offsets"]
         tensors[name] = np.frombuffer(data[end + first : end + last], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    check(metadata["qcfs_fast"], tensors)
     return header, tensors
+
+
+def check(header, tensors):
+    before, found, seal = header.rpartition(', "crc32": "')
+    if found and seal.endswith('"}') and len(seal) == 10:
+        parts = [
+            before.encode(),
+            *(p for n in sorted(tensors, key=str.encode) for p in (n.encode(), tensors[n].tobytes())),
+        ]
+        assert seal[:8] == format(zlib.crc32(b"".join(parts)), "08x")
 
 
 def quantize(x, t, bits):

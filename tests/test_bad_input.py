@@ -269,7 +269,7 @@ def operands(**changes):
                 "x": [torch.zeros(1, 2, 5, 5, 0, dtype=torch.uint8)],
                 "weight": [torch.zeros(3, 3, 0, 4, dtype=torch.int16)],
             },
-            "an input needs at least one channel",
+            "input 0 must have shape",
         ),
         ({"x": [torch.zeros(1, 2, 6, 5, 3, dtype=torch.uint8)]}, "residual 0 gives an output of shape"),
         ({"weight": [torch.zeros(3, 3, 3, 4)]}, "weight 0 must be torch.int16 or torch.int8"),

@@ -1,6 +1,8 @@
 """The benchmark on a tiny network: contenders agree, results are kept, tables and plots say what they hold."""
 
+import copy
 import json
+import re
 
 import networks
 import pytest
@@ -8,8 +10,17 @@ import torch
 
 import qcfs_fast
 from qcfs_fast.study.benchmark import comparison, contenders
-from qcfs_fast.study.benchmark.cases import OURS, LayerCase, NetworkCases, spiking_macs
-from qcfs_fast.study.benchmark.measure import Effort, interleaved, live_bytes
+from qcfs_fast.study.benchmark.cases import (
+    LATENCY_ROUNDS,
+    NETWORKS,
+    OURS,
+    TINY,
+    LayerCase,
+    NetworkCases,
+    batches,
+    spiking_macs,
+)
+from qcfs_fast.study.benchmark.measure import Effort, interleaved, live_bytes, percentiles
 from qcfs_fast.study.benchmark.results import Results, read
 
 CPU = torch.device("cpu")
@@ -21,7 +32,7 @@ def tiny():
     """The benchmark's NetworkCases around a network of a few thousand weights."""
     torch.manual_seed(0)
     made = object.__new__(NetworkCases)
-    made.label, made.size, made.device, made.compiled = "tiny 12", 12, CPU, False
+    made.label, made.shape, made.device, made.compiled = "tiny 12", (3, 12, 12), CPU, False
     made.model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
     qcfs_fast.calibrate(made.model, [torch.rand(8, 3, 12, 12)], progress=False)
     for module in contenders.activations(made.model).values():
@@ -108,12 +119,49 @@ def test_cases(results):
     for case in data["cases"]:
         assert 0.08 <= case["firing rate"] <= 0.18
         rows = case["contenders"]
-        assert {"qcfs_fast 16-bit", "qcfs_fast 8-bit", "T-loop fp32", "T-loop bf16"} <= set(rows)
+        ours = {"qcfs_fast 16-bit", "qcfs_fast 8-bit"} if case["kind"] == "layer" else set(OURS)
+        assert {*ours, "T-loop fp32", "T-loop bf16"} <= {name for name, row in rows.items() if "error" not in row}
         for row in rows.values():
             assert "error" in row or row["least"] <= row["seconds"]
-            assert "error" in row or 3 <= row["rounds"] <= 4
+            assert "error" in row or 3 <= row["rounds"] <= (LATENCY_ROUNDS if case["batch"] == 1 else 4)
     four = [c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4]
     assert [c["live bytes"]["float32"] for c in four] == [c["batch"] * four[0]["live bytes"]["float32"] for c in four]
+
+
+@pytest.mark.parametrize("label", [label for label, (name, _) in NETWORKS.items() if name in TINY])
+def test_the_tiny_networks(label):
+    """Their rates are those of the others, and all contenders agree on them."""
+    network = NetworkCases(label, CPU, compiled=False)
+    with torch.no_grad():
+        (case,) = network.cases(1, (4,), EFFORT, only="qcfs_fast")
+    assert 0.15 < case["firing rate"] < 0.18
+    assert {name for name, row in case["contenders"].items() if "error" not in row} == set(OURS)
+    apart = {name: share for name, share in case["check"].items() if "float64" in name}
+    assert {name.removesuffix(", spikes apart from float64") for name in apart} == {
+        "qcfs_fast 16-bit", "qcfs_fast 24-bit", "qcfs_fast offset 16-bit"
+    }  # fmt: skip
+    assert max(apart.values()) < 1e-2
+
+
+def test_a_wrong_network_of_ours_is_found(tiny, monkeypatch):
+    for name in ("qcfs_fast 24-bit", "qcfs_fast offset 16-bit"):
+        other = copy.deepcopy(tiny.snns[name])
+        next(m for n, m in other.layers.items() if "threshold" in dict(m.named_buffers())).threshold.mul_(2)
+        monkeypatch.setitem(tiny.snns, name, other)
+        with pytest.raises(AssertionError, match=f"{name} and float64"):
+            tiny.check_ours(name)
+
+
+def test_batches():
+    assert batches("resnet20 32") == (1, 8, 32, 128)
+    assert batches("resnet18 224") == (1, 8, 32)
+
+
+def test_percentiles_need_readings():
+    assert percentiles([1.0, 2.0]) == {}
+    assert percentiles([float(i) for i in range(11)]) == {"p90": 9.0}
+    found = percentiles([float(i) for i in range(101)])
+    assert (found["p90"], round(found["p99"], 9)) == (90.0, 99.0)
 
 
 def test_live_bytes_by_hand():
@@ -188,3 +236,23 @@ def test_compare(results, tmp_path, capsys):
     readme.write_text("no marks")
     assert main(["compare", str(results), "--readme", str(readme)]) == 1
     assert "needs the lines" in capsys.readouterr().err
+
+
+def test_compare_shows_percentiles(results, tmp_path, capsys):
+    from qcfs_fast.study.command_line import main
+
+    data = read(results)
+    (case,) = [c for c in data["cases"] if c["kind"] == "network" and (c["batch"], c["T"]) == (1, 4)]
+    for row in case["contenders"].values():
+        row.pop("p90", None), row.pop("p99", None)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(data))
+    assert main(["compare", str(path)]) == 0
+    assert "p99" not in capsys.readouterr().out  # too few readings
+    case["contenders"]["qcfs_fast 16-bit"] |= {"seconds": 0.00125, "p90": 0.0032, "p99": 0.0456}
+    path.write_text(json.dumps(data))
+    assert main(["compare", str(path)]) == 0
+    table = capsys.readouterr().out.partition("batch 1, T = 4: milliseconds, median / p90 / p99")[2]
+    assert "1.25 / 3.20 / 45.6" in table
+    loop = comparison._milliseconds(case["contenders"]["T-loop fp32"]["seconds"])
+    assert re.search(rf"T-loop fp32 +\S +{loop} ", table)  # the median alone

@@ -42,6 +42,7 @@ def test_the_format_has_grown_only(bits, tmp_path):
     (before, old), (after, new) = format_reader.read(STORED[bits]), format_reader.read(tmp_path / "again")
     assert before.pop("written_by") == "0.1.0"
     assert after.pop("written_by") == qcfs_fast.__version__
+    assert len(after.pop("crc32")) == 8
     assert (before.pop("format_version"), after.pop("format_version")) == (1, 2)
     assert after.pop("neuron") == {"mode": "plain", "window": 4, "iterations": 1}
     assert json.dumps(before) == json.dumps(after)

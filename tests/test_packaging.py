@@ -80,6 +80,7 @@ def test_sdist_holds_the_repository(sdist):
 
 
 @pytest.mark.slow
+@pytest.mark.native
 def test_wheel_holds_the_package_alone(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
@@ -98,6 +99,7 @@ def test_wheel_holds_the_package_alone(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.native
 def test_wheel_from_the_sdist_runs_in_a_clean_environment(wheel, tmp_path):
     python = str(tmp_path / "venv" / "bin" / "python")
     run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], tmp_path)

@@ -103,11 +103,64 @@ def rewrite(path, change_header=None, change_tensors=None):
     with safe_open(str(path), framework="pt") as f:
         header = json.loads(f.metadata()["qcfs_fast"])
         tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    del header["crc32"]  # as in a file without one: what is tested are the checks behind it
     if change_header:
         change_header(header)
     if change_tensors:
         change_tensors(tensors)
     save_file(tensors, path, metadata={"qcfs_fast": json.dumps(header)})
+
+
+def test_a_bit_that_flipped_is_found(saved):
+    """Anywhere in the tensors' bytes; before there was a checksum such a file loaded and gave other answers."""
+    path = saved[0]
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    for at in range(8 + length, len(data), (len(data) - length) // 200):
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
+        path.write_bytes(bytes(changed))
+        with pytest.raises(FormatError, match=rf"{path}: its checksum does not fit .*copy it again from its source"):
+            qcfs_fast.load(path)
+
+
+def test_a_graph_that_was_altered_is_found(saved):
+    path = saved[0]
+    data = path.read_bytes()
+    assert data.count(b'\\"window\\": 4') == 1
+    path.write_bytes(data.replace(b'\\"window\\": 4', b'\\"window\\": 5'))
+    with pytest.raises(FormatError, match="its checksum does not fit"):
+        qcfs_fast.load(path)
+
+
+ABOUT = {"dataset": "CIFAR-10 \u00fc", "accuracy": 0.9312, "layers": [1, None, {"deep": True}]}
+
+
+def test_metadata(saved, tmp_path):
+    path, snn, x = saved
+    assert (snn.metadata, qcfs_fast.load(path).metadata) == ({}, {})
+    snn.save(path, metadata=ABOUT)
+    again = qcfs_fast.load(path)
+    assert again.metadata == ABOUT
+    assert torch.equal(again(x), snn(x))
+    again.save(tmp_path / "again")
+    assert path.read_bytes() == (tmp_path / "again").read_bytes()
+    again.metadata["note"] = "one more"
+    again.save(tmp_path / "again")
+    assert qcfs_fast.load(tmp_path / "again").metadata == {**ABOUT, "note": "one more"}
+    again.save(tmp_path / "again", metadata={})
+    assert qcfs_fast.load(tmp_path / "again").metadata == {}
+
+
+@pytest.mark.parametrize(
+    "metadata", [[1], "text", {1: 2}, {"a": (1, 2)}, {"a": float("nan")}, {"a": torch.zeros(1)}, {"a": {1, 2}}]
+)
+def test_metadata_that_json_does_not_have(saved, metadata):
+    path, snn, _ = saved
+    before = path.read_bytes()
+    with pytest.raises((ValueError, TypeError)):
+        snn.save(path, metadata=metadata)
+    assert path.read_bytes() == before
 
 
 def node(header, kind):
@@ -136,6 +189,26 @@ HEADERS = {
     "negative": (lambda h: node(h, "SpikingLayer")["config"]["geometry"].__setitem__(2, -1), "geometry is damaged"),
     "peaks": (lambda h: node(h, "SpikingLayer")["config"].update(peaks=[]), "peaks are damaged"),
     "pool": (lambda h: node(h, "SpikePool")["config"]["pool"].update(kind="sum"), "pool is damaged"),
+    "geometry of zero": (
+        lambda h: node(h, "SpikingLayer")["config"]["geometry"].__setitem__(0, 0), "geometry is damaged"),
+    "groups": (
+        lambda h: node(h, "SpikingLayer")["config"]["geometry"].__setitem__(8, 3),
+        r"weight_0 of shape \[3, 3, 8, 8\] does not fit the geometry"),
+    "absurd": (lambda h: node(h, "SpikingLayer")["config"]["geometry"].__setitem__(4, 2**40), "geometry is damaged"),
+    "stride of a pool": (
+        lambda h: node(h, "SpikePool")["config"]["pool"].update(stride=[0, 2]), "pool is damaged .*stride"),
+    "section of a pool": (
+        lambda h: node(h, "SpikePool")["config"]["pool"].update(section=[1, 1, 0, 1]), "pool is damaged .*section"),
+    "multiple": (lambda h: node(h, "SpikePool")["config"]["pool"].update(kind="avg", multiple=0), "multiple is 0"),
+    "shape": (lambda h: h.update(input_shape=[4, 10, 12]), "input_shape .* is none that the image input takes"),
+    "small shape": (lambda h: h.update(input_shape=[3, 1, 1]), "cannot run on an image of the shape"),
+    "huge shape": (lambda h: h.update(input_shape=[3, 2**24, 2**24]), "more than 68719476736 elements"),
+    "details": (lambda h: h["details"].update({"stem.2": 3}), "stem.2: details are damaged"),
+    "bits used": (lambda h: h["details"]["stem.2"].update(weight_bits_used="all"), "details lack weight_bits_used"),
+    "kind of input": (
+        lambda h: node(h, "EncodingLayer").update(inputs=["stem.2"]), "no earlier node"),
+    "reads the image": (lambda h: node(h, "SpikePool").update(inputs=["input"]), "a pool reads maps of spikes"),
+    "metadata": (lambda h: h.update(metadata=[1]), "metadata must be a dict"),
     "tensor": (lambda h: node(h, "SpikingLayer")["tensors"].remove("bias"), "unknown tensors|bias must have"),
     "duplicate": (lambda h: h["graph"].insert(1, dict(h["graph"][1])), "is missing|two nodes are called"),
     "order": (lambda h: h["graph"].reverse(), "no earlier node|first node"),

@@ -134,3 +134,23 @@ def test_an_error_of_the_network_is_500_and_the_next_is_answered(serve, network,
     answer, health = talk(app, conversation)
     assert answer.status_code == 200
     assert health.json()["status"] == "ok"
+
+
+def test_the_load_test(tmp_path, capsys):
+    pytest.importorskip("uvicorn")
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "serving.py"
+    spec = importlib.util.spec_from_file_location("serving", path)
+    load_test = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(load_test)
+    found = load_test.main(["--clients", "1", "4", "--seconds", "0.5", "--output", str(tmp_path / "serving.json")])
+    assert [case["clients"] for case in found["cases"]] == [1, 4]
+    for case in found["cases"]:
+        assert case["requests"] > 0
+        assert case["refused"] == 0
+        # A closed loop: so many clients are never busy for longer than all of them together.
+        assert case["requests_per_second"] * case["seconds"]["median"] < 2 * case["clients"]
+    shown = capsys.readouterr().out
+    assert found["processor"] in shown
+    assert f"{found['cases'][0]['requests_per_second']:.0f} " in shown
+    with pytest.raises(RuntimeError, match="400"):
+        load_test.main(["--image", str(path), "--seconds", "0.5"])

@@ -15,7 +15,10 @@ SOURCE = Path(__file__).resolve().parent.parent
 
 def test_every_page_is_in_the_menu():
     nav = (SOURCE / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
-    assert sorted(re.findall(r": (\S+\.md)", nav)) == sorted(p.name for p in (SOURCE / "docs").glob("*.md"))
+    pages = [*(SOURCE / "docs").glob("*.md"), *(SOURCE / "docs").glob("gallery/*.ipynb")]
+    assert sorted(re.findall(r": (\S+\.(?:md|ipynb))", nav)) == sorted(
+        str(p.relative_to(SOURCE / "docs")) for p in pages
+    )
 
 
 def test_the_api_page_holds_every_public_name():
@@ -37,9 +40,12 @@ def test_public_functions_describe_their_arguments():
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("material", reason="needs mkdocs-material")
     pytest.importorskip("mkdocstrings")
+    pytest.importorskip("mkdocs_jupyter")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     page = (tmp_path / "site" / "api" / "index.html").read_text()
     assert 'id="qcfs_fast.SNN.predict"' in page
     assert "https://fonts" not in page
+    for notebook in (SOURCE / "docs" / "gallery").glob("*.ipynb"):
+        assert "jp-OutputArea" in (tmp_path / "site" / "gallery" / notebook.stem / "index.html").read_text()

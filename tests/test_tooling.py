@@ -6,9 +6,11 @@ time limit for that reason.
 """
 
 import copy
+import copyreg
 import io
 import pickle
 import threading
+from multiprocessing.reduction import ForkingPickler
 
 import networks
 import pytest
@@ -54,18 +56,66 @@ def test_a_pickle_gives_the_same_network(network):
     assert (again.T, again.max_T, str(again.neuron), again.details) == (snn.T, snn.max_T, str(snn.neuron), snn.details)
 
 
-def test_torch_save_needs_trust_and_save_does_not(network, tmp_path):
-    """A pickle of a whole network runs code when read, so torch refuses it unless told to trust; snn.save has none."""
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_torch_save_and_load(weights_only, network):
+    """Reading a pickle of a network runs the checks of a file and no other code, so torch needs no trust."""
     snn, x = network
     file = io.BytesIO()
-    torch.save(snn, file)
+    torch.save({"net": snn, "epoch": 3}, file)
     file.seek(0)
-    with pytest.raises(pickle.UnpicklingError, match="qcfs_fast"):
-        torch.load(file, weights_only=True)
-    file.seek(0)
-    assert same(snn, torch.load(file, weights_only=False), x)
-    snn.save(tmp_path / "net.safetensors")
-    assert same(snn, qcfs_fast.load(tmp_path / "net.safetensors"), x)
+    found = torch.load(file, weights_only=weights_only)
+    assert found["epoch"] == 3
+    assert same(snn, found["net"], x)
+
+
+def test_a_pickle_names_no_code_but_the_loader(network):
+    snn, _ = network
+    known = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        file = io.BytesIO()
+        torch.save(snn, file)
+        file.seek(0)
+        assert torch.serialization.get_unsafe_globals_in_checkpoint(file) == ["qcfs_fast.network.loading.network_of"]
+    finally:
+        torch.serialization.add_safe_globals(known)
+
+
+def test_every_mode_and_what_was_set_travels(network):
+    snn, x = network
+    snn = copy.deepcopy(snn)
+    for mode in ("offset", "signed", "sum"):
+        snn.neuron, snn.T = mode, 2
+        again = pickle.loads(pickle.dumps(snn))
+        assert (again.T, again.neuron) == (2, snn.neuron)
+        assert torch.equal(again(x), snn(x))
+
+
+def test_a_damaged_pickle_is_refused(network):
+    snn, _ = network
+    restore, (header, tensors) = copyreg.dispatch_table[qcfs_fast.SNN](snn)
+    name = next(key for key, t in tensors.items() if t.dtype == torch.int16)
+    t = tensors[name]
+    views = [t.to(torch.float32), t.mT, t.to_sparse(), t[..., :1].expand_as(t), torch.nn.Parameter(t, False), 3]
+    for bad in views:
+        with pytest.raises(qcfs_fast.FormatError, match=r"tensor|dtype|wrong form"):
+            restore(header, {**tensors, name: bad})
+    for bad in (None, b"", "{", "[]", "{}", header[:-1], header.replace('"T": 5', '"T": 10000000')):
+        with pytest.raises(qcfs_fast.FormatError):
+            restore(bad, tensors)
+    for bad in (None, [], {1: 2}):
+        with pytest.raises(qcfs_fast.FormatError):
+            restore(header, bad)
+    assert restore(header, tensors).T == snn.T
+
+
+def test_a_shallow_copy_shares_tensors_alone(network):
+    snn, x = network
+    twin = copy.copy(snn)
+    twin.T = 2
+    assert snn.T == 5
+    assert {t.data_ptr() for t in twin.buffers()} == {t.data_ptr() for t in snn.buffers()}
+    assert torch.equal(twin(x, 5), snn(x))
 
 
 def test_a_state_dict_goes_into_a_network_of_the_same_shape(network):
@@ -86,6 +136,16 @@ def test_shared_memory(network):
     shared = copy.deepcopy(snn).share_memory()
     assert all(b.is_shared() for b in shared.buffers())
     assert same(snn, shared, x)
+
+
+def test_shared_tensors_are_sent_and_not_copied(network):
+    snn, x = network
+    shared = copy.deepcopy(snn).share_memory()
+    there = pickle.loads(ForkingPickler.dumps(shared))  # as to a spawned process
+    assert same(shared, there, x)
+    for buffer in shared.buffers():
+        buffer.zero_()
+    assert not any(buffer.any() for buffer in there.buffers())
 
 
 # ------------------------------------------------------------------------------------ other processes

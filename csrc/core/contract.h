@@ -127,7 +127,8 @@ struct ConvIf {
 // Whether a layer keeps its membranes within +-image_membrane thresholds.
 static constexpr bool image_alone(const ConvIf& a) { return a.product_count == 0 && a.residual_count == 0; }
 
-// Convolution of the analog input: current = clamp(rint(acc * (gain[c] * 2^e[n]) + offset[c]), low[c], high[c])
+// Convolution of the analog input: current = clamp(rint(acc * (gain[c] * 2^e[n]) + offset[c]), low[c], high[c]),
+// high where the two cross,
 // with acc = sum w*q exact and the rest in IEEE double without contraction. With `steps` > 0 the
 // plain neuron on that constant current follows (low >= 0, high <= n) and `out_mask` is written,
 // otherwise `out_current`.

@@ -1,7 +1,8 @@
 // Calls from Python as the contract's structs, for every native module.
 //
 // A call is an object of qcfs_fast/operators/signature.py: its attributes are torch tensors, lists of tensors and
-// integers, checked and contiguous. Tensors are read by their Python methods (data_ptr, shape, element_size), so no
+// integers, checked and contiguous. What sizes are made of is bounded here once more (core/limits.h), since a kernel
+// believes it. Tensors are read by their Python methods (data_ptr, shape, element_size), so no
 // torch header enters here and one build serves every torch version. A struct holds bare addresses: the caller keeps
 // the call alive, and the result tensor too.
 #pragma once
@@ -9,12 +10,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "core/contract.h"
+#include "core/limits.h"
 
 namespace qcfs::python {
 
@@ -51,16 +54,40 @@ T* data(py::handle tensor) {
   return static_cast<T*>(address);
 }
 
+inline void require(bool condition, const char* what) {
+  if (!condition) throw py::value_error(std::string(what) + " out of range");
+}
+
+// Of a tensor, or of the result of a call.
 inline std::vector<std::int64_t> shape(py::handle tensor) {
-  return QCFS_ATTRIBUTE(tensor, "shape").cast<std::vector<std::int64_t>>();
+  auto sizes = QCFS_ATTRIBUTE(tensor, "shape").cast<std::vector<std::int64_t>>();
+  require(is_shape(sizes), "a shape is");
+  return sizes;
+}
+
+template <std::size_t dims>
+std::array<std::int64_t, dims> shape_of(py::handle call) {
+  const std::vector<std::int64_t> found = shape(call);
+  require(found.size() == dims, "the number of dimensions is");
+  std::array<std::int64_t, dims> sizes;
+  std::copy(found.begin(), found.end(), sizes.begin());
+  return sizes;
+}
+
+inline std::int64_t steps_of(py::handle call) {
+  const std::int64_t T = integer(QCFS_ATTRIBUTE(call, "T"));
+  require(within(T, 1, max_steps), "T is");
+  return T;
 }
 
 // The geometry at place i of a flat list of them.
 inline Geometry geometry(py::handle list, std::size_t i = 0) {
   std::array<std::int64_t, 9> g;
+  require(PySequence_Fast_GET_SIZE(list.ptr()) >= static_cast<Py_ssize_t>((i + 1) * g.size()), "the geometry is");
   for (std::size_t k = 0; k < g.size(); ++k) {
     g[k] = integer(PySequence_Fast_GET_ITEM(list.ptr(), static_cast<Py_ssize_t>(i * g.size() + k)));
   }
+  require(is_geometry(g.data()), "the geometry is");
   return {g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8]};
 }
 
@@ -70,12 +97,12 @@ inline Coding coding(std::int64_t planes, std::int64_t steps) { return planes ==
 // Conv2dIf. The struct points into the two vectors, so this stays where it was made.
 struct SpikingLayer {
   explicit SpikingLayer(py::handle a) {
-    const auto out = QCFS_ATTRIBUTE(a, "shape").cast<std::array<std::int64_t, 5>>();    // [planes, N, OH, OW, O]
+    const auto out = shape_of<5>(a);    // [planes, N, OH, OW, O]
     layer.batch = out[1];
     layer.out_h = out[2];
     layer.out_w = out[3];
     layer.out_channels = out[4];
-    layer.steps = integer(QCFS_ATTRIBUTE(a, "T"));
+    layer.steps = steps_of(a);
     const auto x = QCFS_ATTRIBUTE(a, "x").cast<py::list>(), weight = QCFS_ATTRIBUTE(a, "weight").cast<py::list>();
     const py::object geometries = QCFS_ATTRIBUTE(a, "geometry");
     const auto scales = QCFS_ATTRIBUTE(a, "scales").cast<std::vector<std::int32_t>>();
@@ -139,7 +166,7 @@ inline AnalogConv analog_conv(py::handle a) {
   c.low = data<const std::int32_t>(QCFS_ATTRIBUTE(a, "low"));
   c.high = data<const std::int32_t>(QCFS_ATTRIBUTE(a, "high"));
   if (out.size() == 5) {
-    c.steps = integer(QCFS_ATTRIBUTE(a, "T"));
+    c.steps = steps_of(a);
     c.threshold = data<const std::int32_t>(QCFS_ATTRIBUTE(a, "threshold"));
   }
   return c;
@@ -160,12 +187,29 @@ struct Windows {
   std::int64_t out_h, out_w;
 };
 
+// The windows of one axis of a call on inputs of `size`, here where they can be looked at.
+inline std::vector<std::int64_t> windows(py::handle list, std::int64_t size) {
+  auto found = list.cast<std::vector<std::int64_t>>();
+  bool sound = !found.empty() && found.size() % 3 == 0;
+  for (std::size_t i = 0; sound && i < found.size(); i += 3) {
+    sound = within(found[i], 0, found[i + 1]) && found[i + 1] <= size && within(found[i + 2], 1, max_steps);
+  }
+  require(sound, "the windows are");
+  return found;
+}
+
+inline std::int64_t multiple_of(py::handle call) {
+  const std::int64_t multiple = integer(QCFS_ATTRIBUTE(call, "multiple"));
+  require(within(multiple, 0, max_steps), "the multiple is");
+  return multiple;
+}
+
 // Pool, or MaxPool: an OR of masks or the largest of counts, plane by plane.
 inline Pool pool(py::handle a, py::handle out, const Windows& w) {
   const bool max = !py::hasattr(a, "multiple");
   const py::object x = QCFS_ATTRIBUTE(a, "x");
   const std::vector<std::int64_t> in = shape(x);    // [planes, N, H, W, C]
-  const std::int64_t steps = max ? in[0] : integer(QCFS_ATTRIBUTE(a, "T"));
+  const std::int64_t steps = max ? in[0] : steps_of(a);
   const Pooling pooling = !max                                       ? Pooling::sum
                           : QCFS_ATTRIBUTE(a, "counts").cast<bool>() ? Pooling::largest
                                                                      : Pooling::any;
@@ -180,7 +224,7 @@ inline Pool pool(py::handle a, py::handle out, const Windows& w) {
           pooling,
           w.rows,
           w.cols,
-          max ? 0 : integer(QCFS_ATTRIBUTE(a, "multiple")),
+          max ? 0 : multiple_of(a),
           data<const std::uint8_t>(x),
           data<std::uint8_t>(out)};
 }
@@ -196,7 +240,7 @@ inline PoolCounts pool_counts(py::handle a, py::handle out, const Windows& w) {
           w.out_w,
           w.rows,
           w.cols,
-          integer(QCFS_ATTRIBUTE(a, "multiple")),
+          multiple_of(a),
           data<const std::int32_t>(counts),
           data<std::int32_t>(out)};
 }
@@ -204,13 +248,15 @@ inline PoolCounts pool_counts(py::handle a, py::handle out, const Windows& w) {
 inline Count count(py::handle a, py::handle out) {
   const py::object x = QCFS_ATTRIBUTE(a, "x");
   const std::vector<std::int64_t> in = shape(x);
-  const std::int64_t steps = integer(QCFS_ATTRIBUTE(a, "T"));
+  const std::int64_t steps = steps_of(a);
+  const std::int64_t first = integer(QCFS_ATTRIBUTE(a, "first")), last = integer(QCFS_ATTRIBUTE(a, "last"));
+  require(within(first, 0, last - 1) && last <= steps, "the span is");
   std::int64_t elements = 1;    // of one plane
   for (std::size_t i = 1; i < in.size(); ++i) elements *= in[i];
   return {elements,
           steps,
-          integer(QCFS_ATTRIBUTE(a, "first")),
-          integer(QCFS_ATTRIBUTE(a, "last")),
+          first,
+          last,
           coding(in[0], steps),
           QCFS_ATTRIBUTE(a, "prefix").cast<bool>(),
           data<const std::uint8_t>(x),
@@ -233,13 +279,13 @@ struct ReadoutLayer {
                        identity ? nullptr : data<const std::int16_t>(weight[i]), geometry(geometries, i),
                        data<const double>(gain[i]), integer(multiple[i])});
     }
-    const auto size = QCFS_ATTRIBUTE(a, "shape").cast<std::array<std::int64_t, 5>>();    // [1 or T, N, OH, OW, O]
+    const auto size = shape_of<5>(a);    // [1 or T, N, OH, OW, O]
     layer = {size[0] * size[1],
              size[1],
              size[2],
              size[3],
              size[4],
-             integer(QCFS_ATTRIBUTE(a, "T")),
+             steps_of(a),
              terms.data(),
              static_cast<int>(terms.size()),
              data<const double>(QCFS_ATTRIBUTE(a, "offset")),
@@ -255,7 +301,7 @@ struct ReadoutLayer {
 inline Quantize quantize(py::handle a, py::handle out, py::handle exponent) {
   const py::object x = QCFS_ATTRIBUTE(a, "x");
   const auto stride = result_of(x, QCFS_NAME("stride")).cast<std::array<std::int64_t, 4>>();
-  const auto size = QCFS_ATTRIBUTE(a, "shape").cast<std::array<std::int64_t, 4>>();    // [N, H, W, C]
+  const auto size = shape_of<4>(a);    // [N, H, W, C]
   return {size[0],
           size[1],
           size[2],

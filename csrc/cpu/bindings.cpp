@@ -9,6 +9,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <utility>
@@ -118,11 +119,11 @@ class AnalogLayer {
   Options options_;
 };
 
-// The pooling windows of an call, kept here while a kernel reads them.
+// The pooling windows of a call on [.., H, W, C], kept here while a kernel reads them.
 struct HostWindows {
-  explicit HostWindows(py::handle a)
-      : rows(QCFS_ATTRIBUTE(a, "rows").cast<std::vector<std::int64_t>>()),
-        cols(QCFS_ATTRIBUTE(a, "cols").cast<std::vector<std::int64_t>>()) {}
+  HostWindows(py::handle a, const std::array<std::int64_t, 5>& in)
+      : rows(qcfs::python::windows(QCFS_ATTRIBUTE(a, "rows"), in[2])),
+        cols(qcfs::python::windows(QCFS_ATTRIBUTE(a, "cols"), in[3])) {}
 
   qcfs::python::Windows view() const {
     return {rows.data(), cols.data(), static_cast<std::int64_t>(rows.size() / 3),
@@ -133,12 +134,12 @@ struct HostWindows {
 };
 
 void pool(py::handle a, py::handle out, std::uint32_t isa, int threads) {
-  const HostWindows windows(a);
+  const HostWindows windows(a, qcfs::python::shape_of<5>(QCFS_ATTRIBUTE(a, "x")));
   run(qcfs::cpu::pool, qcfs::python::pool(a, out, windows.view()), options(isa, threads), "pool");
 }
 
 void pool_counts(py::handle a, py::handle out, std::uint32_t isa, int threads) {
-  const HostWindows windows(a);
+  const HostWindows windows(a, qcfs::python::shape_of<5>(QCFS_ATTRIBUTE(a, "counts")));
   run(qcfs::cpu::pool_counts, qcfs::python::pool_counts(a, out, windows.view()), options(isa, threads), "pool_counts");
 }
 
@@ -152,7 +153,12 @@ void readout(py::handle a, py::handle out, std::uint32_t isa, int threads) {
 }
 
 void quantize_input(py::handle a, py::handle out, py::handle exponent, std::uint32_t isa, int threads) {
-  run(qcfs::cpu::quantize, qcfs::python::quantize(a, out, exponent), options(isa, threads), "quantize_input");
+  const qcfs::Quantize image = qcfs::python::quantize(a, out, exponent);
+  const std::int64_t channels = qcfs::python::shape_of<4>(QCFS_ATTRIBUTE(a, "x"))[1];
+  for (std::int64_t c = 0; c < image.channels; ++c) {
+    qcfs::python::require(qcfs::within(image.source[c], 0, channels - 1), "quantize_input: source, a channel of x, is");
+  }
+  run(qcfs::cpu::quantize, image, options(isa, threads), "quantize_input");
 }
 
 }    // namespace

@@ -131,7 +131,7 @@ struct Call {
 // Sizes bound here, before they are multiplied: what make_plan refuses must not overflow on the way to it.
 void check_sizes(const qcfs_images& images) {
   for (const std::int64_t size : {images.batch, images.channels, images.height, images.width}) {
-    require(size >= 0 && size <= qcfs::network::max_extent, Fault::shape, "a size of the images is out of range");
+    require(size >= 0 && size <= qcfs::max_extent, Fault::shape, "a size of the images is out of range");
   }
   const std::int64_t area = images.height * images.width;    // at most 2^48
   std::int64_t all = 0;
@@ -190,7 +190,11 @@ qcfs_status qcfs_load_file(const char* path, qcfs_network** network, qcfs_error*
     given(network, "network");
     *network = nullptr;
     const std::vector<char> bytes = bytes_of(path);
-    *network = loaded(bytes.data(), bytes.size());
+    try {
+      *network = loaded(bytes.data(), bytes.size());
+    } catch (const Error& e) {
+      throw Error(e.fault, std::string(path) + ": " + e.what());
+    }
   });
 }
 

@@ -1,5 +1,5 @@
-// From the file's JSON to typed nodes. Three passes: each node by itself, then what nodes ask of each other, then the
-// bound on T that rules out overflow, computed again from the integers.
+// From the file's JSON to typed nodes. Three passes: each node by itself, then what nodes ask of each other (kinds,
+// channels, peaks), then the bound on T that rules out overflow, computed again from the integers.
 #include "network/graph.h"
 
 #include <algorithm>
@@ -92,7 +92,7 @@ class Fields {
     std::vector<Geometry> found;
     for (std::size_t i = 0; i < all.size(); i += geometry_size) {
       const std::int64_t* g = &all[i];
-      for (std::size_t k = 0; k < geometry_size; ++k) check(g[k] >= (k == 4 || k == 5 ? 0 : 1), damaged(name));
+      check(is_geometry(g), damaged(name));
       found.push_back({g[0], g[1], g[2], g[3], g[4], g[5], g[6], g[7], g[8]});
     }
     return found;
@@ -274,6 +274,18 @@ class NodeTensors {
   Tensors left_;
 };
 
+// The input channels of a weight [KH, KW, C/groups, O], or of a vector's [C, O], which must fit its geometry.
+std::int64_t channels_read(const Tensor& weight, const Geometry& g, const std::string& name) {
+  const bool flat = weight.shape.size() == 2;
+  const std::int64_t kernel_h = flat ? 1 : weight.shape[0], kernel_w = flat ? 1 : weight.shape[1];
+  const std::int64_t rows = weight.shape[flat ? 0 : 2], columns = weight.shape.back();
+  const bool pointwise = g.kernel_h * g.kernel_w * g.stride_h * g.stride_w * g.dilation_h * g.dilation_w == 1 &&
+                         g.pad_h + g.pad_w == 0 && g.groups == 1;
+  check(kernel_h == g.kernel_h && kernel_w == g.kernel_w && rows > 0 && columns % g.groups == 0 && (!flat || pointwise),
+        name + " does not fit its geometry");
+  return rows * g.groups;
+}
+
 std::int64_t value(const Tensor& t, std::int64_t i) { return t.as<std::int32_t>()[i]; }
 
 void check_thresholds(const Tensor& threshold) {
@@ -306,7 +318,7 @@ Current read_current(NodeTensors& tensors, const std::string& weight, const Geom
 
 ImageInput read_image(const Fields& config, NodeTensors& tensors) {
   const std::int64_t channels = tensors.channels_of("source");
-  ImageInput a{config.whole("channels", 1, max_sum),
+  ImageInput a{config.whole("channels", 1, max_extent),
                config.flag("vector"),
                static_cast<int>(config.whole_or("bits", 2, 24, 16)),
                tensors.per_channel("source", Dtype::i64, channels),
@@ -319,7 +331,7 @@ ImageInput read_image(const Fields& config, NodeTensors& tensors) {
 
 Encoding read_encoding(const Fields& config, NodeTensors& tensors) {
   const bool long_weights = config.whole_or("weight_bits", 24, 24, 0) == 24;
-  const std::int64_t steps = config.whole_or("bias_steps", 1, max_sum, 0), O = tensors.channels_of("threshold");
+  const std::int64_t steps = config.whole_or("bias_steps", 1, max_extent, 0), O = tensors.channels_of("threshold");
   config.texts("layers");
   Encoding a{{}, config.flag("vector"), tensors.per_channel("threshold", Dtype::i32, O), {}, steps};
   check_thresholds(a.threshold);
@@ -381,9 +393,9 @@ std::vector<std::int64_t> magnitudes(const Spiking& a) {
 
 Spiking read_spiking(const Fields& config, NodeTensors& tensors, std::size_t inputs) {
   const bool long_weights = config.whole_or("weight_bits", 24, 24, 0) == 24;
-  const std::int64_t steps = config.whole_or("bias_steps", 1, max_sum, 0), O = tensors.channels_of("threshold");
+  const std::int64_t steps = config.whole_or("bias_steps", 1, max_extent, 0), O = tensors.channels_of("threshold");
   config.texts("layers");
-  const std::vector<std::int64_t> index = config.wholes("weight_index", 0, max_sum);
+  const std::vector<std::int64_t> index = config.wholes("weight_index", 0, max_extent);
   const std::vector<std::int64_t> peaks = config.wholes("peaks", 1, max_count);
   const std::vector<Geometry> geometry = config.geometries("geometry");
   const std::set<std::int64_t> used(index.begin(), index.end());
@@ -441,6 +453,7 @@ Answer read_answer(const Fields& config, NodeTensors& tensors, std::size_t input
   check(geometry.size() == inputs, "geometry is damaged");
   check(pools.size() == inputs, "pools are damaged");
   Answer a{{}, config.flag("vector"), config.flag("flattened"), tensors.per_channel("offset", Dtype::f64, O)};
+  check(O > 0, "offset is empty");
   for (std::size_t i = 0; i < inputs; ++i) {
     const std::string place = "_" + std::to_string(i);
     Term term{{}, vectors[i], geometry[i], tensors.weight("weight" + place, false, 4, O, true), {}, {}};
@@ -450,10 +463,26 @@ Answer read_answer(const Fields& config, NodeTensors& tensors, std::size_t input
     }
     term.gain = tensors.per_channel("gain" + place, Dtype::f64, O);
     check(pools[i].is(Json::Kind::array), "pools are damaged");
-    for (const Json& pool : pools[i].items) term.pools.push_back(read_pool(pool));
+    for (const Json& pool : pools[i].items) {
+      term.pools.push_back(read_pool(pool));
+      check(term.pools.size() == 1 || !term.pools.back().max || term.pools[term.pools.size() - 2].max,
+            "pools are damaged: a maximum behind an average");
+    }
     a.terms.push_back(std::move(term));
   }
   return a;
+}
+
+Pooling read_pooling(const Fields& config) {
+  const PoolSpec pool = read_pool(config.at("pool", Json::Kind::object));
+  if (!pool.max) {
+    const std::int64_t divisor = pool.depends_on_size()       ? 1
+                                 : pool.divisor_override != 0 ? pool.divisor_override
+                                                              : pool.kernel[0] * pool.kernel[1];
+    check(pool.multiple > 0 && pool.multiple % divisor == 0,
+          "multiple is " + std::to_string(pool.multiple) + ", no common multiple of the windows' divisors");
+  }
+  return {pool};
 }
 
 // --------------------------------------------------------------------------------------------------- the whole graph
@@ -476,6 +505,77 @@ void check_inputs(const Graph& graph, const Node& node) {
     const Node& input = graph.nodes[static_cast<std::size_t>(node.inputs[i])];
     check(image ? std::holds_alternative<ImageInput>(input.layer) : sends_spikes(input),
           node.name + " reads " + input.name + ", which sends " + (image ? "no image" : "no spikes"));
+  }
+}
+
+// How many channels a node sends, as a vector or as maps of a size not known here.
+struct Channels {
+  std::int64_t count;
+  bool vector;
+
+  // A weight for `read` channels can read this; `flat`: as a vector, maps flattened.
+  void check_read(std::int64_t read, bool flat, const std::string& name) const {
+    check(flat && !vector ? read % count == 0 : read == count,
+          name + " takes " + std::to_string(read) + " channels, but its input has " + std::to_string(count));
+  }
+};
+
+Channels channels_sent(const Node& node, const std::vector<Channels>& in) {
+  if (const auto* a = std::get_if<ImageInput>(&node.layer)) return {a->source.count(), false};
+  if (const auto* a = std::get_if<Encoding>(&node.layer)) {
+    in[0].check_read(channels_read(a->current.weight, a->current.geometry, "weight"), false, "weight");
+    return {a->threshold.count(), a->vector};
+  }
+  if (const auto* a = std::get_if<Spiking>(&node.layer)) {
+    for (std::size_t i = 0; i < a->sources.size(); ++i) {
+      const Source& s = a->sources[i];
+      const std::string name = "weight_" + std::to_string(s.weight);
+      in[i].check_read(channels_read(a->weights[static_cast<std::size_t>(s.weight)][0], s.geometry, name), a->vector,
+                       name);
+    }
+    for (std::size_t i = 0; i < a->residuals.size(); ++i) {
+      in[a->sources.size() + i].check_read(a->threshold.count(), a->vector, "a residual");
+    }
+    if (a->analog) {
+      const std::int64_t read = channels_read(a->analog->weight, a->analog->geometry, "analog_weight");
+      in.back().check_read(read, false, "analog_weight");
+    }
+    return {a->threshold.count(), a->vector};
+  }
+  if (std::holds_alternative<Pooling>(node.layer)) {
+    check(!in[0].vector, "a pool reads maps of spikes");
+    return in[0];
+  }
+  if (std::holds_alternative<Concat>(node.layer)) {
+    Channels all{0, in[0].vector};
+    for (const Channels& c : in) {
+      check(c.vector == all.vector, "a concatenation reads spikes, all maps or all vectors");
+      all.count += c.count;
+    }
+    return all;
+  }
+  const auto& answer = std::get<Answer>(node.layer);
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    const Term& term = answer.terms[i];
+    const std::string name = "weight_" + std::to_string(i);
+    check(term.pools.empty() || !in[i].vector, "pools of term " + std::to_string(i) + " read a vector");
+    const bool identity = term.weight.count() == 0;
+    in[i].check_read(identity ? answer.offset.count() : channels_read(term.weight, term.geometry, name), term.vector,
+                     name);
+  }
+  return {answer.offset.count(), true};
+}
+
+void check_channels(const Graph& graph) {
+  std::vector<Channels> sent;
+  for (const Node& node : graph.nodes) {
+    std::vector<Channels> in;
+    for (const int i : node.inputs) in.push_back(sent[static_cast<std::size_t>(i)]);
+    try {
+      sent.push_back(channels_sent(node, in));
+    } catch (const Error& error) {
+      throw Error(error.fault, node.name + ": " + error.what());
+    }
   }
 }
 
@@ -509,7 +609,7 @@ Node read_node(const Json& json, const Graph& graph, const Tensors& tensors, std
       node.layer = read_spiking(config, own, n);
     } else if (type == "SpikePool") {
       check(n == 1, "a pool has one input");
-      node.layer = Pooling{read_pool(config.at("pool", Json::Kind::object))};
+      node.layer = read_pooling(config);
     } else if (type == "SpikeConcat") {
       check(n > 1, "a concatenation has several inputs");
     } else {
@@ -547,6 +647,9 @@ std::int64_t overflow_free_steps(const Spiking& a, const NeuronMode& neuron) {
 void read_details(const Fields& all, Node& node) {
   const Fields f(all.at(node.name.c_str(), Json::Kind::object));
   for (const char* name : {"channels", "lossless", "threshold_min", "threshold_max"}) f.whole(name, 0, INT64_MAX);
+  const Json* bits = all.at(node.name.c_str(), Json::Kind::object).find("weight_bits_used");
+  check(bits != nullptr && (bits->is(Json::Kind::real) || is_whole(*bits, 0, max_extent)),
+        node.name + ": weight_bits_used is damaged");
   std::int64_t bound = unbounded_steps;
   if (const auto* a = std::get_if<Spiking>(&node.layer)) bound = overflow_free_steps(*a, {});
   if (const auto* a = std::get_if<Encoding>(&node.layer); a != nullptr && a->bias_steps > 0) bound = a->bias_steps;
@@ -638,7 +741,7 @@ Graph read_graph(const std::string& header, const Tensors& tensors) {
   graph.weight_bits = static_cast<int>(f.whole("weight_bits", 8, 24));
   check(graph.weight_bits % 8 == 0, "weight_bits is not 8, 16 or 24");
   graph.T = f.whole("T", 1, INT64_MAX);
-  if (!f.null("input_shape")) graph.input_shape = f.wholes("input_shape", 1, INT64_MAX);
+  if (!f.null("input_shape")) graph.input_shape = f.wholes("input_shape", 1, max_extent);
   graph.neuron = read_neuron(f);
   std::set<std::string> unclaimed;
   for (const auto& [name, tensor] : tensors) unclaimed.insert(name);
@@ -650,6 +753,7 @@ Graph read_graph(const std::string& header, const Tensors& tensors) {
     check(std::holds_alternative<Answer>(graph.nodes[i].layer) == last,
           "the last node, and no other, must be the readout");
   }
+  check_channels(graph);
   check_peaks(graph);
   const Json& said = f.at("details", Json::Kind::object);
   for (Node& node : graph.nodes) {
@@ -657,6 +761,9 @@ Graph read_graph(const std::string& header, const Tensors& tensors) {
   }
   check(graph.spiking_layers() == static_cast<std::int64_t>(said.members.size()),
         "the layers' details do not match the graph");
+  const std::vector<std::int64_t>& shape = graph.input_shape;
+  check(shape.empty() || (shape.size() == (graph.image().vector ? 1 : 3) && shape[0] == graph.image().channels),
+        "input_shape is none that the image input takes");
   try {
     check(graph.T <= max_steps(graph, graph.neuron), "T=" + std::to_string(graph.T) + " is beyond the overflow bound");
   } catch (const Error& error) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 
 #include "network/error.h"
 
@@ -15,6 +16,18 @@ bool goes_on(const Request& from, const Request& to) {
 }
 
 }    // namespace
+
+Network::Network(Graph graph, File memory) : graph_(std::move(graph)), memory_(std::move(memory)) {
+  const std::vector<std::int64_t>& shape = graph_.input_shape;
+  if (shape.empty()) return;
+  const bool map = shape.size() == 3;
+  try {
+    make_plan(graph_, {1, map ? shape[1] : 1, map ? shape[2] : 1, graph_.T, graph_.neuron, false, 0, false, false},
+              SIZE_MAX);
+  } catch (const Error& error) {
+    throw Error(Fault::format, std::string("cannot run on an image of the shape stated: ") + error.what());
+  }
+}
 
 std::shared_ptr<const Plan> Network::prepare(const Request& request, std::size_t max_bytes) {
   {

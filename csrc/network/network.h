@@ -16,8 +16,9 @@ namespace qcfs::network {
 
 class Network {
  public:
-  // `memory` holds the graph's tensors where nobody else does.
-  explicit Network(Graph graph, File memory = {}) : graph_(std::move(graph)), memory_(std::move(memory)) {}
+  // `memory` holds the graph's tensors where nobody else does. Raises Error (format) where the graph cannot run on an
+  // image of the shape that it states.
+  explicit Network(Graph graph, File memory = {});
   Network(const Network&) = delete;
   Network& operator=(const Network&) = delete;
 

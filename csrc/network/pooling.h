@@ -4,10 +4,9 @@
 #include <cstdint>
 #include <vector>
 
-namespace qcfs::network {
+#include "core/limits.h"
 
-// Sizes, kernels, paddings: larger ones are refused, so that arithmetic on them fits 64 bits.
-constexpr std::int64_t max_extent = 1 << 24;
+namespace qcfs::network {
 
 struct PoolSpec {
   bool max = false;

@@ -1,8 +1,10 @@
 // Reads the container: eight bytes with the length of a JSON text, the text, and the bytes of all tensors, which must
-// lie one behind the other and fill the file. Every tensor is copied, because a file promises no alignment.
+// lie one behind the other and fill the file. Every tensor is copied, because a file promises no alignment. The
+// checksum that most files have is compared, since a bit that flipped in a weight shows nowhere else.
 #include "network/tensors.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <string_view>
 
@@ -26,6 +28,53 @@ constexpr Named dtypes[] = {{"I8", Dtype::i8, 1},   {"I16", Dtype::i16, 2}, {"I3
 
 void check(bool condition, const std::string& what) {
   require(condition, Fault::format, "not a complete safetensors file (" + what + "); copy it again from its source");
+}
+
+// CRC-32 as zlib and PNG have it: polynomial 0x04c11db7, bits reversed.
+class Checksum {
+ public:
+  Checksum() {
+    for (std::uint32_t byte = 0; byte < 256; ++byte) {
+      table_[byte] = byte;
+      for (int bit = 0; bit < 8; ++bit) table_[byte] = table_[byte] >> 1 ^ (table_[byte] & 1 ? 0xedb88320u : 0);
+    }
+  }
+
+  void add(const void* bytes, std::size_t count) {
+    const unsigned char* from = static_cast<const unsigned char*>(bytes);
+    for (std::size_t i = 0; i < count; ++i) crc_ = crc_ >> 8 ^ table_[(crc_ ^ from[i]) & 0xff];
+  }
+
+  std::string text() const {
+    char digits[9];
+    std::snprintf(digits, sizeof(digits), "%08x", static_cast<unsigned>(~crc_));
+    return digits;
+  }
+
+ private:
+  std::uint32_t table_[256];
+  std::uint32_t crc_ = 0xffffffffu;
+};
+
+// A header can end with a checksum of what stands before it and of all tensors; those of version 0.1.0 do not.
+void check_seal(const File& file) {
+  static constexpr std::string_view begin = ", \"crc32\": \"", end = "\"}";
+  constexpr std::size_t digits = 8, length = begin.size() + digits + end.size();
+  if (file.header.size() < length) return;
+  const std::string_view seal = std::string_view(file.header).substr(file.header.size() - length);
+  const std::string_view said = seal.substr(begin.size(), digits);
+  if (seal.substr(0, begin.size()) != begin || seal.substr(length - end.size()) != end ||
+      said.find_first_not_of("0123456789abcdef") != std::string_view::npos) {
+    return;
+  }
+  Checksum sum;
+  sum.add(file.header.data(), file.header.size() - length);
+  for (const auto& [name, tensor] : file.tensors) {
+    sum.add(name.data(), name.size());
+    sum.add(tensor.data, static_cast<std::size_t>(tensor.count()) * size_of(tensor.dtype));
+  }
+  require(sum.text() == said, Fault::format,
+          "its checksum does not fit its contents; the file was damaged, copy it again from its source");
 }
 
 // Where a tensor's bytes lie, and what they are.
@@ -111,6 +160,7 @@ File read_file(const void* bytes, std::size_t size) {
     file.tensors.emplace(p.name, std::move(p.tensor));
   }
   check(filled == size - 8 - length, "bytes that belong to no tensor");
+  check_seal(file);
   return file;
 }
 

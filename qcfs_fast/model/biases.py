@@ -8,12 +8,18 @@ under the biases found for the layers before it, and H the step function that is
     v = theta/2
     at each step t:   m = v + x[t]
                       d = theta * H(m - theta) - a        how far the output is from what it should be
+                      b[t] = alpha * mean of d over images and positions, by channel
                       m = m - d
                       v = m - theta * H(m - theta)
-                      b[t] = alpha * mean of d over images and positions, by channel
 
 The neuron then runs with v += x[t] - b[t]. Only forward passes are needed. b[t] depends on steps up to t alone, so one
 table for the largest T serves every smaller T.
+
+The published rule stops there and does not look at what b[t] does. An output is a step function of the current, so its
+mean need not follow a shift of the current in proportion. On images with a background of one value a third of the first
+layer's neurons have one and the same current: a small shift carries all of them across the threshold, or none. The rule
+then makes the error larger, and later layers start from it. So the mean of theta * H(m - b - theta) - a is computed for
+b[t], for its half and so on, and for 0, and the one that leaves the least is taken.
 
 A layer's biases need the currents of all images, and its output needs the biases. So the graph is executed node by
 node, each node for all images before the next: once as the QCFS network, and once for each step. No layer is run again
@@ -36,6 +42,8 @@ from .graph import call_sites, evaluating, symbolic_trace
 from .neurons import plain
 from .qcfs import over_channels, qcfs
 
+TRIED = 4  # corrections: that of the rule, its half, its quarter, ...
+
 
 def step_biases(
     model: nn.Module, batches: Iterable[Any], T: int = 8, alpha: float = 0.5, progress: bool = False
@@ -48,7 +56,7 @@ def step_biases(
             are enough. Labels are not used. All are held in memory: about T + 1 times what the QCFS network needs to
             run them as one batch.
         T: time steps to find biases for; the first t rows serve t steps.
-        alpha: the share of the error to correct, in (0, 1].
+        alpha: the share of the error to correct, in (0, 1]. Less is corrected where that leaves a smaller error.
         progress: show a progress bar.
 
     Returns:
@@ -98,25 +106,36 @@ def _layer(node: fx.Node, module: Any, runs: list[list[fx.Interpreter]], alpha: 
     """The biases [T, C] of one activation; afterwards it has fired with them in every run."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    total, elements = torch.zeros(()), 0
-    for batch in runs:
-        z, *currents = (run.env[source] for run in batch)
-        theta = over_channels(module.thresh, z)
-        a = qcfs(z, theta, int(module.L))
-        errors, v = [], theta / 2
-        for current in currents:
-            m = v + current
-            d = theta * (m >= theta) - a
-            m = m - d
-            v = m - theta * (m >= theta)
-            errors.append(d.to(torch.float64).transpose(0, 1).flatten(1).sum(1).cpu())
-        total, elements = total + torch.stack(errors), elements + z.numel() // z.shape[1]
+    z = [batch[0].env[source] for batch in runs]
+    theta = over_channels(module.thresh, z[0])
+    answers = [qcfs(x, theta, int(module.L)) for x in z]
+    elements = sum(x.numel() // x.shape[1] for x in z)
+
+    def errors(membranes: list[Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        b = 0 if bias is None else bias.to(theta).reshape(-1, *[1] * (z[0].dim() - 2))
+        return [theta * (m - b >= theta) - a for m, a in zip(membranes, answers, strict=True)]
+
+    def mean(d: list[Tensor]) -> Tensor:
+        return sum((x.to(torch.float64).transpose(0, 1).flatten(1).sum(1) for x in d), torch.zeros(())) / elements
+
+    biases: list[Tensor] = []
+    membranes = [theta / 2] * len(runs)
+    for step in range(1, len(runs[0])):
+        membranes = [v + batch[step].env[source] for v, batch in zip(membranes, runs, strict=True)]
+        d = errors(membranes)
+        wrong = mean(d)
+        best, least = torch.zeros_like(wrong), wrong.abs()
+        for bias in (alpha * wrong / 2**halvings for halvings in range(TRIED)):
+            left = mean(errors(membranes, bias)).abs()
+            best, least = torch.where(left < least, bias, best), torch.minimum(left, least)
+        biases.append(best)
+        membranes = [m - e for m, e in zip(membranes, d, strict=True)]
+        membranes = [m - theta * (m >= theta) for m in membranes]
+    table = torch.stack(biases)
+    for batch, a in zip(runs, answers, strict=True):
         batch[0].env[node] = a
-    biases = alpha * total / elements
-    for batch in runs:
+        b = table.to(theta).reshape(len(table), 1, -1, *[1] * (a.dim() - 2))
         x = torch.stack([run.env[source] for run in batch[1:]])
-        theta = over_channels(module.thresh, x[0])
-        b = biases.to(x.device, x.dtype).reshape(len(x), 1, -1, *[1] * (x.dim() - 3))
         for run, spikes in zip(batch[1:], plain(x - b, theta).spikes, strict=True):
             run.env[node] = theta * spikes
-    return biases
+    return table.cpu()

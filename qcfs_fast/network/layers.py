@@ -45,6 +45,7 @@ from .schema import (
     Pools,
     Size,
     TensorKind,
+    check_weight,
     per_channel,
     require,
 )
@@ -134,6 +135,21 @@ class Term(NamedTuple):
     vector: bool  # flattened to [N, features] after the pools
 
 
+@dataclass(frozen=True)
+class Channels:
+    """What a node sends: how many channels, as a vector or as maps of a size not known here; or it is the image."""
+
+    count: int
+    vector: bool = False
+    image: bool = False
+
+    def check(self, read: int, flat: bool, name: str, image: bool = False) -> None:
+        """FormatError unless a weight for `read` channels can read this; `flat`: as a vector, maps flattened."""
+        require(self.image == image, f"{name} reads {'spikes' if image else 'the image'}")
+        fits = read % self.count == 0 if flat and not self.vector else read == self.count
+        require(fits, f"{name} takes {read} channels, but its input has {self.count}")
+
+
 class Layer(nn.Module):
     """A node: `inputs` are the nodes it reads, `config` what else it needs besides its buffers."""
 
@@ -159,6 +175,10 @@ class Layer(nn.Module):
 
     def check(self) -> None:
         """Raises FormatError where the numbers of the tensors are none that this layer can have."""
+
+    def check_channels(self, sent: Sequence[Channels]) -> Channels:
+        """What the node sends, given what its inputs send; FormatError where these do not fit its weights."""
+        raise NotImplementedError
 
     def forward(self, values: Values, run: Run) -> Any:
         raise NotImplementedError
@@ -235,7 +255,7 @@ class ImageInput(Layer):
 
     def check(self) -> None:
         inside = bool((self.source >= 0).all()) and bool((self.source < self.config.channels).all())
-        require(inside, "source is damaged")
+        require(inside and self.source.numel() > 0, "source is damaged")
 
     def forward(self, values: Values, run: Run) -> Any:
         x = values[IMAGE]
@@ -248,6 +268,9 @@ class ImageInput(Layer):
         q, exponent = torch.ops.qcfs_fast.quantize_input(x, self.source, self.scale, self.shift, self.bits)
         q = q.reshape(N, T, H, W, q.shape[-1]).transpose(0, 1).flatten(0, 1).contiguous()
         return q, exponent.repeat(T)
+
+    def check_channels(self, sent: Sequence[Channels]) -> Channels:
+        return Channels(self.source.numel(), image=True)
 
     @property
     def bits(self) -> int:
@@ -324,6 +347,10 @@ class EncodingLayer(Layer):
             require(bias.shape[0] == self.config.bias_steps, "bias has other steps than bias_steps")
             small = bool((bias.to(torch.int64).abs() <= self.threshold // 2).all())
             require(small, "a bias of the first layer exceeds half a threshold")
+
+    def check_channels(self, sent: Sequence[Channels]) -> Channels:
+        sent[0].check(check_weight("weight", self.weight, self.config.geometry), False, "weight", image=True)
+        return Channels(self.threshold.numel(), self.config.vector)
 
     def overflow_free_steps(self, neuron: Neuron) -> int:
         """The largest T: no integer can overflow (limits.py), but biases by step come to an end."""
@@ -490,6 +517,20 @@ class SpikingLayer(Layer):
         steps = self.config.bias_steps
         require(steps is None or self.bias.shape[0] == steps, "bias has other steps than bias_steps")
 
+    def check_channels(self, sent: Sequence[Channels]) -> Channels:
+        config, flat, O = self.config, self.config.vector, self.threshold.numel()
+        for given, k, g in zip(sent, config.weight_index, config.geometry, strict=False):
+            name = f"weight_{k}"
+            weight = self.buffer(name)
+            require(not flat or tuple(g) == POINTWISE, f"{name} of a vector has the geometry {list(g)}")
+            given.check(check_weight(name, weight[None, None] if flat else weight, g), flat, name)
+        for given in sent[len(config.weight_index) : len(config.peaks)]:
+            given.check(O, flat, "a residual")
+        if config.analog_geometry is not None:
+            read = check_weight("analog_weight", self.analog_weight, config.analog_geometry)
+            sent[-1].check(read, False, "analog_weight", image=True)
+        return Channels(O, flat)
+
     def sources(self) -> list[Source]:
         index = self.config.weight_index
         return [
@@ -627,6 +668,10 @@ class PoolConfig(Config):
 
     def check(self, inputs: Sequence[str]) -> None:
         require(len(inputs) == 1, "a pool has one input")
+        if self.pool.kind == "avg":
+            known = set() if self.pool.depends_on_size else self.pool.divisors()
+            sound = self.pool.multiple > 0 and all(self.pool.multiple % d == 0 for d in known)
+            require(sound, f"multiple is {self.pool.multiple}, no common multiple of the windows' divisors")
 
 
 class SpikePool(Layer):
@@ -637,6 +682,10 @@ class SpikePool(Layer):
     def __init__(self, inputs: Sequence[str], config: PoolConfig, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(inputs, config, tensors)
         self.spec = config.pool
+
+    def check_channels(self, sent: Sequence[Channels]) -> Channels:
+        require(not sent[0].image and not sent[0].vector, "a pool reads maps of spikes")
+        return sent[0]
 
     def forward(self, values: Values, run: Run) -> Any:
         x = values[self.inputs[0]]
@@ -695,6 +744,11 @@ class SpikeConcat(Layer):
 
     config_type = ConcatConfig
 
+    def check_channels(self, sent: Sequence[Channels]) -> Channels:
+        alike = len({(s.vector, s.image) for s in sent}) == 1 and not sent[0].image
+        require(alike, "a concatenation reads spikes, all maps or all vectors")
+        return Channels(sum(s.count for s in sent), sent[0].vector)
+
     def forward(self, values: Values, run: Run) -> Any:
         found = [values[name] for name in self.inputs]
         if not any(isinstance(x, Signed) for x in found):
@@ -725,6 +779,9 @@ class ReadoutConfig(Config):
         require(n > 0 and len(self.vectors) == n, "inputs do not match the weights")
         require(len(self.geometry) == n, "geometry is damaged")
         require(len(self.pools) == n, "pools are damaged")
+        for pools in self.pools:
+            kinds = [pool.kind for pool in pools]
+            require(kinds == sorted(kinds, reverse=True), "pools are damaged: a maximum behind an average")
 
     def tensors(self) -> dict[str, TensorKind]:
         weight = TensorKind((torch.int16,), 4, optional=True)
@@ -756,6 +813,16 @@ class Readout(Layer):
             (node, [p for p in pools if p.kind == "max"], [p for p in pools if p.kind == "avg"], vector)
             for node, pools, vector in zip(self.inputs, config.pools, config.vectors, strict=True)
         ]
+
+    def check_channels(self, sent: Sequence[Channels]) -> Channels:
+        O = self.offset.numel()
+        require(O > 0, "offset is empty")
+        for i, (given, term) in enumerate(zip(sent, self.terms(), strict=True)):
+            name = f"weight_{i}"
+            require(not term.pools or not given.vector, f"pools of term {i} read a vector")
+            read = check_weight(name, term.weight, term.geometry) if term.weight.numel() else O
+            given.check(read, term.vector, name)
+        return Channels(O, True)
 
     def terms(self) -> list[Term]:
         config = self.config

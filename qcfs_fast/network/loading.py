@@ -1,29 +1,46 @@
 """Loading a saved network (docs/format.md). Nothing in the file is taken on trust.
 
-The container is read by safetensors. The header is checked here; each node checks its own fields and tensors when it is
-made (schema.py). The bound on T that rules out overflow is computed again from the integers.
+saving.py reads the container and compares its checksum. The header is checked here; each node checks its own fields and
+tensors when it is made (schema.py). Then comes what nodes ask of each other: kinds, channels, peaks. Where the file
+states the shape of the images, all that a run on one would ask is asked too. The bound on T that rules out overflow is
+computed again from the integers.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import copyreg
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from ..errors import FormatError
+from ..operators.limits import MAX_SUM
 from ..operators.neuron import Neuron
-from .layers import IMAGE, LAYERS, EncodingLayer, ImageInput, Layer, SpikeConcat, SpikePool, SpikingLayer
-from .saving import FORMAT, FORMAT_VERSION
-from .schema import is_int, require
+from .layers import (
+    IMAGE,
+    LAYERS,
+    Channels,
+    EncodingLayer,
+    ImageInput,
+    Layer,
+    Run,
+    SpikeConcat,
+    SpikePool,
+    SpikingLayer,
+    signs,
+)
+from .saving import FORMAT_VERSION, checked_metadata, parsed, read
+from .schema import is_int, require, whole
 from .snn import SNN, check_graph
 
 # Numbers in the details of a spiking layer, which report and profile show.
-DETAILS = ("channels", "lossless", "threshold_min", "threshold_max", "weight_bits_used", "max_T")
+DETAILS = ("channels", "lossless", "threshold_min", "threshold_max", "max_T")
 
 
 def load(path: Any) -> SNN:
@@ -37,33 +54,56 @@ def load(path: Any) -> SNN:
     if not path.is_file():
         raise FileNotFoundError(f"load: no file {path}")
     try:
-        with safe_open(str(path), framework="pt") as f:
-            metadata = f.metadata() or {}
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise FormatError(
-            f"{path}: not a complete safetensors file ({error}); copy it again from its source"
-        ) from error
-    if FORMAT not in metadata:
-        raise FormatError(f"{path}: a safetensors file, but not a network saved by qcfs_fast")
-    try:
-        header = json.loads(metadata[FORMAT])
-    except json.JSONDecodeError as error:
-        raise FormatError(f"{path}: the graph in the file's metadata is damaged ({error})") from error
-    try:
-        return _Reader(header, tensors).read()
+        return _network(*read(path))
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
+
+
+def network_of(header: str, tensors: Mapping[str, Tensor]) -> SNN:
+    """The network of a header's text and its tensors, which may come from anywhere.
+
+    Raises:
+        FormatError: whatever is wrong with them.
+    """
+    return _network(parsed(header), tensors)
+
+
+def _network(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> SNN:
+    try:
+        for key, t in tensors.items():
+            plain = type(t) is Tensor and t.layout is torch.strided and t.is_contiguous()
+            require(plain and not t.is_neg() and not t.requires_grad, f"{key} is not a plain tensor")
+        return _Reader(header, tensors).read()
+    except FormatError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise FormatError(
-            f"{path}: a field is missing or has the wrong form ({type(error).__name__}: {error})"
-        ) from error
+        raise FormatError(f"a field is missing or has the wrong form ({type(error).__name__}: {error})") from error
 
 
-def _check_peaks(layers: Sequence[tuple[str, Layer]]) -> None:
+def _reduced(snn: SNN) -> tuple[Any, ...]:
+    header, tensors = snn.saved()
+    return network_of, (header, {key: t.contiguous() for key, t in tensors.items()})
+
+
+# A pickle of a network is what a file is, a header and tensors, read with the same checks. So torch.load need not be
+# told to trust it, and tensors in shared memory stay there on their way to another process.
+copyreg.pickle(SNN, _reduced)
+torch.serialization.add_safe_globals([network_of])
+
+
+def _check_channels(layers: Sequence[tuple[str, Layer]]) -> None:
+    """What each node reads has the kind and the channels that its weights take."""
+    sent: dict[str, Channels] = {}
+    for name, layer in layers:
+        with _named(name):
+            sent[name] = layer.check_channels([sent[node] for node in layer.inputs if node != IMAGE])
+
+
+def _check_peaks(layers: Sequence[tuple[str, Layer]], sizes: Mapping[str, tuple[int, int]]) -> None:
     """The largest integer that each input can have, as the nodes before it say: the overflow bounds are made of it.
 
-    Windows that depend on the size of the images are not known before there are any.
+    Args:
+        sizes: height and width of what each node reads, for windows that depend on it; empty where that is not known.
     """
     peaks: dict[str, int] = {}
     for name, layer in layers:
@@ -77,16 +117,46 @@ def _check_peaks(layers: Sequence[tuple[str, Layer]]) -> None:
         if isinstance(layer, SpikeConcat):
             peaks[name] = max(found)
         elif isinstance(layer, SpikePool):
-            known = layer.spec.kind == "avg" and not layer.spec.depends_on_size
-            peaks[name] = found[0] * (layer.spec.largest_value() if known else 1)
+            spec = replace(layer.spec, size=sizes[name]) if name in sizes else layer.spec
+            known = spec.kind == "avg" and (name in sizes or not spec.depends_on_size)
+            peaks[name] = found[0] * (spec.largest_value() if known else 1)
+
+
+def _run_without_memory(
+    layers: Sequence[tuple[str, Layer]], shape: Sequence[int], run: Run
+) -> dict[str, tuple[int, int]]:
+    """Run a network on an image of the shape that it states, on tensors that have shapes and no values.
+
+    So everything that an operator asks is asked now. Returns height and width of what each pool reads.
+    """
+    values: dict[str, Any] = {IMAGE: torch.empty((1, *shape), device="meta")}
+    sizes = {}
+    for name, layer in layers:
+        twin = copy(layer)
+        twin.__dict__["_buffers"] = {key: t.to("meta") for key, t in layer.tensors()}
+        if isinstance(layer, SpikePool):
+            height, width = signs(values[layer.inputs[0]])[0].shape[2:4]
+            sizes[name] = (height, width)
+        try:
+            values[name] = twin(values, run)
+        except (ValueError, RuntimeError) as error:
+            raise FormatError(f"{name}: cannot run on an image of the shape {list(shape)} stated: {error}") from error
+    return sizes
+
+
+@contextmanager
+def _named(node: str) -> Iterator[None]:
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{node}: {error}") from error
 
 
 class _Reader:
     """Makes a network of a header and the tensors of its file; takes tensors away as nodes claim them."""
 
-    def __init__(self, header: Any, tensors: Mapping[str, Tensor]) -> None:
-        require(isinstance(header, dict), "the header is not an object")
-        version = header.get("format_version")
+    def __init__(self, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        version: Any = header.get("format_version")
         require(is_int(version, 1), "the header names no format version")
         require(
             version <= FORMAT_VERSION,
@@ -101,19 +171,31 @@ class _Reader:
         require(is_int(h["T"], 1), f"T is {h['T']!r}, not a positive integer")
         shape = h["input_shape"]
         require(
-            shape is None or (isinstance(shape, list) and all(is_int(d, 1) for d in shape)), "input_shape is damaged"
+            shape is None or (isinstance(shape, list) and all(whole(1).fits(d) for d in shape)),
+            "input_shape is damaged",
         )
         require(isinstance(h["graph"], list) and isinstance(h["details"], dict), "the graph is missing")
         neuron = self._neuron()
         layers = [self._layer(node) for node in h["graph"]]
         require(not self.tensors, f"unknown tensors {sorted(self.tensors)[:3]}")
         check_graph(layers)
-        _check_peaks(layers)
+        _check_channels(layers)
+        sizes = {}
+        if shape is not None:
+            image = layers[0][1].config
+            fits = len(shape) == (1 if image.vector else 3) and shape[0] == image.channels
+            require(fits, f"input_shape {shape} is none that the image input takes")
+            sizes = _run_without_memory(layers, shape, Run(min(h["T"], MAX_SUM), neuron))
+        _check_peaks(layers, sizes)
         spiking = {n: layer for n, layer in layers if isinstance(layer, (EncodingLayer, SpikingLayer))}
         require(set(spiking) == set(h["details"]), "the layers' details do not match the graph")
         for name, layer in spiking.items():
             said = h["details"][name]
-            missing = [key for key in DETAILS if not is_int(said.get(key), 0) and key != "weight_bits_used"]
+            require(isinstance(said, dict), f"{name}: details are damaged")
+            missing = [key for key in DETAILS if not whole(0, 2**63 - 1).fits(said.get(key))]
+            bits = said.get("weight_bits_used")
+            if not (isinstance(bits, float) or whole(0).fits(bits)):
+                missing.append("weight_bits_used")
             require(not missing, f"{name}: details lack {', '.join(missing)}")
             bound = layer.overflow_free_steps(Neuron())
             require(
@@ -121,7 +203,10 @@ class _Reader:
                 f"{name}: claims to be free of overflow up to T={said['max_T']}, but its "
                 f"weights allow {bound}; the file was altered",
             )
-        return SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron, h.get("tail", ()), h.get("outputs"))
+        outputs = h.get("outputs")
+        snn = SNN(layers, h["T"], h["weight_bits"], h["details"], shape, neuron, h.get("tail", ()), outputs)
+        snn.metadata = checked_metadata(h.get("metadata", {}))
+        return snn
 
     def _neuron(self) -> Neuron:
         """The mode of the neurons; a file of format 1 has plain ones."""
@@ -146,7 +231,5 @@ class _Reader:
         layer_type = LAYERS[kind]
         if layer_type is ImageInput and inputs == [name]:
             inputs = [IMAGE]  # a file has one name for the image and for the node that quantises it
-        try:
+        with _named(name):
             return name, layer_type(inputs, layer_type.config_type.from_dict(config), tensors)
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from error

@@ -1,26 +1,43 @@
 """Saved networks: one safetensors file, the graph as JSON in its metadata (docs/format.md).
 
 There is no pickle in it, so loading runs no code. This file knows the container alone: what stands in the header is the
-network's business (SNN.save).
+network's business (SNN.save). The header ends with a checksum of itself and all tensors, because a bit that flipped in
+a weight would change answers and nothing else. It is no key of its own in the file's metadata: safetensors writes those
+in any order, and the same network shall give the same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import zlib
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import FormatError
 from ..files import written_atomically
 from ..version import __version__
 
 FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
-FORMAT_VERSION = (
-    4  # written where a pool spreads pixels; 3 where the network has a tail; otherwise 2, for older programs
-)
+# 4 is written where a pool spreads pixels or there are several outputs; 3 where the network has a tail; otherwise 2,
+# for older programs.
+FORMAT_VERSION = 4
+SEALED = re.compile(r'(.*), "crc32": "([0-9a-f]{8})"}', re.DOTALL)
+
+
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of a text, then of each tensor's name and bytes, in the order of the names' bytes."""
+    found = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[0].encode()):
+        values: Any = tensor.numpy()
+        found = zlib.crc32(values, zlib.crc32(name.encode(), found))
+    return f"{found:08x}"
 
 
 def header_text(fields: Mapping[str, Any]) -> str:
@@ -36,6 +53,13 @@ def _pools(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [p for term in config.get("pools", []) for p in term] + [config[k] for k in ("pool",) if k in config]
 
 
+def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a user says of a network; ValueError or TypeError where JSON has no such value."""
+    if not isinstance(metadata, Mapping) or json.loads(json.dumps(dict(metadata), allow_nan=False)) != metadata:
+        raise ValueError("metadata must be a dict of what JSON has: names, texts, numbers, lists and dicts of them")
+    return dict(metadata)
+
+
 def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) -> None:
     """Write a network's header and tensors; a reader never sees half of the file.
 
@@ -43,5 +67,38 @@ def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) 
         FileNotFoundError: the folder does not exist.
     """
     dense = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    text = header.removesuffix("}")
     with written_atomically(path) as temporary:
-        save_file(dense, temporary, metadata={FORMAT: header})
+        save_file(dense, temporary, metadata={FORMAT: f'{text}, "crc32": "{checksum(text, dense)}"}}'})
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a saved network's file, its checksum compared; files of before have none.
+
+    Raises:
+        FormatError: the file is truncated, damaged or of another kind.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as f:
+            metadata = f.metadata() or {}
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # also of shapes that torch does not have
+        raise FormatError(f"not a complete safetensors file ({error}); copy it again from its source") from error
+    text = metadata.get(FORMAT)
+    if text is None:
+        raise FormatError("a safetensors file, but not a network saved by qcfs_fast")
+    sealed = SEALED.fullmatch(text)
+    if sealed and sealed[2] != checksum(sealed[1], tensors):
+        raise FormatError("its checksum does not fit its contents; the file was damaged, copy it again from its source")
+    return parsed(text), tensors
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """The fields of a header."""
+    try:
+        header = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:  # also of an integer of thousands of digits
+        raise FormatError(f"the graph in the file's metadata is damaged ({error})") from error
+    if not isinstance(header, dict):
+        raise FormatError("the header is not an object")
+    return header

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..operators.geometry import GEOMETRY, split
-from ..operators.limits import IMAGE_BITS, MAX_COUNT, MAX_SUM, MAX_WEIGHT
+from ..operators.limits import IMAGE_BITS, MAX_COUNT, MAX_EXTENT, MAX_SUM, MAX_WEIGHT
 from ..operators.windows import PoolSpec
 
 
@@ -43,7 +43,7 @@ class Form:
     write: Callable[[Any], Any] = lambda x: x
 
 
-def whole(least: int, largest: float = float("inf")) -> Form:
+def whole(least: int, largest: int = MAX_EXTENT) -> Form:
     """An integer from `least` to `largest`."""
     return Form(lambda x: is_int(x, least) and x <= largest)
 
@@ -57,10 +57,15 @@ def list_of(form: Form) -> Form:
     )
 
 
+def _is_geometry(g: Sequence[int]) -> bool:
+    """Whether all nine are there, and only the padding is zero."""
+    return len(g) == GEOMETRY and min(*g[:4], *g[6:]) > 0
+
+
 _FLAG = Form(lambda x: isinstance(x, bool))
 _INTS = list_of(whole(0))
 _GEOMETRIES = Form(  # one flat list in JSON
-    lambda x: _INTS.fits(x) and len(x) % GEOMETRY == 0,
+    lambda x: _INTS.fits(x) and len(x) % GEOMETRY == 0 and all(map(_is_geometry, split(x))),
     lambda x: tuple(split(x)),
     lambda x: [v for g in x for v in g],
 )
@@ -75,7 +80,7 @@ Peaks = Annotated[tuple[int, ...], list_of(whole(1, MAX_COUNT))]
 Size = Annotated[int, whole(1)]
 Bits = Annotated[int, whole(2, IMAGE_BITS)]
 Long = Annotated[int, whole(24, 24)]  # bits of a weight
-Geometry = Annotated[tuple[int, ...], Form(lambda x: _INTS.fits(x) and len(x) == GEOMETRY, tuple, list)]
+Geometry = Annotated[tuple[int, ...], Form(lambda x: _INTS.fits(x) and _is_geometry(x), tuple, list)]
 Geometries = Annotated[tuple[tuple[int, ...], ...], _GEOMETRIES]
 Pool = Annotated[PoolSpec, _POOL]
 Pools = Annotated[tuple[tuple[PoolSpec, ...], ...], list_of(list_of(_POOL))]
@@ -109,6 +114,14 @@ class TensorKind:
 
 def per_channel(dtype: torch.dtype) -> TensorKind:
     return TensorKind((dtype,))
+
+
+def check_weight(name: str, weight: Tensor, geometry: Sequence[int]) -> int:
+    """The input channels of a weight [KH, KW, C/groups, O]; FormatError where it does not fit its geometry."""
+    groups = geometry[8]
+    fits = tuple(weight.shape[:2]) == tuple(geometry[:2]) and weight.shape[2] > 0 and weight.shape[3] % groups == 0
+    require(fits, f"{name} of shape {list(weight.shape)} does not fit the geometry {list(geometry)}")
+    return weight.shape[2] * groups
 
 
 def _check_tensor(name: str, t: Tensor, kind: TensorKind, channels: int) -> None:

@@ -8,6 +8,7 @@ IMAGE, every other value has the name of its node. On the CPU the native executo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,6 +45,7 @@ class SNN(nn.Module):
             several outputs a tuple of tails.
         outputs: how several outputs are put together (tail.py); None where there is one.
         details: per spiking layer, what conversion settled (see :meth:`report`).
+        metadata: what you say of the network (data set, accuracy, ...), kept in its file; values of JSON.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class SNN(nn.Module):
         self._readouts = [name for name, layer in layers if isinstance(layer, Readout)]
         self.outputs = None if outputs is None else checked_form(outputs, len(self._readouts))
         self.tail = tail
+        self.metadata: dict[str, Any] = {}
         self.eval()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -380,13 +383,37 @@ class SNN(nn.Module):
         text = f"T={self.T}, max_T={self.max_T}, weight_bits={self.weight_bits}, neuron={self._neuron}"
         return text + (f", {self._executor.path}" if self._executor.path else "")
 
-    def save(self, path: Any) -> None:
-        """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`."""
-        tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
-        saving.save(path, self._header(whole=True), tensors)
+    def save(self, path: Any, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write the network to a safetensors file (atomically; no pickle). See :func:`qcfs_fast.load`.
 
-    def _header(self, whole: bool = False) -> str:
-        """The network but for its tensors, as a file says it; the native executor leaves the tail to `forward`."""
+        Args:
+            path: the file; one that exists is replaced.
+            metadata: what is to be known of the network, by name, as values of JSON: it stands in the file and comes
+                back as ``qcfs_fast.load(path).metadata``. Default: ``self.metadata``.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+            TypeError, ValueError: JSON has no such value, or would give another one back.
+        """
+        saving.save(path, *self.saved(metadata))
+
+    def saved(self, metadata: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Tensor]]:
+        """The header and the tensors of a file, of which loading.py makes the network again."""
+        about = saving.checked_metadata(self.metadata if metadata is None else metadata)
+        tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
+        return self._header(tail=self.tail if any(self._tails) else (), metadata=about), tensors
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SNN:
+        """As of any module, with its hooks; a pickle has none (loading.py)."""
+        twin = memo[id(self)] = SNN.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _header(self, **more: Any) -> str:
+        """The network but for its tensors, as a file says it, with further fields where they are not empty.
+
+        The native executor needs none of those: it leaves the tail to `forward`.
+        """
         graph = [
             {
                 "name": name,
@@ -405,8 +432,8 @@ class SNN(nn.Module):
                 "input_shape": self.input_shape,
                 "details": self.details,
                 "graph": graph,
-                **({"tail": self.tail} if whole and any(self._tails) else {}),
                 **({} if self.outputs is None else {"outputs": self.outputs}),
+                **{name: value for name, value in more.items() if value},
             }
         )
 

@@ -6,6 +6,7 @@ tensor are not looked at: that would read it once more, and wait for a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 
 from .geometry import GEOMETRY, convolution_size, split
-from .limits import MAX_COUNT
+from .limits import MAX_COUNT, MAX_ELEMENTS, MAX_EXACT, MAX_EXTENT, MAX_SUM
 from .masks import planes
 from .windows import largest_value
+
+# Sizes in the shape that an operand must have. Only a batch may be empty.
+ANY = -1
+BATCH = -2
 
 
 def fail(op: str, what: str) -> NoReturn:
@@ -25,19 +30,34 @@ def fail(op: str, what: str) -> NoReturn:
 def check_steps(op: str, T: int) -> None:
     if T < 1:
         fail(op, f"T must be at least 1 time step, got {T}")
+    if T > MAX_SUM:
+        fail(op, f"T must be at most {MAX_SUM} time steps, got {T}")
+
+
+def check_elements(op: str, name: str, shape: Sequence[int]) -> None:
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        fail(op, f"{name} of shape {list(shape)} has more than {MAX_ELEMENTS} elements; use a smaller batch or image")
+
+
+def check_multiple(op: str, name: str, multiple: int, least: int, most: int = MAX_EXACT) -> None:
+    """The common multiple of the divisors of a pool."""
+    if not least <= multiple <= most:
+        fail(op, f"{name} must be from {least} to {most}, got {multiple}")
 
 
 def check_tensor(
     op: str, name: str, x: Tensor, dtype: torch.dtype | tuple[torch.dtype, ...], shape: Sequence[int] | None
 ) -> None:
-    """Dtype, and shape where given (-1 matches any size)."""
+    """Dtype, and shape where given: sizes, ANY for one from 1, BATCH for one from 0."""
     if x.dtype != dtype and (not isinstance(dtype, tuple) or x.dtype not in dtype):
         wanted = dtype if isinstance(dtype, tuple) else (dtype,)
         fail(op, f"{name} must be {' or '.join(str(d) for d in wanted)}, got {x.dtype}")
-    if shape is not None and (
-        x.dim() != len(shape) or any(w not in (-1, s) for w, s in zip(shape, x.shape, strict=True))
-    ):
-        fail(op, f"{name} must have shape {list(shape)} (-1 is any), got {list(x.shape)}")
+    if shape is None:
+        return
+    fits = x.dim() == len(shape)
+    if not fits or any(w not in (s, BATCH) and (w != ANY or s == 0) for w, s in zip(shape, x.shape, strict=True)):
+        words = ", ".join({ANY: "from 1", BATCH: "from 0"}.get(size, str(size)) for size in shape)
+        fail(op, f"{name} must have shape [{words}], got {list(x.shape)}")
 
 
 def check_no_grad(op: str, *tensors: Tensor) -> None:
@@ -69,6 +89,8 @@ def checked_geometries(op: str, geometry: Sequence[int], count: int) -> list[tup
     for g in parts:
         if min(g[0:4]) < 1 or min(g[4:6]) < 0 or min(g[6:9]) < 1:
             fail(op, f"geometry {list(g)}: kernel, stride, dilation and groups must be positive, padding not negative")
+        if max(g) > MAX_EXTENT:
+            fail(op, f"geometry {list(g)}: no integer may exceed {MAX_EXTENT}")
     return parts
 
 
@@ -78,8 +100,6 @@ def checked_convolution(op: str, x: Tensor, weight: Tensor, g: Sequence[int]) ->
     shape = weight.shape
     if len(shape) != 4 or shape[0] != g[0] or shape[1] != g[1]:
         fail(op, f"weight must be [{g[0]}, {g[1]}, C/groups, O], got {list(shape)}")
-    if channels == 0:
-        fail(op, "an input needs at least one channel")
     if shape[2] * g[8] != channels or shape[3] % g[8] != 0:
         fail(op, f"weight {list(shape)} with {g[8]} groups does not fit {channels} input channels")
     oh, ow = convolution_size(height, width, g)
@@ -100,8 +120,9 @@ def checked_windows(
         fail(op, "rows and cols must hold three ints (first, last + 1, divisor) per output")
     for name, windows, size in (("rows", rows, height), ("cols", cols, width)):
         for first, end, divisor in zip(windows[0::3], windows[1::3], windows[2::3], strict=True):
-            if not 0 <= first <= end <= size or divisor < 1:
+            if not (0 <= first <= end <= size and 1 <= divisor <= MAX_SUM):
                 fail(op, f"{name}: window ({first}, {end}, {divisor}) does not lie in 0..{size}")
+    check_multiple(op, "multiple", multiple, 0, MAX_SUM)
     if multiple != 0:
         for h in set(rows[2::3]):
             for w in set(cols[2::3]):

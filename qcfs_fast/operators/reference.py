@@ -137,7 +137,7 @@ def conv2d_current(a: Conv2dCurrent) -> Tensor:
     scale = (a.gain * torch.exp2(half)[:, None]) * torch.exp2(a.exponent.to(torch.float64) - half)[:, None]
     product = acc * scale[:, None, None, :]
     z = torch.round(product + a.offset)
-    return torch.maximum(torch.minimum(z, a.high.to(torch.float64)), a.low.to(torch.float64)).to(torch.int32)
+    return torch.clamp(z, a.low.to(torch.float64), a.high.to(torch.float64)).to(torch.int32)  # high, where they cross
 
 
 def conv2d_encode(a: Conv2dEncode) -> Tensor:

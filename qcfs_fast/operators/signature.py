@@ -28,8 +28,12 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    ANY,
+    BATCH,
     check_coding,
     check_devices,
+    check_elements,
+    check_multiple,
     check_no_grad,
     check_steps,
     check_tensor,
@@ -53,7 +57,7 @@ _WORDS = {
     bool: "bool",
 }
 
-_SPIKES = [-1] * 5
+_SPIKES = [ANY, BATCH, ANY, ANY, ANY]
 _WEIGHTS = (torch.int16, torch.int8)
 
 
@@ -94,11 +98,21 @@ class Operator:
             key, shape = None, None
         if shape is None:
             shape = self.settle()
+            if key is not None:
+                self._check_elements(shape)
             if len(_settled) >= MAX_REMEMBERED:
                 _settled.clear()
             if key is not None:
                 _settled[key] = shape
         self.shape = shape
+
+    def _check_elements(self, shape: tuple[int, ...]) -> None:
+        for name, word in self._words():
+            value = getattr(self, name)
+            for t in value if word == "Tensor[]" else (value,):
+                if isinstance(t, Tensor):
+                    check_elements(self.name, name, t.shape)
+        check_elements(self.name, "the result", shape)
 
     def check_grad(self) -> None:
         """For the operators that take floating-point operands."""
@@ -197,8 +211,10 @@ class QuantizeInput(Operator):
 
     def settle(self) -> tuple[int, ...]:
         op = self.name
-        check_tensor(op, "x", self.x, (torch.float32, torch.float64, torch.float16, torch.bfloat16), [-1] * 4)
-        check_tensor(op, "source", self.source, torch.int64, [-1])
+        check_tensor(
+            op, "x", self.x, (torch.float32, torch.float64, torch.float16, torch.bfloat16), [BATCH, ANY, ANY, ANY]
+        )
+        check_tensor(op, "source", self.source, torch.int64, [ANY])
         channels = self.source.shape[0]
         check_tensor(op, "scale", self.scale, torch.float32, [channels])
         check_tensor(op, "shift", self.shift, torch.float32, [channels])
@@ -248,9 +264,9 @@ class Conv2dCurrent(Operator):
 
     def current_shape(self) -> tuple[int, ...]:
         op, x, weight = self.name, self.x, self.weight
-        check_tensor(op, "x", x, torch.int32, [-1] * 4)
+        check_tensor(op, "x", x, torch.int32, [BATCH, ANY, ANY, ANY])
         check_tensor(op, "exponent", self.exponent, torch.int32, [x.shape[0]])
-        check_tensor(op, "weight", weight, torch.int16, [-1] * 4)
+        check_tensor(op, "weight", weight, torch.int16, [ANY] * 4)
         (g,) = checked_geometries(op, self.geometry, 1)
         oh, ow = checked_convolution(op, x, weight, g)
         O = weight.shape[3]
@@ -336,7 +352,7 @@ class Conv2dIf(Operator):
                 f"at most {MAX_SOURCES} inputs and {MAX_SOURCES} residuals can be summed in one layer, "
                 f"got {len(x)} and {len(residual)}",
             )
-        check_tensor(op, "threshold", threshold, torch.int32, [-1])
+        check_tensor(op, "threshold", threshold, torch.int32, [ANY])
         O = threshold.shape[0]
         mode = checked_neuron(op, self.neuron, T)
         check_tensor(op, "bias", self.bias, torch.int32, [O] if self.bias.dim() == 1 else [T, O])
@@ -354,19 +370,19 @@ class Conv2dIf(Operator):
         for i, g in enumerate(checked_geometries(op, self.geometry, len(x))):
             xi, wi = x[i], weight[i]
             check_tensor(op, f"input {i}", xi, torch.uint8, _SPIKES)
-            check_tensor(op, f"weight {i}", wi, _WEIGHTS, [-1, -1, -1, O])
+            check_tensor(op, f"weight {i}", wi, _WEIGHTS, [ANY, ANY, ANY, O])
             if wi.dtype != weight[0].dtype:
                 fail(op, "all weights of a layer must have one dtype")
             check_coding(op, f"input {i}", xi, T)
             agree(f"input {i}", (xi.shape[1], *checked_convolution(op, xi, wi, g), O))
         for i, (r, a) in enumerate(zip(residual, amplitude, strict=True)):
-            check_tensor(op, f"residual {i}", r, torch.uint8, [-1, -1, -1, -1, O])
+            check_tensor(op, f"residual {i}", r, torch.uint8, [*_SPIKES[:4], O])
             check_tensor(op, f"amplitude {i}", a, torch.int32, [O])
             check_coding(op, f"residual {i}", r, T)
             agree(f"residual {i}", tuple(r.shape[1:]))
         if self.current is not None:
             by_step = self.current.dim() == 5
-            check_tensor(op, "current", self.current, torch.int32, [*([T] if by_step else []), -1, -1, -1, O])
+            check_tensor(op, "current", self.current, torch.int32, [*([T] if by_step else []), *_SPIKES[1:4], O])
             agree("current", tuple(self.current.shape[-4:]))
         assert shape is not None
         if self.state is not None:
@@ -420,13 +436,13 @@ class LinearIf(Operator):
         op = self.name
         for name, tensors in (("input", self.x), ("residual", self.residual)):
             for i, t in enumerate(tensors):
-                check_tensor(op, f"{name} {i}", t, torch.uint8, [-1] * 3)
+                check_tensor(op, f"{name} {i}", t, torch.uint8, [ANY, BATCH, ANY])
         for i, w in enumerate(self.weight):
-            check_tensor(op, f"weight {i}", w, _WEIGHTS, [-1, -1])
+            check_tensor(op, f"weight {i}", w, _WEIGHTS, [ANY, ANY])
         if self.current is not None:
-            check_tensor(op, "current", self.current, torch.int32, [-1] * (3 if self.current.dim() == 3 else 2))
+            check_tensor(op, "current", self.current, torch.int32, [ANY, BATCH, ANY][self.current.dim() != 3 :])
         if self.state is not None:
-            check_tensor(op, "state", self.state, torch.int32, [-1] * 3)
+            check_tensor(op, "state", self.state, torch.int32, [ANY, BATCH, ANY])
         masks, n, _, _, O = self.as_maps().settle()
         return (masks, n, O)
 
@@ -586,7 +602,7 @@ class PoolCounts(Operator):
     multiple: int
 
     def settle(self) -> tuple[int, ...]:
-        check_tensor(self.name, "counts", self.counts, torch.int32, [-1] * 5)
+        check_tensor(self.name, "counts", self.counts, torch.int32, _SPIKES)
         oh, ow = checked_windows(self.name, self.counts, self.rows, self.cols, self.multiple)
         return (*self.counts.shape[:2], oh, ow, self.counts.shape[4])
 
@@ -618,7 +634,7 @@ class Readout(Operator):
     def settle(self) -> tuple[int, ...]:
         op, T, offset = self.name, self.T, self.offset
         check_steps(op, T)
-        check_tensor(op, "offset", offset, torch.float64, [-1])
+        check_tensor(op, "offset", offset, torch.float64, [ANY])
         O = offset.shape[0]
         n = len(self.counts)
         if not (n == len(self.weight) == len(self.gain) == len(self.multiple)):
@@ -630,13 +646,12 @@ class Readout(Operator):
         for i, (c, w, gain, g, m) in enumerate(
             zip(self.counts, self.weight, self.gain, geometries, self.multiple, strict=True)
         ):
-            check_tensor(op, f"counts {i}", c, torch.int32, [-1] * 5)
+            check_tensor(op, f"counts {i}", c, torch.int32, _SPIKES)
             check_tensor(op, f"weight {i}", w, torch.int16, None)
             check_tensor(op, f"gain {i}", gain, torch.float64, [O])
             if c.shape[0] not in (1, T):
                 fail(op, f"counts {i} must hold 1 total or {T} running counts, got {c.shape[0]}")
-            if m < 1:
-                fail(op, f"multiple {i} must be positive, got {m}")
+            check_multiple(op, f"multiple {i}", m, 1)
             spatial = tuple(c.shape[2:4]) if w.numel() == 0 else checked_convolution(op, c, w, g)
             if (c.shape[4] if w.numel() == 0 else w.shape[3]) != O:
                 fail(op, f"term {i} does not give {O} channels")

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .limits import MAX_EXTENT, MAX_SUM
+
 
 @dataclass(frozen=True)
 class PoolSpec:
@@ -64,13 +66,23 @@ class PoolSpec:
             raise ValueError(f"kind {spec.kind!r}, kernel {spec.kernel}, output {spec.output}")
         if not (isinstance(spec.ceil_mode, bool) and isinstance(spec.count_include_pad, bool)):
             raise ValueError(f"ceil_mode {spec.ceil_mode!r}, count_include_pad {spec.count_include_pad!r}")
-        pairs: list[tuple[tuple[int, ...], int]] = [(spec.stride, 1), (spec.padding, 0), (spec.kernel or (1, 1), 1)]
-        pairs.append((tuple(1 if v is None else v for v in spec.output or (1, 1)), 1))
-        pairs += [(spec.spread, 1), (spec.phase or (0, 0), 0)]
-        pairs += [(spec.section[0::2], 0), (spec.section[1::2], 1), ((spec.multiple, spec.divisor_override or 0), 0)]
-        for pair, least in pairs:
-            if len(pair) != 2 or any(type(v) is not int or v < least for v in pair):
-                raise ValueError(f"{pair} where two integers from {least} are needed")
+        first, parts = spec.section[0::2], spec.section[1::2]
+        output = tuple(1 if v is None else v for v in spec.output or (1, 1))
+        for name, pair, least, most in (
+            ("stride", spec.stride, 1, MAX_EXTENT),
+            ("padding", spec.padding, 0, MAX_EXTENT),
+            ("kernel", spec.kernel or (1, 1), 1, MAX_EXTENT),
+            ("output", output, 1, MAX_EXTENT),
+            ("section", first, 0, MAX_EXTENT),
+            ("section", parts, 1, MAX_EXTENT),
+            ("spread", spec.spread, 1, MAX_EXTENT),
+            ("phase", spec.phase or (0, 0), 0, MAX_EXTENT),
+            ("multiple and divisor_override", (spec.multiple, spec.divisor_override or 0), 0, MAX_SUM),
+        ):
+            if len(pair) != 2 or any(type(v) is not int or not least <= v <= most for v in pair):
+                raise ValueError(f"{name} {pair} where two integers from {least} to {most} are needed")
+        if not all(i < m for i, m in zip(first, parts, strict=True)):
+            raise ValueError(f"section {spec.section} where a part below the number of parts is needed")
         if spec.spreads and (
             spec.kernel != (1, 1) or any(p >= s for p, s in zip(spec.phase or (0, 0), spec.spread, strict=True))
         ):

@@ -530,8 +530,8 @@ def analog(
     z = acc.to(tl.float64) * scale
     z = z + tl.load(offset + o, mask=o_ok, other=0.0)[None, :]
     # The limits are integers, so clamping before rounding is the same and keeps the rounding trick in range.
-    z = tl.minimum(z, tl.load(high + o, mask=o_ok, other=0).to(tl.float64)[None, :])
     z = tl.maximum(z, tl.load(low + o, mask=o_ok, other=0).to(tl.float64)[None, :])
+    z = tl.minimum(z, tl.load(high + o, mask=o_ok, other=0).to(tl.float64)[None, :])
     current = ((z + ROUND) - ROUND).to(tl.int32)
     index = m.to(tl.int64)[:, None] * O + o[None, :]
     valid = row_ok[:, None] & o_ok[None, :]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_text_atomically, written_atomically
-from .measure import NOT_MEASURED
+from .measure import NOT_MEASURED, TAIL
 
 Case = Mapping[str, Any]
 
@@ -23,7 +23,9 @@ Case = Mapping[str, Any]
 SERIES: tuple[tuple[str, str, str, str], ...] = (
     ("qcfs_fast 16-bit", r"qcfs_fast 16-bit.*", "#c1121f", "o"),
     ("qcfs_fast 8-bit", r"qcfs_fast 8-bit.*", "#f4845f", "o"),
+    ("qcfs_fast 24-bit", r"qcfs_fast 24-bit.*", "#780000", "o"),
     ("qcfs_fast offset 16-bit", r"qcfs_fast offset 16-bit.*", "#7b2cbf", "o"),
+    ("qcfs_fast offset 8-bit", r"qcfs_fast offset 8-bit.*", "#9d4edd", "o"),
     ("integer ANN 8-bit", r"qcfs_fast integer ANN 8-bit.*", "#c77dff", "o"),
     ("ANN fp32, fastest form", r"ANN .*fp32.*", "#6c757d", "s"),
     ("ANN bf16, fastest form", r"ANN .*bf16.*", "#adb5bd", "s"),
@@ -88,12 +90,18 @@ def unmeasured(data: Mapping[str, Any]) -> list[str]:
 
 
 def tables(data: Mapping[str, Any]) -> list[Any]:
-    """A rich table per network, and one for all layers."""
+    """A rich table per network, one for all layers, and one of the latencies at batch 1."""
     cases = data["cases"]
     names = dict.fromkeys(c["name"] for c in cases if c["kind"] == "network")
     groups = [[c for c in cases if c["kind"] == "network" and c["name"] == n] for n in names]
     layers = [c for c in cases if c["kind"] == "layer"]
-    return [_table(data, group) for group in [*groups, layers] if group]
+    alone = [
+        c
+        for g in groups
+        for c in g
+        if (c["batch"], c["T"]) == (1, 4) and max(map(len, _spread(c).values()), default=0) > 1
+    ]
+    return [_table(data, group) for group in [*groups, layers] if group] + ([_latencies(alone)] if alone else [])
 
 
 def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
@@ -121,7 +129,7 @@ def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
                 cells.append("-")
                 continue
             text = _milliseconds(row["seconds"])
-            if ours is not None and "16-bit" not in name:
+            if ours is not None and not name.startswith("qcfs_fast 16-bit"):
                 text += f" x{row['seconds'] / ours:.2f}"
             cells.append(f"[bold]{text}[/]" if row["seconds"] == least else text)
         result.add_row(name, *cells)
@@ -132,6 +140,33 @@ def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
     if kind == "network":
         live = [c["live bytes"] for c in cases]
         result.add_row("activations, float32 / ours", *(f"{b['float32'] / b['qcfs_fast']:.0f}" for b in live))
+    return result
+
+
+def _spread(case: Case) -> dict[str, list[float]]:
+    """By contender the median and the percentiles that its readings can tell."""
+    rows = {n: r for n, r in case["contenders"].items() if "seconds" in r}
+    return {n: [r[key] for key in ("seconds", *TAIL) if key in r] for n, r in rows.items()}
+
+
+def _latencies(cases: Sequence[Case]) -> Any:
+    """Latencies at batch 1 and T = 4: a line per contender, a column per network."""
+    from rich.table import Table
+
+    heading = f"batch 1, T = 4: milliseconds, {' / '.join(('median', *TAIL))}"
+    result = Table(
+        title=heading,
+        title_justify="left",
+        min_width=len(heading),
+        caption="a percentile is shown where a hundredth (p99) or a tenth (p90) of the readings is one at least",
+        caption_justify="left",
+    )
+    result.add_column("contender", no_wrap=True)
+    for case in cases:
+        result.add_column("\n".join(_network_and_size(case["name"])), justify="right")
+    spreads = [_spread(case) for case in cases]
+    for name in dict.fromkeys(n for found in spreads for n in found):
+        result.add_row(name, *(" / ".join(map(_milliseconds, found.get(name, []))) or "-" for found in spreads))
     return result
 
 
@@ -296,8 +331,12 @@ def _latency_by_network(plt: Any, cases: Sequence[Case]) -> Any:
 
 
 def markdown(data: Mapping[str, Any], images: str) -> str:
-    """The README's section: one small table at T = 4 and the pictures, with the machine named."""
-    cases = [c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4]
+    """The README's section: a table at T = 4 with the smallest and the largest batch of each network, and a picture."""
+    networks = [c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4]
+    batches: dict[str, list[int]] = {}
+    for case in networks:
+        batches.setdefault(case["name"], []).append(case["batch"])
+    cases = [c for c in networks if c["batch"] in (min(batches[c["name"]]), max(batches[c["name"]]))]
     head = [
         "milliseconds at T = 4",
         *(title(c).removesuffix(", T = 4").replace(" px, batch", ", batch") for c in cases),

@@ -1,7 +1,7 @@
 """The contenders of a comparison: one network, with the same weights and thresholds, run in every usual way.
 
-    qcfs_fast       the converted network with 16- and 8-bit weights, with offset neurons, and as an integer ANN; on a
-                    GPU once per backend that can run
+    qcfs_fast       the converted network with weights of 8, 16 and 24 bits, with offset neurons, and as an integer ANN;
+                    on a GPU once per backend that can run
     ANN             the network itself, one pass. Once with its QCFS activation, and once with ReLU in its place, which
                     is cheaper and is what a user who wants no spikes would run
     T-loop          the plain simulator: the network with integrate-and-fire neurons, called T times

@@ -17,7 +17,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from ...version import __version__
 
 NOT_MEASURED = "not measured"
 MAX_SECONDS = 20.0  # of one call; slower contenders are not measured
+TAIL = {"p90": 90, "p99": 99}
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,16 @@ def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: to
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """The percentiles of TAIL that so many readings can tell: those with a reading or more above them."""
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return {name: cuts[p - 1] for name, p in TAIL.items() if len(seconds) * (100 - p) >= 100}
+
+
 def interleaved(
     contenders: Mapping[str, Callable[[], Any]], effort: Effort, device: torch.device, expected: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """Each contender's row of a result: seconds (median), quartiles, least, rounds; or the error.
+    """Each contender's row of a result: seconds (median), quartiles, percentiles, least, rounds; or the error.
 
     `expected` holds seconds of one call where they are known beforehand.
     """
@@ -147,7 +154,8 @@ def interleaved(
     rows |= {name: {"error": describe_error(error)} for name, error in errors.items()}
     for name, found in seconds.items():
         low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-        rows[name] = {"seconds": middle, "quartiles": [low, high], "least": min(found), "rounds": len(found)}
+        spread = {"quartiles": [low, high], **percentiles(found), "least": min(found)}
+        rows[name] = {"seconds": middle, **spread, "rounds": len(found)}
     return rows
 
 

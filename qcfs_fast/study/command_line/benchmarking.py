@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..benchmark import comparison
-from ..benchmark.cases import BATCHES, LAYERS, NETWORKS, QUICK, STEPS, LayerCase, NetworkCases
+from ..benchmark.cases import LAYERS, NETWORKS, QUICK, STEPS, LayerCase, NetworkCases, batches
 from ..benchmark.measure import Effort
 from ..benchmark.results import Results, read, summary
 from .common import command, positive
@@ -28,7 +28,7 @@ def add_bench(commands: Any) -> None:
         'qcfs-fast bench --networks "resnet18 224" --batches 1 --steps 4 --output results.json',
     )
     c.add_argument("--networks", nargs="*", metavar="NAME", help="resnet18 224, vgg16_bn 32, resnet20 32, ... (quoted)")
-    c.add_argument("--batches", type=positive, nargs="+", help="1, 8 and 32, or some of them")
+    c.add_argument("--batches", type=positive, nargs="+", help="some of 1, 8, 32 and, for small images, 128")
     c.add_argument("--steps", type=positive, nargs="+", metavar="T", help="1 to 16")
     c.add_argument("--layers", action="store_true", help="single layers; with --networks also these")
     c.add_argument("--only", default="", metavar="TEXT", help="only contenders whose name contains this")
@@ -47,7 +47,9 @@ def _bench(o: argparse.Namespace) -> int:
     results = Results(o.output, device)
     effort = Effort(o.rounds, o.seconds)
     networks = o.networks if o.networks is not None else [] if o.layers else list(NETWORKS)
-    wanted = {label: {b: steps for b in BATCHES if (steps := _steps_to_measure(o, label, b))} for label in networks}
+    wanted = {
+        label: {b: steps for b in batches(label) if (steps := _steps_to_measure(o, label, b))} for label in networks
+    }
     with torch.no_grad():
         for label in LAYERS if o.layers else ():
             _add_case(results, LayerCase(label).case(effort))

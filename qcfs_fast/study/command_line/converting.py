@@ -149,6 +149,9 @@ def _convert(o: argparse.Namespace) -> int:
         )
     for warning in caught:
         print(f"qcfs-fast: warning: {warning.message}", file=sys.stderr)
+    snn.metadata = {"source": source.name}
+    if about is not None:
+        snn.metadata |= {"network": about.network, "trained by": about.recipe, "accuracy of the ANN": about.accuracy}
     snn.save(o.output)
     if o.json:
         shape = None if snn.input_shape is None else list(snn.input_shape)

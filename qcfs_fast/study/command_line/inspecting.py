@@ -7,10 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from ...network.loading import load
-from ...network.saving import FORMAT
+from ...network.saving import read
 from .common import command
 
 
@@ -38,8 +36,7 @@ def facts_of(path: Path) -> dict[str, Any]:
         FileNotFoundError, FormatError: as of :func:`qcfs_fast.load`.
     """
     snn = load(path)
-    with safe_open(str(path), framework="np") as file:
-        header = json.loads(file.metadata()[FORMAT])
+    header = read(path)[0]
     nodes = [
         {
             "name": name,
@@ -61,6 +58,7 @@ def facts_of(path: Path) -> dict[str, Any]:
         "weight_bits": snn.weight_bits,
         "neuron": str(snn.neuron),
         "input_shape": None if snn.input_shape is None else list(snn.input_shape),
+        "metadata": snn.metadata,
         "nodes": nodes,
         "layers": snn.details,
     }
@@ -79,4 +77,5 @@ def text_of(facts: dict[str, Any]) -> str:
         f"T = {facts['T']}, at most {facts['max_T']}; {facts['weight_bits']}-bit weights; neurons: {facts['neuron']}"
         + ("" if shape is None else f"; settled for images of {shape}"),
     ]
-    return "\n".join([*head, "", *table])
+    about = [f"{name}: {json.dumps(value)}" for name, value in facts["metadata"].items()]
+    return "\n".join([*head, *about, "", *table])
