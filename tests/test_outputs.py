@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from test_constructs import SHAPE, Net, spikes_of
 from torch import nn
 from torch.utils import _pytree as pytree
+from torchvision_models import models
 
 import qcfs_fast
 from qcfs_fast import ConversionError, FormatError
+from qcfs_fast.conversion.checking import layer_differences, share
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. no threshold")
 
@@ -193,3 +195,19 @@ def test_damaged_resizes_are_refused(how):
         damaged = {**sound, **how} if how else how
         with pytest.raises(FormatError, match="tail"):
             snn.tail = [("resize", damaged)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+def test_torchvisions_segmentation_converts(name):
+    torch.manual_seed(0)
+    options = {"weights": None, "weights_backbone": None, "num_classes": 5}
+    model = models.get_model(name, **options).eval()
+    x = networks.images((3, 64, 96), 2)
+    prepared = qcfs_fast.prepare(model, levels=4)
+    with torch.no_grad():
+        prepared.train()(x)
+    prepared = qcfs_fast.calibrate(prepared.eval(), [x], progress=False)
+    snn = qcfs_fast.convert(prepared)
+    assert snn(x)["out"].shape == (2, 5, 64, 96)
+    assert share(layer_differences(prepared, snn, x, 2)) < 1e-4
