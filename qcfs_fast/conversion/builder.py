@@ -53,7 +53,8 @@ from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
 from . import rounding, units
 from .checking import self_check
-from .lowering import lower, usable_shape
+from .lowering import lower
+from .shapes import usable_shape
 from .values import Current, FireNode, Lowered, Part, Product, Signal
 
 CHUNK = 1 << 22  # weights quantised at once

@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from ..errors import ConversionError
 from ..model.graph import call_sites, describe, made_parameters_kept, owner_path, relu_ceiling, symbolic_trace
 from ..model.qcfs import QCFS
-from .lowering import LAST_SHAPE, ShapeNeededError, lower
+from .lowering import lower
+from .shapes import LAST_SHAPE
+from .symbolic import ShapeNeededError
 
 MAX_POOL_CHOICES = ("avg", "keep")
 _MAX_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d}

@@ -1,0 +1,136 @@
+"""Lowering of sums, factors and concatenations of values, which a Current takes in, and of what changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .symbolic import Size, Unknown
+from .values import (
+    Current,
+    Image,
+    Joined,
+    Signal,
+    affine,
+    concatenated,
+    joined,
+    scaled,
+)
+from .weighted import Weighted
+
+
+class Arithmetic(Weighted):
+    def add(self, x: Any, y: Any, alpha: Any = 1) -> Any:
+        if self._is_constant(x):
+            return self._affine(self.scale(y, alpha), 1.0, x)
+        if self._is_constant(y):
+            return self._affine(x, 1.0, y * alpha)
+        y = y if isinstance(alpha, (int, float)) and alpha == 1 else self.scale(y, alpha)
+        a, b = (
+            self._summand(self._read_image(v, None) if isinstance(v, Image) else v, "adds what is no layer's output")
+            for v in (x, y)
+        )
+        if a.channels != b.channels or a.vector != b.vector:
+            raise self.fail(f"adds values of {a.channels} and {b.channels} channels; broadcasting is not supported")
+        return Current(
+            a.bias + b.bias, a.products + b.products, a.identities + b.identities, a.vector, a.flattened or b.flattened
+        )
+
+    def subtract(self, x: Any, y: Any, alpha: Any = 1) -> Any:
+        return self.add(x, y, -alpha)
+
+    def negate(self, x: Any) -> Any:
+        return self.scale(x, -1)
+
+    def scale(self, x: Any, factor: Any) -> Any:
+        if self._is_constant(x):
+            x, factor = factor, x
+        if not self._is_constant(factor):
+            raise self.fail(
+                "multiplies two activations, which has no spiking counterpart (attention and "
+                "squeeze-and-excitation cannot be converted)"
+            )
+        return self._affine(x, factor, 0.0)
+
+    def divide(self, x: Any, factor: Any) -> Any:
+        if not self._is_constant(factor):
+            raise self.fail("divides by an activation, which has no spiking counterpart")
+        if isinstance(factor, (int, float, Tensor)):
+            factor = torch.as_tensor(factor).detach().to("cpu", torch.float64).reciprocal()
+        return self._affine(x, factor, 0.0)
+
+    def normalize(self, x: Any, mean: Any, std: Any) -> Any:
+        """(x - mean) / std, lists with a number for each channel."""
+        mean, std = (torch.tensor(v, dtype=torch.float64).reshape(-1, 1, 1) for v in (mean, std))
+        return self.divide(self.subtract(x, mean), std)
+
+    def _affine(self, x: Any, scale: Any, shift: Any) -> Any:
+        """x * scale + shift."""
+        if isinstance(x, Unknown):
+            return x
+        scale, shift = self._by_channel(x, scale), self._by_channel(x, shift)
+        if isinstance(x, Image):
+            n = max(len(x.scale), scale.numel(), shift.numel())
+            x = self._whole_image(x, n) if n > 1 else x
+            first, before = (torch.tensor(v or (d,), dtype=torch.float64) for v, d in ((x.scale, 1.0), (x.shift, 0.0)))
+            after = ((first * scale).expand(n), (before * scale + shift).expand(n))
+            return replace(x, scale=tuple(after[0].tolist()), shift=tuple(after[1].tolist()))
+        if isinstance(x, Signal):
+            if not bool(shift.any()) and (x.index is None or scale.numel() == 1):
+                return scaled(x, scale.expand(x.width))
+            x = self._current(x, None, "")
+        return affine(x, scale.expand(x.channels), shift.expand(x.channels))
+
+    def _by_channel(self, x: Any, value: Any) -> Tensor:
+        """A constant as float64 [1] or [channels of x]."""
+        if isinstance(value, Size):
+            raise self._shape_needed("computes with a size that is not known")
+        if not isinstance(value, (int, float, Tensor)):
+            raise self.fail("computes with a constant that is neither a number nor a tensor")
+        t = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(t).all()):
+            raise self.fail("computes with a constant that is not finite")
+        if t.numel() == 1 or not isinstance(x, Image | Signal | Current | Joined):
+            return t.reshape(-1)
+        rank = 2 if x.vector or getattr(x, "flattened", False) else 4
+        shape = (*([1] * (rank - t.dim())), *t.shape)
+        channels = (len(x.source) if isinstance(x, Image) else x.channels) or t.numel()
+        if len(shape) != rank or shape[1] != channels or t.numel() != channels:
+            raise self.fail(
+                f"computes with a constant of shape {list(t.shape)}, which differs between pixels or does not fit "
+                f"{channels} channels. Remedy: one number, or one for each channel ([{channels}, 1, 1] for maps)"
+            )
+        return t.reshape(-1)
+
+    def concat(self, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Any:
+        dim = kwargs.get("axis", dim)
+        if all(isinstance(t, Image) for t in tensors) and dim == 1:
+            tensors = [self._whole_image(t, self._channels(t)) for t in tensors]
+            return Image(
+                sum((t.source for t in tensors), ()),
+                sum((t.scale for t in tensors), ()),
+                sum((t.shift for t in tensors), ()),
+                width=max(t.width for t in tensors),
+            )
+        if dim not in (1, -3) or not all(isinstance(t, Signal | Current | Joined) for t in tensors):
+            raise self.fail("concatenates the image with layers, or values not along the channels")
+        if any(isinstance(t, Current | Joined) for t in tensors):
+            if any(t.vector or getattr(t, "flattened", False) for t in tensors):
+                raise self.fail("concatenates flattened values with no activation in between. Remedy: put one before")
+            return joined([t if isinstance(t, Joined) else self._current(t, None, "") for t in tensors])
+        if len({t.vector for t in tensors}) != 1:
+            raise self.fail("concatenates feature maps and flattened values")
+        return concatenated(tensors)
+
+    def keep(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+    def dropout(self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        return x
+
+    def stochastic_depth(self, x: Any, p: float, mode: str, training: bool = True) -> Any:
+        return x

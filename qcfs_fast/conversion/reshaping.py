@@ -1,0 +1,169 @@
+"""Lowering of what asks for shapes or changes them: views, permutations, channels cut, chosen and shuffled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spatial import Spatial
+from .symbolic import is_rest, shown, whole
+from .values import (
+    Current,
+    Grouped,
+    Image,
+    Signal,
+)
+
+
+class Reshaping(Spatial):
+    def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+        if isinstance(x, Grouped):
+            table, last = x.index, end_dim % (x.index.dim() + 3)
+            if 1 <= start_dim <= last <= table.dim():
+                table = table.flatten(start_dim - 1, last - 1)
+                return replace(x, index=table) if table.dim() > 1 else self._selected(x.value, table.tolist())
+            x = self._selected(x.value, table.flatten().tolist())
+            end_dim = -1 if last == table.dim() + 2 else 0
+        if start_dim != 1 or end_dim not in (-1, 3):
+            raise self.fail("flattens other dimensions than all after the batch; use flatten(x, 1)")
+        if isinstance(x, Current):
+            flat = tuple(replace(s, vector=True) for s in x.identities) if not x.products else x.identities
+            return x if x.vector else replace(x, flattened=True, identities=flat)
+        if isinstance(x, Image):
+            if self.shapes is None:
+                raise self._shape_needed("flattens the image, whose shape is not known")
+            return replace(x, map=self.shapes[self.node.all_input_nodes[0]])
+        return replace(x, vector=True)
+
+    def view(self, x: Any, *shape: Any) -> Any:
+        """Only [N, features] and [N, C, H, W] as they are: what mixes samples or pixels has no spiking counterpart."""
+        asked = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape)
+        if len(asked) == 2 and not is_rest(asked[0]) and is_rest(asked[1]):
+            return self.flatten(x, 1)
+        own = self._shape(x)
+        if isinstance(x, Grouped) or len(asked) > 4:
+            return self._regrouped(x, own, asked)
+        if len(asked) in (2, len(own)) and not whole(own[1:]):
+            raise self._shape_needed("reshapes a value whose shape is not known")
+        if len(asked) == 2 and whole(asked[1:]) and asked[1] in (math.prod(own[1:]), -1):
+            return self.flatten(x, 1)
+        if whole(asked[1:]) and asked[1:] == list(own[1:]):
+            return x
+        raise self.fail(
+            f"reshapes {shown(own)} to {shown(asked)}; only flattening to [N, features] is supported. Remedy: "
+            "flatten(x, 1), or keep the shape"
+        )
+
+    def _regrouped(self, x: Any, own: Sequence[Any], asked: list[Any]) -> Any:
+        """A reshape that takes the channels apart, or puts them together again."""
+        if not whole([*own[1:], *asked[1:]]):
+            raise self._shape_needed("reshapes a value whose shape is not known")
+        rest = math.prod(own[1:]) // max(1, -math.prod(asked[1:]))
+        sizes = [rest if size == -1 else size for size in asked[1:]]
+        if not isinstance(x, Image | Signal | Current | Grouped) or sizes[-2:] != list(own[-2:]) or len(sizes) < 3:
+            raise self.fail(f"reshapes {shown(own)} to {shown(asked)}; only channels may be taken apart")
+        if isinstance(x, Image):
+            x = self._selected(x, range(own[1]))
+        table = x if isinstance(x, Grouped) else Grouped(x, torch.arange(own[1]))
+        if math.prod(sizes[:-2]) != table.index.numel():
+            raise self.fail(f"reshapes {shown(own)} to {shown(asked)}, which moves samples into channels")
+        index = table.index.reshape(sizes[:-2])
+        return Grouped(table.value, index) if index.dim() > 1 else self._selected(table.value, index.tolist())
+
+    def permute(self, x: Any, *dims: Any) -> Any:
+        order = list(dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
+        rank = len(self._shape(x))
+        if not isinstance(x, Grouped) or sorted(d % rank for d in order) != list(range(rank)):
+            raise self.fail("permutes dimensions, which has no spiking counterpart unless it shuffles channels")
+        order = [d % rank for d in order]
+        if order[0] != 0 or order[-2:] != [rank - 2, rank - 1]:
+            raise self.fail("permutes the batch or pixels, which has no spiking counterpart; only channels may move")
+        return replace(x, index=x.index.permute([d - 1 for d in order[1:-2]]))
+
+    def transpose(self, x: Any, dim0: int, dim1: int) -> Any:
+        order = list(range(len(self._shape(x))))
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+        return self.permute(x, order)
+
+    def shuffle(self, x: Any, groups: int) -> Any:
+        channels = self._channels(x)
+        if channels % groups:
+            raise self.fail(f"shuffles {channels} channels in {groups} groups")
+        return self._selected(x, torch.arange(channels).reshape(groups, -1).t().flatten().tolist())
+
+    def chunk(self, x: Any, chunks: int, dim: int = 0) -> Any:
+        return self.split(x, -(-self._channels(x) // chunks), dim)
+
+    def split(self, x: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
+        if dim not in (1, -3):
+            raise self.fail("cuts another dimension than the channels, which has no spiking counterpart")
+        channels = range(self._channels(x))
+        sizes: Any = split_size_or_sections
+        if isinstance(sizes, int):
+            sizes = [len(channels[i : i + sizes]) for i in channels[::sizes]]
+        if sum(sizes) != len(channels):
+            raise self.fail(f"cuts {len(channels)} channels into {list(sizes)}")
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return tuple(self._selected(x, channels[a : a + n]) for a, n in zip(starts, sizes, strict=True))
+
+    def index_select(self, x: Any, dim: int, index: Any) -> Any:
+        return self._indexed(x, index if dim in (1, -3) else None)
+
+    def _indexed(self, x: Any, channels: Any) -> Any:
+        """x[:, channels]."""
+        every = range(self._channels(x))
+        if isinstance(channels, Tensor) and channels.dim() == 1:
+            channels = channels.nonzero().flatten().tolist() if channels.dtype == torch.bool else channels.tolist()
+        if isinstance(channels, slice):
+            return self._selected(x, every[channels])
+        if not isinstance(channels, (list, tuple)) or any(not isinstance(i, int) for i in channels):
+            raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
+        return self._selected(x, [every[i] for i in channels])
+
+    def size(self, x: Any, dim: int | None = None) -> Any:
+        return self._shape(x) if dim is None else self._shape(x)[dim]
+
+    def rank(self, x: Any) -> int:
+        return len(self._shape(x))
+
+    def getattr(self, x: Any, name: str) -> Any:
+        if name == "shape":
+            return self._shape(x)
+        if name == "ndim":
+            return self.rank(x)
+        raise self.fail(f"reads attribute {name!r} of a tensor, which has no spiking counterpart")
+
+    def getitem(self, x: Any, index: Any) -> Any:
+        if isinstance(x, (tuple, list)):
+            return x[index]
+        if isinstance(x, Image) and not x.source and isinstance(index, tuple) and len(index) == 2:
+            everything, channel = index
+            if everything == slice(None) and isinstance(channel, int):
+                return Image((channel,), x.scale or (1.0,), x.shift or (0.0,), batch_only=True)
+        if isinstance(index, tuple) and isinstance(x, Image | Signal | Current):
+            if Ellipsis in index:
+                at = index.index(Ellipsis)
+                index = (*index[:at], *[slice(None)] * (5 - len(index)), *index[at + 1 :])
+            index = (*index, *[slice(None)] * (4 - len(index)))
+            batch, channels, *pixels = index
+            if batch == slice(None) and len(pixels) == 2 and all(isinstance(p, slice) for p in pixels):
+                x = x if channels == slice(None) else self._indexed(x, channels)
+                return x if pixels == [slice(None)] * 2 else self._sliced(x, *pixels)
+        raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
+
+    def unsqueeze(self, x: Any, dim: int) -> Any:
+        if isinstance(x, Image) and x.batch_only and dim == 1:
+            return replace(x, batch_only=False)
+        raise self.fail("adds a dimension, which has no spiking counterpart")
+
+    def mean(self, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+        dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+        if sorted(d % 4 if isinstance(d, int) else -1 for d in dims) != [2, 3]:
+            raise self.fail("takes a mean over other dimensions than height and width")
+        pooled = self.adaptive_pool(x, 1)
+        return pooled if keepdim else self.flatten(pooled, 1)

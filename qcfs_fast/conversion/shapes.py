@@ -1,0 +1,74 @@
+"""The shapes of a traced network's values, found without computing any."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..model.graph import (
+    evaluating,
+    is_normalize,
+    made_parameters_kept,
+    symbolic_trace,
+)
+from .values import (
+    Image,
+)
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+LAST_SHAPE = "_qcfs_fast_input_shape"  # where a prepared model notes the shape of the images it last saw
+
+
+class ShapeRecorder(fx.Interpreter):
+    """Runs a graph and notes the shape of every tensor, without the batch."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.shapes: Shapes = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_normalize(self.fetch_attr(target)):  # which looks at values
+            return args[0]
+        return super().call_module(target, args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n] = tuple(int(d) for d in value.shape[1:])
+        return value
+
+
+def propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
+    """Run the graph on a batch of 1 without values: a copy of it whose tensors are on the meta device."""
+    with made_parameters_kept(gm), torch.no_grad():
+        tensors = [*gm.parameters(), *gm.buffers()]
+        own = {
+            id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors
+        }
+        recorder = ShapeRecorder(copy.deepcopy(gm, own))
+        with torch.device("meta"):
+            recorder.run(torch.empty((1, *input_shape), dtype=tensors[0].dtype if tensors else None))
+    by_name = {node.name: node for node in gm.graph.nodes}
+    return {by_name[node.name]: shape for node, shape in recorder.shapes.items()}
+
+
+def usable_shape(model: nn.Module, image: Image, known: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The shape of an image that the model runs on: the one given or last seen, or a small one; None: none found."""
+    known = known or model.__dict__.get(LAST_SHAPE)
+    if known is not None:
+        return tuple(known)
+    if image.vector:
+        return (image.channels,)
+    with evaluating(model):
+        gm = symbolic_trace(model)
+        for side in (32, 64, 224):
+            with contextlib.suppress(Exception):  # whatever the model's own code raises
+                propagate_shapes(gm, (image.channels, side, side))
+                return (image.channels, side, side)
+    return None

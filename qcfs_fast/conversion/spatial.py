@@ -1,0 +1,254 @@
+"""Lowering of what moves or sums pixels: pools, pads, crops, upsampling, pixel shuffles, transposed convolution.
+
+All are windows over the spikes of a Part (PoolSpec), of one pixel or none where nothing is summed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ..operators.geometry import POINTWISE
+from ..operators.windows import PoolSpec
+from .ends import Ends
+from .symbolic import float64, pair, whole, zeros
+from .values import (
+    Answer,
+    Current,
+    Image,
+    Part,
+    Signal,
+    composed,
+)
+
+
+class Spatial(Ends):
+    def _pooled(self, x: Any, spec: PoolSpec) -> Signal | Current:
+        if isinstance(x, Image):
+            raise self.fail("pools the image itself; resize images before they enter the network")
+        if isinstance(x, Current) and x.products and not spec.pads:
+            # Averaging commutes with a pointwise convolution.
+            pointwise = all(p.geometry == POINTWISE and not p.part.is_image for p in x.products)
+            if pointwise and not x.vector and spec.kind == "avg":
+                products = tuple(replace(p, part=self._pooled_part(p.part, spec)) for p in x.products)
+                identities = tuple(
+                    replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in x.identities
+                )
+                return replace(x, products=products, identities=identities)
+        signals = self._sources(x, "is pooling", 1)
+        if any(s.vector for s in signals):
+            raise self.fail("pools a flattened value")
+        if spec.kind == "max" and (
+            isinstance(x, Current) or any(q.kind == "avg" for s in signals for p in s.parts for q in p.pools)
+        ):
+            raise self.fail("max pooling works on spikes only; use prepare(model, max_pool='avg')")
+        if spec.kind == "max" and any(bool((p.amplitude < 0).any()) for s in signals for p in s.parts):
+            raise self.fail("takes the maximum of spikes times a negative factor. Remedy: pool first, then scale")
+        out = [replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in signals]
+        if isinstance(x, Signal):
+            return out[0]
+        return replace(x, identities=tuple(out))
+
+    def _pooled_part(self, part: Part, spec: PoolSpec) -> Part:
+        shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
+        return replace(part, pools=(*part.pools, replace(spec, size=None if shape is None else (shape[-2], shape[-1]))))
+
+    def avg_pool(
+        self,
+        x: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Signal | Current:
+        kernel = pair(kernel_size)
+        spec = PoolSpec(
+            "avg",
+            kernel,
+            pair(stride) if stride else kernel,
+            pair(padding),
+            bool(ceil_mode),
+            bool(count_include_pad),
+            divisor_override,
+        )
+        return self._pooled(x, spec)
+
+    def adaptive_pool(self, x: Any, output_size: Any) -> Signal | Current:
+        if isinstance(output_size, (tuple, list)):
+            out = tuple(None if o is None else int(o) for o in output_size)
+        else:
+            out = (int(output_size), int(output_size))
+        return self._pooled(x, PoolSpec("avg", output=(out[0], out[1])))
+
+    def max_pool(
+        self,
+        x: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Signal | Current:
+        if return_indices or pair(dilation) != (1, 1):
+            raise self.fail("max pooling with dilation or indices is not supported")
+        kernel = pair(kernel_size)
+        return self._pooled(
+            x, PoolSpec("max", kernel, pair(stride) if stride else kernel, pair(padding), bool(ceil_mode))
+        )
+
+    def _moved(self, x: Any, spec: PoolSpec, zeros: bool = False) -> Signal | Current:
+        """A value whose pixels go where the windows of `spec` say; `zeros`: some places get none."""
+        if isinstance(x, Image):
+            raise self.fail("moves pixels of the image itself. Remedy: pad, crop or resize images before")
+
+        def placed(signals: Sequence[Signal]) -> tuple[Signal, ...]:
+            return tuple(replace(s, parts=tuple(map(part, s.parts))) for s in signals)
+
+        def part(p: Part) -> Part:
+            # Masks stay masks, but where spikes have signs a window of none would be a negative spike.
+            counts = zeros or any(q.kind == "avg" for q in p.pools)
+            return replace(p, pools=(*p.pools, replace(spec, kind="avg" if counts else "max", divisor_override=1)))
+
+        if isinstance(x, Current) and x.products:
+            pointwise = all(p.geometry == POINTWISE and not p.part.is_image for p in x.products)
+            if pointwise and not x.vector and not (zeros and bool(x.bias.any())):
+                products = tuple(replace(p, part=part(p.part)) for p in x.products)
+                return replace(x, products=products, identities=placed(x.identities))
+        signals = self._sources(x, "moves pixels", 1, shifted=not zeros)
+        if any(s.vector for s in signals):
+            raise self.fail("moves pixels of a flattened value")
+        return placed(signals)[0] if isinstance(x, Signal) else replace(x, identities=placed(signals))
+
+    def pad(self, x: Any, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
+        if mode != "constant" or value not in (None, 0):
+            raise self.fail("pads with something else than zeros, which is no spike. Remedy: pad with zeros")
+        if not whole(pad):
+            raise self._shape_needed("pads by a size that is not known")
+        if len(pad) > 6 and any(pad[6:]):
+            raise self.fail("pads the batch")
+        left, right, top, bottom, first, last = [*pad, 0, 0, 0, 0, 0, 0][:6]
+        rows, cols = (top, bottom), (left, right)
+        border = (max(0, *rows), max(0, *cols))
+        if border != (0, 0):
+            x = self._moved(x, PoolSpec("avg", (1, 1), padding=border), zeros=True)
+        extra = [(border[0] - top, border[0] - bottom), (border[1] - left, border[1] - right)]
+        if extra != [(0, 0), (0, 0)]:
+            x = self._moved(x, PoolSpec.cropped(*extra))
+        if first < 0 or last < 0:
+            channels = self._channels(x)
+            x = self._selected(x, range(max(0, -first), channels - max(0, -last)))
+        if first > 0 or last > 0:  # as in the shortcuts of ResNets for CIFAR
+            current = self._current(x, None, "pads the channels of what is not a layer's output")
+            rows_of = F.pad(torch.eye(current.channels, dtype=torch.float64), (0, 0, max(0, first), max(0, last)))
+            x = composed(current, rows_of, zeros(len(rows_of)), (1, 1), "channels")
+        return x
+
+    def _sliced(self, x: Any, rows: slice, cols: slice) -> Any:
+        """x[:, :, rows, cols]."""
+        crops, strides = [], []
+        for s, size in zip((rows, cols), self._shape(x)[2:], strict=True):
+            start, stop, step = s.start or 0, s.stop, s.step or 1
+            if not whole([start, step, stop or 0]):
+                raise self._shape_needed("cuts pixels at a size that is not known")
+            if isinstance(size, int):
+                start, stop = start + size * (start < 0), None if stop == size else stop
+            if start < 0 or (stop is not None and stop >= 0):
+                raise self.fail(
+                    "cuts pixels at a place counted from the other border, which is another one in images of another "
+                    "size. Remedy: count from the same border (x[:, :, 1:-1])"
+                )
+            crops.append((start, -(stop or 0)))
+            strides.append(step)
+        if crops == [(0, 0), (0, 0)] and strides == [1, 1]:
+            return x
+        return self._moved(x, PoolSpec.cropped(crops[0], crops[1], (strides[0], strides[1])))
+
+    def upsample(
+        self,
+        x: Any,
+        size: Any = None,
+        scale_factor: Any = None,
+        mode: str = "nearest",
+        align_corners: bool | None = None,
+        recompute_scale_factor: bool | None = None,
+        antialias: bool = False,
+    ) -> Any:
+        everywhere = self._shape(x)[2:] == (1, 1)  # one pixel goes everywhere
+        if isinstance(x, Answer) or (mode in ("bilinear", "bicubic") and not antialias and not everywhere):
+            return self._resized(x, mode, size, scale_factor, align_corners)
+        mode = "nearest" if everywhere else mode
+        factors: list[Any] = []
+        if scale_factor is not None:
+            factors = list(scale_factor) if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
+        elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
+            own, wanted = self._shape(x)[2:], list(size) if isinstance(size, (tuple, list)) else [size] * 2
+            if not whole([*own, *wanted]):
+                raise self._shape_needed("resizes to a size that is not known")
+            factors = [w / n for w, n in zip(wanted, own, strict=True)]
+        if mode not in ("nearest", "nearest-exact") or len(factors) != 2 or any(f < 1 or f != int(f) for f in factors):
+            raise self.fail(
+                f"resizes with mode={mode!r}, size={size} and scale_factor={scale_factor}. Between activations only "
+                "nearest pixels by a whole factor are spikes again. Remedy: mode='nearest', scale_factor=2, say"
+            )
+        spread = (int(factors[0]), int(factors[1]))
+        return x if spread == (1, 1) else self._moved(x, PoolSpec("max", (1, 1), spread=spread))
+
+    def pixel_shuffle(self, x: Any, upscale_factor: int) -> Current:
+        r, channels = int(upscale_factor), self._channels(x)
+        if channels % (r * r):
+            raise self.fail(f"shuffles {channels} channels into blocks of {r}x{r} pixels")
+        found = []
+        for i, j in itertools.product(range(r), repeat=2):  # each pixel of a block comes from channels of its own
+            chosen = self._selected(x, range(i * r + j, channels, r * r))
+            moved = self._moved(chosen, PoolSpec("avg", (1, 1), spread=(r, r), phase=(i, j)), zeros=True)
+            found.append(moved if isinstance(moved, Current) else Current(zeros(moved.channels), (), (moved,)))
+        return replace(
+            found[0],
+            products=sum((c.products for c in found), ()),
+            identities=sum((c.identities for c in found), ()),
+        )
+
+    def pixel_unshuffle(self, x: Any, downscale_factor: int) -> Any:
+        r, channels = int(downscale_factor), self._channels(x)
+        places = [
+            self._moved(x, PoolSpec("max", (r, r), (r, r), section=(i, r, j, r)))
+            for i, j in itertools.product(range(r), repeat=2)
+        ]
+        order = torch.arange(r * r * channels).reshape(r * r, channels).t().flatten().tolist()
+        return self._selected(self.concat(places, 1), order)
+
+    def conv_transpose(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> Current:
+        """A convolution of the map with zeros between its pixels, by the kernel turned round."""
+        if not isinstance(weight, Tensor):
+            raise self.fail("is a convolution whose weights depend on the image, which has no spiking counterpart")
+        weight = float64(weight, zeros(0))
+        stride, padding, dilation, more = (pair(v) for v in (stride, padding, dilation, output_padding))
+        border = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
+        extra = tuple(s - 1 - m for s, m in zip(stride, more, strict=True))
+        if min(*border, *extra) < 0:
+            raise self.fail("is a transposed convolution that cuts off more than its kernel adds. Remedy: less padding")
+        if stride != (1, 1):
+            x = self._moved(x, PoolSpec("avg", (1, 1), spread=stride, phase=(0, 0)), zeros=True)
+        if extra != (0, 0):
+            x = self._moved(x, PoolSpec.cropped((0, extra[0]), (0, extra[1])))
+        turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(-2, -1)
+        return self.conv(x, turned, bias, 1, border, dilation, groups)

@@ -1,0 +1,226 @@
+"""What symbolic execution is made of: the state of one pass, and the ways in which an operation takes its operand.
+
+A value is an Image, a Signal, a Current, or one of their relatives (values.py). An operation asks for it as the
+signals that a layer may read (`_sources`), or as a current that a neuron may integrate (`_current`). Each raises
+ConversionError, with the place in the model, where the value is no such thing. A size that is not known is a Size,
+which any arithmetic leaves one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import ConversionError
+from ..model.graph import (
+    call_sites,
+    describe,
+)
+from ..network.layers import INPUT
+from .shapes import Shapes
+from .values import (
+    Answer,
+    Current,
+    Grouped,
+    Image,
+    Joined,
+    Lowered,
+    Part,
+    Signal,
+    dense,
+    selected,
+    without_choices,
+)
+
+
+class ShapeNeededError(ConversionError):
+    """Lowering cannot go on without the shape of the images."""
+
+
+class Unknown:
+    """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again."""
+
+
+def one_current(x: Any) -> Any:
+    return dense(x) if isinstance(x, Joined) else x
+
+
+class Size:
+    """A size that is not a number here: that of the batch, or any while the shape of the images is not known."""
+
+    def _with(self, other: Any) -> Size:
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _with
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _with  # type: ignore[assignment] # asserted: who knows
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return "N"
+
+
+def whole(sizes: Sequence[Any]) -> bool:
+    """Whether all sizes are numbers."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def is_rest(size: Any) -> bool:
+    """Whether a size of a reshape is -1, what is left."""
+    return isinstance(size, int) and size == -1
+
+
+def shown(shape: Sequence[Any]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def float64(x: Tensor | None, default: Tensor) -> Tensor:
+    """A parameter of the model in the arithmetic of conversion, or its default where the layer has none."""
+    return default if x is None else x.detach().to("cpu", torch.float64)
+
+
+def zeros(channels: int) -> Tensor:
+    return torch.zeros(channels, dtype=torch.float64)
+
+
+def pair(x: Any) -> tuple[int, int]:
+    return (int(x), int(x)) if isinstance(x, int) else (int(x[0]), int(x[1]))
+
+
+class Symbolic:
+    """One pass over the graph. `shapes` maps nodes to the shapes of their values without the batch, if known."""
+
+    def __init__(self, gm: fx.GraphModule, shapes: Shapes | None) -> None:
+        self.gm = gm
+        self.shapes = shapes
+        self.needs_shapes = False
+        self.sites = {node: (name, module) for name, node, module in call_sites(gm)}
+        self.values: dict[fx.Node, Any] = {}
+        self.node: fx.Node  # the one being executed
+        self.result = Lowered(Image((), (), ()))
+        self.image: Image | None = None
+
+    def fail(self, why: str) -> ConversionError:
+        return ConversionError(f"{describe(self.node)}: {why}")
+
+    def _is_constant(self, x: Any) -> bool:
+        """Whether a value depends on parameters alone, not on the image."""
+        if isinstance(x, (tuple, list)):
+            return all(map(self._is_constant, x))
+        if isinstance(x, dict):
+            return all(map(self._is_constant, x.values()))
+        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Answer, Unknown))
+
+    def _is_unknown(self, x: Any) -> bool:
+        values = x.values() if isinstance(x, dict) else x
+        return any(map(self._is_unknown, values)) if isinstance(x, (tuple, list, dict)) else isinstance(x, Unknown)
+
+    def _read_image(self, x: Image, channels: int | None) -> Signal:
+        """The image as the one analog Part; all layers that read it must agree on its channels."""
+        if x.batch_only:
+            raise self.fail("reads a single channel taken out of the image; keep the channel dimension (x[:, i:i+1])")
+        if not x.source:
+            if channels is None:
+                shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
+                self.needs_shapes |= shape is None
+                channels = 1 if shape is None else shape[0]
+            x = self._whole_image(x, channels)
+        if self.image is not None and replace(self.image, vector=x.vector) != x:
+            raise self.fail(
+                "reads the image with another normalisation or channel order than the first layer; use one for all"
+            )
+        self.image = x
+        return Signal((Part(INPUT, torch.ones(len(x.source), dtype=torch.float64)),), x.vector)
+
+    @staticmethod
+    def _whole_image(x: Image, channels: int) -> Image:
+        """With its channels named, which before nothing has read: all are scaled alike."""
+        if x.source:
+            return x
+        scale, shift = x.scale or (1.0,), x.shift or (0.0,)
+        return replace(x, source=tuple(range(channels)), scale=scale * channels, shift=shift * channels)
+
+    def _current(self, x: Any, channels: int | None, why_not: str) -> Current:
+        """The value as what a neuron may integrate: spikes stand for the current that they are."""
+        if isinstance(x, Image):
+            x = self._read_image(x, channels)
+        x = self._summand(x, why_not)
+        if any(s.vector and s.index is not None for s in x.identities):
+            raise self.fail("reorders or drops channels and flattens them, with no layer behind; put one there")
+        return without_choices(x)
+
+    def _summand(self, x: Any, why_not: str) -> Current:
+        """The value as a current in which spikes are still what a layer may read."""
+        if isinstance(x, Signal):
+            return Current(zeros(x.channels), (), (x,), x.vector)
+        if not isinstance(x, Current):
+            raise self.fail(why_not)
+        return x
+
+    def _sources(self, x: Any, what: str, channels: int, shifted: bool = False) -> list[Signal]:
+        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one).
+
+        `shifted`: the operator is one for their sum's bias too.
+        """
+        if isinstance(x, Image):
+            return [self._read_image(x, channels)]
+        if isinstance(x, Signal):
+            return [x]
+        if isinstance(x, Current) and not x.products:
+            if shifted or not bool(x.bias.any()):
+                return list(x.identities)
+            raise self.fail(
+                f"{what} of spikes to which a constant was added (by a BatchNorm, say), which its padding has not. "
+                "Remedy: padding=0, or an activation in between"
+            )
+        raise self.fail(
+            f"{what} of a value with no activation in between, so there are no spikes to work on. Remedy: put a ReLU "
+            "(then QCFS) between the two layers, or merge them into one"
+        )
+
+    def _layer(self) -> str:
+        """The name of the layer that this node is, for reports."""
+        return str(self.node.target) if self.node.op == "call_module" else describe(self.node)
+
+    def _shape_needed(self, why: str) -> ShapeNeededError:
+        return ShapeNeededError(
+            f"{describe(self.node)}: {why}; give convert(..., input_shape=(C, H, W)), or run the prepared model on "
+            "an image"
+        )
+
+    def _channels(self, x: Any) -> int:
+        if isinstance(x, Image) and not x.source:
+            known = self._shape(x)[1]
+            if not isinstance(known, int):
+                raise self._shape_needed("takes channels of the image, whose shape is not known")
+            return known
+        if not isinstance(x, Image | Signal | Current):
+            raise self.fail("takes parts of what is no map of spikes or of currents")
+        return len(x.source) if isinstance(x, Image) else x.channels
+
+    def _selected(self, x: Any, index: Sequence[int]) -> Any:
+        """Some channels of a value."""
+        if isinstance(x, Image) and not x.batch_only and not x.vector and not x.map:
+            n = self._channels(x)
+            whole = self._whole_image(x, n)
+            source = tuple(whole.source[i] for i in index)
+            scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
+            return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
+        if not isinstance(x, Signal | Current) or x.vector or getattr(x, "flattened", False):
+            raise self.fail(
+                "takes parts of a flattened value, which has no spiking counterpart; take channels of a map"
+            )
+        if not index:
+            raise self.fail("takes no channels at all")
+        return selected(x, index)
+
+    def _shape(self, x: Any) -> tuple[Any, ...]:
+        """The shape of a value: the batch is a Size, and so is what is not known yet."""
+        known = (self.shapes or {}).get(self.node.all_input_nodes[0]) if self.node.all_input_nodes else None
+        if known is not None:
+            return (Size(), *known)
+        vector = getattr(x, "vector", False) or getattr(x, "flattened", False)
+        return (Size(), Size()) if vector else (Size(), *([Size()] * 3))

@@ -1,0 +1,138 @@
+"""Lowering of what has weights: convolution, linear layer, BatchNorm.
+
+They turn a Signal into a Current; a layer of 1x1 taps that follows a Current becomes one with it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.graph import (
+    parameter,
+)
+from .symbolic import (
+    Symbolic,
+    float64,
+    pair,
+    zeros,
+)
+from .values import (
+    Current,
+    Image,
+    Joined,
+    Product,
+    affine,
+    composed,
+    dealt,
+    ungrouped,
+)
+
+
+class Weighted(Symbolic):
+    def _conv_module(self, x: Any, m: nn.Conv2d) -> Current:
+        if m.padding_mode != "zeros":
+            raise self.fail(f"padding_mode={m.padding_mode!r} is not supported; use zeros")
+        weight, bias = parameter(m, "weight"), parameter(m, "bias")
+        return self.conv(x, weight, bias, m.stride, m.padding, m.dilation, m.groups)
+
+    def conv(
+        self,
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Current:
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            raise self.fail("is a convolution whose weights depend on the image, which has no spiking counterpart")
+        weight = float64(weight, zeros(0))
+        out, kernel, channels = weight.shape[0], pair(weight.shape[2:]), weight.shape[1] * groups
+        stride, dilation = pair(stride), pair(dilation)
+        if isinstance(padding, str):
+            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+            if any(t % 2 for t in total):
+                raise self.fail("padding='same' with an even kernel pads unevenly; use explicit padding")
+            padding = (total[0] // 2, total[1] // 2)
+        geometry = (*kernel, *stride, *pair(padding), *dilation, groups)
+        if isinstance(x, Current) and x.products and not x.vector and kernel == (1, 1) and pair(padding) == (0, 0):
+            if x.channels != channels:
+                raise self.fail(f"expects {channels} channels, gets {x.channels}")
+            return composed(x, ungrouped(weight, groups)[:, :, 0, 0], float64(bias, zeros(out)), stride, self._layer())
+        products = []
+        unpadded = pair(padding) == (0, 0)
+        out_bias = float64(bias, zeros(out))
+        for signal in self._sources(x, "is a convolution", channels, unpadded):
+            if signal.vector:
+                raise self.fail("is a convolution of a flattened value")
+            if signal.channels != channels:
+                raise self.fail(f"expects {channels} channels, gets {signal.channels}")
+            products += [
+                Product(part, w, (*geometry[:8], own), False, self._layer())
+                for part, w, own in dealt(weight, groups, signal)
+            ]
+        if isinstance(x, Current) and unpadded:
+            out_bias = out_bias + ungrouped(weight, groups).sum((2, 3)) @ x.bias
+        return Current(out_bias, tuple(products))
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Current:
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            raise self.fail("is a linear layer whose weights depend on the image, which has no spiking counterpart")
+        weight = float64(weight, zeros(0))
+        out, features = weight.shape
+        if isinstance(x, Image) and x.map:  # one window as large as the image
+            if features != math.prod(x.map):
+                raise self.fail(f"expects {features} features, gets images of {math.prod(x.map)}")
+            return replace(self.conv(replace(x, map=()), weight.reshape(out, *x.map), bias), vector=True)
+        if isinstance(x, Current) and x.products and x.vector:
+            if x.channels != features:
+                raise self.fail(f"expects {features} features, gets {x.channels}")
+            return composed(x, weight, float64(bias, zeros(out)), (1, 1), self._layer())
+        products = []
+        for signal in self._sources(
+            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features, True
+        ):
+            if not signal.vector:
+                raise self.fail("is a linear layer on a feature map; flatten it first")
+            if features % signal.channels:
+                raise self.fail(f"expects {features} features, gets a multiple of {signal.channels}")
+            # The model flattens maps with the channel first, spikes are stored with it last: the weight becomes
+            # [O, C, pixels, 1], a kernel as high as the map has pixels, and _fold moves the channel behind them.
+            area = features // signal.channels
+            geometry = (area, 1, 1, 1, 0, 0, 1, 1, 1)
+            blocks = dealt(weight.reshape(out, signal.channels, area, 1), 1, signal)
+            products += [Product(part, block, geometry, True, self._layer()) for part, block, _ in blocks]
+        out_bias = float64(bias, zeros(out))
+        if isinstance(x, Current):
+            out_bias = out_bias + weight.reshape(out, x.channels, -1).sum(2) @ x.bias
+        return Current(out_bias, tuple(products), (), True)
+
+    def batch_norm(
+        self,
+        x: Any,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Current | Joined:
+        if running_mean is None or running_var is None or training:
+            raise self.fail("BatchNorm without running statistics cannot be folded; use track_running_stats=True")
+        mean, var = running_mean.to("cpu", torch.float64), running_var.to("cpu", torch.float64)
+        gamma, beta = float64(weight, torch.ones_like(mean)), float64(bias, torch.zeros_like(mean))
+        scale = gamma / torch.sqrt(var + eps)
+        if not bool(torch.isfinite(scale).all()):
+            raise self.fail("BatchNorm statistics are not finite; train or reset them")
+        why_not = "BatchNorm of a value it does not fit"
+        current = x if isinstance(x, Joined) else self._current(x, mean.numel(), why_not)
+        if current.channels != mean.numel():
+            raise self.fail(why_not)
+        return affine(current, scale, beta - mean * scale)
