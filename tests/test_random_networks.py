@@ -30,6 +30,13 @@ CHANNELS = ("all", "shuffled", "chosen")
 FACTORS = (1, -1, 0.5, -2)  # of what is added
 
 
+def size_after(kind, size, stride):
+    """Of a map; a pool leaves out what no whole window covers, a convolution with padding does not."""
+    if kind in MOVES:
+        return MOVES[kind][1](size)
+    return size // stride if kind in ("pool", "max pool") else (size - 1) // stride + 1
+
+
 @st.composite
 def plans(draw):
     """A list of steps (kind, other source, numbers), and the head. Each step reads the value before it."""
@@ -70,7 +77,7 @@ def plans(draw):
         numbers = {"kernel": draw(st.sampled_from((1, 3))), "stride": stride, "groups": groups, "channels": which}
         numbers["factor"] = draw(st.sampled_from(FACTORS))
         plan.append((kind, other, {"out": out, "mixed": mixed if groups == 1 and mixed > 2 else 0, **numbers}))
-        after = MOVES[kind][1](size) if kind in MOVES else size // stride
+        after = size_after(kind, size, stride)
         values.append((out + 2 * (kind == "joined"), after))
         kept = spikes[-1] and (kind in ("max pool", "nearest", "crop") or (kind == "concatenation" and spikes[other]))
         spikes.append(kind in FIRING or kept)
@@ -100,7 +107,7 @@ class Random(nn.Module):
                 self.add_module(f"other{i}", nn.Conv2d(channels[other], 2, 3, padding=1))
                 out += 2
             channels.append(out)
-            sizes.append(MOVES[kind][1](sizes[-1]) if kind in MOVES else sizes[-1] // p["stride"])
+            sizes.append(size_after(kind, sizes[-1], p["stride"]))
         self.pool, self.maximum = nn.AvgPool2d(2), nn.MaxPool2d(2)
         self.wide = nn.AdaptiveAvgPool2d(1)
         features = channels[-1] * (sizes[-1] ** 2 if head == "linear" else 1)

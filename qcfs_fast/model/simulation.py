@@ -80,7 +80,7 @@ class _Layer(nn.Module):
             self.fired = count(currents, theta, self.T)
         else:
             if self.bias is not None:
-                if self.bias.shape[1] != x.shape[1]:
+                if self.bias.shape[1] not in (1, x.shape[1]):
                     raise ValueError(
                         f"simulate: step_bias has {self.bias.shape[1]} channels for an activation of {x.shape[1]}; "
                         "call step_biases on this model"
