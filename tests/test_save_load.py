@@ -202,7 +202,7 @@ HEADERS = {
     "multiple": (lambda h: node(h, "SpikePool")["config"]["pool"].update(kind="avg", multiple=0), "multiple is 0"),
     "shape": (lambda h: h.update(input_shape=[4, 10, 12]), "input_shape .* is none that the image input takes"),
     "small shape": (lambda h: h.update(input_shape=[3, 1, 1]), "cannot run on an image of the shape"),
-    "huge shape": (lambda h: h.update(input_shape=[3, 2**24, 2**24]), "more than 68719476736 elements"),
+    "huge shape": (lambda h: h.update(input_shape=[3, 2**24, 2**24]), "more than 137438953472 elements"),
     "details": (lambda h: h["details"].update({"stem.2": 3}), "stem.2: details are damaged"),
     "bits used": (lambda h: h["details"]["stem.2"].update(weight_bits_used="all"), "details lack weight_bits_used"),
     "kind of input": (

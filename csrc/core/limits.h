@@ -12,7 +12,7 @@ namespace qcfs {
 // Kernels, strides, paddings, dilations, groups, the sizes of images and of what a pool gives.
 constexpr std::int64_t max_extent = 1 << 24;
 // Elements of a tensor, an empty batch counted as one sample.
-constexpr std::int64_t max_elements = std::int64_t{1} << 36;
+constexpr std::int64_t max_elements = std::int64_t{1} << 37;
 // Steps, divisors and common multiples of pools.
 constexpr std::int64_t max_steps = 0x7fffffff;
 

@@ -40,8 +40,8 @@ IMAGE_BITS = 24
 # Kernels, strides, paddings, dilations and groups, and the sizes that a pool gives: larger ones are refused, so that
 # arithmetic on them fits 64 bits (csrc/core/limits.h).
 MAX_EXTENT = 2**24
-# Elements of a tensor, an empty batch counted as one sample: twice what the largest GPU holds in int32.
-MAX_ELEMENTS = 2**36
+# Elements of a tensor, an empty batch counted as one sample: four times what the largest GPU holds in int32.
+MAX_ELEMENTS = 2**37
 # Integers that double holds: the divisors of a readout.
 MAX_EXACT = 2**53
 # Scales of a product: a digit of 8 bits, of a weight of 8, 16 or 24.
