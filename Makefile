@@ -60,7 +60,7 @@ bench: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 RESULTS := docs/benchmark-results.json
 FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 vgg16_bn_224-1 \
     $(foreach network,resnet20_32 resnet18_32 vgg16_32,$(network)-1 $(network)-8 $(network)-128) \
-    demo_8-1 lenet_32-1 mlp_28-1 layers
+    demo_8-1 lenet_32-1 mlp_28-1 threads layers
 readme-figures:
 	rm -f $(RESULTS)
 	$(MAKE) $(addprefix figures-,$(FIGURES))
@@ -71,6 +71,11 @@ figures-write: $(VENV)/.installed $(VENV)/.tools
 
 figures-layers: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/qcfs-fast bench --layers --output $(RESULTS)
+
+# The others are measured on the threads that torch takes, all cores'.
+figures-threads: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
+	$(VENV)/bin/qcfs-fast bench --networks "resnet20 32" "resnet18 224" "demo 8" "lenet 32" "mlp 28" --batches 1 \
+	    --steps 4 --threads 1 --output $(RESULTS)
 
 figures-%: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/qcfs-fast bench --networks "$$(echo $* | sed 's/_\([0-9]*\)-.*/ \1/')" \
