@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...files import write_text_atomically, written_atomically
+from ...files import written_atomically
 from .measure import NOT_MEASURED, TAIL
 from .results import on_other_threads
 
@@ -368,12 +368,3 @@ def markdown(data: Mapping[str, Any], images: str) -> str:
     )
     wrapped = textwrap.fill(notes, 119, break_long_words=False, break_on_hyphens=False)
     return "\n".join([*lines, "", wrapped, "", f"![Latency by time steps T]({images}/latency-by-T.png)", ""])
-
-
-def write_readme(path: Path, text: str) -> None:
-    """Replace what stands between the two marks."""
-    old = path.read_text()
-    if old.count(MARK[0]) != 1 or old.count(MARK[1]) != 1:
-        raise ValueError(f"{path}: needs the lines {MARK[0]} and {MARK[1]} once each; between them goes the table")
-    before, rest = old.split(MARK[0])
-    write_text_atomically(path, f"{before}{MARK[0]}\n\n{text}\n{MARK[1]}{rest.split(MARK[1])[1]}")

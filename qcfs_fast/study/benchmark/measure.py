@@ -137,6 +137,8 @@ def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: to
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """The percentiles of TAIL that so many readings can tell: those with a reading or more above them."""
+    if len(seconds) < 2:
+        return {}
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     return {name: cuts[p - 1] for name, p in TAIL.items() if len(seconds) * (100 - p) >= 100}
 

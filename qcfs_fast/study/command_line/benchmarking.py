@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ...files import replace_between
 from ..benchmark import comparison
 from ..benchmark.cases import LAYERS, NETWORKS, QUICK, STEPS, LayerCase, NetworkCases, batches
 from ..benchmark.measure import Effort, on_threads
@@ -123,6 +124,6 @@ def _compare(o: argparse.Namespace) -> int:
             print(f"wrote {path}", file=sys.stderr)
     if o.readme is not None:
         folder = os.path.relpath(o.plots or "docs/images", o.readme.parent)
-        comparison.write_readme(o.readme, comparison.markdown(data, Path(folder).as_posix()))
+        replace_between(o.readme, comparison.MARK, comparison.markdown(data, Path(folder).as_posix()))
         print(f"wrote {o.readme}", file=sys.stderr)
     return 0
