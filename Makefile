@@ -4,6 +4,7 @@
 # make format rewrite files as `make check` wants them               make bench  compare latencies (10 minutes)
 # make test-slow   what is left: builds under sanitizers, for arm64 and of CUDA; emulated and interpreted GPU kernels
 # make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
+# make study-latency   time the network that ships, and write the README's three numbers (five minutes)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
 # make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
 # make docs   the documentation as a site, in site/              make gallery  run the notebooks of docs/gallery, keep outputs
@@ -18,7 +19,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell 
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo docs gallery test test-slow quick fuzz test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
+.PHONY: demo docs gallery test test-slow quick fuzz test-triton test-arm64 check format bench readme-figures figures-write study-latency cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -60,7 +61,7 @@ bench: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 RESULTS := docs/benchmark-results.json
 FIGURES := resnet18_224-1 resnet18_224-8 resnet18_224-32 vgg16_bn_32-1 vgg16_bn_32-8 vgg16_bn_32-32 vgg16_bn_224-1 \
     $(foreach network,resnet20_32 resnet18_32 vgg16_32,$(network)-1 $(network)-8 $(network)-128) \
-    demo_8-1 lenet_32-1 mlp_28-1 layers
+    demo_8-1 lenet_32-1 mlp_28-1 threads layers
 readme-figures:
 	rm -f $(RESULTS)
 	$(MAKE) $(addprefix figures-,$(FIGURES))
@@ -72,9 +73,23 @@ figures-write: $(VENV)/.installed $(VENV)/.tools
 figures-layers: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/qcfs-fast bench --layers --output $(RESULTS)
 
+# The others are measured on the threads that torch takes, all cores'.
+figures-threads: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
+	$(VENV)/bin/qcfs-fast bench --networks "resnet20 32" "resnet18 224" "demo 8" "lenet 32" "mlp 28" --batches 1 \
+	    --steps 4 --threads 1 --output $(RESULTS)
+
 figures-%: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	$(VENV)/bin/qcfs-fast bench --networks "$$(echo $* | sed 's/_\([0-9]*\)-.*/ \1/')" \
 	    --batches $(lastword $(subst -, ,$*)) --steps $(if $(filter %-1,$*),1 2 4 8 16,4) --output $(RESULTS)
+
+# Times the network that ships beside its ANN and the loop over T, in turns. Accuracies are the same on every machine and
+# stay as they are in docs/studies.
+study-latency: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
+	mkdir -p build/study && cp docs/studies/shipped.json build/study/results.json
+	$(VENV)/bin/qcfs-fast study qcfs_fast/study/fashion/model.safetensors fashion-mnist --neuron plain offset sum \
+	    --steps 1 2 4 8 --latency 1 --remeasure --output build/study
+	cp build/study/results.json docs/studies/shipped.json
+	$(PY) -P tools/write_accuracy.py shipped
 
 docs: $(VENV)/.torch
 	$(PIP) install -c constraints.txt 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1' 'mkdocs-jupyter>=0.26'

@@ -51,3 +51,16 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a file of text (UTF-8) as `written_atomically` does."""
     with written_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def replace_between(path: str | os.PathLike[str], marks: tuple[str, str], text: str) -> None:
+    """Put a text in the place of what stands between two marks of a file.
+
+    Raises:
+        ValueError: one of the marks is not in the file, or more than once.
+    """
+    old = Path(path).read_text(encoding="utf-8")
+    if any(old.count(mark) != 1 for mark in marks):
+        raise ValueError(f"{path}: needs the lines {marks[0]} and {marks[1]} once each; the text goes between them")
+    before, rest = old.split(marks[0])
+    write_text_atomically(path, f"{before}{marks[0]}\n\n{text}\n{marks[1]}{rest.split(marks[1])[1]}")

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import time
 
 import networks
 import pytest
@@ -20,7 +21,7 @@ from qcfs_fast.study.benchmark.cases import (
     batches,
     spiking_macs,
 )
-from qcfs_fast.study.benchmark.measure import Effort, interleaved, live_bytes, percentiles
+from qcfs_fast.study.benchmark.measure import Effort, interleaved, live_bytes, percentiles, share_outside
 from qcfs_fast.study.benchmark.results import Results, read
 
 CPU = torch.device("cpu")
@@ -124,6 +125,9 @@ def test_cases(results):
         for row in rows.values():
             assert "error" in row or row["least"] <= row["seconds"]
             assert "error" in row or 3 <= row["rounds"] <= (LATENCY_ROUNDS if case["batch"] == 1 else 4)
+        outside = {name: row["outside"] for name, row in rows.items() if "outside" in row}
+        assert set(outside) == (set() if case["kind"] == "layer" else set(OURS))
+        assert all(0 < share < 1 for share in outside.values())
     four = [c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4]
     assert [c["live bytes"]["float32"] for c in four] == [c["batch"] * four[0]["live bytes"]["float32"] for c in four]
 
@@ -158,10 +162,45 @@ def test_batches():
 
 
 def test_percentiles_need_readings():
-    assert percentiles([1.0, 2.0]) == {}
+    assert percentiles([1.0]) == percentiles([1.0, 2.0]) == {}
     assert percentiles([float(i) for i in range(11)]) == {"p90": 9.0}
     found = percentiles([float(i) for i in range(101)])
     assert (found["p90"], round(found["p99"], 9)) == (90.0, 99.0)
+
+
+def test_the_share_outside_of_the_native_call(tiny):
+    snn, x = copy.deepcopy(tiny.snns["qcfs_fast 16-bit"]), torch.rand(64, 3, 12, 12)
+    whole = share_outside(snn, lambda: snn(x), 3)
+    assert 0 < whole < 1
+    started = time.perf_counter()
+    snn(x)
+    longer = 9 * (time.perf_counter() - started)
+    assert share_outside(snn, lambda: (time.sleep(longer), snn(x)), 3) > max(0.5, whole)
+    assert type(snn._executor._native._network).__name__ == "Network"  # no clock is left
+    assert share_outside(snn, lambda: snn.stream()(x), 3) is None  # operators run
+
+
+def test_each_case_on_so_many_threads(tmp_path, monkeypatch, capsys):
+    from qcfs_fast.study.benchmark import cases
+    from qcfs_fast.study.command_line import main
+
+    usual, found = torch.get_num_threads(), []
+    plain = cases.interleaved
+    monkeypatch.setattr(cases, "interleaved", lambda *a: found.append(torch.get_num_threads()) or plain(*a))
+    results = tmp_path / "results.json"
+    few = ["--rounds", "3", "--seconds", "0.01", "--no-compile", "--only", "qcfs_fast", "--output", str(results)]
+    what = ["bench", "--networks", "demo 8", "--batches", "1", "--steps", "4"]
+    assert main([*what, "--threads", "1", "2", "3", *few]) == 0
+    assert "demo 8, batch 1, T=4, 3 threads, firing rate" in capsys.readouterr().err
+    assert found == [1, 2, 3]
+    assert torch.get_num_threads() == usual
+    assert main([*what, *few]) == 0  # the machine's threads: replaces that case, or adds it
+    measured = [c.get("threads", usual) for c in read(results)["cases"]]
+    assert sorted(measured) == sorted({1, 2, 3, usual})
+    assert main(["compare", str(results)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 threads" in shown
+    assert re.search(r"outside the native call, 16-bit\W+[\d.]+%", shown)
 
 
 def test_live_bytes_by_hand():

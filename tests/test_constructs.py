@@ -84,9 +84,13 @@ def dense_block(net, x):
     return net.relu_d(net.norm_d(torch.cat(found, 1)))
 
 
-def test_a_dense_block_has_weights_that_grow_with_its_channels(tmp_path):
+def dense():
     norms = {"norm_b": nn.BatchNorm2d(8), "norm_c": nn.BatchNorm2d(16), "norm_d": nn.BatchNorm2d(20)}
-    snn = exact(Net(dense_block, narrow_c=nn.Conv2d(16, 4, 3, padding=1), **norms), tmp_path)
+    return Net(dense_block, narrow_c=nn.Conv2d(16, 4, 3, padding=1), **norms)
+
+
+def test_a_dense_block_has_weights_that_grow_with_its_channels(tmp_path):
+    snn = exact(dense(), tmp_path)
     widths = [layer.threshold.numel() for name, layer in snn.spiking_layers.items() if name.startswith("relu_d[")]
     assert widths == [8, 8, 4]  # one layer for each current: no zeros are stored, and none is multiplied
 
@@ -142,12 +146,16 @@ ARITHMETIC = {
 }
 
 
-@pytest.mark.parametrize("wiring", ARITHMETIC)
-def test_arithmetic_between_layers(wiring, tmp_path):
+def arithmetic(wiring):
     extra = {"scale": Scale(), "wide": Scale(torch.cat([PER_CHANNEL, PER_CHANNEL.abs()])), "norm": nn.BatchNorm2d(8)}
     extra["half_in"] = nn.Conv2d(4, 8, 3, padding=1)
     extra |= {"number": nn.Parameter(torch.tensor([-0.5])), "divisor": torch.full((8, 1, 1), 0.5)}
-    exact(Net(ARITHMETIC[wiring], head=wiring != "at the output", **extra), tmp_path)
+    return Net(ARITHMETIC[wiring], head=wiring != "at the output", **extra)
+
+
+@pytest.mark.parametrize("wiring", ARITHMETIC)
+def test_arithmetic_between_layers(wiring, tmp_path):
+    exact(arithmetic(wiring), tmp_path)
 
 
 REFUSED = {
@@ -183,13 +191,17 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("wiring", IMAGES)
-def test_the_image_is_normalised_by_the_model(wiring, tmp_path):
+def image(wiring):
     extra = {"aside": nn.Conv2d(3, 8, 1), "twice": nn.Conv2d(6, 8, 3, padding=1)}
     extra |= {"flat": nn.Linear(144, 8), "relu_e": QCFS(4)}
     numbers = {"mean": [0.5, -0.25, 1.0], "std": [0.5, 2.0, 0.25]}
     extra |= {name: torch.tensor(v).reshape(3, 1, 1) for name, v in numbers.items()}
-    exact(Net(IMAGES[wiring], **extra), tmp_path)
+    return Net(IMAGES[wiring], **extra)
+
+
+@pytest.mark.parametrize("wiring", IMAGES)
+def test_the_image_is_normalised_by_the_model(wiring, tmp_path):
+    exact(image(wiring), tmp_path)
 
 
 def test_torchvisions_normalize_is_part_of_a_model(tmp_path):
@@ -258,8 +270,7 @@ def on_small_grid(model):
     return model
 
 
-@pytest.mark.parametrize("wiring", SPATIAL)
-def test_pixels_are_moved(wiring, tmp_path):
+def spatial(wiring):
     extra = {
         "zero_pad": nn.ZeroPad2d((0, 1, 0, 1)), "narrow": nn.Conv2d(8, 3, 1), "narrow_in": nn.Conv2d(3, 8, 3),
         "strided": nn.Conv2d(8, 8, 3, 2, 1), "up": nn.Upsample(scale_factor=2), "shuffle": nn.PixelShuffle(2),
@@ -269,7 +280,12 @@ def test_pixels_are_moved(wiring, tmp_path):
         "transposed_g": nn.ConvTranspose2d(8, 4, (3, 4), (1, 2), (0, 1), groups=2, dilation=(2, 1)),
         "transposed_1": nn.ConvTranspose2d(8, 4, 3, padding=2),
     }  # fmt: skip
-    net = on_small_grid(Net(SPATIAL[wiring], head=not wiring.startswith("out of"), **extra))
+    return on_small_grid(Net(SPATIAL[wiring], head=not wiring.startswith("out of"), **extra))
+
+
+@pytest.mark.parametrize("wiring", SPATIAL)
+def test_pixels_are_moved(wiring, tmp_path):
+    net = spatial(wiring)
     snn = exact(net, tmp_path)
     # At another size it is the same network, and in all modes it is that of the reference.
     for mode in ("signed", "offset", "sum"):

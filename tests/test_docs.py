@@ -5,6 +5,7 @@ this process, unless the line before it is <!-- not run by the tests: REASON -->
 """
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -123,13 +124,40 @@ def test_the_neuron_is_drawn_by_its_script(tmp_path):
     assert len(drawn) > 10000
 
 
-def test_accuracy_is_what_the_studies_say():
+@pytest.fixture(scope="module")
+def write_accuracy():
     spec = importlib.util.spec_from_file_location("write_accuracy", SOURCE / "tools" / "write_accuracy.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_three_numbers_are_of_one_study(write_accuracy):
+    readme = (SOURCE / "README.md").read_text()
+    assert readme.count("<!-- numbers shipped -->") == 1
+    assert write_accuracy.written(readme, SOURCE / "docs" / "studies") == readme
+    found = json.loads((SOURCE / "docs" / "studies" / "shipped.json").read_text())
+    seconds = {"ANN QCFS fp32": 0.009, "ANN QCFS fp32 compiled": 0.006, "ANN QCFS bf16": 0.001}
+    seconds |= {"T-loop fp32, T = 4": 0.050, "T-loop fp32 compiled, T = 4": 0.040, "T-loop fp32, T = 2": 0.001}
+    seconds |= {f"{cell}, T = {T}": 0.001 * T for cell in found["cells"] for T in found["steps"]}
+    where = {"device": "a processor", "threads": 2, "kernels": "avx2", "versions": {"torch": "9.8"}}
+    found["latency"] = {"1": {"machine": where, "seconds": seconds}}
+    text = " ".join(write_accuracy.numbers("shipped", found).split())
+    kept = " / ".join(f"{right / 100:.1f}" for right in found["cells"]["offset (window 4), 16 bits"]["right"])
+    for said in (
+        f"ANN {found['ann']['fp32']['right'] / 100:.1f} %",
+        f"at T = 1 / 2 / 4 / 8, offset neurons {kept} %",
+        "T = 4, batch 1: plain neurons are 10.0 times as fast",
+        "offset neurons at T = 2 are 3.0 times as fast, plain neurons at T = 4 1.5 times",
+        "a processor, 2 threads, kernels avx2, torch 9.8",
+    ):
+        assert said in text
+
+
+def test_accuracy_is_what_the_studies_say(write_accuracy):
     page = (SOURCE / "docs" / "accuracy.md").read_text()
     shown = re.findall("<!-- (?:study|seeds) (.+) -->", page)
     assert {name for names in shown for name in names.split()} == {
         path.stem for path in (SOURCE / "docs" / "studies").glob("*.json")
     }
-    assert tool.written(page, SOURCE / "docs" / "studies") == page
+    assert write_accuracy.written(page, SOURCE / "docs" / "studies") == page

@@ -11,6 +11,7 @@ import json
 import networks
 import numpy as np
 import pytest
+import test_constructs as constructs
 import torch
 from torch import nn
 
@@ -217,6 +218,68 @@ def test_what_nir_cannot_say_is_refused_by_name():
     snn, _ = networks.converted(networks.Branches)
     with pytest.raises(ConversionError, match="concat_1 concatenates relu_1 and relu_2"):
         qcfs_fast.to_nir(snn, networks.SHAPES[networks.Branches])
+
+
+CUT, LARGER = "cuts maps, or pads their sides unlike each other", "enlarges maps"
+CONCATENATED = r"concatenates relu_.\[0\] and relu_.\[1\], which no NIR node does; activate each of these"
+UNSAID = {
+    "a dense block": CONCATENATED,
+    "scale of joined": CONCATENATED,
+    "and pooled to the maximum": LARGER,
+    "to the size of another": LARGER,
+    "of a pointwise sum": LARGER,
+    "PixelUnshuffle": CUT,
+    "slices of phases": CUT,
+    "every second pixel": CUT,
+    **{name: CUT for name in constructs.SPATIAL if "crop" in name},
+    **dict.fromkeys(("uneven pad", "far pad", "ZeroPad2d", "negative pad"), CUT),
+    **{name: LARGER for name in constructs.SPATIAL if "nearest" in name or ("huffle" in name and "Un" not in name)},
+    **{name: LARGER for name in constructs.SPATIAL if name == "Upsample" or "ConvTranspose2d" in name},
+}
+UNSAID["ConvTranspose2d, stride 1"] = ""  # a convolution
+CONSTRUCTS = [
+    *((constructs.arithmetic, name) for name in constructs.ARITHMETIC),
+    *((constructs.image, name) for name in constructs.IMAGES),
+    *((constructs.spatial, name) for name in constructs.SPATIAL),
+    (lambda _: constructs.dense(), "a dense block"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:convert. no threshold")
+@pytest.mark.parametrize(("make", "name"), CONSTRUCTS, ids=[name for _, name in CONSTRUCTS])
+def test_every_construct_has_equal_spikes_or_is_refused_by_name(make, name, tmp_path):
+    shape = constructs.SHAPE
+    snn, x = qcfs_fast.convert(networks.on_grid(make(name)), T=4, input_shape=shape), networks.images(shape, grid=64)
+    if refusal := UNSAID.get(name):
+        with pytest.raises(ConversionError, match=refusal):
+            qcfs_fast.to_nir(snn, shape)
+        return
+    path = through_a_file(qcfs_fast.to_nir(snn, shape), tmp_path)
+    assert_same_network(snn, qcfs_fast.from_nir(path))
+    out, got = in_simulator(path, "torch").spikes(x, 4)
+    want = qcfs_fast.trace(snn, x)
+    assert set(got) == set(want)
+    assert all(torch.equal(got[layer], spikes) for layer, spikes in want.items())
+    torch.testing.assert_close(out.float(), snn(x), rtol=1e-6, atol=1e-6)
+
+
+def test_what_follows_the_logits_comes_back():
+    """NIR has no softmax: simulators give logits, and from_nir gives the network whole, with what is said of it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5), nn.Softmax(1))
+    snn = qcfs_fast.convert(networks.on_grid(qcfs_fast.prepare(model, levels=4)), T=4, input_shape=(3, 8, 8))
+    snn.metadata = {"source": "a test"}
+    x = networks.images((3, 8, 8), grid=8)
+    graph = qcfs_fast.to_nir(snn)
+    again = qcfs_fast.from_nir(graph)
+    assert (again.tail, again.metadata) == (snn.tail, snn.metadata) == ((("softmax", 1),), {"source": "a test"})
+    assert torch.equal(again(x, per_step=True), snn(x, per_step=True))
+    logits, _ = in_simulator(graph, "torch").spikes(x, 4)
+    torch.testing.assert_close(logits.softmax(1).float(), snn(x), rtol=1e-6, atol=1e-6)
+
+
+def test_sections_of_an_average_are_refused():
+    wide = Strided(nn.AvgPool2d(17), nn.Conv2d(4, 4, 1), nn.ReLU())
+    assert "sections of an average whose sums do not fit a byte" in refused(wide, (3, 34, 34))
 
 
 def test_biases_by_step_are_refused():

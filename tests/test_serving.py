@@ -3,6 +3,9 @@
 import asyncio
 import importlib.util
 import io
+import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +145,11 @@ def test_the_load_test(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("serving", path)
     load_test = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(load_test)
-    found = load_test.main(["--clients", "1", "4", "--seconds", "0.5", "--output", str(tmp_path / "serving.json")])
+    docs, page, output = path.parent.parent / "docs" / "serving.md", tmp_path / "serving.md", tmp_path / "serving.json"
+    shutil.copy(docs, page)
+    few = ["--clients", "1", "4", "--seconds", "0.5"]
+    found = load_test.main([*few, "--output", str(output), "--page", str(page)])
+    assert json.loads(output.read_text()) == found
     assert [case["clients"] for case in found["cases"]] == [1, 4]
     for case in found["cases"]:
         assert case["requests"] > 0
@@ -150,7 +157,13 @@ def test_the_load_test(tmp_path, capsys):
         # A closed loop: so many clients are never busy for longer than all of them together.
         assert case["requests_per_second"] * case["seconds"]["median"] < 2 * case["clients"]
     shown = capsys.readouterr().out
-    assert found["processor"] in shown
-    assert f"{found['cases'][0]['requests_per_second']:.0f} " in shown
+    assert f"{found['cores']} cores" in shown
+    assert f"{found['cases'][0]['requests_per_second']:.0f} | {1e3 * found['cases'][0]['seconds']['median']:.2f}" in (
+        re.sub(" +", " ", shown)
+    )
+    before, after = (file.read_text().split("<!-- ") for file in (docs, page))
+    assert before[0] == after[0]
+    assert before[-1] == after[-1]
+    assert shown.strip() in page.read_text()
     with pytest.raises(RuntimeError, match="400"):
         load_test.main(["--image", str(path), "--seconds", "0.5"])

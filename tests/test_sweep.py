@@ -166,10 +166,17 @@ def test_plots_and_page(results, tmp_path):
     assert page.count("<img") == 2
 
 
-def test_timing_has_every_contender(subject, tmp_path):
+def test_timing_has_every_contender_and_is_done_again(subject, tmp_path):
     plan = Plan(steps=(1, 2), neurons=(Neuron("offset", 2),), firing=4, latency=(2,), compiled=False)
     found = study(subject, tmp_path, plan).run()["latency"]["2"]
-    names = {f"offset (window 2), 16 bits, T = {T}" for T in (1, 2)} | {"ANN QCFS fp32"}
+    names = {f"{name}, T = {T}" for name in ("offset (window 2), 16 bits", "T-loop fp32") for T in (1, 2)}
+    names |= {"ANN QCFS fp32"}
     assert names <= set(found["seconds"])
     assert all(s > 0 for s in found["seconds"].values())
     assert found["machine"]["threads"] == torch.get_num_threads()
+    kept = study(subject, tmp_path, plan)
+    kept.results["latency"]["2"]["seconds"] = {}
+    assert kept.run()["latency"]["2"]["seconds"] == {}
+    again = study(subject, tmp_path, plan)
+    again.forget_latency()
+    assert names <= set(again.run()["latency"]["2"]["seconds"])

@@ -86,8 +86,9 @@ def test_compile_whole_graph(kind):
     assert torch.equal(compiled(x, per_step=True), snn(x, per_step=True))
 
 
-def test_compile_with_inductor():
-    snn, x = converted(networks.Small)
+@pytest.mark.parametrize("mode", slow_but(["plain"], MODES))
+def test_compile_with_inductor(mode):
+    snn, x = converted(networks.Small, neuron=mode)
     assert torch.equal(torch.compile(snn, fullgraph=True)(x), snn(x))
 
 

@@ -28,8 +28,9 @@ The metadata of the graph holds the header of the saved network (docs/format.md)
 field for, so from_nir gives the very same network. It takes weights, thresholds and biases from the nodes, and refuses
 a graph whose nodes say something else than its header.
 
-What no NIR node says is refused by name: max pools, concatenations as residuals, pools of uneven windows, neurons but
-plain ones, biases by step.
+What no NIR node says is refused by name: max pools, concatenations as residuals or before an activation, pools of
+uneven windows, pixels that move but for even borders and strides, neurons but plain ones, biases by step. A softmax or
+the like behind the logits (`snn.tail`) is in the header alone.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def to_nir(snn: SNN, input_shape: Sequence[int] | None = None, neurons: str = "i
 
     Returns:
         nir.NIRGraph; ``nir.write(path, graph)`` writes it. Its output is the current of the last layer at each step, in
-        the units of the logits; ``snn(x, T)`` is the mean over T steps.
+        the units of the logits; ``snn(x, T)`` is the mean over T steps, or where there is a ``snn.tail`` (a softmax),
+        what that makes of the mean: NIR has no node for it, and it comes back by :func:`from_nir` alone.
 
     Raises:
         ConversionError: NIR cannot express a part of the network; the message names it.
@@ -140,12 +142,14 @@ class _Writer:
         }
         for name, layer in self.snn.layers.items():
             if type(layer) not in writers:
-                remedy = "" if pieces(name, layer) else "; put an activation after the concatenation"
+                remedy = "put an activation after the concatenation"
+                if pieces(name, layer):
+                    remedy = f"activate each of these before the concatenation in place of {name} behind it"
                 raise ConversionError(
-                    f"to_nir: {name} concatenates {' and '.join(layer.inputs)}, which no NIR node does{remedy}"
+                    f"to_nir: {name} concatenates {' and '.join(layer.inputs)}, which no NIR node does; {remedy}"
                 )
             self.names[name] = writers[type(layer)](name, layer)
-        about = {OURS: self.snn._header(), "T": self.snn.T, "units": "integers: thresholds are even, a spike is 1"}
+        about = {OURS: self.snn.saved()[0], "T": self.snn.T, "units": "integers: thresholds are even, a spike is 1"}
         return self.nir.NIRGraph(self.nodes, self.edges, metadata=about)
 
     # ------------------------------------------------------------------------------ the network's nodes
@@ -267,16 +271,28 @@ class _Writer:
 
     def pool(self, name: str, source: str, spec: PoolSpec, multiple: int) -> str:
         C, H, W = self.shapes[source]
-        if spec.kind == "max":
+        sizes = (H, W)
+        windows = [spec.windows(size, axis) for axis, size in enumerate(sizes)]
+        moves = all(end - first <= 1 for w in windows for first, end in zip(w[0::3], w[1::3], strict=True))
+        if spec.kind == "max" and not moves:
             raise ConversionError(f"to_nir: {name} is a max pool, which NIR has not; use average pools")
-        sides = [_regular(spec.windows(size, axis), size, spec, axis) for axis, size in enumerate((H, W))]
-        if spec.section != (0, 1, 0, 1) or None in sides or multiple != sides[0][3] * sides[1][3]:  # type: ignore[index]
-            raise ConversionError(
-                f"to_nir: {name} averages windows of different sizes on maps of {H}x{W}, which NIR cannot say; use "
-                "images whose maps the pool divides evenly"
-            )
+        sides = [_regular(w, size, spec, axis) for axis, (w, size) in enumerate(zip(windows, sizes, strict=True))]
+        whole = spec.section == (0, 1, 0, 1)
+        if not whole or None in sides or max(multiple, 1) != sides[0][3] * sides[1][3]:  # type: ignore[index]
+            what = f"averages windows of different sizes on maps of {H}x{W}"
+            remedy = "use images whose maps the pool divides evenly"
+            if spec.spreads:
+                what = "enlarges maps (an upsampling, a PixelShuffle, a ConvTranspose2d)"
+                remedy = "use layers that keep or divide the size of maps"
+            elif moves:
+                what = "cuts maps, or pads their sides unlike each other"
+                remedy = "use convolutions with padding, strides and average pools"
+            elif not whole:
+                what = "is one of the sections of an average whose sums do not fit a byte"
+                remedy = "use smaller pools, one behind the other"
+            raise ConversionError(f"to_nir: {name} {what}, which NIR cannot say; {remedy}")
         kernel, stride, padding = (np.array([side[k] for side in sides if side]) for k in range(3))
-        outputs = tuple(len(spec.windows(size, axis)) // 3 for axis, size in enumerate((H, W)))
+        outputs = tuple(len(w) // 3 for w in windows)
         return self.add(name, self.nir.SumPool2d(kernel, stride, padding), [source], (C, *outputs))
 
     def fire(self, name: str, layer: Any, currents: list[str], held: dict[str, np.ndarray]) -> str:
@@ -322,6 +338,8 @@ def _regular(windows: tuple[int, ...], size: int, spec: PoolSpec, axis: int) -> 
     if spec.kernel is not None:
         tries.insert(0, (spec.kernel[axis], spec.stride[axis], spec.padding[axis]))
     for k, s, p in tries:
+        if s < 1:  # windows that repeat
+            continue
         starts = range(-p, size + p - k + 1, s)
         same = [(max(a, 0), min(a + k, size)) for a in starts] == list(zip(first, end, strict=True))
         if same and len(divisors) == 1:

@@ -203,9 +203,11 @@ class _SumPool(nn.Module):
         self.settings = tuple(tuple(int(v) for v in pair) for pair in (kernel, stride, padding))
 
     def forward(self, x: Tensor) -> Tensor:
-        (kh, kw), stride, padding = self.settings
+        kernel, stride, (ph, pw) = self.settings
         lead = x.shape[:-3]  # SpikingJelly gives [T, N, ...] to a layer in its multi-step mode
-        flat = F.avg_pool2d(x.flatten(0, -4), (kh, kw), stride, padding, divisor_override=1)
+        # A border of zeros is wider than half of the kernel where a network only pads, which avg_pool2d refuses.
+        padded = F.pad(x.flatten(0, -4), (pw, pw, ph, ph))
+        flat = F.avg_pool2d(padded, kernel, stride, divisor_override=1)
         return flat.unflatten(0, lead)
 
 

@@ -99,7 +99,7 @@ def to_spikingjelly(snn: SNN, input_shape: Sequence[int] | None = None) -> Simul
         A module in float64 with the library's layers and IFNode, which count in the integers of the network. A call is
         one step, [N, ...] -> [N, classes]; after ``functional.set_step_mode(net, "m")`` it is all of them,
         [T, N, ...] -> [T, N, classes]. ``functional.reset_net(net)`` begins anew. The mean over steps is the answer of
-        the network.
+        the network, before its ``tail`` where it has one (a softmax).
 
     Raises:
         ConversionError: there is no counterpart; the message names it (docs/nir.md).

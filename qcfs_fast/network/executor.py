@@ -11,9 +11,11 @@ predict), and every device but the CPU. What the native reader refuses takes tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from operator import is_
+from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -40,6 +42,19 @@ class Executor:
         self.path = ""
         self._native: _Native | None = None
 
+    @contextmanager
+    def clocked(self) -> Iterator[list[float]]:
+        """The seconds of every native call until the end of the `with`; none where operators run."""
+        seconds: list[float] = []
+        held, network = self._native, getattr(self._native, "_network", None)
+        if held is not None and network is not None:
+            held._network = _Clocked(network, seconds)
+        try:
+            yield seconds
+        finally:
+            if held is not None and network is not None:
+                held._network = network
+
     def __reduce__(self) -> Any:
         return Executor, ()  # a copy of a network makes its own
 
@@ -64,6 +79,20 @@ class Executor:
             return None
         self.path = NATIVE
         return held.run(plan, x, run, told=before == NATIVE)
+
+
+class _Clocked:
+    """A native network that notes how long its runs take."""
+
+    def __init__(self, network: Any, seconds: list[float]) -> None:
+        self._network, self._seconds = network, seconds
+        self.prepare = network.prepare
+
+    def run(self, *arguments: Any) -> bytes:
+        start = perf_counter()
+        engines: bytes = self._network.run(*arguments)
+        self._seconds.append(perf_counter() - start)
+        return engines
 
 
 def _alone(x: Tensor) -> bool:

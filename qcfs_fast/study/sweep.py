@@ -46,7 +46,7 @@ class Plan:
     steps: the T. neurons: the modes. bits: of the weights. images: at most so many test images (None: all).
     rounding: training images on which 8-bit weights are rounded (0: each to the nearest). firing: images on which rates
     and operations are counted. latency: batch sizes of calls to time (none: nothing is timed). compiled: time
-    torch.compile's form of the ANN as well.
+    torch.compile's forms of the ANN and of the step loop as well.
     """
 
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -119,6 +119,10 @@ class Study:
                 f"{self.path}: belongs to a study with another {', '.join(differing)}; give another folder"
             )
         self.results = kept
+
+    def forget_latency(self) -> None:
+        """Time everything again, on this machine; right answers and rates are the same on all, and stay."""
+        self.results["latency"] = {}
 
     def _write(self) -> None:
         write_text_atomically(self.path, json.dumps(self.results, indent=1) + "\n")
@@ -221,7 +225,7 @@ class Study:
         for name, call in made.calls.items():
             if name.startswith("ANN QCFS") and name.split()[2] in self.results["ann"]:
                 calls[name] = partial(call, 1)
-            elif name in snns or name == "T-loop fp32":
+            elif name in snns or name.startswith("T-loop fp32"):
                 calls |= {f"{name}, T = {T}": partial(call, T) for T in sorted(self.plan.steps)}
         with torch.no_grad():
             seconds, errors = take_turns(

@@ -38,7 +38,7 @@ from ..networks import SMALL, small_network
 from ..spikes import count_differing, mean_rate
 from ..zoo import torchvision_network
 from .contenders import DTYPES, Contenders, activations, channels_last, count_differences, quantised
-from .measure import Effort, allocated_bytes, describe_error, interleaved, live_bytes
+from .measure import Effort, allocated_bytes, describe_error, interleaved, live_bytes, share_outside
 
 TARGET_RATE, MIN_RATE, MAX_RATE = 0.169, 0.08, 0.18  # mean firing rate; at T = 1 random networks fire at half of it
 CLASSES = 100
@@ -211,6 +211,8 @@ class NetworkCases:
                     loops[name] = row["seconds"] / T
                 if row["seconds"] < 2:
                     row["allocated"] = allocated_bytes(calls[name], self.device)
+                if self.device.type == "cpu" and name in peers.ours:
+                    row["outside"] = share_outside(peers.ours[name], calls[name], effort.rounds_of(row["seconds"]))
             yield {
                 "kind": "network",
                 "name": self.label,

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...files import write_text_atomically, written_atomically
+from ...files import written_atomically
 from .measure import NOT_MEASURED, TAIL
+from .results import on_other_threads
 
 Case = Mapping[str, Any]
 
@@ -41,8 +42,9 @@ MARK = "<!-- benchmark: written by `make readme-figures` -->", "<!-- end of benc
 def title(case: Case) -> str:
     """A case in words."""
     if case["kind"] == "layer":
-        return f"{case['name']}, T = {case['T']}"
-    return ", ".join((*_network_and_size(case["name"]), f"batch {case['batch']}", f"T = {case['T']}"))
+        return f"{case['name']}, T = {case['T']}{on_other_threads(case)}"
+    named = ", ".join((*_network_and_size(case["name"]), f"batch {case['batch']}", f"T = {case['T']}"))
+    return named + on_other_threads(case)
 
 
 def _network_and_size(name: str) -> tuple[str, str]:
@@ -60,7 +62,7 @@ def utilisation(data: Mapping[str, Any], case: Case, bits: int) -> str:
     """Dense int8 products per second of ours as a share of the processor's measured peak."""
     peak = data["peak"]["int8 macs per second"]
     seconds = fastest(case, rf"qcfs_fast {bits}-bit.*")
-    if isinstance(peak, str) or seconds is None:
+    if isinstance(peak, str) or seconds is None or "threads" in case:  # the peak is that of the machine's threads
         return NOT_MEASURED
     return f"{case['macs'] * (bits // 8) / seconds / peak:.0%}"
 
@@ -118,7 +120,7 @@ def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
     result.add_column("contender", no_wrap=True)
     for case in cases:
         text = f"batch {case['batch']}\nT = {case['T']}" if kind == "network" else case["name"].replace(" ", "\n")
-        result.add_column(text, justify="right")
+        result.add_column(text + on_other_threads(case).replace(", ", "\n"), justify="right")
     names = list(dict.fromkeys(n for c in cases for n in c["contenders"]))
     best = [min((r["seconds"] for r in c["contenders"].values() if "seconds" in r), default=0) for c in cases]
     for name in names:
@@ -137,6 +139,10 @@ def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
     result.add_row("firing rate", *(f"{c['firing rate']:.1%}" for c in cases))
     for bits in (16, 8):
         result.add_row(f"share of int8 peak, {bits}-bit", *(utilisation(data, c, bits) for c in cases))
+    for bits in (16, 8):
+        shares = [c["contenders"].get(f"qcfs_fast {bits}-bit", {}).get("outside") for c in cases]
+        if any(share is not None for share in shares):
+            result.add_row(f"outside the native call, {bits}-bit", *("-" if s is None else f"{s:.1%}" for s in shares))
     if kind == "network":
         live = [c["live bytes"] for c in cases]
         result.add_row("activations, float32 / ours", *(f"{b['float32'] / b['qcfs_fast']:.0f}" for b in live))
@@ -163,7 +169,8 @@ def _latencies(cases: Sequence[Case]) -> Any:
     )
     result.add_column("contender", no_wrap=True)
     for case in cases:
-        result.add_column("\n".join(_network_and_size(case["name"])), justify="right")
+        text = "\n".join(_network_and_size(case["name"])) + on_other_threads(case).replace(", ", "\n")
+        result.add_column(text, justify="right")
     spreads = [_spread(case) for case in cases]
     for name in dict.fromkeys(n for found in spreads for n in found):
         result.add_row(name, *(" / ".join(map(_milliseconds, found.get(name, []))) or "-" for found in spreads))
@@ -196,7 +203,7 @@ def plots(data: Mapping[str, Any], folder: Path, suffixes: Sequence[str] = (".pn
         "axes.axisbelow": True,
         "svg.hashsalt": "qcfs_fast",  # the same figures make the same file
     }
-    cases = [c for c in data["cases"] if c["kind"] == "network"]
+    cases = [c for c in data["cases"] if c["kind"] == "network" and "threads" not in c]
     written: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(style):
@@ -332,7 +339,7 @@ def _latency_by_network(plt: Any, cases: Sequence[Case]) -> Any:
 
 def markdown(data: Mapping[str, Any], images: str) -> str:
     """The README's section: a table at T = 4 with the smallest and the largest batch of each network, and a picture."""
-    networks = [c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4]
+    networks = [c for c in data["cases"] if c["kind"] == "network" and c["T"] == 4 and "threads" not in c]
     batches: dict[str, list[int]] = {}
     for case in networks:
         batches.setdefault(case["name"], []).append(case["batch"])
@@ -361,12 +368,3 @@ def markdown(data: Mapping[str, Any], images: str) -> str:
     )
     wrapped = textwrap.fill(notes, 119, break_long_words=False, break_on_hyphens=False)
     return "\n".join([*lines, "", wrapped, "", f"![Latency by time steps T]({images}/latency-by-T.png)", ""])
-
-
-def write_readme(path: Path, text: str) -> None:
-    """Replace what stands between the two marks."""
-    old = path.read_text()
-    if old.count(MARK[0]) != 1 or old.count(MARK[1]) != 1:
-        raise ValueError(f"{path}: needs the lines {MARK[0]} and {MARK[1]} once each; between them goes the table")
-    before, rest = old.split(MARK[0])
-    write_text_atomically(path, f"{before}{MARK[0]}\n\n{text}\n{MARK[1]}{rest.split(MARK[1])[1]}")

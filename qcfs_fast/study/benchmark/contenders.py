@@ -174,6 +174,7 @@ class Contenders:
     def __init__(self, model: nn.Module, snns: Mapping[str, SNN], images: Tensor, compiled: bool = True) -> None:
         self.calls: dict[str, Call] = {}
         self.errors: dict[str, str] = {}
+        self.ours: dict[str, SNN] = {}  # on the device; of a GPU's backends none stands out
         self.networks: dict[str, nn.Module] = {}  # float networks with neurons or QCFS, for `count_differences`
         self.images = images
         self.base = folded(model)
@@ -181,7 +182,7 @@ class Contenders:
         self.inputs = {n: images.to(d).contiguous(memory_format=_format(images)) for n, d in DTYPES.items()}
         for name, snn in snns.items():
             for gpu in gpu_backends() if device.type == "cuda" else [None]:
-                self._attempt(name + (f" {gpu}" if gpu else ""), partial(self._ours, snn, gpu))
+                self._attempt(name + (f" {gpu}" if gpu else ""), partial(self._ours, name, snn, gpu))
         self.first = next(iter(activations(self.base)))
         for label in DTYPES:
             for name, make in (("ReLU", _relu), ("QCFS", _qcfs)):
@@ -210,8 +211,8 @@ class Contenders:
 
     # The four ways to run: each returns the call, and the float network to compare with ours (None for ours).
 
-    def _ours(self, snn: SNN, gpu: str | None) -> tuple[Call, None]:
-        placed = copy.deepcopy(snn).to(self.images.device)
+    def _ours(self, name: str, snn: SNN, gpu: str | None) -> tuple[Call, None]:
+        self.ours[name] = placed = copy.deepcopy(snn).to(self.images.device)
         images = self.images
 
         def call(T: int) -> Tensor:

@@ -12,12 +12,14 @@ Beside time stand memory, the processor's peak rate, and the facts of the machin
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +137,8 @@ def medians(contenders: Mapping[str, Callable[[], Any]], rounds: int, device: to
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """The percentiles of TAIL that so many readings can tell: those with a reading or more above them."""
+    if len(seconds) < 2:
+        return {}
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     return {name: cuts[p - 1] for name, p in TAIL.items() if len(seconds) * (100 - p) >= 100}
 
@@ -157,6 +161,38 @@ def interleaved(
         spread = {"quartiles": [low, high], **percentiles(found), "least": min(found)}
         rows[name] = {"seconds": middle, **spread, "rounds": len(found)}
     return rows
+
+
+def share_outside(snn: SNN, call: Callable[[], Any], readings: int) -> float | None:
+    """The median share of a network's call that is spent outside of the native one: before it and behind it, in Python.
+
+    None where a call is no native one: operators ran (docs/architecture.md), as on a GPU.
+    """
+    call()  # the native form is made
+    shares = []
+    with snn._executor.clocked() as inside:
+        for _ in range(readings):
+            inside.clear()
+            start = time.perf_counter()
+            call()
+            took = time.perf_counter() - start
+            if len(inside) != 1:
+                return None
+            shares.append(1 - inside[0] / took)
+    return statistics.median(shares)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """So many threads for torch, for what it compiles, and for our kernels."""
+    inductor: Any = importlib.import_module("torch._inductor.config")  # its code has the number in it, and its cache
+    usual = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        with inductor.patch({"cpp.threads": count}):
+            yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def describe_error(error: BaseException) -> str:

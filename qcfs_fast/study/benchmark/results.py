@@ -47,8 +47,17 @@ class Results:
 
 
 def case_key(case: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells one case from another: a new result replaces the old one of the same key."""
-    return (case["kind"], case["name"], case["batch"], case["T"])
+    """What tells one case from another: a new result replaces the old one of the same key.
+
+    A case says its threads only where they are not those of the file's machine.
+    """
+    return (case["kind"], case["name"], case["batch"], case["T"], case.get("threads", 0))
+
+
+def on_other_threads(case: Mapping[str, Any]) -> str:
+    """How a case's name goes on, such as ", 1 thread"; nothing where its threads are those of the file's machine."""
+    count = case.get("threads")
+    return "" if count is None else f", {count} thread{'s' if count > 1 else ''}"
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -77,6 +86,5 @@ def summary(case: Mapping[str, Any]) -> str:
         else:
             ratio = f" (x{row['seconds'] / ours:.2f})" if ours and not name.startswith("qcfs_fast 16-bit") else ""
             cells.append(f"{name} {1e3 * row['seconds']:.3f} ms{ratio}")
-    return f"{case['name']}, batch {case['batch']}, T={case['T']}, firing rate {case['firing rate']:.1%}: " + ", ".join(
-        cells
-    )
+    name = f"{case['name']}, batch {case['batch']}, T={case['T']}{on_other_threads(case)}"
+    return f"{name}, firing rate {case['firing rate']:.1%}: " + ", ".join(cells)

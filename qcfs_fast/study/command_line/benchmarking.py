@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 
+from ...files import replace_between
 from ..benchmark import comparison
 from ..benchmark.cases import LAYERS, NETWORKS, QUICK, STEPS, LayerCase, NetworkCases, batches
-from ..benchmark.measure import Effort
+from ..benchmark.measure import Effort, on_threads
 from ..benchmark.results import Results, read, summary
 from .common import command, positive
 
@@ -30,6 +32,7 @@ def add_bench(commands: Any) -> None:
     c.add_argument("--networks", nargs="*", metavar="NAME", help="resnet18 224, vgg16_bn 32, resnet20 32, ... (quoted)")
     c.add_argument("--batches", type=positive, nargs="+", help="some of 1, 8, 32 and, for small images, 128")
     c.add_argument("--steps", type=positive, nargs="+", metavar="T", help="1 to 16")
+    c.add_argument("--threads", type=positive, nargs="+", metavar="N", help="each case with so many, e.g. 1 2")
     c.add_argument("--layers", action="store_true", help="single layers; with --networks also these")
     c.add_argument("--only", default="", metavar="TEXT", help="only contenders whose name contains this")
     c.add_argument("--full", action="store_true", help="all networks, batches and T (hours on two cores)")
@@ -50,16 +53,22 @@ def _bench(o: argparse.Namespace) -> int:
     wanted = {
         label: {b: steps for b in batches(label) if (steps := _steps_to_measure(o, label, b))} for label in networks
     }
+    usual = torch.get_num_threads()
+    each = dict.fromkeys(o.threads or [usual])
     with torch.no_grad():
         for label in LAYERS if o.layers else ():
-            _add_case(results, LayerCase(label).case(effort))
+            layer = LayerCase(label)
+            for threads in each:
+                with on_threads(threads):
+                    _add_case(results, layer.case(effort), threads, usual)
         for label, per_batch in wanted.items():
             if not per_batch:
                 continue
             network = NetworkCases(label, device, compiled=not o.no_compile)
-            for batch, steps in per_batch.items():
-                for case in network.cases(batch, steps, effort, o.only):
-                    _add_case(results, case)
+            for threads, (batch, steps) in itertools.product(each, per_batch.items()):
+                with on_threads(threads):
+                    for case in network.cases(batch, steps, effort, o.only):
+                        _add_case(results, case, threads, usual)
     if o.json:
         print(json.dumps(results.data, indent=2))
     else:
@@ -78,7 +87,8 @@ def _steps_to_measure(o: argparse.Namespace, label: str, batch: int) -> tuple[in
     return QUICK.get((label, batch), ())
 
 
-def _add_case(results: Results, case: Mapping[str, Any]) -> None:
+def _add_case(results: Results, case: Mapping[str, Any], threads: int, usual: int) -> None:
+    case = {**case, **({} if threads == usual else {"threads": threads})}
     results.add(case)
     print(summary(case), file=sys.stderr, flush=True)
 
@@ -114,6 +124,6 @@ def _compare(o: argparse.Namespace) -> int:
             print(f"wrote {path}", file=sys.stderr)
     if o.readme is not None:
         folder = os.path.relpath(o.plots or "docs/images", o.readme.parent)
-        comparison.write_readme(o.readme, comparison.markdown(data, Path(folder).as_posix()))
+        replace_between(o.readme, comparison.MARK, comparison.markdown(data, Path(folder).as_posix()))
         print(f"wrote {o.readme}", file=sys.stderr)
     return 0

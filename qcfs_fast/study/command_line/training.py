@@ -183,10 +183,11 @@ def add_study(commands: Any) -> None:
     c.add_argument(
         "--latency", type=int, nargs="*", metavar="BATCH", default=[1], help="batch sizes to time (default 1)"
     )
-    c.add_argument("--no-compile", action="store_true", help="leave out torch.compile's form of the ANN")
+    c.add_argument("--no-compile", action="store_true", help="leave out torch.compile's forms of the ANN and the loop")
     c.add_argument("--batch", type=positive, default=100, help="images per batch (default 100)")
     c.add_argument("--format", choices=("png", "svg"), nargs="+", default=["png"], help="of the plots (default png)")
     c.add_argument("--restart", action="store_true", help="forget an interrupted study")
+    c.add_argument("--remeasure", action="store_true", help="time again, on this machine; the rest of a study stays")
     c.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -206,6 +207,8 @@ def _study(o: argparse.Namespace) -> int:
     if o.restart:
         (o.output / "results.json").unlink(missing_ok=True)
     study = Study(model, about, tests, rounding, plan, o.output, o.batch, not o.quiet)
+    if o.remeasure:
+        study.forget_latency()
     try:
         results = study.run()
     except KeyboardInterrupt:
