@@ -43,7 +43,7 @@ ifdef SANITIZE
 FUZZ_NEEDS := $(VENV)/sanitized/.installed
 FUZZ_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
     PYTHONPATH=../$(VENV)/sanitized QCFS_FAST_MAX_ISA=avx512vnni UBSAN_OPTIONS=print_stacktrace=1 \
-    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:soft_rss_limit_mb=6000:malloc_context_size=2:quarantine_size_mb=16
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=6000:malloc_context_size=2:quarantine_size_mb=16
 endif
 fuzz: $(VENV)/.installed $(VENV)/.tools $(FUZZ_NEEDS)
 	cd tests && $(FUZZ_ENV) ../$(PY) -W ignore -m fuzz $(KINDS) $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0)

@@ -474,8 +474,8 @@ class Builder {
   }
 
   void add_product(FireStep& fire, const Product& p, Slot x) {
+    fire.inputs.insert(fire.inputs.begin() + static_cast<std::ptrdiff_t>(fire.products.size()), x);
     fire.products.push_back(p);
-    fire.inputs.insert(fire.inputs.begin() + static_cast<std::ptrdiff_t>(fire.products.size()) - 1, x);
   }
 
   void add_residual(FireStep& fire, const Value& x, const std::int32_t* amplitude, Slot slot) {

@@ -22,6 +22,7 @@ REFUSALS = (ValueError, TypeError, IndexError, RuntimeError, MemoryError)
 POWERS = sorted({sign * 2**k + d for k in range(64) for d in (-1, 0, 1) for sign in (1, -1)})
 POWERS = [v for v in POWERS if -(2**63) <= v < 2**63]
 DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32, torch.float64, torch.bool)
+FACTORS = ("scale", "multiple")  # with large ones sums leave 32 bits
 TOO_LARGE = 2**33  # elements that the memory of a test never holds: asking for them must be refused
 TOO_MUCH = 2**26  # elements of an operand: copies of it would take seconds
 TOO_LONG = 300_000  # elements beyond which a case is not run
@@ -248,7 +249,7 @@ def alter(rng, operands):
         else:
             operands[name][i], held = altered_tensor(rng, value[i])
             return held
-    return name != "scale"  # a large one leaves 32 bits
+    return name not in FACTORS
 
 
 def outcome(call, operands):
@@ -289,10 +290,10 @@ def compare(name, named, held=True):
         raise AssertionError(f"{name} runs in spite of its checks") from error
     size = math.prod(max(1, s) for s in shape)
     given = [t for v in operands for t in (v if isinstance(v, list) else [v]) if isinstance(t, torch.Tensor)]
-    scales = [v for v in named.get("scale", []) if isinstance(v, int)]
+    factors = [v for key in FACTORS for v in np.ravel(named.get(key, [])) if isinstance(v, int | np.integer)]
     if size < TOO_LARGE and (size * named.get("T", 1) > TOO_LONG or TOO_MUCH < most(given) < TOO_LARGE):
         return "skipped"
-    if SANITIZED and not held and (max(scales, default=1) > 256 or any(map(huge, given))):
+    if SANITIZED and not held and (max(factors, default=1) > 256 or any(map(huge, given))):
         return "skipped"
     native = outcome(operator, operands)
     if size >= TOO_LARGE:
