@@ -125,7 +125,10 @@ class Builder {
   // -------------------------------------------------------------------------------------------------------- memory
 
   // A slot that lives from the step that is made next.
-  Slot take(std::int64_t bytes) { return memory_.take(static_cast<std::size_t>(bytes), plan_.steps.size()); }
+  Slot take(std::int64_t bytes) {
+    plan_.largest = std::max(plan_.largest, bytes);
+    return memory_.take(static_cast<std::size_t>(bytes), plan_.steps.size());
+  }
 
   Slot take_integers(std::int64_t count) { return take(bounded({count, 4})); }
 
