@@ -2,6 +2,7 @@
 # make check  format, lint and types, without a change               make quick  those of the inner loop (2 minutes)
 # make fuzz   odd calls, files and models, ten minutes of each: SECONDS or CASES, KINDS and SEED say otherwise; SANITIZE=1
 #             builds the native module with the sanitizers of addresses and of undefined behaviour, for g++
+# make soak   an hour of networks made, called in many ways and dropped: memory must not grow; MINUTES says otherwise
 # make format rewrite files as `make check` wants them               make bench  compare latencies (10 minutes)
 # make test-slow   what is left: builds under sanitizers, for arm64 and of CUDA; emulated and interpreted GPU kernels
 # make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
@@ -19,7 +20,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell 
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo docs gallery test test-slow quick fuzz test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
+.PHONY: demo docs gallery test test-slow quick fuzz soak test-triton test-arm64 check format bench readme-figures figures-write cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -47,6 +48,9 @@ FUZZ_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-f
 endif
 fuzz: $(VENV)/.installed $(VENV)/.tools $(FUZZ_NEEDS)
 	cd tests && $(FUZZ_ENV) ../$(PY) -W ignore -m fuzz $(KINDS) $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0)
+
+soak: $(VENV)/.installed $(VENV)/.tools
+	cd tests && ../$(PY) -W ignore soak.py --minutes $(or $(MINUTES),60)
 
 # Laid over the environment for this one run: the packages in it stay as they are. The interpreter of early releases
 # makes scalars of arrays in a way that NumPy 2.4 ended.

@@ -196,7 +196,7 @@ def resized(rng, t):
     """One size altered: zero, one more, or as large as no memory is."""
     shape = list(t.shape) or [1]
     shape[rng.integers(len(shape))] = int(rng.choice([0, 1, 2, 3, 17, 2**20, 2**31, 2**40]))
-    if math.prod(shape) >= 2**60:  # altered twice: torch itself has no such tensor
+    if math.prod(max(1, s) for s in shape) >= 2**60:  # altered twice: torch itself has no such tensor
         return t
     return (
         torch.zeros((), dtype=t.dtype).expand(shape) if math.prod(shape) > 10**5 else torch.ones(shape, dtype=t.dtype)
