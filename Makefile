@@ -1,6 +1,8 @@
 # make demo   train, convert and evaluate a network on real data     make test   the tests (10 minutes)
 # make check  format, lint and types, without a change               make quick  those of the inner loop (2 minutes)
-# make fuzz   odd calls, files and models, ten minutes of each: SECONDS or CASES, KINDS and SEED say otherwise
+# make fuzz   odd calls, files and models, ten minutes of each: SECONDS or CASES, KINDS and SEED say otherwise; SANITIZE=1
+#             builds the native module with the sanitizers of addresses and of undefined behaviour, for g++
+# make soak   an hour of networks made, called in many ways and dropped: memory must not grow; MINUTES says otherwise
 # make format rewrite files as `make check` wants them               make bench  compare latencies (10 minutes)
 # make test-slow   what is left: builds under sanitizers, for arm64 and of CUDA; emulated and interpreted GPU kernels
 # make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
@@ -19,7 +21,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell 
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo docs gallery test test-slow quick fuzz test-triton test-arm64 check format bench readme-figures figures-write study-latency cuda-report clean
+.PHONY: demo docs gallery test test-slow quick fuzz soak test-triton test-arm64 check format bench readme-figures figures-write study-latency cuda-report clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -38,8 +40,18 @@ quick: $(VENV)/.installed $(VENV)/.tools
 	$(TESTS) -m 'not slow' $(PYTEST_ARGS)
 
 KINDS := operators odd_integers files models
-fuzz: $(VENV)/.installed $(VENV)/.tools
-	cd tests && ../$(PY) -m fuzz $(KINDS) $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0)
+ifdef SANITIZE
+# Emulated tiles would take nearly all of the time: `make test-slow` has them. Leaks cannot be told in an interpreter.
+FUZZ_NEEDS := $(VENV)/sanitized/.installed
+FUZZ_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+    PYTHONPATH=../$(VENV)/sanitized QCFS_FAST_MAX_ISA=avx512vnni UBSAN_OPTIONS=print_stacktrace=1 \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=6000:malloc_context_size=2:quarantine_size_mb=16
+endif
+fuzz: $(VENV)/.installed $(VENV)/.tools $(FUZZ_NEEDS)
+	cd tests && $(FUZZ_ENV) ../$(PY) -W ignore -m fuzz $(KINDS) $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0)
+
+soak: $(VENV)/.installed $(VENV)/.tools
+	cd tests && ../$(PY) -W ignore soak.py --minutes $(or $(MINUTES),60)
 
 # Laid over the environment for this one run: the packages in it stay as they are. The interpreter of early releases
 # makes scalars of arrays in a way that NumPy 2.4 ended.
@@ -129,6 +141,11 @@ $(VENV)/.torch: constraints.txt
 # An isolated build, as users run it: the environment it builds in has no torch.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(PIP) install -c constraints.txt '.[demo]'
+	touch $@
+
+$(VENV)/sanitized/.installed: $(VENV)/.tools $(SOURCES)
+	CMAKE_ARGS=-DQCFS_FAST_SANITIZE=address,undefined QCFS_FAST_CUDA=off \
+	    $(PIP) install --no-deps --upgrade --target $(VENV)/sanitized .
 	touch $@
 
 # Their own requirements (torchaudio, tensorboard, ...) are not needed for the neurons measured here.

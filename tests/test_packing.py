@@ -1,10 +1,16 @@
 """The one cache of packed weights: what is kept, when it is stale, and into which memory it is packed again."""
 
 import gc
+import os
+import weakref
+from pathlib import Path
 
+import networks
 import pytest
 import torch
+from torch import nn
 
+import qcfs_fast
 from qcfs_fast.backend import packing
 from qcfs_fast.backend.packing import PackedWeights, Packing
 
@@ -148,3 +154,23 @@ def test_it_goes_with_the_weight(cache):
     del maker, a
     gc.collect()
     assert cache._entries == {}
+
+
+def test_packed_weights_end_with_their_network():
+    """Those of the operators and those of the native network, whose memory is seen in the process."""
+    gc.collect()
+    before, resident = len(packing.packed_weights._entries), []
+    for _ in range(12):
+        model = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 4))
+        snn = qcfs_fast.convert(networks.lively(model, (64,)), T=2, progress=False, check=False)
+        x = networks.images((64,))
+        snn(x)
+        qcfs_fast.trace(snn, x)  # by operators
+        assert len(packing.packed_weights._entries) > before
+        gone = weakref.ref(snn)
+        del snn
+        gc.collect()
+        assert gone() is None
+        assert len(packing.packed_weights._entries) == before
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    assert max(resident[6:]) < resident[5] + 24  # MiB; the weights of three networks would be so much

@@ -1,7 +1,9 @@
 """SECURITY.md, besides files and operators: no network, no code of a checkpoint's author, no pixel bombs."""
 
+import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import warnings
@@ -9,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import lively, randomize
+from torch import nn
 
 import qcfs_fast
 from qcfs_fast import FormatError
+from qcfs_fast.backend import native
+from qcfs_fast.network import loading, saving
 from qcfs_fast.study import datasets, training, zoo
 
 OFFLINE = """
@@ -42,6 +48,47 @@ def test_nothing_asks_for_the_network(tmp_path):
         [sys.executable, "-c", OFFLINE], cwd=tmp_path, env=here, capture_output=True, text=True, timeout=300
     )
     assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "alter", "message"),
+    [
+        ("EncodingLayer", lambda c: c["geometry"].__setitem__(slice(4, 6), [2**15, 2**15]), "would compute"),
+        (
+            "SpikingLayer",
+            lambda c: c["geometry"].__setitem__(slice(4, 6), [2**15, 2**15]),
+            "would compute",
+        ),
+        ("SpikingLayer", lambda c: c["geometry"].__setitem__(slice(4, 6), [2**24, 2**24]), "elements|too large"),
+        ("SpikePool", lambda c: c["pool"].__setitem__("padding", [2**24, 2**24]), "windows along an axis"),
+        ("Readout", lambda c: c["pools"][0][0].update(kernel=None, output=[2**24, 1]), "windows along an axis"),
+        (
+            "SpikePool",
+            lambda c: c["pool"].update(kernel=None, output=[2**16, 2**16], multiple=16),
+            "would compute|its peak",
+        ),
+    ],
+)
+def test_a_small_file_cannot_ask_for_gigabytes(kind, alter, message, tmp_path):
+    """Of a network whose file states the images' shape, refused at load by Python and by the native reader."""
+    path = tmp_path / "net"
+    end = [nn.AdaptiveAvgPool2d(1)] if kind == "Readout" else []
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(2, 2, 1), nn.ReLU(), *end, nn.Conv2d(2, 2, 1)
+    )
+    snn = qcfs_fast.convert(lively(randomize(model), (1, 8, 8)), T=2, input_shape=(1, 8, 8), progress=False)
+    snn.input_shape = (1, 8, 8)
+    snn.save(path)
+    text, tensors = saving.read(path)
+    header = json.loads(text)
+    del header["crc32"]
+    alter(next(n for n in header["graph"] if n["type"] == kind)["config"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(FormatError, match=message):
+        loading.network_of(json.dumps(header), tensors)
+    with pytest.raises(native.module.NetworkError, match=message):
+        native.module.Network(json.dumps(header), tensors)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 500_000  # kilobytes
 
 
 class Hostile:

@@ -1,5 +1,6 @@
 """Networks made and called in several threads at once give what they give one after another."""
 
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ from networks import converted
 from torch import nn
 
 import qcfs_fast
+from qcfs_fast import backend
 from qcfs_fast.model.graph import symbolic_trace
 
 KINDS = [networks.Small, networks.Branches, networks.Groups, networks.Image]
@@ -27,6 +29,31 @@ def test_callers_of_one_network():
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, [*want] * 2))
+
+
+def test_sixteen_callers_of_several_networks():
+    """Each with shapes, steps and backends that change from call to call, and its own stream."""
+    neurons = ["plain", "signed", "offset", "plain"]
+    made = [converted(kind, T=3, neuron=neuron) for kind, neuron in zip(KINDS, neurons, strict=True)]
+    settings = [{}, {}, {}, {"isa_mask": 0}, {"cpu_engine": "events"}, {"cpu_engine": "dense"}, {"reference": True}]
+    cases = [(snn, x[:n].contiguous(), T) for snn, x in made for n in (1, 3) for T in (2, 4, 9)]
+    want = [snn(x, T=T) for snn, x, T in cases]
+    flowing = [(snn, x, snn.stream()(x, steps=5)) for snn, x in (made[0], made[1])]
+
+    def work(i):
+        numbers = random.Random(i)
+        for _ in range(12):
+            k = numbers.randrange(len(cases))
+            snn, x, T = cases[k]
+            with backend.force(**settings[numbers.randrange(len(settings))]):
+                assert torch.equal(snn(x, T=T), want[k])
+            snn, x, last = flowing[numbers.randrange(2)]
+            stream = snn.stream()
+            stream(x, steps=2)
+            assert torch.equal(stream(x, steps=3), last)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, range(16)))
 
 
 def test_networks_are_made_while_others_run(tmp_path):

@@ -82,7 +82,7 @@ double sampled_rate(const ConvIf& a, const Product& p) {
   const std::int64_t plane = a.batch * p.x.height * p.x.width * p.x.channels;
   const std::int64_t bytes = plane * (mask ? 1 : a.steps), steps = a.steps < 8 ? a.steps : 8;
   const std::int64_t sample_bytes = bytes < max_sample_bytes * samples ? bytes / samples + 1 : max_sample_bytes;
-  const std::uint64_t wanted = 0x0101010101010101 * ((1u << steps) - 1);
+  const std::uint64_t wanted = std::uint64_t{0x0101010101010101} * ((1u << steps) - 1);
   std::int64_t seen = 0, fired = 0;
   for (std::int64_t i = 0; i < samples; ++i) {
     const double at = static_cast<double>(static_cast<std::uint32_t>(i * golden)) / 4294967296.0;    // of 2^32

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "core/limits.h"
 #include "network/error.h"
 
 namespace qcfs::network {
@@ -22,8 +23,10 @@ Network::Network(Graph graph, File memory) : graph_(std::move(graph)), memory_(s
   if (shape.empty()) return;
   const bool map = shape.size() == 3;
   try {
-    make_plan(graph_, {1, map ? shape[1] : 1, map ? shape[2] : 1, graph_.T, graph_.neuron, false, 0, false, false},
-              SIZE_MAX);
+    const Plan plan = make_plan(
+        graph_, {1, map ? shape[1] : 1, map ? shape[2] : 1, graph_.T, graph_.neuron, false, 0, false, false}, SIZE_MAX);
+    require(std::max(plan.largest, 4 * plan.out_count()) <= max_stated, Fault::format,
+            "a node would compute more than " + std::to_string(max_stated) + " bytes");
   } catch (const Error& error) {
     throw Error(Fault::format, std::string("cannot run on an image of the shape stated: ") + error.what());
   }

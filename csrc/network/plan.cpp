@@ -125,7 +125,10 @@ class Builder {
   // -------------------------------------------------------------------------------------------------------- memory
 
   // A slot that lives from the step that is made next.
-  Slot take(std::int64_t bytes) { return memory_.take(static_cast<std::size_t>(bytes), plan_.steps.size()); }
+  Slot take(std::int64_t bytes) {
+    plan_.largest = std::max(plan_.largest, bytes);
+    return memory_.take(static_cast<std::size_t>(bytes), plan_.steps.size());
+  }
 
   Slot take_integers(std::int64_t count) { return take(bounded({count, 4})); }
 
@@ -474,8 +477,8 @@ class Builder {
   }
 
   void add_product(FireStep& fire, const Product& p, Slot x) {
+    fire.inputs.insert(fire.inputs.begin() + static_cast<std::ptrdiff_t>(fire.products.size()), x);
     fire.products.push_back(p);
-    fire.inputs.insert(fire.inputs.begin() + static_cast<std::ptrdiff_t>(fire.products.size()) - 1, x);
   }
 
   void add_residual(FireStep& fire, const Value& x, const std::int32_t* amplitude, Slot slot) {

@@ -99,7 +99,8 @@ struct Plan {
   Request request;
   std::int64_t answers, out_h, out_w, out_channels;    // the answer is float32 [answers, N, OH, OW, O]
   std::vector<std::function<Status(const Frame&)>> steps;
-  Placed memory;    // of the intermediates
+  Placed memory;               // of the intermediates
+  std::int64_t largest = 0;    // bytes of the largest of them
   // Operands that follow from the graph's; deques, because steps point into them.
   std::deque<std::vector<std::int32_t>> integers;
   std::deque<std::vector<double>> doubles;

@@ -15,11 +15,17 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 // Of a window's area, up to 2^48, and a factor, up to 2^31. Beyond 2^62 it makes no difference how far.
 std::int64_t product(std::int64_t area, std::int64_t factor) { return std::min(area, std::int64_t{1} << 31) * factor; }
 
+void check_windows(std::int64_t windows) {
+  require(windows <= max_windows, Fault::shape,
+          "pooling: " + std::to_string(windows) + " windows along an axis; at most " + std::to_string(max_windows) +
+              " are possible");
+}
+
 // The windows of one axis before a section is cut out of them.
 std::vector<std::int64_t> whole_windows(const PoolSpec& spec, std::int64_t size, int axis) {
   std::vector<std::int64_t> found;
   if (const std::int64_t f = spec.spread[axis], phase = spec.phase[axis]; spec.spread[0] * spec.spread[1] != 1) {
-    require(size <= max_extent / f, Fault::shape, "pooling: too many windows");
+    check_windows(size * f);
     for (std::int64_t i = 0; i < size * f; ++i) {
       found.insert(found.end(), {i / f, i / f + (phase < 0 || i % f == phase ? 1 : 0), 1});
     }
@@ -27,6 +33,7 @@ std::vector<std::int64_t> whole_windows(const PoolSpec& spec, std::int64_t size,
   }
   if (spec.adaptive) {
     const std::int64_t out = spec.output[axis] != 0 ? spec.output[axis] : size;
+    check_windows(out);
     for (std::int64_t i = 0; i < out; ++i) {
       const std::int64_t first = i * size / out, end = ceil_div((i + 1) * size, out);
       found.insert(found.end(), {first, end, end - first});
@@ -41,7 +48,7 @@ std::vector<std::int64_t> whole_windows(const PoolSpec& spec, std::int64_t size,
   std::int64_t out = (spec.ceil_mode ? ceil_div(span, s) : span / s) + 1;
   // As PyTorch: the last window must start inside the input or its left padding.
   if (spec.ceil_mode && (out - 1) * s >= size + p) --out;
-  require(out <= max_extent, Fault::shape, "pooling: too many windows");
+  check_windows(out);
   for (std::int64_t i = 0; i < out; ++i) {
     const std::int64_t start = i * s - p, end = std::min(start + k, size + p);
     const std::int64_t first = std::clamp<std::int64_t>(start, 0, size), last = std::clamp<std::int64_t>(end, 0, size);

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import FormatError
-from ..operators.limits import MAX_SUM
+from ..operators.limits import MAX_STATED, MAX_SUM
 from ..operators.neuron import Neuron
 from .layers import (
     IMAGE,
@@ -128,7 +130,8 @@ def _run_without_memory(
 ) -> dict[str, tuple[int, int]]:
     """Run a network on an image of the shape that it states, on tensors that have shapes and no values.
 
-    So everything that an operator asks is asked now. Returns height and width of what each pool reads.
+    So everything that an operator asks is asked now, and what it would compute is bound. Returns height and width of
+    what each pool reads.
     """
     values: dict[str, Any] = {IMAGE: torch.empty((1, *shape), device="meta")}
     sizes = {}
@@ -139,10 +142,22 @@ def _run_without_memory(
             height, width = signs(values[layer.inputs[0]])[0].shape[2:4]
             sizes[name] = (height, width)
         try:
-            values[name] = twin(values, run)
+            with _Bound():
+                values[name] = twin(values, run)
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"{name}: cannot run on an image of the shape {list(shape)} stated: {error}") from error
     return sizes
+
+
+class _Bound(TorchDispatchMode):
+    """Refuses an operator whose result would take more memory than a file may ask for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(result):
+            if isinstance(t, Tensor) and t.numel() * t.element_size() > MAX_STATED:
+                raise ValueError(f"a node would compute {t.numel() * t.element_size()} bytes, more than {MAX_STATED}")
+        return result
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .limits import MAX_EXTENT, MAX_SUM
+from .limits import MAX_EXTENT, MAX_SUM, MAX_WINDOWS
 
 
 @dataclass(frozen=True)
@@ -184,14 +184,21 @@ def _common_multiple(spec: PoolSpec, height: int, width: int) -> int:
     return lcm(*_divisors(spec, height, width))
 
 
+def _check_windows(windows: int) -> None:
+    if windows > MAX_WINDOWS:
+        raise ValueError(f"pooling: {windows} windows along an axis; at most {MAX_WINDOWS} are possible")
+
+
 def _whole_windows(spec: PoolSpec, size: int, axis: int) -> list[int]:
     """The windows before a section is cut out of them."""
     if spec.spreads:
         factor, phase = spec.spread[axis], None if spec.phase is None else spec.phase[axis]
+        _check_windows(size * factor)
         taken = [(i // factor, phase is None or i % factor == phase) for i in range(size * factor)]
         return [v for at, there in taken for v in (at, at + there, 1)]
     if spec.output is not None:
         out = spec.output[axis] or size
+        _check_windows(out)
         edges = [(floor(i * size / out), ceil((i + 1) * size / out)) for i in range(out)]
         return [v for first, end in edges for v in (first, end, end - first)]
     assert spec.kernel is not None
@@ -202,6 +209,7 @@ def _whole_windows(spec: PoolSpec, size: int, axis: int) -> list[int]:
     out = (ceil(span / s) if spec.ceil_mode else span // s) + 1
     if spec.ceil_mode and (out - 1) * s >= size + p:
         out -= 1  # PyTorch: the last window must start inside the input or its left padding
+    _check_windows(out)
     values: list[int] = []
     for i in range(out):
         start = i * s - p

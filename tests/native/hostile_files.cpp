@@ -5,7 +5,8 @@
 //
 // Three kinds of damage, after which a file is damaged again or handed over: bytes anywhere; numbers and words of the
 // header, which is where sizes stand, with its length put right again; parts of the header repeated or left out. With
-// Clang, -DQCFS_FAST_SANITIZE=fuzzer,address,undefined makes a libFuzzer target of the same file.
+// Clang, -DQCFS_FAST_SANITIZE=fuzzer,address,undefined makes a libFuzzer target of the same file, which begins with
+// tests/native/corpus (made by tests/fuzz/corpus.py).
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -63,16 +64,6 @@ void feed(const std::string& bytes, Seen& seen) {
 
 }    // namespace
 
-#if defined(QCFS_LIBFUZZER)
-
-extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-  Seen seen;
-  feed(std::string(reinterpret_cast<const char*>(data), size), seen);
-  return 0;
-}
-
-#else
-
 namespace {
 
 using Random = std::mt19937;
@@ -108,6 +99,7 @@ std::string with_other_value(const std::string& file, Random& random) {
                                        "[]",         "{}",
                                        "false",      "99999999999999999999"};
   std::string header = file.substr(8, header_length(file));
+  if (header.empty()) return file;
   const auto is_part = [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z'); };
   std::size_t at = below(random, header.size());
   while (at < header.size() && !is_part(header[at])) ++at;
@@ -121,6 +113,7 @@ std::string with_other_value(const std::string& file, Random& random) {
 // A part of the header left out, or repeated somewhere else.
 std::string with_other_parts(const std::string& file, Random& random) {
   std::string header = file.substr(8, header_length(file));
+  if (header.empty()) return file;
   const std::size_t at = below(random, header.size()), count = 1 + below(random, 40);
   const std::string part = header.substr(at, count);
   if (random() % 2 == 0) {
@@ -149,6 +142,35 @@ std::string damaged(std::string file, Random& random) {
   } while (random() % 3 == 0 && file.size() > 16);
   return file;
 }
+
+}    // namespace
+
+#if defined(QCFS_LIBFUZZER)
+
+extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t most);
+
+// Half of the changes are libFuzzer's own, which know what the code compares with; half keep the container whole.
+extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t most, unsigned seed) {
+  Random random(seed);
+  if (size > 16 && random() % 2 == 0) {
+    const std::string changed = damaged(std::string(reinterpret_cast<const char*>(data), size), random);
+    if (changed.size() <= most) {
+      std::memcpy(data, changed.data(), changed.size());
+      return changed.size();
+    }
+  }
+  return LLVMFuzzerMutate(data, size, most);
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  Seen seen;
+  feed(std::string(reinterpret_cast<const char*>(data), size), seen);
+  return 0;
+}
+
+#else
+
+namespace {
 
 std::string read(const char* path) {
   std::string bytes;
