@@ -141,6 +141,7 @@ def test_torchvision_families(name, record_property):
     model = getattr(models, name)(weights=None, num_classes=10, **options)
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     prepared = qcfs_fast.calibrate(qcfs_fast.prepare(model, levels=4), [x], progress=False)
+    del model
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*bits leave only.*")
         snn = qcfs_fast.convert(prepared, T=4)
