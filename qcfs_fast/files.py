@@ -12,6 +12,11 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save as serialised
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 @contextlib.contextmanager
 def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -23,28 +28,56 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         FileNotFoundError: the folder does not exist.
         IsADirectoryError: the path is a folder.
     """
-    path = Path(os.path.realpath(path))  # a link stays a link; the file it leads to is replaced
+    path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if path.exists() and not path.is_file():
-        yield path
+        with _named(path):
+            yield path
         return
+    path = Path(os.path.realpath(path))  # a link stays a link; the file it leads to is replaced
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder {path.parent} does not exist; create it first")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    mode = stat.S_IMODE(os.fstat(handle).st_mode)  # of any new file; who writes may make another, a private one
-    os.close(handle)
+    with _named(path, temporary):
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)  # of any new file; who writes may make another, a private one
+        os.close(handle)
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+@contextlib.contextmanager
+def _named(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Errors of the system name the target, where they name the temporary file or, as of a full disk, none."""
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
+
+
+def write_tensors_atomically(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file as `written_atomically` does."""
+    with written_atomically(path) as temporary:
+        if not temporary.is_file():  # save_file would replace a device or a pipe
+            temporary.write_bytes(serialised(tensors, metadata))
+            return
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: could not be written ({error})") from error
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -1,12 +1,32 @@
 """What holds for every test."""
 
+import gc
+import mmap
 import os
+from pathlib import Path
 
 # Triton decides at its first import, which other packages may trigger, whether kernels are interpreted.
 os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+
+STATM = Path("/proc/self/statm")
+_kept = [0]
+
+
+def resident():
+    """Bytes of this process in memory; 0 where that is not known."""
+    return int(STATM.read_text().split()[1]) * mmap.PAGESIZE if STATM.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def networks_let_go():
+    """Graphs of torch.fx are cycles; without this a worker keeps gigabytes of networks until Python looks."""
+    yield
+    if resident() > _kept[0] + 2**28:
+        gc.collect()
+        _kept[0] = resident()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,8 @@
 """Converted networks against the float64 simulation: layer by layer, end to end on grids, and what is refused."""
 
 import copy
+import subprocess
+import sys
 import warnings
 
 import networks
@@ -139,6 +141,7 @@ def test_torchvision_families(name, record_property):
     model = getattr(models, name)(weights=None, num_classes=10, **options)
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     prepared = qcfs_fast.calibrate(qcfs_fast.prepare(model, levels=4), [x], progress=False)
+    del model
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*bits leave only.*")
         snn = qcfs_fast.convert(prepared, T=4)
@@ -408,3 +411,36 @@ def test_residual_window_sums_are_rounded_as_often_as_they_fire(k):
         forced = qcfs_fast.simulate(model, x, 4, spikes=True, force=spikes).spikes
         assert 0.05 < float(spikes["4"].float().mean()) < 0.95
         assert all(float((spikes[name] != forced[name]).float().mean()) < 1e-3 for name in spikes)
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import qcfs_fast
+from torch import nn
+
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+def network(inputs, outputs):
+    fire = lambda: qcfs_fast.QCFS(4, 1.5)
+    return nn.Sequential(nn.Linear(8, inputs), fire(), nn.Linear(inputs, outputs), fire(), nn.Linear(outputs, 10))
+
+bits = int(sys.argv[1])
+qcfs_fast.convert(network(16, 16), weight_bits=bits)  # what the first conversion of a process loads
+model = network(8192, 4096)
+before = peak()
+snn = qcfs_fast.convert(model, weight_bits=bits)
+print((peak() - before) / (4 * 8192 * 4096))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of its memory from /proc")
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 8, 24])
+def test_memory_beside_the_model(bits):
+    """A conversion takes at most twice its largest layer's float32 weights, result included; with 24 bits some more."""
+    run = [sys.executable, "-W", "ignore", "-c", PEAK, str(bits)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 0.2 < float(done.stdout) < (3.5 if bits == 24 else 2)  # the result alone has a quarter and more

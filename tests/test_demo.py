@@ -1,5 +1,7 @@
 """The main job: a network trained on real scans keeps its labels at every T."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -68,21 +70,32 @@ def test_eight_bits_keep_the_labels(trained):
     assert (labels[0] == labels[1]).float().mean() > 0.99
 
 
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A run of the command: its folder, its rows, what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        rows = demo.demo(folder, epochs=2, progress=False, as_json=True)
+    return folder, rows, out.getvalue()
+
+
 @pytest.mark.slow
-def test_command(tmp_path, capsys):
-    rows = demo.demo(tmp_path / "out", epochs=2, progress=False, as_json=True)
-    printed = json.loads(capsys.readouterr().out)
+def test_command(ran):
+    folder, rows, text = ran
+    printed = json.loads(text)
     assert [r["T"] for r in printed] == list(demo.STEPS)
     assert [r.accuracy for r in rows] == [r["accuracy"] for r in printed]
     assert all(r["snn_time"] > 0 and 0 < r["firing_rate"] < 1 for r in printed)
-    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
-    assert "accuracy after 16 steps" in (tmp_path / "out" / "report.html").read_text()
-    snn = qcfs_fast.load(tmp_path / "out" / "digits.safetensors")
+    assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "accuracy after 16 steps" in (folder / "report.html").read_text()
+    snn = qcfs_fast.load(folder / "digits.safetensors")
     assert snn(demo.digits().test_x[:5]).shape == (5, 10)
 
 
 @pytest.mark.slow
-def test_what_it_prints_fits_80_columns(tmp_path, monkeypatch, capsys):
+def test_what_it_prints_fits_80_columns(ran, tmp_path, monkeypatch, capsys):
+    """Of a network trained anew; the rows, which take most of the time, are those of the run above."""
+    monkeypatch.setattr(demo, "evaluate", lambda *_, **__: ran[1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     demo.demo(Path("demo-output"), epochs=1, progress=False)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -140,6 +141,40 @@ def test_command(installed, tmp_path):
     done = subprocess.run([program, __file__], capture_output=True, text=True)
     assert done.returncode == 1
     assert "not a complete safetensors file" in done.stderr
+
+
+def test_what_the_command_cannot_write(installed, tmp_path):
+    """A limit, a full device, a folder that is not there: a message, a code, and the old file."""
+    program, (path, snn, x) = installed / "bin" / "qcfs-run", next(iter(cases()))
+    np.save(tmp_path / "x.npy", np.repeat(x.numpy(), 300, 0))
+    out = tmp_path / "y.npy"
+    out.write_text("old")
+    (tmp_path / "link").symlink_to(out)
+    before = sorted(os.listdir(tmp_path))
+
+    def run(*words, **options):
+        command = [*map(str, (program, path, tmp_path / "x.npy", *words))]
+        options = {"stdout": subprocess.PIPE, **options}
+        done = subprocess.run(command, stderr=subprocess.PIPE, timeout=60, **options)
+        assert done.returncode == 1
+        return done.stderr.decode()
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    assert run("--out", out, preexec_fn=limited) == f"qcfs-run: {out} cannot be written: File too large\n"
+    assert out.read_text() == "old"
+    assert "cannot be written: No such file" in run("--out", tmp_path / "no" / "y.npy")
+    assert "cannot be written: Is a directory" in run("--out", tmp_path)
+    if Path("/dev/full").exists():
+        assert "cannot be written: No space left" in run("--out", "/dev/full")
+        with open("/dev/full", "wb") as full:
+            assert "the answers cannot be written: No space left" in run(stdout=full)
+    assert sorted(os.listdir(tmp_path)) == before
+    call(program, path, tmp_path / "x.npy", "--out", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert np.array_equal(np.load(out)[::300], snn(x).numpy())
+    call(program, path, tmp_path / "x.npy", "--out", "/dev/stdout")
 
 
 # ----------------------------------------------------------------------------------------- through ctypes

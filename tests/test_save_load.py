@@ -59,7 +59,7 @@ def test_writing_is_atomic(saved, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(qcfs_fast.network.saving, "save_file", fail)
+    monkeypatch.setattr(qcfs_fast.files, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         snn.save(path)
     assert path.read_bytes() == before

@@ -1,11 +1,16 @@
 // qcfs-run NETWORK IMAGE.npy: runs a saved network on images from a numpy file and prints the answers, one line for
 // each image. Uses nothing but qcfs.h, so it is also an example of that.
+#include <cerrno>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <memory>
+#include <random>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "libqcfs/qcfs.h"
@@ -87,14 +92,26 @@ Array read_npy(const char* path) {
   return found;
 }
 
+// Beside its place and then renamed, so that no reader meets half of a file; into a pipe or a device as it is.
 void write_npy(const char* path, const qcfs_shape& shape, const std::vector<float>& values) {
   std::string sizes;
   for (int i = 0; i < shape.rank; ++i) sizes += std::to_string(shape.sizes[i]) + ", ";
   std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + sizes + "), }";
   header.append(63 - (10 + header.size()) % 64, ' ');
   header += '\n';
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path, "wb"), std::fclose);
-  if (file == nullptr) fail(std::string(path) + " cannot be written");
+
+  namespace fs = std::filesystem;
+  std::error_code error;
+  const bool beside = !fs::exists(path, error) || fs::is_regular_file(path, error);
+  const fs::path target = beside ? fs::weakly_canonical(path, error) : fs::path(path);    // a link stays a link
+  fs::path to = target;
+  if (beside) to += "." + std::to_string(std::random_device{}()) + ".part";
+  const auto failed = [&](int reason) {
+    if (beside) fs::remove(to, error);
+    fail(std::string(path) + " cannot be written: " + std::strerror(reason));
+  };
+  std::FILE* file = std::fopen(to.c_str(), "wb");
+  if (file == nullptr) failed(errno);
   const unsigned char start[] = {0x93,
                                  'N',
                                  'U',
@@ -105,11 +122,14 @@ void write_npy(const char* path, const qcfs_shape& shape, const std::vector<floa
                                  0,
                                  static_cast<unsigned char>(header.size() % 256),
                                  static_cast<unsigned char>(header.size() / 256)};
-  const bool written = std::fwrite(start, 1, sizeof(start), file.get()) == sizeof(start) &&
-                       std::fwrite(header.data(), 1, header.size(), file.get()) == header.size() &&
-                       std::fwrite(values.data(), sizeof(float), values.size(), file.get()) == values.size() &&
-                       std::fflush(file.get()) == 0;
-  if (!written) fail(std::string(path) + " cannot be written");
+  const bool written = std::fwrite(start, 1, sizeof(start), file) == sizeof(start) &&
+                       std::fwrite(header.data(), 1, header.size(), file) == header.size() &&
+                       std::fwrite(values.data(), sizeof(float), values.size(), file) == values.size() &&
+                       std::fflush(file) == 0;
+  if (!written || std::fclose(file) != 0) failed(errno);
+  if (!beside) return;
+  fs::rename(to, target, error);
+  if (error) failed(error.value());
 }
 
 // The images as the library takes them: with a batch, and vectors as maps of one pixel.
@@ -154,6 +174,9 @@ std::int64_t whole(const char* text) {
 }    // namespace
 
 int main(int count, char** arguments) {
+#ifdef SIGXFSZ
+  std::signal(SIGXFSZ, SIG_IGN);    // past a limit on a file's size, writing fails and says why
+#endif
   std::vector<const char*> files;
   const char* out = nullptr;
   qcfs_options options{};
@@ -211,5 +234,6 @@ int main(int count, char** arguments) {
     }
   }
   qcfs_free(network);
+  if (std::fflush(stdout) != 0) fail(std::string("the answers cannot be written: ") + std::strerror(errno));
   return 0;
 }

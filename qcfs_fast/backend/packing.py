@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,12 @@ class PackedWeights:
         refs = tuple(weakref.ref(w, lambda _: self._entries.pop(key, None)) for w in weights)
         self._entries[key] = _Entry(refs, states, packed)
         return packed
+
+    def forget(self, weights: Iterable[Tensor]) -> None:
+        """Let go of what was made of these weights; it is made again at their next use."""
+        gone = set(map(id, weights))
+        for key in [key for key in self._entries if not gone.isdisjoint(key[1])]:
+            self._entries.pop(key, None)
 
 
 @functools.cache

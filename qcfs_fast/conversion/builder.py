@@ -12,9 +12,10 @@ in front of the readout work on counts and belong to it. Source: Bu et al., ICLR
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,7 +49,7 @@ from ..network.layers import (
 from ..network.schema import Geometry
 from ..network.snn import SNN, check_graph
 from ..operators.geometry import POINTWISE
-from ..operators.limits import ANALOG_RANGE, IMAGE_BITS, MAX_COUNT, MAX_SOURCES, MAX_SUM
+from ..operators.limits import ANALOG_RANGE, CHUNK, IMAGE_BITS, MAX_COUNT, MAX_SOURCES, MAX_SUM, row_blocks
 from ..operators.neuron import Neuron
 from ..operators.windows import PoolSpec
 from . import rounding, units
@@ -57,7 +58,6 @@ from .lowering import lower
 from .shapes import usable_shape
 from .values import Current, FireNode, Lowered, Part, Product, Signal
 
-CHUNK = 1 << 22  # weights quantised at once
 EXACT_BITS = 53 - 15 + 1  # a sum of K products of 16-bit weights and pixels of b bits is exact where b <= this - log2 K
 
 
@@ -200,15 +200,27 @@ def _warn_if_untrained(model: nn.Module) -> None:
         )
 
 
-def _fold(product: Product, amplitude: Tensor) -> np.ndarray:
-    """Effective weight, input amplitude folded in: [KH, KW, C/groups, O] (linear: [1, 1, area*C, O])."""
-    groups = product.geometry[8]
-    O = product.weight.shape[0]
-    per_group = amplitude.reshape(groups, 1, -1).expand(groups, O // groups, -1).reshape(O, -1)
-    w = product.weight * per_group[:, :, None, None]
+def _fold(product: Product, amplitude: Tensor, channels: slice = slice(None)) -> np.ndarray:
+    """Effective weight of some output channels, input amplitude folded in: [KH, KW, C/groups, O] (linear: [1, 1,
+    area*C, O]).
+    """
+    groups, O = product.geometry[8], product.stored.shape[0]
+    group = torch.arange(O)[channels] // (O // groups)
+    w = product.rows(channels) * amplitude.reshape(groups, -1)[group, :, None, None]
     if product.vector:
-        return w.permute(2, 3, 1, 0).reshape(1, 1, -1, O).numpy()
+        return w.permute(2, 3, 1, 0).reshape(1, 1, -1, w.shape[0]).numpy()
     return w.permute(2, 3, 1, 0).numpy()
+
+
+def _flat(weight: np.ndarray) -> np.ndarray:
+    """[KH, KW, C/groups, O] -> [K, O]."""
+    return weight.reshape(-1, weight.shape[3])
+
+
+def _folded_shape(product: Product) -> tuple[int, ...]:
+    """The shape of `_fold`."""
+    O, C, height, width = product.stored.shape
+    return (1, 1, height * width * C, O) if product.vector else (height, width, C, O)
 
 
 def _geometry(product: Product) -> Geometry:
@@ -289,7 +301,7 @@ class _Builder:
     def _image_bits(self) -> int:
         """Bits of a pixel: IMAGE_BITS, or as many as leave the largest sum of the image's layers exact in double."""
         products = [p for a in self.lowered.layers for c in a.currents for p in c.products]
-        fan_in = [p.weight[0].numel() for p in products if p.part.is_image]
+        fan_in = [p.stored[0].numel() for p in products if p.part.is_image]
         return min(IMAGE_BITS, EXACT_BITS - math.ceil(math.log2(max([*fan_in, 1]))))
 
     def _add(self, name: str, layer: Layer) -> None:
@@ -424,7 +436,7 @@ class _Builder:
         current = node.current
         spiking = [p for p in current.products if p is not analog]
         parts = [p.part.settled() for p in spiking]
-        weights = [_fold(p, part.amplitude) for p, part in zip(spiking, parts, strict=True)]
+        weights = [functools.partial(_fold, p, part.amplitude) for p, part in zip(spiking, parts, strict=True)]
         sources = [self._sources(p) for p in parts]
         residuals = [r for s in current.identities if s is not analog for r in self._residuals(s, node.name)]
         if max(sum(map(len, sources)), len(residuals)) > MAX_SOURCES:
@@ -434,12 +446,14 @@ class _Builder:
                 "Remedy: smaller pools" + (", or a smaller T" if self.totals > 1 else "")
             )
         peaks = [sum(peak for _, peak in s) for s in sources]  # all sections of a pool meet the same weight
-        layer = self._quantized(node, weights, peaks, residuals, analog is not None)
+        shapes = [_folded_shape(p) for p in spiking]
+        fan_in = max(1, sum(math.prod(shape[:3]) for shape in shapes))
+        layer = self._quantized(node, weights, max(1, CHUNK // fan_in), peaks, residuals, analog is not None)
         if self.prefix is not None and spiking and not layer.lossless.all():
             read = [([n for n, _ in s], _geometry(p)) for s, p in zip(sources, spiking, strict=True)]
             layer = rounding.compensated(
                 layer,
-                [w.reshape(-1, w.shape[3]) for w in weights],
+                [_flat(folded(slice(None))) for folded in weights],
                 node.bias().numpy(),
                 [*peaks, *(peak for _, _, peak in residuals)],
                 self.prefix.moments(read, current.vector),
@@ -452,7 +466,7 @@ class _Builder:
         tensors: dict[str, Tensor] = {}
         for i, w in enumerate(layer.weights):
             for digit, whole in self._digits(w).items():
-                shaped = torch.from_numpy(whole.reshape(weights[i].shape))
+                shaped = torch.from_numpy(whole.reshape(shapes[i]))
                 tensors[f"weight_{i}{digit}"] = shaped[0, 0].contiguous() if current.vector else shaped
         for i, a in enumerate(layer.amplitudes):
             tensors[f"amplitude_{i}"] = torch.from_numpy(a.astype(np.int32))
@@ -499,33 +513,36 @@ class _Builder:
     def _digits(self, w: np.ndarray) -> dict[str, np.ndarray]:
         """The tensors of a spiking layer's weight, by what is added to its name."""
         if self.weight_bits == 16:
-            return {"": w.astype(np.int16)}
-        upper, low = units.split(w)
-        if self.weight_bits == 8:
-            return {"": upper.astype(np.int8)}
-        return {d: x.astype(np.int8) for d, x in zip(DIGITS, (*units.split(upper), low), strict=True)}
+            return {"": w.astype(np.int16, copy=False)}
+        names = DIGITS if self.weight_bits == 24 else DIGITS[:1]
+        digits = {name: np.empty(w.shape, np.int8) for name in names}
+        for rows in row_blocks(w):
+            upper, low = units.split(w[rows])
+            found = (upper,) if self.weight_bits == 8 else (*units.split(upper), low)
+            for digit, x in zip(digits.values(), found, strict=True):
+                digit[rows] = x
+        return digits
 
     def _quantized(
         self,
         node: FireNode,
-        weights: list[np.ndarray],
+        weights: Sequence[Callable[[slice], np.ndarray]],
+        block: int,
         peaks: list[int],
         residuals: list[tuple[str, Tensor, int]],
         analog: bool,
     ) -> units.QuantizedLayer:
         """units.choose over blocks of output channels, to bound the memory it takes."""
-        flat = [w.reshape(-1, w.shape[3]) for w in weights]
         theta, bias = node.theta.numpy(), node.bias().numpy()
-        inputs = max(1, sum(w.shape[0] for w in flat))
-        block = max(1, CHUNK // inputs)
-        parts = []
-        for c in range(0, theta.size, block):
-            s = slice(c, c + block)
-            own = [(w[:, s], peak) for w, peak in zip(flat, peaks, strict=True)]
+
+        def quantized(s: slice) -> units.QuantizedLayer:
+            own = [(_flat(folded(s)), peak) for folded, peak in zip(weights, peaks, strict=True)]
             added = [(a.numpy()[s], peak) for _, a, peak in residuals]
             settings = (self.weight_bits, self.max_T, analog, self.neuron)
-            parts.append(units.choose(node.name, theta[s], own, added, bias[..., s], *settings))
-        layer = units.join(parts)
+            return units.choose(node.name, theta[s], own, added, bias[..., s], *settings)
+
+        blocks = (slice(c, c + block) for c in range(0, theta.size, block))
+        layer = units.join(map(quantized, blocks), theta.size)
         if layer.scarce_bits is not None:
             warnings.warn(
                 f"{node.name}: 32 bits leave only {layer.scarce_bits:.1f} bits for the weights of one channel "

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..backend.packing import packed_weights
 from ..errors import ConversionError
 from ..model.simulation import Simulation, simulate
 from ..network.layers import EncodingLayer, Layer, Run, SpikingLayer, pieces
@@ -75,6 +76,7 @@ def self_check(
     def watch(name: str, layer: Layer, value: Any) -> None:
         if pieces(name, layer) or isinstance(layer, (EncodingLayer, SpikingLayer)):
             spikes[name] = _channels_first(masks.unpack(value, steps)[:steps])
+        packed_weights.forget(layer.buffers())
 
     answer = snn.answered(snn._execute(x, run, watch), x.shape, False)
     snn.forget_runs()
@@ -88,7 +90,8 @@ def self_check(
         step_bias=step_bias,
     )
     assert isinstance(meant, Simulation)
-    for name, before_reset in meant.membranes.items():
+    while meant.membranes:  # let go one by one
+        name, before_reset = meant.membranes.popitem(last=False)
         own = meant.spikes[name][:-1].sum(0)  # the simulation's own; its last potential is not reset
         layers = {part: snn.layers[part] for part in pieces(name, snn.layers[name]) or [name]}
         theta = torch.tensor([v for part in layers for v in snn.details[part]["theta"]], dtype=torch.float64)

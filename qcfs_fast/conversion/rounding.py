@@ -44,13 +44,12 @@ from torch import Tensor
 from ..network.layers import IMAGE, EncodingLayer, ImageInput, Layer, Run, SpikingLayer, Values, counted
 from ..network.schema import Geometry
 from ..operators.geometry import convolution_size
-from ..operators.limits import overflow_free_steps
+from ..operators.limits import CHUNK, overflow_free_steps
 from ..operators.neuron import Neuron
 from .units import QuantizedLayer, weight_grid
 
 DAMPING = 0.01  # of the mean variance, added to all: errors shall not rely on correlations that the data show by chance
 WINDOWS = 1 << 16  # that are read of a layer's input; more are sampled
-CHUNK = 1 << 22  # entries of the windows gathered at once
 ENTRIES = 1 << 24  # of a layer's covariances; where they would have more, inputs are divided into blocks
 PANEL = 128  # weights rounded before their errors are passed on to all others in one product
 
@@ -260,9 +259,9 @@ def compensated(
     found = torch.cat([round_sequentially(exact[:, b], c, largest) for b, c in moments.blocks()], 1)
     (nearest_bias, nearest_cost), (found_bias, found_cost) = completed(nearest), completed(found)
     better = found_cost < nearest_cost
-    flat = (found.transpose(0, 1).flatten(1) * step).numpy().astype(np.int64)
+    flat = (found.transpose(0, 1).flatten(1) * step).numpy()
     parts = np.split(flat, np.cumsum([w.shape[0] for w in weights])[:-1])
-    whole = [np.where(better, new, old) for new, old in zip(parts, layer.weights, strict=True)]
+    whole = [np.where(better, new.astype(old.dtype), old) for new, old in zip(parts, layer.weights, strict=True)]
     whole_bias = np.where(better, found_bias, nearest_bias).astype(np.int64)
 
     def steps(neuron: Neuron, channels: slice = slice(None)) -> int:

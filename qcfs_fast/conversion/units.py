@@ -17,8 +17,8 @@ meet: a weight then has as many bits as fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,7 +40,8 @@ Operand = tuple[np.ndarray, int]  # weights [K, O] or amplitudes [O], and the la
 
 @dataclass
 class QuantizedLayer:
-    """A layer in units of its channels: weights [K, O] per product and amplitudes [O] per residual, all int64."""
+    """A layer in units of its channels: weights [K, O] per product, in the smallest integers that hold them, and
+    amplitudes [O] per residual, int64."""
 
     threshold: np.ndarray  # int64 [O], n
     unit: np.ndarray  # float64 [O], theta / n
@@ -53,22 +54,31 @@ class QuantizedLayer:
     scarce_bits: float | None  # bits left for the weights of the worst channel, if overflow took more than three of 16
 
 
-def join(parts: Sequence[QuantizedLayer]) -> QuantizedLayer:
-    """One layer of blocks of its output channels."""
+def join(parts: Iterable[QuantizedLayer], channels: int) -> QuantizedLayer:
+    """One layer of blocks of its output channels, each let go before the next is made."""
+    found: list[QuantizedLayer] = []
+    weights: list[np.ndarray] = []
+    at = 0
+    for part in parts:
+        weights = weights or [np.empty((w.shape[0], channels), w.dtype) for w in part.weights]
+        for whole, w in zip(weights, part.weights, strict=True):
+            whole[:, at : at + w.shape[1]] = w
+        at += part.threshold.size
+        found.append(replace(part, weights=[]))
 
     def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate(arrays, axis=-1)
 
     return QuantizedLayer(
-        threshold=joined([p.threshold for p in parts]),
-        unit=joined([p.unit for p in parts]),
-        weights=[joined(w) for w in zip(*(p.weights for p in parts), strict=True)],
-        amplitudes=[joined(a) for a in zip(*(p.amplitudes for p in parts), strict=True)],
-        bias=joined([p.bias for p in parts]),
-        lossless=joined([p.lossless for p in parts]),
-        weight_levels=joined([p.weight_levels for p in parts]),
-        max_steps=min(p.max_steps for p in parts),
-        scarce_bits=min((p.scarce_bits for p in parts if p.scarce_bits is not None), default=None),
+        threshold=joined([p.threshold for p in found]),
+        unit=joined([p.unit for p in found]),
+        weights=weights,
+        amplitudes=[joined(a) for a in zip(*(p.amplitudes for p in found), strict=True)],
+        bias=joined([p.bias for p in found]),
+        lossless=joined([p.lossless for p in found]),
+        weight_levels=joined([p.weight_levels for p in found]),
+        max_steps=min(p.max_steps for p in found),
+        scarce_bits=min((p.scarce_bits for p in found if p.scarce_bits is not None), default=None),
     )
 
 
@@ -129,8 +139,9 @@ def choose(
     # Everything in units of theta / n.
     step = threshold / theta
     digit, max_weight = weight_grid(weight_bits)
+    integers = np.int32 if weight_bits == 24 else np.int16
     whole = [
-        (np.clip(np.rint(w * (step / digit)), -max_weight, max_weight) * digit).astype(np.int64) for w, _ in weights
+        (np.clip(np.rint(w * (step / digit)), -max_weight, max_weight) * digit).astype(integers) for w, _ in weights
     ]
     whole_amplitudes = [np.rint(a * step).astype(np.int64) for a, _ in amplitudes]
     whole_bias = np.rint(bias * step).astype(np.int64)

@@ -7,7 +7,8 @@ Current  what a neuron integrates: a sum of products (convolution or linear laye
 Joined   currents side by side along the channels, as a DenseNet concatenates them
 
 The amplitude of a layer's spikes is its threshold theta: a spike stands for theta in the network that was trained. All
-values here are float64; rounding to integers comes later (units.py).
+values here are float64; rounding to integers comes later (units.py). Weights stay as the model stores them until they
+are read, because a copy of all in float64 would take twice the memory of the model.
 """
 
 from __future__ import annotations
@@ -106,10 +107,27 @@ class Product:
     """A convolution of a part, or a linear layer: then the kernel covers the whole map."""
 
     part: Part
-    weight: Tensor  # float64 [O, C/groups, KH, KW], amplitude not yet folded in
+    stored: Tensor  # [O, C/groups, KH, KW], as the model has it: `weight` without its scale
     geometry: tuple[int, ...]
     vector: bool
     layer: str
+    scale: Tensor | None = None  # float64 [O]
+
+    def rows(self, channels: slice) -> Tensor:
+        """The weight of some output channels, float64, amplitude not yet folded in."""
+        found = self.stored[channels].to(torch.float64)
+        return found if self.scale is None else found * self.scale[channels, None, None, None]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.rows(slice(None))
+
+    def with_weight(self, weight: Tensor, **changes: Any) -> Product:
+        return replace(self, stored=weight, scale=None, **changes)
+
+    def scaled(self, scale: Tensor) -> Product:
+        """With each output channel times a factor."""
+        return replace(self if self.scale is None else self.with_weight(self.weight), scale=scale)
 
 
 @dataclass(frozen=True)
@@ -244,7 +262,7 @@ def selected(value: Signal | Current, index: Sequence[int]) -> Signal | Current:
         rows = torch.as_tensor(index, dtype=torch.int64)
         chosen = [identity_current(cast(Signal, selected(s, index))) for s in value.identities]
         products = tuple(
-            replace(p, weight=ungrouped(p.weight, p.geometry[8])[rows], geometry=(*p.geometry[:8], 1))
+            p.with_weight(ungrouped(p.weight, p.geometry[8])[rows], geometry=(*p.geometry[:8], 1))
             for p in value.products
         )
         return replace(
@@ -278,8 +296,8 @@ def dealt(weight: Tensor, groups: int, signal: Signal) -> list[tuple[Part, Tenso
         return [(signal.parts[0], weight, groups)]
     dense = ungrouped(weight, groups)
     if signal.index is not None:
-        spread = dense.new_zeros((dense.shape[0], signal.width, *dense.shape[2:]))
-        dense = spread.index_add(1, torch.tensor(signal.index, dtype=torch.int64), dense)
+        spread = torch.zeros((dense.shape[0], signal.width, *dense.shape[2:]), dtype=torch.float64)
+        dense = spread.index_add(1, torch.tensor(signal.index, dtype=torch.int64), dense.to(torch.float64))
     found, at = [], 0
     for p in signal.parts:
         found.append((p, dense[:, at : at + p.channels], 1))
@@ -310,8 +328,8 @@ def _sum(large: Product, small: Product) -> Product | None:
     if (a.node, a.pools, large.vector) != (b.node, b.pools, small.vector) or not torch.equal(a.amplitude, b.amplitude):
         return None
     if large.geometry == small.geometry:
-        fits = large.weight.shape == small.weight.shape
-        return replace(large, weight=large.weight + small.weight) if fits else None
+        fits = large.stored.shape == small.stored.shape
+        return large.with_weight(large.weight + small.weight) if fits else None
     (kh, kw, *stride, ph, pw, dh, dw, groups), (h, w, *other, qh, qw, eh, ew, own) = large.geometry, small.geometry
     top, left = ph - qh, pw - qw
     if not a.is_image or large.vector or stride != other or {dh, dw, eh, ew} != {1}:
@@ -320,7 +338,7 @@ def _sum(large: Product, small: Product) -> Product | None:
         return None
     weight = ungrouped(large.weight, groups).clone()
     weight[:, :, top : top + h, left : left + w] += ungrouped(small.weight, own)
-    return replace(large, weight=weight, geometry=(*large.geometry[:8], 1))
+    return large.with_weight(weight, geometry=(*large.geometry[:8], 1))
 
 
 def scaled(signal: Signal, factor: Tensor) -> Signal:
@@ -342,7 +360,7 @@ def affine(current: Current | Joined, scale: Tensor, shift: Tensor) -> Any:
     return replace(
         current,
         bias=current.bias * scale + shift,
-        products=tuple(replace(p, weight=p.weight * scale[:, None, None, None]) for p in current.products),
+        products=tuple(p.scaled(scale) for p in current.products),
         identities=tuple(
             scaled(s, scale if s.index is None else scale[:1].expand(s.width)) for s in current.identities
         ),
@@ -376,7 +394,7 @@ def composed(current: Current, weight: Tensor, bias: Tensor, stride: tuple[int, 
         inner = ungrouped(p.weight, groups)
         outer = torch.einsum("oc,cikl->oikl", weight, inner)
         geometry = (kh, kw, sh * stride[0], sw * stride[1], *rest, 1)
-        products.append(replace(p, weight=outer, geometry=geometry, layer=f"{p.layer} * {layer}"))
+        products.append(p.with_weight(outer, geometry=geometry, layer=f"{p.layer} * {layer}"))
     for signal in current.identities:
         geometry = (1, 1, *stride, 0, 0, 1, 1, 1)
         taps = dealt(weight[:, :, None, None], 1, signal)
@@ -407,7 +425,7 @@ def dense(value: Joined) -> Current:
     first = value.currents[0]
     if _reads(first) is not None and all(_reads(c) == _reads(first) for c in value.currents[1:]):
         rows = zip(*(c.products for c in value.currents), strict=True)
-        products = [replace(p[0], weight=torch.cat([q.weight for q in p])) for p in rows]
+        products = [p[0].with_weight(torch.cat([q.weight for q in p])) for p in rows]
     else:
         products, at = [], 0
         for current in value.currents:

@@ -52,7 +52,7 @@ class Weighted(Symbolic):
     ) -> Current:
         if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
             raise self.fail("is a convolution whose weights depend on the image, which has no spiking counterpart")
-        weight = float64(weight, zeros(0))
+        weight = weight.detach().cpu()
         out, kernel, channels = weight.shape[0], pair(weight.shape[2:]), weight.shape[1] * groups
         stride, dilation = pair(stride), pair(dilation)
         if isinstance(padding, str):
@@ -64,7 +64,8 @@ class Weighted(Symbolic):
         if isinstance(x, Current) and x.products and not x.vector and kernel == (1, 1) and pair(padding) == (0, 0):
             if x.channels != channels:
                 raise self.fail(f"expects {channels} channels, gets {x.channels}")
-            return composed(x, ungrouped(weight, groups)[:, :, 0, 0], float64(bias, zeros(out)), stride, self._layer())
+            taps = ungrouped(weight.double(), groups)[:, :, 0, 0]
+            return composed(x, taps, float64(bias, zeros(out)), stride, self._layer())
         products = []
         unpadded = pair(padding) == (0, 0)
         out_bias = float64(bias, zeros(out))
@@ -78,13 +79,13 @@ class Weighted(Symbolic):
                 for part, w, own in dealt(weight, groups, signal)
             ]
         if isinstance(x, Current) and unpadded:
-            out_bias = out_bias + ungrouped(weight, groups).sum((2, 3)) @ x.bias
+            out_bias = out_bias + ungrouped(weight.double(), groups).sum((2, 3)) @ x.bias
         return Current(out_bias, tuple(products))
 
     def linear(self, x: Any, weight: Any, bias: Any = None) -> Current:
         if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
             raise self.fail("is a linear layer whose weights depend on the image, which has no spiking counterpart")
-        weight = float64(weight, zeros(0))
+        weight = weight.detach().cpu()
         out, features = weight.shape
         if isinstance(x, Image) and x.map:  # one window as large as the image
             if features != math.prod(x.map):
@@ -93,7 +94,7 @@ class Weighted(Symbolic):
         if isinstance(x, Current) and x.products and x.vector:
             if x.channels != features:
                 raise self.fail(f"expects {features} features, gets {x.channels}")
-            return composed(x, weight, float64(bias, zeros(out)), (1, 1), self._layer())
+            return composed(x, weight.double(), float64(bias, zeros(out)), (1, 1), self._layer())
         products = []
         for signal in self._sources(
             replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features, True
@@ -110,7 +111,7 @@ class Weighted(Symbolic):
             products += [Product(part, block, geometry, True, self._layer()) for part, block, _ in blocks]
         out_bias = float64(bias, zeros(out))
         if isinstance(x, Current):
-            out_bias = out_bias + weight.reshape(out, x.channels, -1).sum(2) @ x.bias
+            out_bias = out_bias + weight.double().reshape(out, x.channels, -1).sum(2) @ x.bias
         return Current(out_bias, tuple(products), (), True)
 
     def batch_norm(

@@ -18,12 +18,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from .graph import call_sites, evaluating, made_parameters_kept, symbolic_trace, without_tails
 from .neurons import LOOKS_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
-from .qcfs import over_channels
+from .qcfs import is_qcfs, over_channels
+
+BLOCK = 1 << 22  # weights of a linear layer converted at once
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -97,16 +101,59 @@ class _Layer(nn.Module):
         return theta * (amplitude / self.T if self.mode == "sum" else amplitude)
 
 
+class _Converted(nn.Module):
+    """A layer of the model in another precision: copies of its weights live for one call, those of a large linear layer
+    block by block. A model in float64 takes twice its own memory, and most of that can be one layer.
+    """
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype = layer, dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layer, dtype = self.layer, self.dtype
+        if type(layer) is nn.Linear and layer.weight.numel() > BLOCK and not kwargs:
+            rows = BLOCK // layer.in_features + 1
+            biases = [None] * layer.out_features if layer.bias is None else layer.bias.to(dtype).split(rows)
+            parts = zip(layer.weight.split(rows), biases, strict=False)
+            return torch.cat([F.linear(args[0], w.to(dtype), b) for w, b in parts], -1)
+        own = [*layer.named_parameters(), *layer.named_buffers()]
+        return functional_call(layer, {name: t.to(dtype) for name, t in own if t.is_floating_point()}, args, kwargs)
+
+
+def _shared(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule:
+    """A copy of the model that computes in `dtype` with the model's own tensors."""
+    traced = symbolic_trace(model)
+    gm = copy.deepcopy(traced, {id(t): t for t in (*traced.parameters(), *traced.buffers())})
+    for i, node in enumerate(gm.graph.nodes):
+        if node.op == "call_module":
+            layer = gm.get_submodule(str(node.target))
+            if not is_qcfs(layer) and any(True for _ in (*layer.parameters(), *layer.buffers())):
+                gm.add_submodule(f"_converted_{i}", _Converted(layer, dtype))
+                node.target = f"_converted_{i}"
+        elif node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            module = gm.get_submodule(owner)
+            for table in (module._parameters, module._buffers):
+                t = table.get(name)
+                if t is not None and t.is_floating_point():
+                    table[name] = nn.Parameter(t.detach().to(dtype), False)
+    return gm
+
+
 def _with_neurons(
-    model: nn.Module, dtype: torch.dtype, neuron: Callable[[Tensor], Module]
+    model: nn.Module, dtype: torch.dtype, neuron: Callable[[Tensor], Module], shared: bool
 ) -> tuple[fx.GraphModule, OrderedDict[str, Module]]:
-    """A copy of the model in eval mode with every QCFS call site its own neuron, made from its thresholds."""
+    """A copy of the model in eval mode with every QCFS call site its own neuron, made from its thresholds.
+
+    `shared`: with the tensors of the model, which must not change while it is used.
+    """
     with evaluating(model), made_parameters_kept(model):
-        gm = copy.deepcopy(symbolic_trace(model)).to(dtype)
+        gm = _shared(model, dtype) if shared else copy.deepcopy(symbolic_trace(model)).to(dtype)
     gm._forward_pre_hooks.clear()
     neurons: OrderedDict[str, Module] = OrderedDict()
     for i, (name, node, module) in enumerate(list(call_sites(gm))):
-        neurons[name] = neuron(module.thresh.detach().reshape(-1).clone())
+        neurons[name] = neuron(module.thresh.detach().reshape(-1).to(dtype, copy=True))
         gm.add_submodule(f"_if_{i}", neurons[name])
         node.target = f"_if_{i}"
     gm.delete_all_unused_submodules()
@@ -120,7 +167,7 @@ def step_network(model: nn.Module, dtype: torch.dtype = torch.float64) -> tuple[
 
     Call it T times on the same input and average; reset the neurons before the next input.
     """
-    return _with_neurons(model, dtype, IF)
+    return _with_neurons(model, dtype, IF, shared=False)
 
 
 def simulate(
@@ -187,7 +234,10 @@ def simulate(
     steps = 1 if neuron == "sum" else max(T, window) if neuron in LOOKS_AHEAD else T
     x = _over_time(x, T, neuron, steps).to(dtype)
 
-    whole, layers = _with_neurons(model, dtype, lambda theta: _Layer(theta, neuron, window, iterations, T, steps))
+    def neurons(theta: Tensor) -> _Layer:
+        return _Layer(theta, neuron, window, iterations, T, steps)
+
+    whole, layers = _with_neurons(model, dtype, neurons, shared=True)
     network, finish = without_tails(whole)
     if step_bias is not None:
         if neuron not in ("plain", "signed"):
@@ -207,7 +257,7 @@ def simulate(
             part = x[:, here]
             outputs.append([y.unflatten(0, part.shape[:2])[:T] for y in network(part.flatten(0, 1))])
             if spikes:
-                parts.append([layer.fired for layer in layers.values()])
+                parts.append([layer.__dict__.pop("fired") for layer in layers.values()])  # not kept with the network
     means = [_running_mean(torch.cat(y, 1)[skip:]) for y in zip(*outputs, strict=True)]
     with torch.no_grad():
         by_step = [finish(*(mean[t] for mean in means)) for t in range(T - skip if neuron != "sum" else 1)]

@@ -196,7 +196,7 @@ class Layer(nn.Module):
         """A weight in units of its last digit: the buffer, or int32 where it has several digits."""
         first, *rest = (self.buffer(name + digit) for digit in DIGITS if name + digit in self._buffers)
         for digit in rest:
-            first = first.to(torch.int32) * 256 + digit
+            first = first.to(torch.int32).mul_(256).add_(digit)  # in a copy: a buffer has fewer bits
         return first
 
     def settled(self, run: Run, name: str, make: Callable[[], Any]) -> Any:

@@ -53,11 +53,16 @@ def load(path: Any) -> SNN:
         FileNotFoundError: no such file.
         FormatError: the file is truncated, altered, of another kind or of a newer version.
     """
-    path = Path(path)
+    return opened(Path(path))[0]
+
+
+def opened(path: Path) -> tuple[SNN, str]:
+    """The network of a file, and the header's text; raises what `load` does."""
     if not path.is_file():
         raise FileNotFoundError(f"load: no file {path}")
     try:
-        return network_of(*read(path))
+        header, tensors = read(path)
+        return network_of(header, tensors), header
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -54,6 +54,14 @@ SCALES = (1, 256, 65536)
 # Steps that a neuron in offset or masked mode looks ahead. A GPU launch covers eight.
 MAX_WINDOW = 8
 MAX_ITERATIONS = 8
+# Entries of a weight that a calculation copies at once.
+CHUNK = 2**22
+
+
+def row_blocks(matrix: np.ndarray) -> Iterator[slice]:
+    """The rows of a matrix, so many at a time that copies of them stay small beside it."""
+    rows = max(1, CHUNK // max(1, matrix.shape[1]))
+    return (slice(k, k + rows) for k in range(0, matrix.shape[0], rows))
 
 
 def overflow_free_steps(
@@ -85,7 +93,9 @@ def overflow_free_steps(
     n = threshold.astype(np.int64)
     current = np.abs(bias.astype(np.int64))
     for weight, peak in sources:
-        current += np.abs(weight.astype(np.int64)).reshape(-1, n.size).sum(0) * peak
+        flat = weight.reshape(-1, n.size)
+        for rows in row_blocks(flat):
+            current += np.abs(flat[rows].astype(np.int64)).sum(0) * peak
     if analog:
         current += ANALOG_RANGE * n
     steps = (MAX_SUM - n // 2 - iterations * (n + look_ahead * current)) // np.maximum(current, 1)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import FormatError
-from ..files import written_atomically
+from ..files import write_tensors_atomically
 from .networks import SMALL, small_network
 from .zoo import load_state, prepared_torchvision, read_state
 
@@ -53,11 +53,8 @@ METADATA = "qcfs_fast_trained"
 
 def save_trained(path: Path, model: nn.Module, about: Trained) -> None:
     """Write a network's state dict with what it is."""
-    from safetensors.torch import save_file
-
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with written_atomically(path) as temporary:
-        save_file(tensors, str(temporary), {METADATA: json.dumps(asdict(about))})
+    write_tensors_atomically(path, tensors, {METADATA: json.dumps(asdict(about))})
 
 
 def trained_about(path: Path) -> Trained | None:

@@ -15,6 +15,7 @@ Under torchrun each process takes its share of every batch and gradients are ave
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import time
@@ -167,8 +168,10 @@ class _Run:
     def save(self, path: Path) -> None:
         state = {name: part.state_dict() for name, part in self._parts().items()}
         place = {"epoch": self.epoch, "batch": self.batch, "sums": self.sums, "log": self.log, "facts": self.facts}
+        written = io.BytesIO()  # torch's own writer does not say that a disk is full
+        torch.save({**state, **place}, written)
         with written_atomically(path) as temporary:
-            torch.save({**state, **place}, temporary)
+            temporary.write_bytes(written.getbuffer())
 
     def restore(self, path: Path) -> None:
         try:

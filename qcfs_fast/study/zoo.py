@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load as parsed
 from torch import Tensor, nn
 
 from ..conversion.preparation import prepare
@@ -106,9 +107,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            found: Any = load_file(str(path))
+            found: Any = parsed(path.read_bytes())  # not mapped: see network/saving.py
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

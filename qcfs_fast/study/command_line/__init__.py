@@ -15,7 +15,7 @@
     compare   table and plots of what bench measured
 
 Results go to stdout (as JSON with --json), progress and errors to stderr. Exit codes: 0 done; 1 it could not be done,
-for the reason printed; 2 the command was not understood; 130 interrupted.
+for the reason printed; 2 the command was not understood; 130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..benchmark.cases import NETWORKS
 from ..demo import demo
 from ..selftest import selftest
 from .benchmarking import add_bench, add_compare
-from .common import USER_ERRORS, Parser, command, positive
+from .common import USER_ERRORS, Parser, command, positive, stopped, terminable
 from .converting import add_convert, add_zoo
 from .evaluating import add_eval, add_profile
 from .exporting import add_export
@@ -122,10 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             parser.error(f"unknown network {unknown[0]!r}; known: {', '.join(map(repr, NETWORKS))}")
     try:
-        return int(options.run(options))
-    except KeyboardInterrupt:
-        print("qcfs-fast: interrupted", file=sys.stderr)
-        return 130
+        with terminable():
+            code = int(options.run(options))
+            sys.stdout.flush()  # a full disk is an error like others
+            return code
+    except KeyboardInterrupt as stop:
+        return stopped(stop)
     except USER_ERRORS as error:
         if options.traceback:
             raise

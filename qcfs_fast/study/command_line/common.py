@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ...errors import ConversionError, FormatError
@@ -11,9 +15,37 @@ from ...operators.neuron import Neuron
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 it could not be done, for the reason printed; 2 the command was not understood; "
-    "130 interrupted"
+    "130 interrupted; 143 terminated"
 )
 USER_ERRORS = (ConversionError, FormatError, ValueError, TypeError, OSError, ImportError, MemoryError, RuntimeError)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a command as Ctrl-C does, so that no half of a file stays behind."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated meanwhile. Signals are the main thread's; called in another, nothing changes."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def stopped(by: KeyboardInterrupt, rest: str = "") -> int:
+    """Says that a command was stopped, and what becomes of it; the exit code."""
+    terminated = isinstance(by, Terminated)
+    print(f"qcfs-fast: {'terminated' if terminated else 'interrupted'}{rest}", file=sys.stderr)
+    return 143 if terminated else 130
 
 
 def positive(text: str) -> int:

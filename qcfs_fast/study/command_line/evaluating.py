@@ -15,7 +15,7 @@ from ..data import Dataset, batches, check_steps
 from ..datasets import open_data
 from ..evaluation import evaluate
 from ..profiling.measure import profile
-from .common import add_image_options, add_window_options, asked_neurons, command, positive
+from .common import add_image_options, add_window_options, asked_neurons, command, positive, stopped
 
 
 def add_eval(commands: Any) -> None:
@@ -67,12 +67,8 @@ def _eval(o: argparse.Namespace) -> int:
     steps = o.steps or _default_steps(data)
     try:
         found = evaluate(o.network, data, steps, neurons, o.batch, o.state, o.restart, o.device, not o.quiet)
-    except KeyboardInterrupt:
-        print(
-            "qcfs-fast: interrupted; every finished batch is kept, and the same command goes on from there",
-            file=sys.stderr,
-        )
-        return 130
+    except KeyboardInterrupt as stop:
+        return stopped(stop, "; every finished batch is kept, and the same command goes on from there")
     if found is None:
         return 0
     if o.json:

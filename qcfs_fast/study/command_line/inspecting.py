@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...network.loading import load
-from ...network.saving import read
+from ...network.loading import opened
 from .common import command
 
 
@@ -35,8 +34,8 @@ def facts_of(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, FormatError: as of :func:`qcfs_fast.load`.
     """
-    snn = load(path)
-    header = json.loads(read(path)[0])
+    snn, text = opened(path)
+    header = json.loads(text)
     nodes = [
         {
             "name": name,

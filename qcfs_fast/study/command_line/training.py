@@ -21,7 +21,7 @@ from ..datasets import NAMED, open_data
 from ..networks import SMALL
 from ..sweep import Plan, Study
 from ..trained import Trained, load_trained, save_trained
-from .common import add_window_options, asked_neurons, command, positive
+from .common import add_window_options, asked_neurons, command, positive, stopped
 
 
 def add_train(commands: Any) -> None:
@@ -84,9 +84,8 @@ def _train(o: argparse.Namespace) -> int:
     show = None if o.json else (lambda line: print(next(training.lines([line])), flush=True))
     try:
         log = training.train(model, images, recipe, tests, o.output, facts, not o.quiet, show)
-    except KeyboardInterrupt:
-        print("qcfs-fast: interrupted; the same command goes on from the last state", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return stopped(stop, "; the same command goes on from the last state")
     finally:
         processes.close()
     if processes.rank:
@@ -211,9 +210,8 @@ def _study(o: argparse.Namespace) -> int:
         study.forget_latency()
     try:
         results = study.run()
-    except KeyboardInterrupt:
-        print("qcfs-fast: interrupted; the same command goes on with what is missing", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return stopped(stop, "; the same command goes on with what is missing")
     written = sweep_page.write_plots(results, o.output, [f".{kind}" for kind in o.format])
     sweep_page.write_page(results, o.output / "study.html")
     print(json.dumps(results, indent=2) if o.json else sweep_page.text(results))
