@@ -90,7 +90,7 @@ def main() -> None:
     products, expanded, fired = fit("dense", layers)
     groups, pixel, rows = fit("table", layers)
     rates = [1 / max(cost, 1e-3) for cost in (events_16, events_8, products, listed)]
-    rates += [appended, 1 / max(expanded, 1e-3), fired, 1 / max(groups, 1e-3), pixel, 1 / max(rows, 1e-3)]
+    rates += [appended, *(1 / max(cost, 1e-3) for cost in (expanded, fired, groups)), pixel, 1 / max(rows, 1e-3)]
     print(f'{{"{backend.kernel_set()}", {", ".join(f"{r:.3g}" for r in rates)}}},')
 
 

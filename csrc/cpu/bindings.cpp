@@ -71,7 +71,7 @@ class SpikingLayer {
     const qcfs::cpu::EngineWork w = qcfs::cpu::engine_work(a_.layer, options_.isa);
     py::dict by_engine;
     by_engine["events"] = py::make_tuple(w.events_16, w.events_8, w.inputs, w.kernel_rows);
-    by_engine["dense"] = py::make_tuple(w.products, w.inputs, w.pixels);
+    by_engine["dense"] = py::make_tuple(w.products, w.inputs, w.neurons);
     by_engine["table"] = py::make_tuple(w.groups, w.pixels, w.row_bytes);
     return by_engine;
   }

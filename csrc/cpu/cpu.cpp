@@ -66,7 +66,8 @@ Status conv_if(const ConvIf& a, const Options& options) {
   const KernelSet& k = choose(options.isa);
   const Engine engine = options.engine == Engine::automatic ? choose_engine(a, options) : options.engine;
   assert(engine == choose_engine(a, {options.isa, options.threads, engine}));
-  const int threads = useful_threads(work_of(a), options.threads);
+  const bool long_enough = engine != Engine::dense || dense_nanoseconds(a, options.isa) > min_parallel_nanoseconds;
+  const int threads = long_enough ? useful_threads(work_of(a), options.threads) : 1;
   if (engine == Engine::depthwise) return run_depthwise(k, a, threads);
   LinearAsImage layer(a);
   single_step_counts_as_masks(layer);

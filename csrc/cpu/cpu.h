@@ -50,10 +50,14 @@ struct EngineWork {
   double events_16 = 0, events_8 = 0;    // events: elements of rows of weights, for sums of 16-bit and of 8-bit weights
   double inputs = 0, kernel_rows = 0;    // events: inputs listed, lists appended; dense: inputs expanded
   double products = 0;                   // dense: products of bytes
-  double pixels = 0;                     // dense, table: output pixels
+  double neurons = 0;                    // dense: output neurons
+  double pixels = 0;                     // table: output pixels
   double groups = 0, row_bytes = 0;      // table: groups listed, bytes of rows added
 };
 EngineWork engine_work(const ConvIf& a, std::uint32_t isa);
+
+// The estimated time of a layer on the dense engine, one thread.
+double dense_nanoseconds(const ConvIf& a, std::uint32_t isa);
 
 // Weights in the order of an engine and kernel set, for Product::packed. Dense weights of all products of a layer are
 // one array, which the first product carries. Where has_packed is false the product carries none.

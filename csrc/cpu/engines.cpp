@@ -5,7 +5,7 @@
 //     input
 //               T times; and appending the lists of every kernel row and output pixel T times
 //     dense     T * digits * positions * padded inputs * padded outputs   products of bytes, whatever the rate;
-//               expanding every input T times; and the neurons of every output pixel
+//               expanding every input T times; and T steps of every output neuron
 //     table     T * (1 - (1 - rate)^4) * (groups under the kernels) * (bytes of a row); listing every group T times for
 //               each kernel row; and beginning every output pixel T times
 //
@@ -23,8 +23,9 @@ namespace qcfs::cpu {
 namespace {
 
 // What one thread does in a nanosecond, and the nanoseconds of what is done for each pixel and step. Only ratios within
-// a row matter. tools/fit_engine_rates.py measures a set and prints its row: avx2 on a 3.2 GHz Zen 3 (without the
-// neurons of a pixel), amx, avx512vnni, avx512 and avxvnni on a 2.8 GHz Sapphire Rapids or Emerald Rapids (its
+// a row choose the engine; whether a layer is worth two threads is a matter of the nanoseconds.
+// tools/fit_engine_rates.py measures a set and prints its row: avx2 on a 3.2 GHz Zen 3 (inputs and neurons of the dense
+// engine as on avxvnni), amx, avx512vnni, avx512 and avxvnni on a 2.8 GHz Sapphire Rapids or Emerald Rapids (its
 // processor says only "Intel Xeon"). Estimated from the instructions' throughput and not measured: neondot, neon,
 // portable.
 struct EngineRates {
@@ -32,20 +33,32 @@ struct EngineRates {
   double events_16, events_8;    // row elements
   double products;               // of bytes
   double listed, appended;       // events: inputs; nanoseconds to append the list of a kernel row to a pixel's
-  double expanded, fired;        // dense: inputs; nanoseconds for the neurons of a pixel
+  double expanded, fired;        // dense: inputs, neurons
   double groups, pixel, rows;    // table: groups listed; nanoseconds to begin a pixel; bytes of rows
 };
 
 constexpr EngineRates engine_rates[] = {
-    {"amx", 64.6, 102, 1000, 1.99, 11, 16.3, 13.5, 1.92, 21.1, 108},
-    {"avx512vnni", 64.8, 100, 337, 2.04, 10.8, 1000, 14.1, 1.77, 20.2, 105},
-    {"avx512", 41.8, 85.5, 101, 1.21, 14.9, 1000, 30.6, 0.813, 27.2, 77.3},
-    {"avxvnni", 41.9, 54.5, 128, 2.17, 15.1, 1000, 12.8, 1.38, 21.8, 80.2},
-    {"avx2", 27.1, 31.8, 44.9, 1.44, 23, 0, 1000, 0.762, 11.3, 47.3},
-    {"neondot", 16, 16, 60, 12, 4, 0, 60, 0.5, 8, 30},
-    {"neon", 16, 16, 6, 12, 4, 0, 60, 0.5, 8, 30},
-    {"portable", 12, 12, 4, 12, 4, 0, 60, 0.4, 8, 30},
+    {"amx", 64.6, 102, 1500, 1.99, 11, 20, 6, 1.92, 21.1, 108},
+    {"avx512vnni", 64.8, 100, 337, 2.04, 10.8, 20, 6, 1.77, 20.2, 105},
+    {"avx512", 41.8, 85.5, 101, 1.21, 14.9, 20, 6, 0.813, 27.2, 77.3},
+    {"avxvnni", 41.9, 54.5, 128, 2.17, 15.1, 20, 3, 1.38, 21.8, 80.2},
+    {"avx2", 27.1, 31.8, 44.9, 1.44, 23, 20, 3, 0.762, 11.3, 47.3},
+    {"neondot", 16, 16, 60, 12, 4, 10, 2, 0.5, 8, 30},
+    {"neon", 16, 16, 6, 12, 4, 10, 2, 0.5, 8, 30},
+    {"portable", 12, 12, 4, 12, 4, 5, 1, 0.4, 8, 30},
 };
+
+constexpr bool all_positive() {
+  for (const EngineRates& r : engine_rates) {
+    const double lowest[] = {r.events_16, r.events_8, r.products, r.listed, r.appended,
+                             r.expanded,  r.fired,    r.groups,   r.pixel,  r.rows};
+    for (const double rate : lowest) {
+      if (!(rate > 0)) return false;
+    }
+  }
+  return true;
+}
+static_assert(all_positive(), "an engine of infinite cost would never run");
 
 const EngineRates& rates_of(const KernelSet& k) {
   for (const EngineRates& r : engine_rates) {
@@ -60,10 +73,10 @@ int nonzero_bytes(std::uint64_t word) {
   return __builtin_popcountll((((word & low) + low) | word) & ~low);
 }
 
-// Share of non-zero inputs a step, from up to 64 samples of up to 64 bytes. Samples lie at multiples of the golden
+// Share of non-zero inputs a step, from up to 64 samples of up to 16 bytes. Samples lie at multiples of the golden
 // ratio modulo 1. A constant stride could be a multiple of the row length and would sample a single image column.
 double sampled_rate(const ConvIf& a, const Product& p) {
-  constexpr std::int64_t samples = 64, max_sample_bytes = 64, word_bytes = 8;
+  constexpr std::int64_t samples = 64, max_sample_bytes = 16, word_bytes = 8;
   constexpr std::int64_t golden = 2654435769;    // 2^32 / 1.618..
   const bool mask = p.x.coding == Coding::mask;
   const std::int64_t plane = a.batch * p.x.height * p.x.width * p.x.channels;
@@ -94,21 +107,37 @@ double events_time(const EngineWork& w, const EngineRates& r) {
 }
 
 double dense_time(const EngineWork& w, const EngineRates& r) {
-  return w.products / r.products + w.inputs / r.expanded + w.pixels * r.fired;
+  return w.products / r.products + w.inputs / r.expanded + w.neurons / r.fired;
 }
 
 double table_time(const EngineWork& w, const EngineRates& r) {
   return w.row_bytes / r.rows + w.groups / r.groups + w.pixels * r.pixel;
 }
 
-}    // namespace
-
-EngineWork engine_work(const ConvIf& a, std::uint32_t isa) {
-  const KernelSet& k = choose(isa);
+// What needs no look at the input: all of the dense engine's.
+EngineWork work_at_any_rate(const KernelSet& k, const ConvIf& a) {
   const LinearAsImage layer(a);    // linear layers fill their blocks with samples
   EngineWork w;
   w.pixels = static_cast<double>(a.batch * a.out_h * a.out_w);
+  w.neurons = w.pixels * static_cast<double>(a.out_channels);
   w.products = dense_products(k, layer.a);
+  for (int i = 0; i < a.product_count; ++i) {
+    const Spikes& x = a.products[i].x;
+    w.inputs += static_cast<double>(a.batch * x.height * x.width * x.channels);
+  }
+  return w;
+}
+
+}    // namespace
+
+double dense_nanoseconds(const ConvIf& a, std::uint32_t isa) {
+  const KernelSet& k = choose(isa);
+  return static_cast<double>(a.steps) * dense_time(work_at_any_rate(k, a), rates_of(k));
+}
+
+EngineWork engine_work(const ConvIf& a, std::uint32_t isa) {
+  const KernelSet& k = choose(isa);
+  EngineWork w = work_at_any_rate(k, a);
   for (int i = 0; i < a.product_count; ++i) {
     const Product& p = a.products[i];
     const double rate = sampled_rate(a, p), silent = (1 - rate) * (1 - rate);
@@ -117,7 +146,6 @@ EngineWork engine_work(const ConvIf& a, std::uint32_t isa) {
     const bool narrow = p.weight_bytes == 1 && p.x.coding == Coding::mask;
     (narrow ? w.events_8 : w.events_16) +=
         rate * static_cast<double>(kernel_inputs(p.g, p.x.channels)) * w.pixels * filled;
-    w.inputs += static_cast<double>(a.batch * p.x.height * p.x.width * p.x.channels);
     w.kernel_rows += w.pixels * kernel_rows;
     const double column = kernel_rows * static_cast<double>(ceil_div(p.x.channels, 4));    // groups
     const double row = static_cast<double>(round_up(a.out_channels * 2 * p.weight_bytes, k.register_bytes));

@@ -30,6 +30,35 @@ inline Int<Isa> wrapped_sum(Int<Isa> a, Int<Isa> b) {
   return reinterpret_cast<const Int<Isa>&>(x);
 }
 
+template <class Isa>
+inline Int<Isa> select(Int<Isa> mask, Int<Isa> yes, Int<Isa> no) {
+  return mask ? yes : no;
+}
+
+// What offset neurons keep of a first run: spikes, the least membrane that fired, the largest that did not.
+template <class Isa>
+struct FirstRun {
+  Int<Isa> count{}, least = Int<Isa>{} + INT32_MAX, largest = Int<Isa>{} + INT32_MIN;
+
+  inline void see(Int<Isa> before_reset, Int<Isa> spike) {
+    count -= spike;
+    const Int<Isa> fired = select<Isa>(spike, before_reset, Int<Isa>{} + INT32_MAX),
+                   silent = select<Isa>(spike, Int<Isa>{} + INT32_MIN, before_reset);
+    least = select<Isa>(fired < least, fired, least);
+    largest = select<Isa>(silent > largest, silent, largest);
+  }
+
+  // The initial potential that mends it, of a run from v0 to v with threshold n.
+  inline Int<Isa> mended(Int<Isa> v0, Int<Isa> v, Int<Isa> n, int window) const {
+    const Int<Isa> residual = v - v0 + (n >> 1);
+    const Int<Isa> many = (residual < 0) & (count > 0), few = (residual >= n) & (count < window);
+    // Where a value is not needed it may be one of the limits above, from which nothing can be taken.
+    const Int<Isa> fired = select<Isa>(many, least, n), silent = select<Isa>(few, largest, n);
+    const Int<Isa> fewer = fired - n + 1, more = n - silent;
+    return v0 - (many & select<Isa>(fewer > n, fewer, n)) + (few & select<Isa>(more > n, more, n));
+  }
+};
+
 // full: every lane holds a channel. Otherwise the last vectors are partial and need memcpy of a variable length, a
 // library call before which the compiler spills all live accumulators.
 template <class Isa, int vectors, bool full>
@@ -71,10 +100,8 @@ struct Membranes {
     }
     if (a.neuron.mode != Mode::plain) {
       run_other(products);
-    } else if (a.residual_count == 0 && a.current == nullptr && neurons.bias_step == 0 && !held) {
-      fire<true>(products);
     } else {
-      fire<false>(products);
+      fire(products);
     }
     if (a.state_out != nullptr) {
       QCFS_UNROLL
@@ -83,8 +110,6 @@ struct Membranes {
   }
 
  private:
-  static inline Vector select(Vector mask, Vector yes, Vector no) { return (mask & yes) | (~mask & no); }
-
   // How many of `width` channels are in vector j; not positive if none.
   inline std::int64_t channels_in(int j) const { return full ? lanes : smaller(lanes, width - j * lanes); }
 
@@ -141,14 +166,9 @@ struct Membranes {
   }
 
   // All that step t integrates. Totals (sum mode) hold bias and the image's current once for each level.
-  template <bool totals = false, bool bare = false, typename Products>
+  template <bool totals = false, typename Products>
   __attribute__((always_inline)) inline void integrate(const Products& products, std::int64_t t, Vectors& current) {
     products(t, current);
-    if constexpr (bare) {
-      QCFS_UNROLL
-      for (int j = 0; j < vectors; ++j) current[j] += load<Vector>(neurons.bias + channel + j * lanes);
-      return;
-    }
     for (int i = 0; i < a.residual_count; ++i) add_residual(i, t, current);
     const std::int32_t levels = totals ? a.neuron.levels : 1;
     if (a.current != nullptr) {
@@ -167,8 +187,8 @@ struct Membranes {
     QCFS_UNROLL
     for (int j = 0; j < vectors; ++j) {
       const Vector limit = threshold(j) * image_membrane;
-      membranes[j] = select(membranes[j] > limit, limit, membranes[j]);
-      membranes[j] = select(membranes[j] < -limit, -limit, membranes[j]);
+      membranes[j] = select<Isa>(membranes[j] > limit, limit, membranes[j]);
+      membranes[j] = select<Isa>(membranes[j] < -limit, -limit, membranes[j]);
     }
   }
 
@@ -181,16 +201,16 @@ struct Membranes {
   }
 
   // The plain neuron over all steps, from v. `keep`, where given, masks its spikes.
-  template <bool bare = false, typename Products>
+  template <typename Products>
   __attribute__((always_inline)) inline void fire(const Products& products, const Vectors* keep = nullptr) {
     const std::int64_t steps = a.steps;
     Vectors bits{};
     for (std::int64_t t = 0; t < steps; ++t) {
       Vectors current;
-      integrate<false, bare>(products, t, current);
+      integrate(products, t, current);
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) v[j] += current[j];
-      if constexpr (!bare) hold(v);
+      hold(v);
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
         const Vector n = threshold(j), spike = v[j] >= n;
@@ -248,27 +268,13 @@ struct Membranes {
   // Offset: from the first run to the initial potential that mends it.
   template <typename Products>
   inline void shift(const Products& products) {
-    Vectors v0, count{}, least, largest;
-    for (int j = 0; j < vectors; ++j) {
-      v0[j] = v[j];
-      least[j] = Vector{} + INT32_MAX;
-      largest[j] = Vector{} + INT32_MIN;
-    }
+    Vectors v0;
+    FirstRun<Isa> run[vectors];
+    for (int j = 0; j < vectors; ++j) v0[j] = v[j];
     for (std::int64_t t = 0; t < a.neuron.window; ++t) {
-      first_step(products, t, [&](int j, Vector before, Vector spike) {
-        count[j] -= spike;
-        least[j] = select(spike & (before < least[j]), before, least[j]);
-        largest[j] = select(~spike & (before > largest[j]), before, largest[j]);
-      });
+      first_step(products, t, [&](int j, Vector before, Vector spike) { run[j].see(before, spike); });
     }
-    for (int j = 0; j < vectors; ++j) {
-      const Vector n = threshold(j), residual = v[j] - v0[j] + (n >> 1);
-      const Vector many = (residual < 0) & (count[j] > 0), few = (residual >= n) & (count[j] < a.neuron.window);
-      // Where a value is not needed it may be one of the limits above, from which nothing can be taken.
-      const Vector fired = select(many, least[j], n), silent = select(few, largest[j], n);
-      const Vector fewer = fired - n + 1, more = n - silent;
-      v[j] = v0[j] - (many & select(fewer > n, fewer, n)) + (few & select(more > n, more, n));
-    }
+    for (int j = 0; j < vectors; ++j) v[j] = run[j].mended(v0[j], v[j], threshold(j), a.neuron.window);
     hold(v);
   }
 
@@ -313,6 +319,109 @@ struct Membranes {
     store_bytes(a.out, counts);
   }
 };
+
+// Most layers: plain or offset neurons that integrate products, a bias and at most one residual of masks, from n / 2.
+static inline bool is_simple(const ConvIf& a) {
+  return (a.neuron.mode == Mode::plain || a.neuron.mode == Mode::offset) && a.residual_count <= 1 &&
+         (a.residual_count == 0 || a.residuals[0].coding == Coding::mask) && a.current == nullptr && a.bias_step == 0 &&
+         a.state == nullptr && a.state_out == nullptr && !image_alone(a);
+}
+
+// Their neurons, as Membranes would run them one pixel at a time; here what all pixels share stays in registers.
+template <class Isa, int vectors, bool full, bool residual, bool offset, typename Products>
+inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t channel, std::int64_t pixel,
+                       std::int64_t pixels, const Products& products) {
+  constexpr int lanes = Isa::lanes;
+  using Vectors = Int<Isa>[vectors];
+  const std::int64_t steps = a.steps, channels = a.out_channels, width = channels - channel;
+  const std::int64_t plane = a.batch * a.out_h * a.out_w * channels;
+  const auto present = [&](int j) { return full ? lanes : smaller(lanes, larger(0, width - j * lanes)); };
+  Vectors n, bias, amplitude;
+  QCFS_UNROLL
+  for (int j = 0; j < vectors; ++j) {
+    n[j] = load<Int<Isa>>(neurons.threshold + channel + j * lanes);
+    bias[j] = load<Int<Isa>>(neurons.bias + channel + j * lanes);
+    if (residual) amplitude[j] = load<Int<Isa>>(neurons.amplitude[0] + channel + j * lanes);
+  }
+  const std::uint8_t* in = residual ? a.residuals[0].data + pixel * channels + channel : nullptr;
+  std::uint8_t* out = a.out + pixel * channels + channel;
+  for (std::int64_t i = 0; i < pixels; ++i, in += residual ? channels : 0, out += channels) {
+    Vectors v, other;
+    const auto read_residual = [&](std::int64_t t) {
+      QCFS_UNROLL
+      for (int j = 0; residual && j < vectors; ++j) {
+        other[j] = present(j) > 0 ? widen<Isa>(in + t / 8 * plane + j * lanes, present(j)) : Int<Isa>{};
+      }
+    };
+    const auto integrate = [&](std::int64_t t, Int<Isa> bit) __attribute__((always_inline)) {
+      Vectors current;
+      products(i, t, current);
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        v[j] += current[j] + bias[j];
+        if (residual) v[j] += ((other[j] & bit) != 0) & amplitude[j];
+      }
+    };
+    QCFS_UNROLL
+    for (int j = 0; j < vectors; ++j) v[j] = n[j] >> 1;
+    if (offset) read_residual(0);
+    for (int k = 0; offset && k < a.neuron.iterations; ++k) {
+      Vectors v0;
+      FirstRun<Isa> run[vectors];
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) v0[j] = v[j];
+      Int<Isa> bit = Int<Isa>{} + 1;
+      for (std::int64_t t = 0; t < a.neuron.window; ++t, bit += bit) {
+        integrate(t, bit);
+        QCFS_UNROLL
+        for (int j = 0; j < vectors; ++j) {
+          const Int<Isa> spike = v[j] >= n[j];
+          run[j].see(v[j], spike);
+          v[j] -= spike & n[j];
+        }
+      }
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) v[j] = run[j].mended(v0[j], v[j], n[j], a.neuron.window);
+    }
+    for (std::int64_t t = 0; t < steps;) {
+      read_residual(t);
+      std::uint8_t* masks = out + t / 8 * plane;
+      Vectors bits = {};
+      Int<Isa> bit = Int<Isa>{} + 1;
+      for (const std::int64_t end = smaller(steps, t + 8); t < end; ++t, bit += bit) {
+        integrate(t, bit);
+        QCFS_UNROLL
+        for (int j = 0; j < vectors; ++j) {
+          const Int<Isa> spike = v[j] >= n[j];
+          v[j] -= spike & n[j];
+          bits[j] |= spike & bit;
+        }
+      }
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        if (present(j) > 0) store_bytes<Isa>(masks + j * lanes, bits[j], present(j));
+      }
+    }
+  }
+}
+
+// The neurons of `pixels` neighbouring pixels, from `pixel`. products(i, t, sums) sets those of step t of the i-th.
+template <class Isa, int vectors, bool full, typename Products>
+inline void run_pixels(const ConvIf& a, const Neurons& neurons, std::int64_t channel, std::int64_t pixel,
+                       std::int64_t pixels, const Products& products) {
+  if (is_simple(a)) {
+    const bool residual = a.residual_count > 0, offset = a.neuron.mode == Mode::offset;
+    const auto run = residual ? offset ? run_simple<Isa, vectors, full, true, true, Products>
+                                       : run_simple<Isa, vectors, full, true, false, Products>
+                     : offset ? run_simple<Isa, vectors, full, false, true, Products>
+                              : run_simple<Isa, vectors, full, false, false, Products>;
+    return run(a, neurons, channel, pixel, pixels, products);
+  }
+  for (std::int64_t i = 0; i < pixels; ++i) {
+    Membranes<Isa, vectors, full> membranes(a, neurons, channel, pixel + i);
+    membranes.run([&](std::int64_t t, Int<Isa>(&current)[vectors]) { products(i, t, current); });
+  }
+}
 
 }    // namespace
 }    // namespace qcfs::cpu

@@ -31,9 +31,6 @@ class Workspace {
 // The thread that makes a call also runs tasks of it, hence two.
 thread_local Workspace of_call, of_task;
 
-// Waking other threads takes about 30 us, as long as this many elementary operations (4.4 GHz Zen 5).
-constexpr std::int64_t min_parallel_work = 1 << 17;
-
 }    // namespace
 
 void* call_workspace(std::size_t bytes) { return of_call.reserve(bytes); }

@@ -32,7 +32,8 @@
 //     rows, columns, depth    positions and columns of a block; the weights of a run are padded to a multiple of depth
 //     place(k, column)        the byte that holds input k of a column, in the packed weights of `depth` inputs
 //     begin(), end()          around the blocks of a task
-//     multiply(..)            one block of one step, of which `positions` matter; adds to the sums unless `first`
+//     multiply(..)            one block of one step, of which the first `positions` and `used` columns matter; adds to
+//                             the sums unless `first`
 //     matrix_loop(rounds)     the inner instruction alone, to measure the machine's peak; returns its products of bytes
 #pragma once
 
@@ -169,32 +170,48 @@ void pack_dense(const Product& p, std::int64_t out_channels, std::int64_t panel_
 template <class Isa>
 constexpr std::int64_t block_sums = std::int64_t{Isa::DenseBlock::rows} * Isa::DenseBlock::columns;
 
-// The neurons of one block of positions, from position q0 of a sample; sums [T, rows, columns].
-template <class Isa, int digits, bool full>
+// The neurons of one block of positions, from position q0 of a sample, in the first `vectors` vectors of the panel's
+// channels; sums [T, rows, columns].
+template <class Isa, int digits, int vectors, bool full>
 void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sample, std::int64_t q0,
                     const std::int32_t* sums) {
   using Block = typename Isa::DenseBlock;
-  constexpr int lanes = Isa::lanes, vectors = Block::columns / digits / lanes;
-  static_assert(digits * vectors * lanes == Block::columns, "a column belongs to a whole vector");
+  constexpr int lanes = Isa::lanes, low = Block::columns / digits;
   const ConvIf& a = *layer.a;
   const std::int64_t channel = panel * (Block::columns / digits);
   const std::int32_t scale = a.products[a.product_count - 1].scale;
-  for (std::int64_t i = 0; i < Block::rows; ++i, sums += Block::columns) {
-    const std::int64_t r = (q0 + i) / layer.plane_w, c = (q0 + i) % layer.plane_w;
-    if (r >= rows_of(layer.wave) || c >= a.out_w) continue;
+  const bool whole_rows = layer.plane_w == a.out_w;    // then no position falls into padding
+  const std::int64_t end = smaller(q0 + Block::rows, positions_of(layer));
+  for (std::int64_t q = q0; q < end;) {
+    const std::int64_t r = q / layer.plane_w, c = q % layer.plane_w;
     const std::int64_t pixel = (sample * a.out_h + layer.wave.row0 + r) * a.out_w + c;
-    Membranes<Isa, vectors, full> membranes(a, layer.neurons, channel, pixel);
-    membranes.run([&](std::int64_t t, Int<Isa>(&current)[vectors]) {
-      const std::int32_t* sum = sums + t * block_sums<Isa>;
-      QCFS_UNROLL
-      for (int j = 0; j < vectors; ++j) {
-        current[j] = load<Int<Isa>>(sum + j * lanes);
-        if (digits == 2)
-          current[j] = wrapped_sum<Isa>(scaled<Isa>(current[j], 256), load<Int<Isa>>(sum + (vectors + j) * lanes));
-        if (scale != 1) current[j] = scaled<Isa>(current[j], scale);
-      }
-    });
+    const std::int64_t pixels = whole_rows ? end - q : smaller(end - q, a.out_w - c);
+    const std::int32_t* first = sums + (q - q0) * Block::columns;
+    run_pixels<Isa, vectors, full>(
+        a, layer.neurons, channel, pixel, pixels, [&](std::int64_t i, std::int64_t t, Int<Isa>(&current)[vectors]) {
+          const std::int32_t* sum = first + i * Block::columns + t * block_sums<Isa>;
+          QCFS_UNROLL
+          for (int j = 0; j < vectors; ++j) {
+            current[j] = load<Int<Isa>>(sum + j * lanes);
+            if (digits == 2)
+              current[j] = wrapped_sum<Isa>(scaled<Isa>(current[j], 256), load<Int<Isa>>(sum + low + j * lanes));
+            if (scale != 1) current[j] = scaled<Isa>(current[j], scale);
+          }
+        });
+    q += whole_rows ? pixels : layer.plane_w - c;
   }
+}
+
+using FirePositions = void (*)(const DenseLayer&, std::int64_t, std::int64_t, std::int64_t, const std::int32_t*);
+
+// fire_positions for `width` channels: few of them leave vectors out, and whole vectors need no masks.
+template <class Isa, int digits, int vectors = Isa::DenseBlock::columns / digits / Isa::lanes>
+FirePositions fire_channels(std::int64_t width) {
+  if constexpr (vectors % 2 == 0) {
+    if (width <= vectors / 2 * Isa::lanes) return fire_channels<Isa, digits, vectors / 2>(width);
+  }
+  return width == vectors * Isa::lanes ? fire_positions<Isa, digits, vectors, true>
+                                       : fire_positions<Isa, digits, vectors, false>;
 }
 
 // Whether a block holds any output, or only padding at the end of rows.
@@ -220,10 +237,10 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
   const std::int64_t per_sample = ceil_div(positions, Block::rows);
   const std::int8_t* packed = layer.packed + tile.panel * layer.panel_bytes;
   const int digits = a.products[0].weight_bytes;
-  const bool full = (tile.panel + 1) * (Block::columns / digits) <= a.out_channels;
-  const auto fire = digits == 2 ? full ? fire_positions<Isa, 2, true> : fire_positions<Isa, 2, false>
-                    : full      ? fire_positions<Isa, 1, true>
-                                : fire_positions<Isa, 1, false>;
+  const std::int64_t panel_channels = Block::columns / digits;
+  const std::int64_t width = smaller(panel_channels, a.out_channels - tile.panel * panel_channels);
+  const FirePositions fire = digits == 2 ? fire_channels<Isa, 2>(width) : fire_channels<Isa, 1>(width);
+  const std::int64_t used = digits == 2 ? Block::columns : width;
   assert(tile.block0 < tile.block1 && tile.block1 <= samples_of(layer.wave) * per_sample);
   Block::begin();
   for (int c = 0; c < layer.chunks; ++c) {
@@ -240,7 +257,8 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
         }
       }
       for (std::int64_t t = 0; t < a.steps; ++t) {
-        Block::multiply(segments, count, sample, t, q0, positions - q0, packed, sums + t * block_sums<Isa>, c == 0);
+        Block::multiply(segments, count, sample, t, q0, positions - q0, used, packed, sums + t * block_sums<Isa>,
+                        c == 0);
       }
       if (c + 1 < layer.chunks) continue;
       fire(layer, tile.panel, layer.wave.sample0 + sample, q0, sums);

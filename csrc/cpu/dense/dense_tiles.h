@@ -29,50 +29,50 @@ struct TileBlock {
   static void end() { Tiles::release(); }
 
   static void multiply(const Segment* segments, int count, std::int64_t sample, std::int64_t t, std::int64_t q0,
-                       std::int64_t positions, const std::int8_t* packed, std::int32_t* sums, bool first) {
+                       std::int64_t positions, std::int64_t used, const std::int8_t* packed, std::int32_t* sums,
+                       bool first) {
+    const auto part = positions > 16 ? used > 16 ? multiply_part<true, true> : multiply_part<true, false>
+                      : used > 16    ? multiply_part<false, true>
+                                     : multiply_part<false, false>;
+    part(segments, count, sample, t, q0, packed, sums, first);
+  }
+
+  // `more`: sums 2 and 3 matter; `wide`: sums 1 and 3 matter.
+  template <bool more, bool wide>
+  static void multiply_part(const Segment* segments, int count, std::int64_t sample, std::int64_t t, std::int64_t q0,
+                            const std::int8_t* packed, std::int32_t* sums, bool first) {
     __asm__ volatile("" ::: "memory");    // what tiles load has been written: see sets/amx.cpp
     constexpr std::int64_t sum_bytes = columns * sizeof(std::int32_t);
-    const bool both = positions > 16;
     if (first) {
       Tiles::template zero<0>();
-      Tiles::template zero<1>();
-      Tiles::template zero<2>();
-      Tiles::template zero<3>();
+      if (wide) Tiles::template zero<1>();
+      if (more) Tiles::template zero<2>();
+      if (more && wide) Tiles::template zero<3>();
     } else {
       Tiles::template load<0>(sums, sum_bytes);
-      Tiles::template load<1>(sums + 16, sum_bytes);
-      Tiles::template load<2>(sums + 16 * columns, sum_bytes);
-      Tiles::template load<3>(sums + 16 * columns + 16, sum_bytes);
+      if (wide) Tiles::template load<1>(sums + 16, sum_bytes);
+      if (more) Tiles::template load<2>(sums + 16 * columns, sum_bytes);
+      if (more && wide) Tiles::template load<3>(sums + 16 * columns + 16, sum_bytes);
     }
     for (int s = 0; s < count; ++s) {
       const Segment& segment = segments[s];
       const std::int64_t pitch = segment.row_bytes;
       const std::uint8_t* x = segment.a + sample * segment.sample_bytes + t * segment.step_bytes + q0 * pitch;
-      if (both) {
-        for (std::int64_t k = 0; k < segment.blocks; ++k, x += 64, packed += 2048) {
-          Tiles::template load<6>(packed, 64);
-          Tiles::template load<4>(x, pitch);
-          Tiles::template load<7>(packed + 1024, 64);
-          Tiles::template dot<0, 4, 6>();
-          Tiles::template load<5>(x + 16 * pitch, pitch);
-          Tiles::template dot<1, 4, 7>();
-          Tiles::template dot<2, 5, 6>();
-          Tiles::template dot<3, 5, 7>();
-        }
-      } else {
-        for (std::int64_t k = 0; k < segment.blocks; ++k, x += 64, packed += 2048) {
-          Tiles::template load<6>(packed, 64);
-          Tiles::template load<4>(x, pitch);
-          Tiles::template load<7>(packed + 1024, 64);
-          Tiles::template dot<0, 4, 6>();
-          Tiles::template dot<1, 4, 7>();
-        }
+      for (std::int64_t k = 0; k < segment.blocks; ++k, x += 64, packed += 2048) {
+        Tiles::template load<6>(packed, 64);
+        Tiles::template load<4>(x, pitch);
+        if (wide) Tiles::template load<7>(packed + 1024, 64);
+        Tiles::template dot<0, 4, 6>();
+        if (more) Tiles::template load<5>(x + 16 * pitch, pitch);
+        if (wide) Tiles::template dot<1, 4, 7>();
+        if (more) Tiles::template dot<2, 5, 6>();
+        if (more && wide) Tiles::template dot<3, 5, 7>();
       }
     }
     Tiles::template store<0>(sums, sum_bytes);
-    Tiles::template store<1>(sums + 16, sum_bytes);
-    Tiles::template store<2>(sums + 16 * columns, sum_bytes);
-    Tiles::template store<3>(sums + 16 * columns + 16, sum_bytes);
+    if (wide) Tiles::template store<1>(sums + 16, sum_bytes);
+    if (more) Tiles::template store<2>(sums + 16 * columns, sum_bytes);
+    if (more && wide) Tiles::template store<3>(sums + 16 * columns + 16, sum_bytes);
   }
 
   // A loop of tile products alone.

@@ -26,7 +26,7 @@ struct VectorBlock {
   static void end() {}
 
   static void multiply(const Segment* segments, int count, std::int64_t sample, std::int64_t t, std::int64_t q0,
-                       std::int64_t, const std::int8_t* packed, std::int32_t* sums, bool first) {
+                       std::int64_t, std::int64_t, const std::int8_t* packed, std::int32_t* sums, bool first) {
     assert(count > 0 && q0 >= 0);
     Int<Isa> acc[rows][vectors];
     QCFS_UNROLL

@@ -100,14 +100,15 @@ void fire_chunk(const EventLayer& layer, const EventTile& tile, const MergedList
         for (int j = 0; j < vectors; ++j) store(sum + j * lanes, acc[j]);
       }
       if (!last) continue;
-      Membranes<Isa, vectors, full> membranes(a, layer.neurons, channel, (tile.sample * a.out_h + row) * a.out_w + col);
-      membranes.run([&](std::int64_t t, Int<Isa>(&current)[vectors]) {
-        QCFS_UNROLL
-        for (int j = 0; j < vectors; ++j) {
-          const Int<Isa> total = load<Int<Isa>>(sums + (t * vectors + j) * lanes);
-          current[j] = scale == 1 ? total : scaled<Isa>(total, scale);
-        }
-      });
+      const std::int64_t pixel = (tile.sample * a.out_h + row) * a.out_w + col;
+      run_pixels<Isa, vectors, full>(a, layer.neurons, channel, pixel, 1,
+                                     [&](std::int64_t, std::int64_t t, Int<Isa>(&current)[vectors]) {
+                                       QCFS_UNROLL
+                                       for (int j = 0; j < vectors; ++j) {
+                                         const Int<Isa> total = load<Int<Isa>>(sums + (t * vectors + j) * lanes);
+                                         current[j] = scale == 1 ? total : scaled<Isa>(total, scale);
+                                       }
+                                     });
     }
   }
 }

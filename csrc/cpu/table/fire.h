@@ -206,13 +206,12 @@ inline std::int64_t fire_table_channels(const TableLayer& layer, std::int64_t ch
   for (; full ? a.out_channels - channel >= vectors * Isa::lanes : channel < a.out_channels;
        channel += vectors * Isa::lanes) {
     const std::int32_t* from = sums.data + channel;
-    for (std::int64_t i = 0; i < pixels; ++i, from += a.steps * sums.step) {
-      Membranes<Isa, vectors, full> membranes(a, layer.neurons, channel, pixel + i);
-      membranes.run([&](std::int64_t t, Int<Isa>(&current)[vectors]) {
-        QCFS_UNROLL
-        for (int j = 0; j < vectors; ++j) current[j] = load<Int<Isa>>(from + t * sums.step + j * Isa::lanes);
-      });
-    }
+    run_pixels<Isa, vectors, full>(
+        a, layer.neurons, channel, pixel, pixels, [&](std::int64_t i, std::int64_t t, Int<Isa>(&current)[vectors]) {
+          QCFS_UNROLL
+          for (int j = 0; j < vectors; ++j)
+            current[j] = load<Int<Isa>>(from + (i * a.steps + t) * sums.step + j * Isa::lanes);
+        });
   }
   return channel;
 }
