@@ -40,10 +40,10 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise FileNotFoundError(f"the folder {path.parent} does not exist; create it first")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     with _named(path, temporary):
-        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        mode = stat.S_IMODE(os.fstat(handle).st_mode)  # of any new file; who writes may make another, a private one
-        os.close(handle)
         try:
+            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            mode = stat.S_IMODE(os.fstat(handle).st_mode)  # of any new file; who writes may make another, a private one
+            os.close(handle)
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())

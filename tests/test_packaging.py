@@ -96,6 +96,9 @@ def test_wheel_holds_the_package_alone(wheel):
         "qcfs_fast/py.typed",
         native,
     }
+    licences = {f"LICENSES/{p.name}" for p in (SOURCE / "LICENSES").iterdir()} | {"LICENSE"}
+    travel = f"qcfs_fast-{__version__}.dist-info/licenses/"
+    assert {name.removeprefix(travel) for name in held if name.startswith(travel)} == licences
 
 
 @pytest.mark.slow

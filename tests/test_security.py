@@ -1,5 +1,6 @@
 """SECURITY.md, besides files and operators: no network, no code of a checkpoint's author, no pixel bombs."""
 
+import importlib.metadata
 import json
 import os
 import pickle
@@ -125,3 +126,17 @@ def test_pixel_bombs(size, tmp_path):
         assert (tmp_path / "a" / "bomb.png").stat().st_size < 10**5
         with pytest.raises(ValueError, match=r"bomb.png: an image of \d+ x \d+ pixels|bomb.png: cannot be read"):
             datasets.open_data(tmp_path, 32).batch([0])
+
+
+def test_licences_are_listed_and_travel():
+    root = Path(__file__).resolve().parent.parent
+    listed = (root / "SECURITY.md").read_text()
+    licences = sorted(p.relative_to(root).as_posix() for p in (root / "LICENSES").iterdir())
+    assert licences
+    assert all(f"({name})" in listed for name in ["LICENSE", *licences])
+    assert '"LICENSES/*.txt"' in (root / "pyproject.toml").read_text()
+    assert all(name.endswith(".txt") for name in licences)
+    pytest.importorskip("pybind11")
+    pybind = importlib.metadata.distribution("pybind11")
+    (own,) = [f for f in pybind.files or () if f.name == "LICENSE"]
+    assert (root / "LICENSES" / "pybind11.txt").read_text() == Path(pybind.locate_file(own)).read_text()

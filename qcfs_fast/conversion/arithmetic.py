@@ -24,6 +24,8 @@ from .weighted import Weighted
 
 
 class Arithmetic(Weighted):
+    """Sums, factors and concatenations of values."""
+
     def add(self, x: Any, y: Any, alpha: Any = 1) -> Any:
         if self._is_constant(x):
             return self._affine(self.scale(y, alpha), 1.0, x)

@@ -22,6 +22,8 @@ from .values import (
 
 
 class Ends(Arithmetic):
+    """What follows the last layer: tails and the output's form."""
+
     def _tail(self, x: Any, name: str, dim: Any) -> Answer:
         """A step of the tail; its dimension is counted from the batch."""
         if isinstance(x, Answer):

@@ -21,6 +21,8 @@ from .values import (
 
 
 class Reshaping(Spatial):
+    """Shapes, views and choices of channels."""
+
     def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
         if isinstance(x, Grouped):
             table, last = x.index, end_dim % (x.index.dim() + 3)

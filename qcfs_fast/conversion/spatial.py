@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
@@ -29,6 +29,8 @@ from .values import (
 
 
 class Spatial(Ends):
+    """What moves or sums pixels: pools, pads, crops, upsampling, transposed convolution."""
+
     def _pooled(self, x: Any, spec: PoolSpec) -> Signal | Current:
         if isinstance(x, Image):
             raise self.fail("pools the image itself; resize images before they enter the network")
@@ -238,8 +240,7 @@ class Spatial(Ends):
         dilation: Any = 1,
     ) -> Current:
         """A convolution of the map with zeros between its pixels, by the kernel turned round."""
-        if not isinstance(weight, Tensor):
-            raise self.fail("is a convolution whose weights depend on the image, which has no spiking counterpart")
+        self._check_weights("convolution", weight)
         weight = float64(weight, zeros(0))
         stride, padding, dilation, more = (pair(v) for v in (stride, padding, dilation, output_padding))
         border = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))

@@ -185,6 +185,11 @@ class Symbolic:
         """The name of the layer that this node is, for reports."""
         return str(self.node.target) if self.node.op == "call_module" else describe(self.node)
 
+    def _check_weights(self, what: str, weight: Any, bias: Any = None) -> None:
+        """ConversionError where the weights of a layer are computed from the image."""
+        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
+            raise self.fail(f"is a {what} whose weights depend on the image, which has no spiking counterpart")
+
     def _shape_needed(self, why: str) -> ShapeNeededError:
         return ShapeNeededError(
             f"{describe(self.node)}: {why}; give convert(..., input_shape=(C, H, W)), or run the prepared model on "

@@ -34,6 +34,8 @@ from .values import (
 
 
 class Weighted(Symbolic):
+    """Convolution, linear layer and BatchNorm."""
+
     def _conv_module(self, x: Any, m: nn.Conv2d) -> Current:
         if m.padding_mode != "zeros":
             raise self.fail(f"padding_mode={m.padding_mode!r} is not supported; use zeros")
@@ -50,8 +52,7 @@ class Weighted(Symbolic):
         dilation: Any = 1,
         groups: int = 1,
     ) -> Current:
-        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
-            raise self.fail("is a convolution whose weights depend on the image, which has no spiking counterpart")
+        self._check_weights("convolution", weight, bias)
         weight = weight.detach().cpu()
         out, kernel, channels = weight.shape[0], pair(weight.shape[2:]), weight.shape[1] * groups
         stride, dilation = pair(stride), pair(dilation)
@@ -83,8 +84,7 @@ class Weighted(Symbolic):
         return Current(out_bias, tuple(products))
 
     def linear(self, x: Any, weight: Any, bias: Any = None) -> Current:
-        if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
-            raise self.fail("is a linear layer whose weights depend on the image, which has no spiking counterpart")
+        self._check_weights("linear layer", weight, bias)
         weight = weight.detach().cpu()
         out, features = weight.shape
         if isinstance(x, Image) and x.map:  # one window as large as the image
