@@ -8,6 +8,7 @@ import torch
 from networks import converted
 
 import qcfs_fast
+from qcfs_fast import backend
 from qcfs_fast.operators.limits import overflow_free_steps
 from qcfs_fast.operators.neuron import MODES
 
@@ -277,6 +278,58 @@ def test_the_overflow_bound_at_the_bound(mode):
             found = oracle.unpack(spikes[:half], T)
             assert np.array_equal(found - (oracle.unpack(spikes[half:], T) if mode == "signed" else 0), expected)
     assert farthest > 2**30, "nothing came near the bound: the test is void"
+
+
+@pytest.mark.parametrize(("mode", "by_step"), [*((mode, False) for mode in MODES), ("plain", True), ("signed", True)])
+def test_spikes_that_drive_membranes_to_the_bound(mode, by_step):
+    """Of each channel the inputs with positive weights, those with negative ones, and both by turns, for as many steps
+    as the bound allows: on every instruction set and engine as plain integers give it.
+    """
+    rng = np.random.default_rng(MODES.index(mode))
+    K, O, window, iterations = 2500, 4, 4, 2 if mode == "offset" else 1
+    signs = rng.choice([-1, 1], (K, O))
+    signs[:, :2] = [1, -1]  # of these two a step can add all that the bound counts with
+    weight = (signs * rng.integers(20000, 32640, (K, O))).astype(np.int16)
+    threshold = np.array([2, 1000, 2**20, 2**24])
+    bias = rng.integers(-(2**20), 2**20, (40, O) if by_step else O)
+    shift = (window, iterations) if mode == "offset" else (0, 0)
+    steps = overflow_free_steps(threshold, np.abs(bias).reshape(-1, O).max(0), [(weight, 1)], False, *shift)
+    assert steps > window
+    T = 1 if mode == "sum" else steps
+    up, down = (weight > 0).T, (weight < 0).T  # [O, K]
+    early = np.arange(T)[:, None, None] < window
+    odd = np.arange(T)[:, None, None] % 2 == 1
+    x = [np.broadcast_to(p, (T, O, K)) for p in (up, down)] + [
+        np.where(w, a, b) for w in (early, odd) for a, b in ((up, down), (down, up))
+    ]
+    x = np.concatenate(x, 1).astype(np.uint8)  # [T, samples, K]
+    levels = steps if mode == "sum" else 1
+    bias = bias[:T] if by_step else bias
+    currents = (x.astype(np.int64) @ weight.astype(np.int64) + (bias[:, None] if by_step else bias)) * levels
+    settings = {"sum": (levels, 0), "offset": (window, iterations), "masked": (window, 1)}.get(mode, (0, 0))
+    want = oracle.fire(currents, threshold, mode, *settings)  # which asserts that nothing leaves 32 bits
+    runs = [
+        oracle.fire_neuron([int(c) for c in currents[:, i, i % O]], int(threshold[i % O]), mode, *settings)
+        for i in range(2 * O)
+    ]
+    reached = max(abs(b) for _, before, _ in runs for b in before)
+    assert reached > 1.2e9, "nothing came near the bound: the test is void"
+    spikes = torch.from_numpy(x * np.uint8(levels) if mode == "sum" else oracle.pack(x))
+    given = [torch.from_numpy(bias.astype(np.int32)), torch.from_numpy(threshold.astype(np.int32))]
+    sets = [
+        {"isa_mask": mask, "cpu_engine": engine}
+        for _, mask in backend.kernel_sets()
+        for engine in ("events", "dense", "table")
+    ]
+    for forced in ({"reference": True}, {}, *sets):
+        call = [[spikes], [torch.from_numpy(weight)], [], [], None, *given, T, [], [MODES.index(mode), *settings]]
+        with backend.force(**forced):
+            if want.state is None:
+                found = torch.ops.qcfs_fast.linear_if(*call)
+            else:
+                found, state = torch.ops.qcfs_fast.linear_if_from(*call, None)
+                assert np.array_equal(state.numpy(), want.state), forced
+        assert np.array_equal(found.numpy(), want.masks), forced
 
 
 @pytest.mark.parametrize("mode", ["plain", "signed"])

@@ -173,7 +173,7 @@ HEADERS = {
     "no version": (lambda h: h.pop("format_version"), "no format version"),
     "T": (lambda h: h.update(T=0), "T is 0"),
     "T kind": (lambda h: h.update(T="4"), "T is '4'"),
-    "T bound": (lambda h: h.update(T=10**8), "overflow bound"),
+    "T bound": (lambda h: h.update(T=10**8), "overflow bound|would compute"),
     "bits": (lambda h: h.update(weight_bits=7), "weight_bits is 7"),
     "neuron": (lambda h: h["neuron"].update(mode="fast"), "neuron is damaged.*one of plain"),
     "window": (lambda h: h["neuron"].update(mode="offset", window=99), "neuron is damaged.*window must be"),
