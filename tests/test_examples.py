@@ -95,6 +95,29 @@ def test_answers_leg_by_leg(events):
     assert not torch.allclose(answers[11], snn(frames))
 
 
+def test_mean_iou():
+    pytest.importorskip("sklearn")
+    script = example("segmentation")
+    wanted = torch.tensor([[0, 0, 1, 1]])
+    assert script.mean_iou(wanted, wanted) == 1
+    assert script.mean_iou(torch.tensor([[0, 1, 1, 1]]), wanted) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    images, classes = script.canvases(8, test=True, seed=0)
+    assert images.shape == (8, 1, 32, 32)
+    background = classes == script.CLASSES - 1
+    assert 0.5 < background.float().mean() < 0.95
+    assert images[:, 0][background].max() <= 0.2 + 0.8 * 0.25
+    assert images[:, 0][~background].min() > 0.8 * 0.25
+
+
+@pytest.mark.slow
+def test_segmentation(capsys):
+    pytest.importorskip("sklearn")
+    example("segmentation").main(["--train", "1000", "--test", "40", "--epochs", "8", "--steps", "1", "8"])
+    ann, first, last = (float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines())
+    assert ann > 0.15  # 0.08 for all background
+    assert last > max(first, 0.8 * ann)
+
+
 @pytest.mark.slow
 def test_event_stream(events, capsys):
     events.main(["--epochs", "1", "--copies", "1"])

@@ -211,3 +211,41 @@ def test_torchvisions_segmentation_converts(name):
     snn = qcfs_fast.convert(prepared)
     assert snn(x)["out"].shape == (2, 5, 64, 96)
     assert share(layer_differences(prepared, snn, x, 2)) < 1e-4
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid with a shared head; with `activated`, a ReLU behind each sum of levels."""
+
+    def __init__(self, activated):
+        super().__init__()
+        self.bottom = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
+        self.top = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.ReLU())
+        self.lateral = nn.ModuleList((nn.Conv2d(4, 4, 1), nn.Conv2d(6, 4, 1)))
+        self.merge = nn.ReLU() if activated else nn.Identity()
+        self.smooth = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(4, 5, 3, padding=1)
+
+    def forward(self, x):
+        fine = self.bottom(x)
+        coarse = self.merge(self.lateral[1](self.top(fine)))
+        fine = self.merge(self.lateral[0](fine) + nn.functional.interpolate(coarse, scale_factor=2))
+        return {name: self.head(self.smooth(v)) for name, v in (("fine", fine), ("coarse", coarse))}
+
+
+def test_a_feature_pyramid_with_activations_behind_its_sums(tmp_path):
+    model = networks.on_grid(qcfs_fast.prepare(Pyramid(True), levels=4))
+    snn = qcfs_fast.convert(model, T=5, input_shape=(3, 8, 8))
+    x = networks.images((3, 8, 8), 3, grid=64)
+    meaning = qcfs_fast.simulate(model, x, 5, spikes=True)
+    for name, spikes in qcfs_fast.trace(snn, x).items():
+        assert torch.equal(spikes, meaning.spikes[name]), name
+    by_step = snn(x, per_step=True)
+    assert {name: v.shape for name, v in by_step.items()} == {"fine": (5, 3, 5, 8, 8), "coarse": (5, 3, 5, 4, 4)}
+    same(by_step, meaning.output, exact=False)
+    snn.save(tmp_path / "snn.safetensors")
+    same(qcfs_fast.load(tmp_path / "snn.safetensors")(x, per_step=True), by_step)
+
+
+def test_a_feature_pyramid_without_them_is_refused_by_name():
+    with pytest.raises(qcfs_fast.ConversionError, match=r"smooth\.0.*put a ReLU"):
+        qcfs_fast.prepare(Pyramid(False))

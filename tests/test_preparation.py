@@ -153,3 +153,59 @@ def test_bad_preparation():
         qcfs_fast.prepare(networks.Small(), levels=0)
     with pytest.raises(ConversionError, match="no ReLU"):
         qcfs_fast.prepare(nn.Sequential(nn.Conv2d(3, 3, 1)))
+
+
+class OtherActivations(nn.Module):
+    """Each module that prepare(replace=...) knows, one of them called twice and from two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.acts = nn.ModuleList(
+            (nn.SiLU(inplace=True), nn.Hardswish(), nn.GELU(), nn.LeakyReLU(0.1), nn.ELU(), nn.Mish())
+        )
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(8))
+        self.again = self.acts[0]
+
+    def forward(self, x):
+        for conv, act in zip(self.convs, (*self.acts, self.again), strict=False):
+            x = act(conv(x))
+        return self.convs[7](F.max_pool2d(x, 2))
+
+
+def test_other_activations_become_qcfs_where_asked():
+    prepare = qcfs_fast.prepare
+    model = OtherActivations()
+    every = {nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Mish}
+    prepared = prepare(model, levels=4, threshold=2.0, replace=every)
+    assert sites(prepared) == [*(f"acts.{i}" for i in range(6)), "again"]
+    assert isinstance(model.acts[0], nn.SiLU)  # the model itself stays
+    x = torch.rand(2, 3, 4, 4)
+    calibrated = qcfs_fast.calibrate(prepared, [x], progress=False)
+    assert qcfs_fast.convert(calibrated, T=4)(x).shape == (2, 3, 2, 2)
+    with pytest.raises(ConversionError, match=r"Mish has no spiking counterpart"):
+        prepare(model, replace=every - {nn.Mish})
+
+
+def test_what_replace_refuses():
+    conv = nn.Conv2d(3, 3, 1)
+    with pytest.raises(TypeError, match="a set of activation classes"):
+        qcfs_fast.prepare(conv, replace={nn.SiLU: nn.ReLU})
+    with pytest.raises(TypeError, match="a set of activation classes"):
+        qcfs_fast.prepare(conv, replace=nn.SiLU)
+    with pytest.raises(ValueError, match="Sigmoid"):
+        qcfs_fast.prepare(conv, replace={nn.Sigmoid})
+
+    class Function(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, x):
+            return self.conv(F.silu(self.conv(x)))
+
+    with pytest.raises(ConversionError, match=r"silu in .*Remedy: .*nn\.SiLU\(\)"):
+        qcfs_fast.prepare(Function(), replace={nn.SiLU})
+    hooked = nn.Sequential(conv, nn.SiLU())
+    hooked[1].register_forward_hook(lambda m, args, y: 2 * y)
+    with pytest.raises(ConversionError, match="has a forward hook"):
+        qcfs_fast.prepare(hooked, replace={nn.SiLU})

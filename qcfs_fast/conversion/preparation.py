@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +12,29 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import call_sites, describe, made_parameters_kept, owner_path, relu_ceiling, symbolic_trace
+from ..model.graph import (
+    call_sites,
+    describe,
+    made_parameters_kept,
+    owner_path,
+    refuse_hooks,
+    relu_ceiling,
+    symbolic_trace,
+)
 from ..model.qcfs import QCFS
 from .lowering import lower
 from .shapes import LAST_SHAPE
 from .symbolic import ShapeNeededError
 
 MAX_POOL_CHOICES = ("avg", "keep")
+REPLACEABLE: dict[type[nn.Module], Any] = {  # other activations, and their functional forms
+    nn.SiLU: F.silu,
+    nn.Hardswish: F.hardswish,
+    nn.GELU: F.gelu,
+    nn.LeakyReLU: F.leaky_relu,
+    nn.ELU: F.elu,
+    nn.Mish: F.mish,
+}
 _MAX_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d}
 
 
@@ -28,7 +45,12 @@ def _remember_input_shape(module: Any, args: tuple[Any, ...]) -> None:
 
 
 def prepare(
-    model: nn.Module, levels: int = 8, threshold: float = 8.0, max_pool: str = "avg", check: bool = True
+    model: nn.Module,
+    levels: int = 8,
+    threshold: float = 8.0,
+    max_pool: str = "avg",
+    check: bool = True,
+    replace: Collection[type[nn.Module]] = (),
 ) -> fx.GraphModule:
     """Copy a network, with every ReLU call its own QCFS and MaxPool replaced.
 
@@ -41,6 +63,9 @@ def prepare(
             the maximum does not commute with averaging over time; "keep" leaves it (then the SNN takes the
             maximum of the spikes of each step, and agrees with the ANN less).
         check: refuse a network that convert() could not convert (the error names the layer and a remedy).
+        replace: activations that become QCFS besides ReLU, as classes: any of nn.SiLU, nn.Hardswish, nn.GELU,
+            nn.LeakyReLU, nn.ELU and nn.Mish. QCFS has no negative values, which these have, so the network
+            computes something else at first: train it before it is converted.
 
     Returns:
         A torch.fx.GraphModule with the model's own submodule names, weights and training mode. A QCFS stands at
@@ -48,16 +73,25 @@ def prepare(
         "relu" under the module that makes them.
 
     Raises:
-        ConversionError: the model cannot be traced, or has a part without spiking meaning.
+        ConversionError: the model cannot be traced, has a part without spiking meaning, or calls an activation of
+            `replace` as a function.
+        TypeError, ValueError: an argument is not of the form or the choices above.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prepare: expected a torch.nn.Module, got {type(model).__name__}")
     if max_pool not in MAX_POOL_CHOICES:
         raise ValueError(f"prepare: max_pool must be one of {', '.join(MAX_POOL_CHOICES)}, got {max_pool!r}")
+    if isinstance(replace, Mapping | str) or not isinstance(replace, Collection):
+        raise TypeError("prepare: replace must be a set of activation classes, such as {nn.SiLU, nn.GELU}")
+    if others := [c for c in replace if c not in REPLACEABLE]:
+        names = ", ".join(f"nn.{c.__name__}" for c in REPLACEABLE)
+        raise ValueError(f"prepare: replace takes the classes {names}; got {others[0]!r}")
     training = model.training
     with made_parameters_kept(model):
         own = copy.deepcopy(model)
+    _rectify(own, replace)
     gm = symbolic_trace(own)
+    _refuse_functions(gm, replace)
     QCFS(levels, threshold)  # validates both before anything is changed
     taken = {name for name, _ in gm.named_modules()}
     _activate_first(gm)
@@ -86,6 +120,26 @@ def prepare(
         )
     gm.train(training)
     return gm
+
+
+def _rectify(model: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
+    """Put a ReLU at every place of these activations; it becomes a QCFS as any other ReLU does."""
+    for path, m in list(model.named_modules(remove_duplicate=False)):
+        if type(m) in kinds:
+            refuse_hooks(m, path)
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, nn.ReLU())
+
+
+def _refuse_functions(gm: fx.GraphModule, kinds: Collection[type[nn.Module]]) -> None:
+    functions = {REPLACEABLE[kind]: kind for kind in kinds}
+    for node in gm.graph.nodes:
+        kind = functions.get(node.target) if node.op == "call_function" else None
+        if kind is not None and relu_ceiling(gm, node) is None:
+            raise ConversionError(
+                f"{describe(node)}: replace finds activations by their modules, and this one is a function. "
+                f"Remedy: make it a module of the network, self.act = nn.{kind.__name__}()"
+            )
 
 
 def _activate_first(gm: fx.GraphModule) -> None:

@@ -30,6 +30,7 @@ from .zoo import torchvision_models
 
 SIDE = {"inception_v3": 96}  # pixels; 64 elsewhere
 IMAGES, T, LEVELS = 2, 4, 4
+_NEVER_LINEAR = ("multiplies two activations", "result of sigmoid", "LayerNorm")  # obstacles of gates and norms
 
 
 def every_classifier() -> list[str]:
@@ -122,7 +123,13 @@ def _page(results: dict[str, Any]) -> str:
         layer, most = r["worst"]
         worst = f"{layer} {most:.0e}" if most else ""
         lines.append(f"| {name} | {r['neurons']} | {r['rate']:.2f} | {r['share']:.1e} | {worst} |")
-    lines += ["", "## Those that do not", "", "| network | why: obstacle (how often) |", "| --- | --- |"]
+    bad = [r["obstacles"] for name, r in results.items() if name not in good]
+    barred = sum(any(word in why for why, _ in reasons for word in _NEVER_LINEAR) for reasons in bad)
+    lines += ["", "## Those that do not", ""]
+    if bad:
+        lines += [f"{barred} of these {len(bad)} multiply activations by gates or normalise each image by itself"]
+        lines += ["(squeeze-and-excitation, LayerNorm), which has no exact conversion, whatever else is replaced.", ""]
+    lines += ["| network | why: obstacle (how often) |", "| --- | --- |"]
     for name, r in sorted(results.items()):
         if name not in good:
             lines.append(f"| {name} | {'; '.join(f'{why} ({n})' for why, n in r['obstacles'])} |")
