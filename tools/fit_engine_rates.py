@@ -36,7 +36,7 @@ class Layer:
 
     def __init__(self, bits: int, C: int, O: int, size: int, rate: float) -> None:
         rng = np.random.default_rng(0)
-        batch = max(1, 2048 // size**2)  # as many images as make the fixed cost of a call small
+        batch = max(1, 16384 // size**2)  # as many images as make the fixed cost of a call small
         x = torch.from_numpy(
             sum((rng.random((1, batch, size, size, C)) < rate).astype(np.uint8) << t for t in range(T)).astype(np.uint8)
         )
@@ -89,8 +89,8 @@ def main() -> None:
     events_16, events_8, listed, appended = fit("events", layers)
     products, expanded, fired = fit("dense", layers)
     groups, pixel, rows = fit("table", layers)
-    rates = [1 / max(cost, 1e-3) for cost in (events_16, events_8, products, listed)]
-    rates += [appended, *(1 / max(cost, 1e-3) for cost in (expanded, fired, groups)), pixel, 1 / max(rows, 1e-3)]
+    rates = [1 / max(cost, 1e-4) for cost in (events_16, events_8, products, listed)]
+    rates += [appended, *(1 / max(cost, 1e-4) for cost in (expanded, fired, groups)), pixel, 1 / max(rows, 1e-4)]
     print(f'{{"{backend.kernel_set()}", {", ".join(f"{r:.3g}" for r in rates)}}},')
 
 

@@ -25,9 +25,9 @@ namespace {
 // What one thread does in a nanosecond, and the nanoseconds of what is done for each pixel and step. Only ratios within
 // a row choose the engine; whether a layer is worth two threads is a matter of the nanoseconds.
 // tools/fit_engine_rates.py measures a set and prints its row: avx2 on a 3.2 GHz Zen 3 (inputs and neurons of the dense
-// engine as on avxvnni), amx, avx512vnni, avx512 and avxvnni on a 2.8 GHz Sapphire Rapids or Emerald Rapids (its
-// processor says only "Intel Xeon"). Estimated from the instructions' throughput and not measured: neondot, neon,
-// portable.
+// engine on the Xeon below, slowed as its products are), amx, avx512vnni, avx512 and avxvnni on a 2.8 GHz Sapphire
+// Rapids or Emerald Rapids (its processor says only "Intel Xeon"). Estimated from the instructions' throughput and not
+// measured: neondot, neon, portable.
 struct EngineRates {
   const char* set;
   double events_16, events_8;    // row elements
@@ -38,11 +38,11 @@ struct EngineRates {
 };
 
 constexpr EngineRates engine_rates[] = {
-    {"amx", 64.6, 102, 1500, 1.99, 11, 20, 6, 1.92, 21.1, 108},
-    {"avx512vnni", 64.8, 100, 337, 2.04, 10.8, 20, 6, 1.77, 20.2, 105},
-    {"avx512", 41.8, 85.5, 101, 1.21, 14.9, 20, 6, 0.813, 27.2, 77.3},
-    {"avxvnni", 41.9, 54.5, 128, 2.17, 15.1, 20, 3, 1.38, 21.8, 80.2},
-    {"avx2", 27.1, 31.8, 44.9, 1.44, 23, 20, 3, 0.762, 11.3, 47.3},
+    {"amx", 61, 95, 1700, 1.9, 9.5, 23, 3.4, 2, 16, 107},
+    {"avx512vnni", 59, 101, 330, 1.84, 11.2, 13.1, 3.18, 1.77, 19.9, 97.4},
+    {"avx512", 52.5, 97.4, 118, 2.05, 11.7, 1000, 2.16, 1.5, 19.8, 102},
+    {"avxvnni", 54.6, 69, 174, 1.63, 14.1, 4.29, 1.96, 1.51, 22.3, 89.4},
+    {"avx2", 27.1, 31.8, 44.9, 1.44, 23, 2, 1.2, 0.762, 11.3, 47.3},
     {"neondot", 16, 16, 60, 12, 4, 10, 2, 0.5, 8, 30},
     {"neon", 16, 16, 6, 12, 4, 10, 2, 0.5, 8, 30},
     {"portable", 12, 12, 4, 12, 4, 5, 1, 0.4, 8, 30},
