@@ -127,8 +127,9 @@ def _page(results: dict[str, Any]) -> str:
     barred = sum(any(word in why for why, _ in reasons for word in _NEVER_LINEAR) for reasons in bad)
     lines += ["", "## Those that do not", ""]
     if bad:
-        lines += [f"{barred} of these {len(bad)} multiply activations by gates or normalise each image by itself"]
-        lines += ["(squeeze-and-excitation, LayerNorm), which has no exact conversion, whatever else is replaced.", ""]
+        count = f"All {len(bad)}" if barred == len(bad) else f"{barred} of the {len(bad)}"
+        lines += [f"{count} multiply activations by gates or normalise each image by itself (squeeze-and-excitation,"]
+        lines += ["LayerNorm), which has no exact conversion, whatever else is replaced.", ""]
     lines += ["| network | why: obstacle (how often) |", "| --- | --- |"]
     for name, r in sorted(results.items()):
         if name not in good:
