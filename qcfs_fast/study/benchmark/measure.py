@@ -16,6 +16,7 @@ import importlib
 import math
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +103,11 @@ class Clock:
 def take_turns(
     contenders: Mapping[str, Callable[[], Any]], effort: Effort, clock: Clock
 ) -> tuple[dict[str, list[float]], dict[str, Exception]]:
-    """Seconds per call of each contender, one entry a round; and the error of each that failed."""
+    """Seconds per call of each contender, one entry a round; and the error of each that failed.
+
+    The order is another one in each round: whoever comes behind a large network finds the caches cold, and behind one
+    of torch's its threads still spinning.
+    """
     rounds: dict[str, int] = {}
     calls: dict[str, int] = {}
     errors: dict[str, Exception] = {}
@@ -117,7 +122,7 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in rounds}
     all_rounds = max(rounds.values(), default=0)
     for i in range(all_rounds):
-        for name, n in rounds.items():
+        for name, n in random.Random(i).sample(list(rounds.items()), len(rounds)):
             takes_part = (i + 1) * n // all_rounds > i * n // all_rounds
             if takes_part and name not in errors:
                 try:
