@@ -172,10 +172,7 @@ def test_the_share_outside_of_the_native_call(tiny):
     snn, x = copy.deepcopy(tiny.snns["qcfs_fast 16-bit"]), torch.rand(64, 3, 12, 12)
     whole = share_outside(snn, lambda: snn(x), 3)
     assert 0 < whole < 1
-    started = time.perf_counter()
-    snn(x)
-    longer = 9 * (time.perf_counter() - started)
-    assert share_outside(snn, lambda: (time.sleep(longer), snn(x)), 3) > max(0.5, whole)
+    assert share_outside(snn, lambda: (time.sleep(1), snn(x)), 3) > 0.5  # a call takes milliseconds
     assert type(snn._executor._native._network).__name__ == "Network"  # no clock is left
     assert share_outside(snn, lambda: snn.stream()(x), 3) is None  # operators run
 
