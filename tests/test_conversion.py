@@ -438,11 +438,10 @@ print((peak() - before) / (4 * 8192 * 4096))
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of its memory from /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 8, 24])
-def test_memory_beside_the_model(bits):
-    """A conversion takes at most 3.5 times its largest layer's float32 weights: the result, and what the self-check
-    packs of it for the engine that it runs on, which differs from machine to machine.
-    """
+def test_memory_beside_the_model(bits, tmp_path):
+    """A conversion takes at most twice its largest layer's float32 weights, result included; with 24 bits some more."""
     run = [sys.executable, "-W", "ignore", "-c", PEAK, str(bits)]
-    done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+    # In another folder: from the source's, Python would import the package without its kernels.
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert 0.2 < float(done.stdout) < 3.5  # the result alone has a quarter and more
+    assert 0.2 < float(done.stdout) < (3.5 if bits == 24 else 2)  # the result alone has a quarter and more

@@ -12,7 +12,7 @@ namespace qcfs {
 // Kernels, strides, paddings, dilations, groups, the sizes of images and of what a pool gives.
 constexpr std::int64_t max_extent = 1 << 24;
 // Windows of a pool along an axis.
-constexpr std::int64_t max_windows = 1 << 20;
+constexpr std::int64_t max_pool_windows = 1 << 20;
 // Bytes of what a node computes for one image of the shape that a saved network states.
 constexpr std::int64_t max_stated = std::int64_t{1} << 32;
 // Elements of a tensor, an empty batch counted as one sample.

@@ -178,7 +178,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("MAX_RESIDUALS") = qcfs::max_residuals;
   m.attr("MAX_EXTENT") = qcfs::max_extent;
   m.attr("MAX_ELEMENTS") = qcfs::max_elements;
-  m.attr("MAX_WINDOWS") = qcfs::max_windows;
+  m.attr("MAX_POOL_WINDOWS") = qcfs::max_pool_windows;
   m.attr("MAX_STATED") = qcfs::max_stated;
   m.def("host_isa", &qcfs::cpu::host_isa);
   m.def("chosen_kernel_set", &qcfs::cpu::chosen_kernel_set);

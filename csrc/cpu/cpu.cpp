@@ -66,12 +66,14 @@ Status conv_if(const ConvIf& a, const Options& options) {
   const KernelSet& k = choose(options.isa);
   const Engine engine = options.engine == Engine::automatic ? choose_engine(a, options) : options.engine;
   assert(engine == choose_engine(a, {options.isa, options.threads, engine}));
-  const bool long_enough = engine != Engine::dense || dense_nanoseconds(a, options.isa) > min_parallel_nanoseconds;
-  const int threads = long_enough ? useful_threads(work_of(a), options.threads) : 1;
+  const int threads = useful_threads(work_of(a), options.threads);
   if (engine == Engine::depthwise) return run_depthwise(k, a, threads);
   LinearAsImage layer(a);
   single_step_counts_as_masks(layer);
-  if (engine == Engine::dense) return run_dense(k, layer, threads);
+  if (engine == Engine::dense) {
+    const bool alone = dense_nanoseconds(layer.a, options.isa) < min_parallel_nanoseconds;
+    return run_dense(k, layer, alone ? 1 : threads);
+  }
   if (engine == Engine::table) return run_table(k, layer, threads);
   if (engine == Engine::grouped) return run_grouped(k, layer, threads);
   return run_events(k, layer, threads);

@@ -56,7 +56,7 @@ struct EngineWork {
 };
 EngineWork engine_work(const ConvIf& a, std::uint32_t isa);
 
-// The estimated time of a layer on the dense engine, one thread.
+// The estimated time of a layer on the dense engine, one thread; a linear one is given as an image (layer.h).
 double dense_nanoseconds(const ConvIf& a, std::uint32_t isa);
 
 // Weights in the order of an engine and kernel set, for Product::packed. Dense weights of all products of a layer are

@@ -114,13 +114,12 @@ double table_time(const EngineWork& w, const EngineRates& r) {
   return w.row_bytes / r.rows + w.groups / r.groups + w.pixels * r.pixel;
 }
 
-// What needs no look at the input: all of the dense engine's.
+// What needs no look at the input: all of the dense engine's. Linear layers, as images, fill its blocks with samples.
 EngineWork work_at_any_rate(const KernelSet& k, const ConvIf& a) {
-  const LinearAsImage layer(a);    // linear layers fill their blocks with samples
   EngineWork w;
   w.pixels = static_cast<double>(a.batch * a.out_h * a.out_w);
   w.neurons = w.pixels * static_cast<double>(a.out_channels);
-  w.products = dense_products(k, layer.a);
+  w.products = dense_products(k, a);
   for (int i = 0; i < a.product_count; ++i) {
     const Spikes& x = a.products[i].x;
     w.inputs += static_cast<double>(a.batch * x.height * x.width * x.channels);
@@ -137,7 +136,7 @@ double dense_nanoseconds(const ConvIf& a, std::uint32_t isa) {
 
 EngineWork engine_work(const ConvIf& a, std::uint32_t isa) {
   const KernelSet& k = choose(isa);
-  EngineWork w = work_at_any_rate(k, a);
+  EngineWork w = work_at_any_rate(k, LinearAsImage(a).a);
   for (int i = 0; i < a.product_count; ++i) {
     const Product& p = a.products[i];
     const double rate = sampled_rate(a, p), silent = (1 - rate) * (1 - rate);

@@ -16,9 +16,9 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 std::int64_t product(std::int64_t area, std::int64_t factor) { return std::min(area, std::int64_t{1} << 31) * factor; }
 
 void check_windows(std::int64_t windows) {
-  require(windows <= max_windows, Fault::shape,
-          "pooling: " + std::to_string(windows) + " windows along an axis; at most " + std::to_string(max_windows) +
-              " are possible");
+  require(windows <= max_pool_windows, Fault::shape,
+          "pooling: " + std::to_string(windows) + " windows along an axis; at most " +
+              std::to_string(max_pool_windows) + " are possible");
 }
 
 // The windows of one axis before a section is cut out of them.

@@ -41,7 +41,7 @@ IMAGE_BITS = 24
 # arithmetic on them fits 64 bits (csrc/core/limits.h).
 MAX_EXTENT = 2**24
 # Windows of a pool along an axis: their table is made before anything runs.
-MAX_WINDOWS = 2**20
+MAX_POOL_WINDOWS = 2**20
 # Bytes of what one node of a saved network may compute for one image of the shape that its file states, so that a small
 # file cannot ask for all memory: masks of eight steps for 2048 x 2048 pixels of 64 channels take a sixteenth of it.
 MAX_STATED = 2**32

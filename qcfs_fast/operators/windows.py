@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .limits import MAX_EXTENT, MAX_SUM, MAX_WINDOWS
+from .limits import MAX_EXTENT, MAX_POOL_WINDOWS, MAX_SUM
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ def _common_multiple(spec: PoolSpec, height: int, width: int) -> int:
 
 
 def _check_windows(windows: int) -> None:
-    if windows > MAX_WINDOWS:
-        raise ValueError(f"pooling: {windows} windows along an axis; at most {MAX_WINDOWS} are possible")
+    if windows > MAX_POOL_WINDOWS:
+        raise ValueError(f"pooling: {windows} windows along an axis; at most {MAX_POOL_WINDOWS} are possible")
 
 
 def _whole_windows(spec: PoolSpec, size: int, axis: int) -> list[int]:
