@@ -267,7 +267,7 @@ class SNN(nn.Module):
     def _execute(self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None = None) -> Any:
         """Run all nodes; without x, in a run that goes on, on that of the run before. Several outputs are a list."""
         if not torch.compiler.is_compiling():
-            answer = self._executor.answer(self._program, self._header, None if watch else x, run)
+            answer = self._executor.answer(self._program, self._header, x, run, watched=watch is not None)
             if answer is not None:
                 return answer
         values: Values = {IMAGE: x}
