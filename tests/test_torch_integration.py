@@ -98,14 +98,10 @@ def test_what_a_compiled_network_refuses():
     compiled = torch.compile(snn, fullgraph=True, backend="eager")
     compiled(x)
     snn.neuron = "offset"
-    for T, why in (
-        (snn.max_T + 1, f"in {snn.neuron} mode .layer block1.relu.; convert again with max_T="),
-        (0, "at least 1"),
-    ):
+    beyond = "mode .layer block1.relu.; convert again with max_T=[0-9]+ and this neuron"
+    for T, why in ((snn.max_T + 1, beyond), (0, "at least 1 time step, got 0")):
         with pytest.raises(torch._dynamo.exc.Unsupported, match=why):
             compiled(x, T=T)
-        with pytest.raises(ValueError, match=why):
-            torch.compile(snn, backend="eager")(x, T=T)
 
 
 @pytest.mark.parametrize("kind", list(networks.SHAPES), ids=lambda k: k.__name__)
