@@ -155,7 +155,7 @@ for _ in range(100):
 def saver(source, target, how=""):
     command = [sys.executable, "-c", SAVER, str(source), str(target), how]
     here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(qcfs_fast.__file__).parent.parent)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=here)
+    process = subprocess.Popen(command, cwd=Path(source).parent, stdout=subprocess.PIPE, text=True, env=here)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -256,7 +256,7 @@ def test_full_device(pair, tmp_path):
     here = {**os.environ, "PYTHONPATH": str(Path(qcfs_fast.__file__).parent.parent)}
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "qcfs_fast", "inspect", str(folder / "0")]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=here)
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, env=here)
     assert done.returncode == 1
     assert done.stderr == "qcfs-fast: error: [Errno 28] No space left on device\n"
 
