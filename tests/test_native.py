@@ -111,7 +111,7 @@ def compile_text(text):
 def test_limits_of_the_kernels_are_those_of_python():
     n = backend.native.module
     assert n.MAX_PRODUCTS == n.MAX_RESIDUALS == limits.MAX_SOURCES
-    for name in ("MAX_EXTENT", "MAX_ELEMENTS", "MAX_POOL_WINDOWS", "MAX_STATED"):
+    for name in ("MAX_EXTENT", "MAX_ELEMENTS", "MAX_POOL_WINDOWS", "MAX_STATED", "MAX_HELD"):
         assert getattr(n, name) == getattr(limits, name)
 
 

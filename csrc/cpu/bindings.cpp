@@ -180,6 +180,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("MAX_ELEMENTS") = qcfs::max_elements;
   m.attr("MAX_POOL_WINDOWS") = qcfs::max_pool_windows;
   m.attr("MAX_STATED") = qcfs::max_stated;
+  m.attr("MAX_HELD") = qcfs::max_held;
   m.def("host_isa", &qcfs::cpu::host_isa);
   m.def("chosen_kernel_set", &qcfs::cpu::chosen_kernel_set);
   m.def("kernel_sets", [] {

@@ -101,6 +101,7 @@ struct Plan {
   std::vector<std::function<Status(const Frame&)>> steps;
   Placed memory;               // of the intermediates
   std::int64_t largest = 0;    // bytes of the largest of them
+  std::int64_t held = 0;       // bytes of all spikes that wait for a reader, where they are most
   // Operands that follow from the graph's; deques, because steps point into them.
   std::deque<std::vector<std::int32_t>> integers;
   std::deque<std::vector<double>> doubles;
