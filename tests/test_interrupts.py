@@ -96,8 +96,24 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextlib.contextmanager
+def full_tmpfs():
+    """A file system of a megabyte in the place of the folder, with no room left."""
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", "new"], capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    try:
+        with open("new/ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(4096))
+        yield
+    finally:
+        subprocess.run(["umount", "new"], check=True)
+
+
 CASES = [(name, how) for name in COMMANDS for how in ("SIGINT", "full disk")]
 CASES += [(name, "SIGTERM") for name in ("convert", "eval", "train")]
+CASES += [(name, "full tmpfs") for name in ("convert", "export", "eval", "study")]
 
 
 @pytest.mark.slow
@@ -108,6 +124,11 @@ def test_commands(name, how, started, monkeypatch, capsys):
     if how == "full disk":
         with full_disk():
             code = started(name)
+        assert code == 1
+    elif how == "full tmpfs":
+        with full_tmpfs():
+            code = started(name)
+            assert os.listdir("new") == ["ballast"]
         assert code == 1
     else:
         synchronise = os.fsync
@@ -126,9 +147,9 @@ def test_commands(name, how, started, monkeypatch, capsys):
             signal.signal(signal.SIGINT, handler)
         assert code == (130 if how == "SIGINT" else 143)
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qcfs-fast: ")]
-    if how == "full disk":
+    if how in ("full disk", "full tmpfs"):
         assert message.startswith("qcfs-fast: error: ")
-        assert os.strerror(errno.EFBIG) in message
+        assert os.strerror(errno.EFBIG if how == "full disk" else errno.ENOSPC) in message
         assert f"new{os.sep}" in message
     else:
         assert message.startswith("qcfs-fast: interrupted" if how == "SIGINT" else "qcfs-fast: terminated")
