@@ -44,7 +44,8 @@ def spawn(*arguments, launcher=()):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **pipes, text=True, env=env, preexec_fn=interruptible)
+    here = Path(__file__).parent  # not the sources: the package in use must be the installed one
+    return subprocess.Popen(command, cwd=here, **pipes, text=True, env=env, preexec_fn=interruptible)
 
 
 @pytest.fixture(scope="module")

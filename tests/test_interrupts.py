@@ -96,8 +96,24 @@ def full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@contextlib.contextmanager
+def full_tmpfs():
+    """A file system of a megabyte in the place of the folder, with no room left."""
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", "new"], capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    try:
+        with open("new/ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while True:
+                ballast.write(bytes(4096))
+        yield
+    finally:
+        subprocess.run(["umount", "new"], check=True)
+
+
 CASES = [(name, how) for name in COMMANDS for how in ("SIGINT", "full disk")]
 CASES += [(name, "SIGTERM") for name in ("convert", "eval", "train")]
+CASES += [(name, "full tmpfs") for name in ("convert", "export", "eval", "study")]
 
 
 @pytest.mark.slow
@@ -108,6 +124,11 @@ def test_commands(name, how, started, monkeypatch, capsys):
     if how == "full disk":
         with full_disk():
             code = started(name)
+        assert code == 1
+    elif how == "full tmpfs":
+        with full_tmpfs():
+            code = started(name)
+            assert os.listdir("new") == ["ballast"]
         assert code == 1
     else:
         synchronise = os.fsync
@@ -126,9 +147,9 @@ def test_commands(name, how, started, monkeypatch, capsys):
             signal.signal(signal.SIGINT, handler)
         assert code == (130 if how == "SIGINT" else 143)
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qcfs-fast: ")]
-    if how == "full disk":
+    if how in ("full disk", "full tmpfs"):
         assert message.startswith("qcfs-fast: error: ")
-        assert os.strerror(errno.EFBIG) in message
+        assert os.strerror(errno.EFBIG if how == "full disk" else errno.ENOSPC) in message
         assert f"new{os.sep}" in message
     else:
         assert message.startswith("qcfs-fast: interrupted" if how == "SIGINT" else "qcfs-fast: terminated")
@@ -155,7 +176,7 @@ for _ in range(100):
 def saver(source, target, how=""):
     command = [sys.executable, "-c", SAVER, str(source), str(target), how]
     here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(qcfs_fast.__file__).parent.parent)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=here)
+    process = subprocess.Popen(command, cwd=Path(source).parent, stdout=subprocess.PIPE, text=True, env=here)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -256,7 +277,7 @@ def test_full_device(pair, tmp_path):
     here = {**os.environ, "PYTHONPATH": str(Path(qcfs_fast.__file__).parent.parent)}
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "qcfs_fast", "inspect", str(folder / "0")]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=here)
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, env=here)
     assert done.returncode == 1
     assert done.stderr == "qcfs-fast: error: [Errno 28] No space left on device\n"
 

@@ -96,8 +96,13 @@ def test_damaged_files(checked):
 
 @pytest.mark.slow
 def test_threads(tmp_path_factory):
-    program = build(tmp_path_factory, "thread") / "differential"
-    run([program], seed=3, cases=150, threads=4, kernels=host_kernels())
+    programs = build(tmp_path_factory, "thread", "-DQCFS_FAST_LIBQCFS=ON", targets=("differential", "shared_network"))
+    run([programs / "differential"], seed=3, cases=150, threads=4, kernels=host_kernels())
+    files = sorted((SOURCE / "tests" / "data").glob("*.safetensors"))
+    command = [programs / "shared_network", "40", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["calls", "160"]] * len(files)
 
 
 def compile_text(text):
@@ -111,7 +116,7 @@ def compile_text(text):
 def test_limits_of_the_kernels_are_those_of_python():
     n = backend.native.module
     assert n.MAX_PRODUCTS == n.MAX_RESIDUALS == limits.MAX_SOURCES
-    for name in ("MAX_EXTENT", "MAX_ELEMENTS", "MAX_POOL_WINDOWS", "MAX_STATED"):
+    for name in ("MAX_EXTENT", "MAX_ELEMENTS", "MAX_POOL_WINDOWS", "MAX_STATED", "MAX_HELD"):
         assert getattr(n, name) == getattr(limits, name)
 
 

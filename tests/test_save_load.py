@@ -12,6 +12,8 @@ from networks import converted
 
 import qcfs_fast
 from qcfs_fast import FormatError
+from qcfs_fast.backend import native
+from qcfs_fast.network import saving
 
 
 @pytest.fixture
@@ -201,11 +203,16 @@ HEADERS = {
     "section of a pool": (
         lambda h: node(h, "SpikePool")["config"]["pool"].update(section=[1, 1, 0, 1]), "pool is damaged .*section"),
     "multiple": (lambda h: node(h, "SpikePool")["config"]["pool"].update(kind="avg", multiple=0), "multiple is 0"),
+    "divisor": (
+        lambda h: node(h, "SpikePool")["config"]["pool"].update(divisor_override=[]), "pool is damaged .*divisor"),
+    "no kernel": (lambda h: node(h, "SpikePool")["config"]["pool"].update(kernel=[]), "pool is damaged .*kernel"),
     "shape": (lambda h: h.update(input_shape=[4, 10, 12]), "input_shape .* is none that the image input takes"),
     "small shape": (lambda h: h.update(input_shape=[3, 1, 1]), "cannot run on an image of the shape"),
     "huge shape": (lambda h: h.update(input_shape=[3, 2**24, 2**24]), "more than 137438953472 elements"),
     "details": (lambda h: h["details"].update({"stem.2": 3}), "stem.2: details are damaged"),
     "bits used": (lambda h: h["details"]["stem.2"].update(weight_bits_used="all"), "details lack weight_bits_used"),
+    "many bits used": (
+        lambda h: h["details"]["stem.2"].update(weight_bits_used=2**63), "details lack weight_bits_used"),
     "kind of input": (
         lambda h: node(h, "EncodingLayer").update(inputs=["stem.2"]), "no earlier node"),
     "reads the image": (lambda h: node(h, "SpikePool").update(inputs=["input"]), "a pool reads maps of spikes"),
@@ -231,6 +238,9 @@ def test_altered_header(saved, fault):
     rewrite(saved[0], change_header=change)
     with pytest.raises((FormatError, ValueError), match=message):
         qcfs_fast.load(saved[0])
+    if native.module is not None and fault != "metadata":  # of which the native reader knows nothing
+        with pytest.raises((native.module.NetworkError, MemoryError)):
+            native.module.Network(*saving.read(saved[0]))
 
 
 TENSORS = {

@@ -19,6 +19,7 @@ import qcfs_fast
 from qcfs_fast import FormatError
 from qcfs_fast.backend import native
 from qcfs_fast.network import loading, saving
+from qcfs_fast.operators.limits import MAX_HELD
 from qcfs_fast.study import datasets, training, zoo
 
 OFFLINE = """
@@ -90,6 +91,47 @@ def test_a_small_file_cannot_ask_for_gigabytes(kind, alter, message, tmp_path):
     with pytest.raises(native.module.NetworkError, match=message):
         native.module.Network(json.dumps(header), tensors)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 500_000  # kilobytes
+
+
+class Waiting(nn.Module):
+    """Six maps that wait until all are there."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.out = nn.Conv2d(1, 1, 1), nn.Linear(2, 2)
+        self.branches = nn.ModuleList(nn.Conv2d(1, 8, 1) for _ in range(6))
+        self.ends = nn.ModuleList(nn.Conv2d(8, 2, 1, 16) for _ in range(6))
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        maps = [torch.relu(branch(x)) for branch in self.branches]
+        x = sum(end(y) for end, y in zip(self.ends, maps, strict=True))
+        return self.out(torch.relu(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("neuron", "pixel"), [("plain", 49), ("signed", 97), ("sum", 49)])
+def test_a_small_file_cannot_ask_for_the_same_gigabytes_often(neuron, pixel):
+    """Python and the native reader refuse from the same size of image on, though none of the results is too large.
+
+    Of each pixel wait six branches of eight bytes, or of twice eight, and the stem, which sends nothing negative.
+    """
+    model = lively(randomize(Waiting()), (1, 64, 64))
+    snn = qcfs_fast.convert(model, T=2, neuron=neuron, input_shape=(1, 64, 64), progress=False, check=False)
+    snn.input_shape = (1, 64, 64)
+    text, tensors = snn.saved()
+
+    def refusal(make, width):
+        header = json.loads(text)
+        header["input_shape"] = [1, 256, width]
+        try:
+            make(json.dumps(header), tensors)
+        except ValueError as error:
+            return str(error)
+
+    width = MAX_HELD // (256 * pixel)  # the largest that fits
+    for make in (loading.network_of, native.module.Network):
+        assert refusal(make, width) is None
+        assert "would wait for their readers" in refusal(make, width + 1)
 
 
 class Hostile:

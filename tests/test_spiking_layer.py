@@ -165,6 +165,24 @@ def test_rules_by_hand(engine):
     assert [by_hand("sum", [i], (3, 0))[0] for i in (-9, 0, 1, 2, 3, 99)] == [0, 0, 1, 2, 2, 3]
 
 
+def test_16_bit_weights_with_the_largest_scale(engine):
+    rng, T, N, K, O = np.random.default_rng(0), 9, 4, 30, 37
+    x = [(rng.random((T, N, K)) < 0.5).astype(np.uint8) for _ in range(2)]
+    w = [rng.integers(-200, 201, (K, O)).astype(np.int16) for _ in range(2)]
+    scale, bias, threshold = [65536, -65536], rng.integers(-(2**26), 2**27, O), np.full(O, 2**27)
+    currents = bias + sum(
+        s * (xi.astype(np.int64) @ wi.astype(np.int64)) for s, xi, wi in zip(scale, x, w, strict=True)
+    )
+    want = oracle.fire(currents, threshold, "plain", 0, 0)  # which asserts that nothing leaves 32 bits
+    given = [tensor(bias.astype(np.int32)), tensor(threshold.astype(np.int32))]
+    spikes = [tensor(oracle.pack(xi)) for xi in x]
+    found = torch.ops.qcfs_fast.linear_if(spikes, [tensor(wi) for wi in w], [], [], None, *given, T, scale, [0, 0, 0])
+    assert np.array_equal(found.numpy(), want.masks)
+    assert 0.05 < oracle.unpack(want.masks, T).mean() < 0.95
+    with pytest.raises(ValueError, match="16-bit weights take scales of one size"):
+        torch.ops.qcfs_fast.linear_if(spikes, [tensor(wi) for wi in w], [], [], None, *given, T, [65536, 1], [0, 0, 0])
+
+
 @pytest.mark.slow
 def test_many_layers_agree_between_engines():
     """Beyond what the slow oracle can afford: larger layers, all engines against each other."""

@@ -1,10 +1,15 @@
 """Networks made and called in several threads at once give what they give one after another."""
 
+import os
 import random
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import networks
+import pytest
 import torch
 from networks import converted
 from torch import nn
@@ -170,3 +175,43 @@ def test_models_in_training_are_traced_in_eval_mode_by_all_threads():
     assert "training: False" in graphs[0]
     assert net.training
     assert model.training
+
+
+ENDS = """
+import os, sys, threading, time, types
+import networks, torch
+torch.set_num_threads(1)
+snn, x = networks.converted(networks.Small, T=9)
+snn(x)
+inside, caller, held = threading.Event(), [], snn._executor._native
+class Calls:
+    def __init__(self, network):
+        self.network, self.prepare = network, network.prepare
+    def run(self, *arguments):
+        caller.append(str(threading.get_native_id()))
+        inside.set()
+        while True:
+            self.network.run(*arguments)
+held._network = Calls(held._network)
+class Last:
+    def __del__(self, caller=caller, tasks=os.listdir, sleep=time.sleep, say=os.write):
+        # The interpreter has ended, its modules go away. The thread comes back from its call now, and is ended.
+        while caller[0] in tasks("/proc/self/task"):
+            sleep(0.05)
+        say(1, b"ended")
+sys.modules["last"] = types.ModuleType("last")
+sys.modules["last"].last = Last()
+threading.Thread(target=snn, args=(x.repeat(40, 1, 1, 1),), daemon=True).start()
+inside.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or sys.version_info >= (3, 14), reason="later Pythons leave it hanging")
+def test_the_interpreter_ends_while_a_call_runs(tmp_path):
+    """Python ends a daemon thread that comes back from native code, and the process ends as it would without it."""
+    found = os.pathsep.join(str(p) for p in (Path(__file__).parent, Path(qcfs_fast.__file__).parent.parent))
+    here = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", ENDS]
+    done = subprocess.run(command, cwd=tmp_path, env=here, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "ended"), done.stderr

@@ -141,7 +141,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
         (tmp_path / folder).mkdir(exist_ok=True)
         script = SCRIPT.format(tests=str(Path(__file__).parent))
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-c", script, str(tmp_path / folder)], env=environment)
+        return subprocess.Popen([sys.executable, "-c", script, str(tmp_path / folder)], cwd=tmp_path, env=environment)
 
     assert start("whole").wait() == 0
     rng, kills, folder = np.random.default_rng(0), 0, tmp_path / "killed"
@@ -354,12 +354,12 @@ def test_several_processes(folder):
     common = [*options, "--threshold", "2", "--rate", "0.02", "--quiet", "--output", str(run), "--calibrate", "8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launch, str(folder / "data"), *common, "--epochs", "2"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ANN: ") == 1
     assert len((run / "log.jsonl").read_text().splitlines()) == 2
     _, about = load_trained(run / "model.safetensors")
     assert about.epochs == 2
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0
     assert f"ANN: {about.accuracy:.2%}" in again.stdout

@@ -15,6 +15,8 @@ constexpr std::int64_t max_extent = 1 << 24;
 constexpr std::int64_t max_pool_windows = 1 << 20;
 // Bytes of what a node computes for one image of the shape that a saved network states.
 constexpr std::int64_t max_stated = std::int64_t{1} << 32;
+// Bytes of the spikes that wait for their readers at the same time, in the same run.
+constexpr std::int64_t max_held = std::int64_t{1} << 34;
 // Elements of a tensor, an empty batch counted as one sample.
 constexpr std::int64_t max_elements = std::int64_t{1} << 37;
 // Steps, divisors and common multiples of pools.

@@ -43,6 +43,20 @@ inline py::object result_of(py::handle object, PyObject* method) {
   }()
 #define QCFS_ATTRIBUTE(object, text) ::qcfs::python::attribute(object, QCFS_NAME(text))
 
+// Runs `body` without the GIL. Where the interpreter has ended meanwhile, Python ends the thread that asks for it back,
+// by an unwinding that no destructor lets through: py::gil_scoped_release would end the process by an abort instead.
+template <typename Body>
+void without_gil(const Body& body) {
+  PyThreadState* const thread = PyEval_SaveThread();
+  try {
+    body();
+  } catch (...) {
+    PyEval_RestoreThread(thread);
+    throw;
+  }
+  PyEval_RestoreThread(thread);
+}
+
 inline std::int64_t integer(py::handle value) { return value.cast<std::int64_t>(); }
 
 // Address of a tensor's first element; null for None and for a tensor without elements.

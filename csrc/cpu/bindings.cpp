@@ -28,6 +28,7 @@ using qcfs::Status;
 using qcfs::cpu::Engine;
 using qcfs::cpu::Options;
 using qcfs::python::data;
+using qcfs::python::without_gil;
 
 void check(Status s, const std::string& op) {
   switch (s) {
@@ -48,11 +49,8 @@ void check(Status s, const std::string& op) {
 // Runs a kernel without the GIL.
 template <typename Operand>
 void run(Status (*kernel)(const Operand&, const Options&), const Operand& a, const Options& options, const char* op) {
-  Status s;
-  {
-    py::gil_scoped_release release;
-    s = kernel(a, options);
-  }
+  Status s = Status::ok;
+  without_gil([&] { s = kernel(a, options); });
   check(s, op);
 }
 
@@ -62,8 +60,7 @@ class SpikingLayer {
  public:
   SpikingLayer(py::handle call, std::uint32_t isa, int threads, int wanted)
       : a_(call), options_{isa, threads, static_cast<Engine>(wanted)} {
-    py::gil_scoped_release release;    // it looks at the input
-    options_.engine = qcfs::cpu::choose_engine(a_.layer, options_);
+    without_gil([this] { options_.engine = qcfs::cpu::choose_engine(a_.layer, options_); });    // looks at the input
   }
 
   // By engine, in the order of a row of rates in engines.cpp; tools/fit_engine_rates.py fits the rates to it.
@@ -81,8 +78,7 @@ class SpikingLayer {
   }
   void pack(int product, py::handle out) const {
     void* to = data<void>(out);
-    py::gil_scoped_release release;
-    qcfs::cpu::pack(a_.layer, product, options_.engine, options_.isa, to);
+    without_gil([&] { qcfs::cpu::pack(a_.layer, product, options_.engine, options_.isa, to); });
   }
   // `packed` holds one tensor for each of the first products; `state` is None where the layer has none.
   void fire(const py::list& packed, py::handle out, py::handle state) {
@@ -105,8 +101,7 @@ class AnalogLayer {
   std::size_t packed_bytes() const { return qcfs::cpu::packed_bytes(a_, options_.isa); }
   void pack(py::handle out) const {
     void* to = data<void>(out);
-    py::gil_scoped_release release;
-    qcfs::cpu::pack(a_, options_.isa, to);
+    without_gil([&] { qcfs::cpu::pack(a_, options_.isa, to); });
   }
   void fire(py::handle packed, py::handle out) {
     a_.packed = data<const void>(packed);
@@ -180,6 +175,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("MAX_ELEMENTS") = qcfs::max_elements;
   m.attr("MAX_POOL_WINDOWS") = qcfs::max_pool_windows;
   m.attr("MAX_STATED") = qcfs::max_stated;
+  m.attr("MAX_HELD") = qcfs::max_held;
   m.def("host_isa", &qcfs::cpu::host_isa);
   m.def("chosen_kernel_set", &qcfs::cpu::chosen_kernel_set);
   m.def("kernel_sets", [] {

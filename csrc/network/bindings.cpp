@@ -50,8 +50,9 @@ class Executor {
                      std::array<int, 3> neuron, bool per_step, std::int64_t skip, bool varying, bool going_on) {
     const NeuronMode mode{static_cast<Mode>(neuron[0]), neuron[1], neuron[2]};
     const Request request{batch, height, width, T, mode, per_step, skip, varying, going_on};
-    py::gil_scoped_release release;
-    return {network_.prepare(request), network_.graph().answer().vector};
+    std::shared_ptr<const Plan> plan;
+    python::without_gil([&] { plan = network_.prepare(request); });
+    return {std::move(plan), network_.graph().answer().vector};
   }
 
   // `x`, `out` and `kept` are addresses; the strides those of step, sample, channel, row and column. The engine of each
@@ -59,12 +60,11 @@ class Executor {
   py::bytes run(const PlanHandle& plan, std::uintptr_t x, std::array<std::int64_t, 5> stride, std::uintptr_t out,
                 std::uint32_t isa, int threads, int engine, std::uintptr_t kept, std::int64_t before) {
     std::string engines(layers().size(), '\0');
-    {
-      py::gil_scoped_release release;
-      const Image image{reinterpret_cast<const float*>(x), stride[0], stride[1], stride[2], stride[3], stride[4]};
+    const Image image{reinterpret_cast<const float*>(x), stride[0], stride[1], stride[2], stride[3], stride[4]};
+    python::without_gil([&] {
       network_.run(*plan.plan, image, {isa, threads, static_cast<cpu::Engine>(engine)}, reinterpret_cast<float*>(out),
                    reinterpret_cast<std::uint8_t*>(engines.data()), reinterpret_cast<char*>(kept), before);
-    }
+    });
     return engines;
   }
 

@@ -154,7 +154,8 @@ PoolSpec read_pool(const Json& json) {
     f.pair("spread", 1, spec.spread);
     if (!f.null("phase")) f.pair("phase", 0, spec.phase);
     const bool alone = !spec.adaptive && spec.kernel[0] == 1 && spec.kernel[1] == 1;
-    check(alone && spec.phase[0] < spec.spread[0] && spec.phase[1] < spec.spread[1], "spread is damaged");
+    const bool spreads = spec.spread[0] > 1 || spec.spread[1] > 1;
+    check(!spreads || (alone && spec.phase[0] < spec.spread[0] && spec.phase[1] < spec.spread[1]), "spread is damaged");
   }
   return spec;
 }

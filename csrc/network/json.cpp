@@ -139,13 +139,15 @@ class Parser {
       if (!skip('+')) skip('-');
       digits();
     }
-    std::int64_t magnitude = 0;
-    for (std::size_t i = first; whole && i < at_; ++i) {
-      whole = !__builtin_mul_overflow(magnitude, 10, &magnitude) &&
-              !__builtin_add_overflow(magnitude, text_[i] - '0', &magnitude);
-    }
     found.kind = whole ? Json::Kind::integer : Json::Kind::real;
-    found.integer = whole ? (negative ? -magnitude : magnitude) : 0;
+    if (!whole) return;
+    std::int64_t magnitude = 0;
+    bool held = true;
+    for (std::size_t i = first; held && i < at_; ++i) {
+      held = !__builtin_mul_overflow(magnitude, 10, &magnitude) &&
+             !__builtin_add_overflow(magnitude, text_[i] - '0', &magnitude);
+    }
+    found.integer = !held ? INT64_MIN : negative ? -magnitude : magnitude;
   }
 
   std::uint32_t four_hex_digits() {

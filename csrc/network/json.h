@@ -10,7 +10,8 @@
 namespace qcfs::network {
 
 struct Json {
-  // A number is an integer if it is written as one and fits 64 bits; nothing here needs the value of any other.
+  // A number is an integer if it is written as one; nothing here needs the value of any other. One beyond 64 bits is
+  // the least of them, which no field takes.
   enum class Kind { null, boolean, integer, real, string, array, object };
   struct Member;
 

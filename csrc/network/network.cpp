@@ -26,6 +26,8 @@ Network::Network(Graph graph, File memory) : graph_(std::move(graph)), memory_(s
         graph_, {1, map ? shape[1] : 1, map ? shape[2] : 1, graph_.T, graph_.neuron, false, 0, false, false}, SIZE_MAX);
     require(std::max(plan.largest, 4 * plan.out_count()) <= max_stated, Fault::format,
             "a node would compute more than " + std::to_string(max_stated) + " bytes");
+    require(plan.held <= max_held, Fault::format,
+            "spikes of more than " + std::to_string(max_held) + " bytes would wait for their readers");
   } catch (const Error& error) {
     throw Error(Fault::format, std::string("cannot run on an image of the shape stated: ") + error.what());
   }

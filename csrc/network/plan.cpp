@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <set>
 #include <utility>
 
 #include "network/error.h"
@@ -45,6 +46,7 @@ struct Value {
 
   std::int64_t elements() const { return bounded({batch, height, width, channels}); }
   std::int64_t bytes() const { return bounded({planes, elements()}); }
+  std::int64_t held_bytes() const { return bytes() * (with_sign ? 2 : 1); }
 };
 
 struct ImageValue {
@@ -98,6 +100,7 @@ class Builder {
         throw Error(error.fault, node.name + ": " + error.what());
       }
     }
+    plan_.held = most_held();
     plan_.memory = memory_.place();
     require(plan_.memory.bytes <= max_bytes, Fault::out_of_memory,
             "a run needs " + std::to_string(plan_.memory.bytes) + " bytes; use a smaller batch");
@@ -125,9 +128,28 @@ class Builder {
 
   // -------------------------------------------------------------------------------------------------------- memory
 
+  // A node's spikes are held until the last node that reads them has run. loading.py computes the same.
+  std::int64_t most_held() const {
+    std::vector<std::size_t> last(values_.size());
+    for (std::size_t i = 0; i < values_.size(); ++i) {
+      for (const int from : graph_.nodes[i].inputs) last[static_cast<std::size_t>(from)] = i;
+    }
+    std::int64_t held = 0, most = 0;
+    for (std::size_t i = 0; i < values_.size(); ++i) {
+      held += values_[i].held_bytes();
+      most = std::max(most, held);
+      const std::vector<int>& inputs = graph_.nodes[i].inputs;
+      for (const int from : std::set<int>(inputs.begin(), inputs.end())) {
+        if (last[static_cast<std::size_t>(from)] == i) held -= values_[static_cast<std::size_t>(from)].held_bytes();
+      }
+    }
+    return most;
+  }
+
   // A slot that lives from the step that is made next.
   Slot take(std::int64_t bytes) {
     plan_.largest = std::max(plan_.largest, bytes);
+    taken_ = bounded({taken_ + bytes});    // so that no sum of places leaves 64 bits
     return memory_.take(static_cast<std::size_t>(bytes), plan_.steps.size());
   }
 
@@ -831,6 +853,7 @@ class Builder {
   std::int64_t steps_ = 0;    // that layers compute
   Plan plan_{};
   Memory memory_;
+  std::int64_t taken_ = 0;       // bytes of all slots
   std::string node_;             // that is being planned
   std::vector<Value> values_;    // of the nodes
   ImageValue image_;

@@ -113,6 +113,7 @@ struct Plan {
   Placed memory;               // of the intermediates
   std::vector<Kept> kept;      // those of a run that goes on
   std::int64_t largest = 0;    // bytes of the largest of them
+  std::int64_t held = 0;       // bytes of all spikes that wait for a reader, where they are most
   // Operands that follow from the graph's; deques, because steps point into them.
   std::deque<std::vector<std::int32_t>> integers;
   std::deque<std::vector<double>> doubles;

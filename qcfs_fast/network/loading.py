@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import FormatError
-from ..operators.limits import MAX_STATED, MAX_SUM
+from ..operators.limits import MAX_HELD, MAX_STATED, MAX_SUM
 from ..operators.neuron import Neuron
 from .layers import (
     IMAGE,
@@ -140,6 +140,8 @@ def _run_without_memory(
     """
     values: dict[str, Any] = {IMAGE: torch.empty((1, *shape), device="meta")}
     sizes = {}
+    last = {node: name for name, layer in layers for node in layer.inputs}
+    held = 0
     for name, layer in layers:
         twin = copy(layer)
         twin.__dict__["_buffers"] = {key: t.to("meta") for key, t in layer.tensors()}
@@ -151,7 +153,15 @@ def _run_without_memory(
                 values[name] = twin(values, run)
         except (ValueError, RuntimeError) as error:
             raise FormatError(f"{name}: cannot run on an image of the shape {list(shape)} stated: {error}") from error
+        held += _bytes_of(values[name])
+        require(held <= MAX_HELD, f"{name}: spikes of more than {MAX_HELD} bytes would wait for their readers")
+        held -= sum(_bytes_of(values[node]) for node in set(layer.inputs) if last[node] == name)
     return sizes
+
+
+def _bytes_of(value: Any) -> int:
+    """Of what a node sends; the image does not count, of which one run has one."""
+    return sum(t.numel() * t.element_size() for t in signs(value) if isinstance(t, Tensor) and t.dtype is torch.uint8)
 
 
 class _Bound(TorchDispatchMode):

@@ -45,6 +45,9 @@ MAX_POOL_WINDOWS = 2**20
 # Bytes of what one node of a saved network may compute for one image of the shape that its file states, so that a small
 # file cannot ask for all memory: masks of eight steps for 2048 x 2048 pixels of 64 channels take a sixteenth of it.
 MAX_STATED = 2**32
+# Bytes of all spikes that wait for their readers at the same time, in the same run: what keeps a file from asking for
+# its largest result a thousand times over.
+MAX_HELD = 2**34
 # Elements of a tensor, an empty batch counted as one sample: four times what the largest GPU holds in int32.
 MAX_ELEMENTS = 2**37
 # Integers that double holds: the divisors of a readout.

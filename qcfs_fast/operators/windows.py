@@ -67,27 +67,23 @@ class PoolSpec:
         if not (isinstance(spec.ceil_mode, bool) and isinstance(spec.count_include_pad, bool)):
             raise ValueError(f"ceil_mode {spec.ceil_mode!r}, count_include_pad {spec.count_include_pad!r}")
         first, parts = spec.section[0::2], spec.section[1::2]
-        output = tuple(1 if v is None else v for v in spec.output or (1, 1))
+        phase, divisor = _given(spec.phase, (0, 0)), _given(spec.divisor_override, 0)
         for name, pair, least, most in (
             ("stride", spec.stride, 1, MAX_EXTENT),
             ("padding", spec.padding, 0, MAX_EXTENT),
-            ("kernel", spec.kernel or (1, 1), 1, MAX_EXTENT),
-            ("output", output, 1, MAX_EXTENT),
-            ("spread", spec.spread, 1, MAX_EXTENT),
-            ("phase", spec.phase or (0, 0), 0, MAX_EXTENT),
+            ("kernel", _given(spec.kernel, (1, 1)), 1, MAX_EXTENT),
+            ("output", tuple(_given(v, 1) for v in _given(spec.output, (1, 1))), 1, MAX_EXTENT),
             ("section", first, 0, MAX_EXTENT),
             ("section", parts, 1, MAX_EXTENT),
             ("spread", spec.spread, 1, MAX_EXTENT),
-            ("phase", spec.phase or (0, 0), 0, MAX_EXTENT),
-            ("multiple and divisor_override", (spec.multiple, spec.divisor_override or 0), 0, MAX_SUM),
+            ("phase", phase, 0, MAX_EXTENT),
+            ("multiple and divisor_override", (spec.multiple, divisor), 0, MAX_SUM),
         ):
             if len(pair) != 2 or any(type(v) is not int or not least <= v <= most for v in pair):
                 raise ValueError(f"{name} {pair} where two integers from {least} to {most} are needed")
         if not all(i < m for i, m in zip(first, parts, strict=True)):
             raise ValueError(f"section {spec.section} where a part below the number of parts is needed")
-        if spec.spreads and (
-            spec.kernel != (1, 1) or any(p >= s for p, s in zip(spec.phase or (0, 0), spec.spread, strict=True))
-        ):
+        if spec.spreads and (spec.kernel != (1, 1) or any(p >= s for p, s in zip(phase, spec.spread, strict=True))):
             raise ValueError(f"spread {spec.spread} of a kernel {spec.kernel} and a phase {spec.phase}")
         return spec
 
@@ -220,6 +216,10 @@ def _whole_windows(spec: PoolSpec, size: int, axis: int) -> list[int]:
     if spec.divisor_override:
         values[2::3] = [spec.divisor_override if axis == 0 else 1] * out
     return values
+
+
+def _given(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
 
 
 def _stored(spreads: bool) -> tuple[str, ...]:

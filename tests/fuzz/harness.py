@@ -11,7 +11,7 @@ import time
 import traceback
 
 MEMORY = 6 * 2**30
-HANG = 120  # seconds
+HANG = 120  # seconds of computing; ten times as many of waiting, which a busy machine makes longer
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")  # make fuzz SANITIZE=1
 BAD = {"CRASH", "HANG", "WRONG"}
 
@@ -27,13 +27,15 @@ def work(kind, first, last, deadline, hang, place, results):
         if time.time() > deadline:
             break
         place.value = case
-        signal.setitimer(signal.ITIMER_REAL, hang)  # without a handler: it ends the child, whatever runs
+        for clock, seconds in ((signal.ITIMER_PROF, hang), (signal.ITIMER_REAL, 10 * hang)):
+            signal.setitimer(clock, seconds)  # without a handler: it ends the child, whatever runs
         try:
             results.put((case, run(case)))
         except Exception:
             print(f"{kind} case {case}:\n{traceback.format_exc()}", flush=True)
             results.put((case, "WRONG"))
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    for clock in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+        signal.setitimer(clock, 0)
 
 
 def fuzz(kind, first, cases, seconds=1e9):
@@ -55,7 +57,7 @@ def fuzz(kind, first, cases, seconds=1e9):
                 seen[found] += 1
         if child.exitcode == 0:
             break
-        name = "HANG" if child.exitcode == -signal.SIGALRM else "CRASH"
+        name = "HANG" if -child.exitcode in (signal.SIGPROF, signal.SIGALRM) else "CRASH"
         print(f"{kind} case {place.value}: {name} (exit status {child.exitcode})", flush=True)
         seen[name] += 1
         first = place.value + 1

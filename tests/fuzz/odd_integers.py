@@ -1,18 +1,24 @@
-"""Every integer of every operator in turn, at every power of two and its neighbours, all other operands sound."""
+"""Every integer of every operator in turn, at every power of two and its neighbours, all other operands sound.
+
+ROUND cases in a row have the same sound operands, and are more than there are integers and powers.
+"""
+
+import functools
 
 import numpy as np
 
 from . import operators
 
-_rng = np.random.default_rng(0)
+ROUND = 2**16
 
 
-def _places():
-    """(operator, operands, name of an operand with integers, index in it)."""
-    found = []
+@functools.lru_cache(1)
+def places(number):
+    """(operator, operands, name of an operand with integers, index in it), of a round."""
+    rng, found = np.random.default_rng(number), []
     for name in operators.KINDS:
         for _ in range(100):
-            operands = operators.sound(_rng, name)
+            operands = operators.sound(rng, name)
             if operands.get("x") != [] and all(t.numel() for t in [operands.get("x")] if hasattr(t, "numel")):
                 break
         for key, value in operands.items():
@@ -20,16 +26,15 @@ def _places():
                 found.append((name, operands, key, None))
             elif isinstance(value, list):
                 found += [(name, operands, key, i) for i, v in enumerate(value) if isinstance(v, int)]
+    assert len(found) * len(operators.POWERS) <= ROUND
     return found
 
 
-PLACES = _places()
-CASES = len(PLACES) * len(operators.POWERS)
-
-
 def run(case):
-    case = case * 7919 % CASES  # so that a part of all cases has something of each
-    name, operands, key, index = PLACES[case % len(PLACES)]
-    power = operators.POWERS[case // len(PLACES)]
+    found = places(case // ROUND)
+    every = len(found) * len(operators.POWERS)
+    case = case % ROUND * 7919 % every  # so that a part of a round has something of each
+    name, operands, key, index = found[case % len(found)]
+    power = operators.POWERS[case // len(found)]
     value = power if index is None else [*operands[key][:index], power, *operands[key][index + 1 :]]
     return operators.compare(name, {**operands, key: value})
