@@ -25,6 +25,8 @@ from ..network.layers import INPUT, piece_name
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 
+LOUDEST = 2.0**8  # a weight over another that one unit of 16 bits serves as well
+
 
 @dataclass(frozen=True)
 class Part:
@@ -339,6 +341,21 @@ def _sum(large: Product, small: Product) -> Product | None:
     weight = ungrouped(large.weight, groups).clone()
     weight[:, :, top : top + h, left : left + w] += ungrouped(small.weight, own)
     return large.with_weight(weight, geometry=(*large.geometry[:8], 1))
+
+
+def by_loudness(product: Product) -> list[Product]:
+    """A product as a sum of some, each of channels whose largest weights lie within a factor of LOUDEST.
+
+    One unit serves all weights of an output channel. Beside one of a far larger threshold, of a neuron that may never
+    fire, the others would round to zero.
+    """
+    amplitude = product.part.amplitude
+    largest = product.weight.abs().amax((2, 3)).unflatten(0, (product.geometry[8], -1)).amax(1).flatten()
+    found, rest = [], largest * amplitude.abs()
+    while bool((here := rest > rest.max() / LOUDEST).any()):
+        found.append(replace(product, part=replace(product.part, amplitude=torch.where(here, amplitude, 0.0))))
+        rest = torch.where(here, 0.0, rest)
+    return found if len(found) > 1 else [product]
 
 
 def scaled(signal: Signal, factor: Tensor) -> Signal:
