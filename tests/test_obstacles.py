@@ -28,7 +28,7 @@ class Several(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.blocks = nn.Conv2d(3, 6, 3), nn.ModuleList(Block() for _ in range(5))
-        self.c, self.d, self.head = nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 4, 1)
+        self.c, self.d, self.head = nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 4, 1)
 
     def forward(self, x):
         x = torch.relu(self.stem(x))

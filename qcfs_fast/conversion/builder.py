@@ -44,6 +44,7 @@ from ..network.layers import (
     SpikePool,
     SpikingConfig,
     SpikingLayer,
+    is_constant,
     word_digits,
 )
 from ..network.schema import Geometry
@@ -171,7 +172,8 @@ def _add_step_bias(lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron
     """
     if not neuron.causal:
         raise ValueError(f"convert: step_bias goes with plain and signed neurons, not with {neuron.mode}")
-    names = [node.name for node in lowered.layers]
+    layers = [node for node in lowered.layers if not is_constant(node.name)]
+    names = [node.name for node in layers]
     if not isinstance(table, Mapping) or set(table) != set(names):
         raise ValueError(
             f"convert: step_bias must have a table for each activation ({', '.join(names)}); "
@@ -185,7 +187,7 @@ def _add_step_bias(lowered: Lowered, table: Mapping[str, Tensor], neuron: Neuron
             "make it with qcfs_fast.step_biases(model, batches, T=...)"
         )
     taken = steps.pop() if max_T is None else max_T
-    for node in lowered.layers:
+    for node in layers:
         bias = table[node.name].detach().to(torch.float64).cpu()
         if bias.shape[1] not in (1, node.theta.numel()) or not bool(torch.isfinite(bias).all()):
             raise ValueError(f"convert: step_bias of {node.name} must be finite, [steps, {node.theta.numel()}]")

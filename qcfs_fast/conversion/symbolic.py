@@ -20,9 +20,11 @@ from ..model.graph import (
     call_sites,
     describe,
 )
-from ..network.layers import INPUT
+from ..network.layers import INPUT, constant_name
+from ..operators.geometry import POINTWISE
 from .shapes import Shapes
 from .values import (
+    Activation,
     Answer,
     Current,
     Grouped,
@@ -30,6 +32,7 @@ from .values import (
     Joined,
     Lowered,
     Part,
+    Product,
     Signal,
     dense,
     selected,
@@ -102,6 +105,7 @@ class Symbolic:
         self.node: fx.Node  # the one being executed
         self.result = Lowered(Image((), (), ()))
         self.image: Image | None = None
+        self.constants: dict[Any, Part] = {}  # neurons that always fire, by the maps that they cover
 
     def fail(self, why: str) -> ConversionError:
         return ConversionError(f"{describe(self.node)}: {why}")
@@ -159,6 +163,27 @@ class Symbolic:
         if not isinstance(x, Current):
             raise self.fail(why_not)
         return x
+
+    def _bias_as_spikes(self, x: Current) -> Current:
+        """With its bias carried by neurons that fire at every step: zeros that are padded later lie outside of it.
+
+        One such neuron stands at each pixel of the map; it reads what the current reads, with weights of zero.
+        """
+        if not bool(x.bias.any()):
+            return x
+        of_identities = [Product(p, torch.empty(0), POINTWISE, False, "") for s in x.identities for p in s.parts]
+        read = min((*x.products, *of_identities), key=lambda p: len(p.part.pools))
+        (kh, kw, *rest), part = read.geometry[:8], read.part
+        key = (part.node, part.pools, read.geometry[:8])
+        if key not in self.constants:
+            name = constant_name(part.node, len(self.constants))
+            one = torch.ones(1, dtype=torch.float64)
+            nothing = Product(part, torch.zeros(1, part.channels, kh, kw), (kh, kw, *rest, 1), False, "constant")
+            self.result.layers.append(Activation(name, (Current(one, (nothing,)),), one, 1))
+            self.needs_shapes |= part.needs_size
+            self.constants[key] = Part(name, one)
+        carried = Product(self.constants[key], x.bias[:, None, None, None], POINTWISE, False, "bias")
+        return replace(x, bias=zeros(x.channels), products=(*x.products, carried))
 
     def _sources(self, x: Any, what: str, channels: int, shifted: bool = False) -> list[Signal]:
         """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one).

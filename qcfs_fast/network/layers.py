@@ -739,6 +739,16 @@ def pieces(name: str, layer: Layer) -> list[str]:
     return layer.inputs if isinstance(layer, SpikeConcat) and layer.inputs[0] == piece_name(name, 0) else []
 
 
+def constant_name(source: str, i: int) -> str:
+    """The name of neurons that fire at every step, one at each pixel of a map: they carry a bias that has borders."""
+    return f"{source}[constant {i}]"
+
+
+def is_constant(name: str) -> bool:
+    """Whether a spiking layer is no activation of the model, but such a constant."""
+    return "[constant " in name
+
+
 class SpikeConcat(Layer):
     """Concatenation along the channels: of a residual that is one, or of the layers of one activation."""
 
