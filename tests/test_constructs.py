@@ -204,6 +204,19 @@ def test_the_image_is_normalised_by_the_model(wiring, tmp_path):
     exact(image(wiring), tmp_path)
 
 
+def test_bytes_are_images_where_the_model_scales_them(tmp_path):
+    net = networks.on_grid(Net(lambda n, x: n.relu_a(n.a((x / 256 - n.mean) * 4)), mean=torch.full((3, 1, 1), 0.25)))
+    snn = qcfs_fast.convert(net, T=5, input_shape=SHAPE)
+    x = torch.randint(0, 256, (3, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    meaning = qcfs_fast.simulate(net, x, 5, spikes=True)
+    assert torch.equal(qcfs_fast.trace(snn, x)["relu_a"], meaning.spikes["relu_a"])
+    assert 0.05 < meaning.spikes["relu_a"].float().mean() < 0.95
+    snn.save(tmp_path / "snn.safetensors")
+    for network in (snn, qcfs_fast.load(tmp_path / "snn.safetensors")):
+        assert torch.equal(network(x), snn(x.float()))
+        assert torch.equal(network.run(x), snn.run(x.float()))
+
+
 def test_torchvisions_normalize_is_part_of_a_model(tmp_path):
     assert torchvision_models.models  # torchvision can be imported then
     norm = importlib.import_module("torchvision.transforms").Normalize([0.5, 0.25, 0.0], [0.5, 2.0, 1.0])

@@ -16,6 +16,7 @@ from torchvision_models import models
 import qcfs_fast
 from qcfs_fast import ConversionError, FormatError
 from qcfs_fast.conversion.checking import layer_differences, share
+from qcfs_fast.network.layers import is_constant
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. no threshold")
 
@@ -216,6 +217,51 @@ def test_torchvisions_segmentation_converts(name):
     snn = qcfs_fast.convert(prepared)
     assert snn(x)["out"].shape == (2, 5, 64, 96)
     assert share(layer_differences(prepared, snn, x, 2)) < 1e-4
+
+
+class RetinaNet(nn.Module):
+    """The network part of torchvision's, with a ReLU between the pyramid and the heads that all levels share."""
+
+    def __init__(self, activated=True):
+        super().__init__()
+        detection = models.detection
+        last = detection.backbone_utils.LastLevelMaxPool()
+        options = {"weights": None, "norm_layer": nn.BatchNorm2d, "extra_blocks": last, "returned_layers": [2, 3, 4]}
+        self.backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", **options)
+        head = detection.retinanet.RetinaNetHead(256, 2, 5)
+        self.classes, self.boxes = head.classification_head, head.regression_head
+        self.activation = nn.ReLU() if activated else nn.Identity()
+
+    def forward(self, x):
+        levels = [self.activation(v) for v in self.backbone(x).values()]
+        scores = [self.classes.cls_logits(self.classes.conv(v)) for v in levels]
+        return {"scores": scores, "boxes": [self.boxes.bbox_reg(self.boxes.conv(v)) for v in levels]}
+
+
+@pytest.mark.slow
+def test_torchvisions_retinanet_converts():
+    torch.manual_seed(0)
+    model = RetinaNet().eval()
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d) and m.bias is not None:
+            nn.init.normal_(m.bias, 0, 0.1)  # torchvision's are zero before training
+    x = networks.images((3, 64, 96), 2)
+    prepared = qcfs_fast.prepare(model, levels=4)
+    with torch.no_grad():
+        prepared.train()(x)
+    prepared = qcfs_fast.calibrate(prepared.eval(), [x], progress=False)
+    snn = qcfs_fast.convert(prepared)
+    assert sum(map(is_constant, snn.spiking_layers)) == 3  # a bias in front of padding, on three levels
+    found = snn(x)
+    assert [v.shape[1:] for v in found["scores"]] == [(10, 8, 12), (10, 4, 6), (10, 2, 3), (10, 1, 2)]
+    assert share(layer_differences(prepared, snn, x, 2)) < 1e-4
+
+
+def test_what_a_detector_has_that_is_not_linear_is_refused():
+    with pytest.raises(ConversionError, match=r"classes\.conv\.0\.0.*no activation in between.*Remedy"):
+        qcfs_fast.convert(qcfs_fast.prepare(RetinaNet(activated=False)), input_shape=(3, 64, 96))
+    with pytest.raises(ConversionError, match=r"normalize.*not linear.*Remedy"):
+        qcfs_fast.prepare(models.detection.ssd300_vgg16(weights=None, weights_backbone=None).backbone)
 
 
 class Pyramid(nn.Module):

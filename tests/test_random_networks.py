@@ -210,7 +210,7 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
             warnings.simplefilter("ignore")  # thresholds may be those of a model without training
             snn = qcfs_fast.convert(model, T=T, weight_bits=bits, input_shape=(3, 8, 8), step_bias=biases, **options)
             if bits == 8 and any(d["lossless"] < d["channels"] for d in snn.details.values()):
-                seen["more than 8 bits"] += 1  # as of two weights that meet the same spikes, or of two layers that are one
+                seen["more than 8 bits"] += 1  # as of two weights that meet the same spikes, or of layers that are one
                 snn = qcfs_fast.convert(model, T=T, input_shape=(3, 8, 8), step_bias=biases, **options)
         assert all(d["lossless"] == d["channels"] for d in snn.details.values())
         x = networks.images((3, 8, 8), 2, seed=seed, grid=64)

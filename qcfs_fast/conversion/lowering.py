@@ -141,6 +141,11 @@ class Lowering(Reshaping):
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
         if handler is None and getattr(node.target, "__name__", "") == "stochastic_depth":
             handler = Lowering.stochastic_depth
+        if node.target is F.normalize:
+            raise self.fail(
+                "divides values by their own length, which is not linear. Remedy: a BatchNorm, or convert the network "
+                "up to it"
+            )
         if handler is None and not (unknown and step is not None):
             raise self.fail(
                 "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "

@@ -276,6 +276,11 @@ class ImageInput(Layer):
     def bits(self) -> int:
         return self.config.bits or 16
 
+    @property
+    def scales_bytes(self) -> bool:
+        """Whether the network itself makes small numbers of bytes 0 to 255, as x / 255 does."""
+        return bool((self.scale.abs() <= 1 / 16).all())
+
     def batch_shape(self, before: str = "") -> str:
         """The shape of a batch for this network, in words."""
         return f"[{before}N, {self.config.channels}{'' if self.config.vector else ', H, W'}]"

@@ -38,19 +38,15 @@ MEMORY, MINUTES = 8, 20  # GiB of address space, and time, that a network may ta
 _OF_TIMM = """
 resnet10t resnet14t resnet18 resnet18d resnet26 resnet26d resnet26t resnet34 resnet34d resnet50 resnet50c resnet50d
 resnet50s resnet50t resnet50_gn resnetaa50 resnetblur18 resnetblur50 resnetrs50 resnext50_32x4d resnext50d_32x4d
-wide_resnet50_2 resnet101 resnet101d resnext101_32x8d resnetv2_18 resnetv2_34 resnetv2_50 resnetv2_50d
-resnetv2_50x1_bit seresnet18 ecaresnet50d skresnet18 resnest14d legacy_seresnet50 res2net50_14w_8s res2net50_26w_4s
-res2net50_48w_2s res2net50d res2next50 regnetx_002 regnetx_004 regnetx_004_tv regnetx_006 regnetx_008 regnetx_016
-regnetx_032 regnety_002 densenet121 densenet169 densenetblur121d dla34 dla46_c dla46x_c dla60 dla60x dla60x_c
-dla60_res2net dla60_res2next dla102 dpn48b dpn68 dpn68b hrnet_w18_small hrnet_w18_small_v2 hrnet_w18 inception_v3
-inception_v4 inception_resnet_v2 vgg11 vgg11_bn vgg13_bn vgg16_bn vovnet39a vovnet57a ese_vovnet19b_dw
-mobilenetv1_100 mobilenetv2_035 mobilenetv2_050 mobilenetv2_100 mobilenetv2_120d mobilenetv4_conv_small
-mobilenetv4_conv_medium efficientnet_lite0 efficientnet_lite1 efficientnet_es mobilenet_edgetpu_100 mnasnet_050
-mnasnet_100 mnasnet_small semnasnet_050 fbnetc_100 spnasnet_100 tf_mobilenetv3_small_minimal_100
-mobilenetv3_small_100 ghostnet_100 repghostnet_100 repvgg_a0 repvgg_a1 repvgg_b0 gernet_s gernet_m mobileone_s0
-mobileone_s1 mobileone_s4 selecsls42 selecsls42b selecsls60 selecsls60b selecsls84 xception41 xception41p
-legacy_xception nasnetalarge hgnet_tiny hgnetv2_b0 tresnet_m fasternet_t0 starnet_s1 nf_resnet50 cspresnet50
-darknet53
+resnet101 resnetv2_18 resnetv2_50 resnetv2_50x1_bit seresnet18 ecaresnet50d skresnet18 resnest14d legacy_seresnet50
+res2net50_14w_8s res2net50_26w_4s res2next50 regnetx_002 regnetx_004 regnetx_004_tv regnetx_006 regnetx_008
+regnety_002 densenet121 densenetblur121d dla34 dla46_c dla46x_c dla60 dla60x dla60x_c dla60_res2net dpn68
+hrnet_w18_small inception_v3 vgg11 vgg11_bn vovnet39a ese_vovnet19b_dw mobilenetv1_100 mobilenetv2_035
+mobilenetv2_050 mobilenetv2_100 mobilenetv4_conv_small efficientnet_lite0 efficientnet_es mobilenet_edgetpu_100
+mnasnet_050 mnasnet_100 mnasnet_small semnasnet_050 fbnetc_100 spnasnet_100 tf_mobilenetv3_small_minimal_100
+mobilenetv3_small_100 ghostnet_100 repghostnet_100 repvgg_a0 repvgg_b0 gernet_s mobileone_s0 mobileone_s1 selecsls42
+selecsls42b selecsls60b xception41 legacy_xception hgnet_tiny hgnetv2_b0 tresnet_m fasternet_t0 starnet_s1
+nf_resnet50 cspresnet50 darknet53
 """
 IMAGES, T, LEVELS = 2, 4, 4
 _NEVER_LINEAR = ("multiplies two activations", "result of sigmoid", "LayerNorm")  # obstacles of gates and norms
