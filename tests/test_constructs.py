@@ -317,6 +317,7 @@ COMPOSED = {
     "a constant before padding": lambda n, x: n.relu_b(n.b(spikes_of(n, x) + 1)),
     "BatchNorm before a padded layer": lambda n, x: n.relu_b(n.depthwise(n.norm(spikes_of(n, x)))),
     "BatchNorm of averages before a padded layer": lambda n, x: n.relu_b(n.b(n.norm(F.avg_pool2d(spikes_of(n, x), 2)))),
+    "BatchNorm, then a pool": lambda n, x: n.relu_b(n.c(F.avg_pool2d(n.norm(spikes_of(n, x)), 2))),
     "a constant before a pad": lambda n, x: n.relu_b(n.c(F.pad(n.c(spikes_of(n, x)), (1, 0, 0, 2)))),
     "a constant before a padded pool": lambda n, x: n.relu_b(F.avg_pool2d(n.c(spikes_of(n, x)), 2, 1, 1)),
     "a constant before PixelShuffle": lambda n, x: n.relu_c(n.shuffle(n.c(spikes_of(n, x)))),

@@ -152,7 +152,7 @@ class Spatial(Ends):
             if _pointwise(x) and x.products and not x.vector:
                 products = tuple(replace(p, part=part(p.part)) for p in x.products)
                 return replace(x, products=products, identities=placed(x.identities))
-        signals = self._sources(x, "moves pixels", 1, shifted=not zeros)
+        signals = self._sources(x, "moves pixels", 1)
         if any(s.vector for s in signals):
             raise self.fail("moves pixels of a flattened value")
         return placed(signals)[0] if isinstance(x, Signal) else replace(x, identities=placed(signals))

@@ -185,22 +185,14 @@ class Symbolic:
         carried = Product(self.constants[key], x.bias[:, None, None, None], POINTWISE, False, "bias")
         return replace(x, bias=zeros(x.channels), products=(*x.products, carried))
 
-    def _sources(self, x: Any, what: str, channels: int, shifted: bool = False) -> list[Signal]:
-        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one).
-
-        `shifted`: the operator is one for their sum's bias too.
-        """
+    def _sources(self, x: Any, what: str, channels: int) -> list[Signal]:
+        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one)."""
         if isinstance(x, Image):
             return [self._read_image(x, channels)]
         if isinstance(x, Signal):
             return [x]
         if isinstance(x, Current) and not x.products:
-            if shifted or not bool(x.bias.any()):
-                return list(x.identities)
-            raise self.fail(
-                f"{what} of spikes to which a constant was added (by a BatchNorm, say), which its padding has not. "
-                "Remedy: padding=0, or an activation in between"
-            )
+            return list(x.identities)
         raise self.fail(
             f"{what} of a value with no activation in between, so there are no spikes to work on. Remedy: put a ReLU "
             "(then QCFS) between the two layers, or merge them into one"

@@ -95,7 +95,7 @@ class Weighted(Symbolic):
             return composed(x, weight[:, :, None, None], POINTWISE, float64(bias, zeros(out)), self._layer())
         products = []
         for signal in self._sources(
-            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features, True
+            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
         ):
             if not signal.vector:
                 raise self.fail("is a linear layer on a feature map; flatten it first")

@@ -13,7 +13,6 @@ missing there.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -159,7 +158,7 @@ def _page(results: dict[str, Any]) -> str:
     rest = {name: r for name, r in sorted(results.items()) if name not in timm}
     missing = [name for name in every_classifier() if name not in rest]
     lines += _section("torchvision", rest, missing) if rest else []
-    lines += _section("timm", timm, []) if timm else []
+    lines += _section("timm", timm, [name for name in of_timm() if name not in timm]) if timm else []
     return "\n".join([*lines, ""])
 
 
@@ -187,5 +186,7 @@ def _section(library: str, results: dict[str, Any], missing: Sequence[str]) -> l
 
 
 if __name__ == "__main__":
+    import resource  # which Windows lacks
+
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY << 30, MEMORY << 30))
     print(json.dumps(tried(sys.argv[1])))
