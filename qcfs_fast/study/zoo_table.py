@@ -96,7 +96,7 @@ def tried(name: str) -> dict[str, Any]:
         calibrate(model.eval(), [torch.randn(4, 3, side, side)], progress=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few bits for a layer: the share shows what it is worth
-            snn = convert(model, T=T)
+            snn = convert(model, T=T, check=False)  # each layer is compared below
     except ConversionError as error:
         return {"obstacles": [_reason(why, places) for why, places in error.obstacles or _single(str(error))]}
     found = layer_differences(model, snn, torch.randn(IMAGES, 3, side, side), T)
