@@ -174,7 +174,7 @@ def test_the_share_outside_of_the_native_call(tiny):
     assert 0 < whole < 1
     assert share_outside(snn, lambda: (time.sleep(1), snn(x)), 3) > 0.5  # a call takes milliseconds
     assert type(snn._executor._native._network).__name__ == "Network"  # no clock is left
-    assert share_outside(snn, lambda: snn.stream()(x), 3) is None  # operators run
+    assert share_outside(snn, lambda: qcfs_fast.trace(snn, x), 3) is None  # operators run
 
 
 def test_each_case_on_so_many_threads(tmp_path, monkeypatch, capsys):

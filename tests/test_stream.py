@@ -1,11 +1,14 @@
 """Streams: a run that goes on from call to call is one run, to the bit; and images that change with time."""
 
+import contextlib
+
 import networks
 import pytest
 import torch
 from networks import converted
 
 import qcfs_fast
+from qcfs_fast import backend
 
 KINDS = [networks.Small, networks.Branches, networks.Image, networks.Perceptron, networks.Pools]
 CAUSAL = ("plain", "signed")
@@ -32,6 +35,54 @@ def test_steps_and_then_more_are_the_steps_at_once(kind, mode):
     assert stream.steps == 11
     stream.reset()
     assert torch.equal(stream(x[:1], steps=11), whole[-1, :1])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("mode", CAUSAL)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+def test_native_calls_and_operators_take_up_what_the_other_left(kind, mode, first):
+    snn, x = of_kind(kind, mode)
+    whole = snn(x, 11, per_step=True)
+    stream, chosen = snn.stream(), torch.arange(len(x))
+    for i, (image, steps) in enumerate([(x, 2), (None, 1), (x.expand(2, *x.shape), 2), (x, 1), (None, 2), (None, 3)]):
+        if i == 4:
+            chosen = torch.tensor([1, 0])
+            stream.keep(chosen)
+        with backend.force(reference=True) if i % 2 == first else contextlib.nullcontext():
+            found = stream(image, steps, per_step=True)
+        native = "operators" if i % 2 == first or backend.native.module is None else "one native call"
+        assert snn._executor.path == native
+        assert torch.equal(found, whole[stream.steps - steps : stream.steps, chosen])
+    assert stream.steps == 11
+
+
+def test_an_interrupted_call_resets_the_stream(monkeypatch):
+    """The native call replaces membranes in place: what it left when it was interrupted belongs to no step."""
+    snn, x = of_kind(networks.Small)
+    stream = snn.stream()
+    stream(x, steps=2)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(snn, "_execute", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stream(steps=1)
+    assert stream.steps == 0
+    assert torch.equal(stream(x, steps=3), snn(x, 3))
+
+
+def test_images_that_are_refused_leave_the_stream_as_it_was():
+    snn, x = of_kind(networks.Small)
+    stream = snn.stream()
+    stream(x, steps=2)
+    with pytest.raises(ValueError, match="NaN"):
+        stream(torch.full_like(x, float("nan")))
+    with pytest.raises(ValueError, match="got"):
+        stream(x[:1])
+    assert stream.steps == 2
+    assert torch.equal(stream(steps=3), snn(x, 5))
 
 
 @pytest.mark.parametrize("mode", CAUSAL)

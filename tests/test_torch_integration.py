@@ -92,6 +92,22 @@ def test_compile_with_inductor(mode):
     assert torch.equal(torch.compile(snn, fullgraph=True)(x), snn(x))
 
 
+def test_what_a_compiled_network_refuses():
+    """Without a break of the graph torch shows the error of the traced code within its own."""
+    snn, x = converted(networks.Small, T=4)
+    compiled = torch.compile(snn, fullgraph=True, backend="eager")
+    compiled(x)
+    snn.neuron = "offset"
+    for T, why in (
+        (snn.max_T + 1, f"in {snn.neuron} mode .layer block1.relu.; convert again with max_T="),
+        (0, "at least 1"),
+    ):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=why):
+            compiled(x, T=T)
+        with pytest.raises(ValueError, match=why):
+            torch.compile(snn, backend="eager")(x, T=T)
+
+
 @pytest.mark.parametrize("kind", list(networks.SHAPES), ids=lambda k: k.__name__)
 def test_export(kind):
     snn, x = converted(kind)

@@ -8,6 +8,7 @@
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/contract.h"
 #include "cpu/layout.h"
@@ -35,17 +36,21 @@ inline Int<Isa> select(Int<Isa> mask, Int<Isa> yes, Int<Isa> no) {
   return mask ? yes : no;
 }
 
+// a + b where `mask` is set, else a: one instruction where registers of masks exist, which are on vectors of 16 lanes.
+template <class Isa>
+inline Int<Isa> add_where(Int<Isa> mask, Int<Isa> a, Int<Isa> b) {
+  return Isa::lanes == 16 ? select<Isa>(mask, a + b, a) : a + (mask & b);
+}
+
 // What offset neurons keep of a first run: spikes, the least membrane that fired, the largest that did not.
 template <class Isa>
 struct FirstRun {
   Int<Isa> count{}, least = Int<Isa>{} + INT32_MAX, largest = Int<Isa>{} + INT32_MIN;
 
   inline void see(Int<Isa> before_reset, Int<Isa> spike) {
-    count -= spike;
-    const Int<Isa> fired = select<Isa>(spike, before_reset, Int<Isa>{} + INT32_MAX),
-                   silent = select<Isa>(spike, Int<Isa>{} + INT32_MIN, before_reset);
-    least = select<Isa>(fired < least, fired, least);
-    largest = select<Isa>(silent > largest, silent, largest);
+    count = add_where<Isa>(spike, count, Int<Isa>{} + 1);
+    least = select<Isa>(spike & (before_reset < least), before_reset, least);
+    largest = select<Isa>(~spike & (before_reset > largest), before_reset, largest);
   }
 
   // The initial potential that mends it, of a run from v0 to v with threshold n.
@@ -58,6 +63,19 @@ struct FirstRun {
     return v0 - (many & select<Isa>(fewer > n, fewer, n)) + (few & select<Isa>(more > n, more, n));
   }
 };
+
+// The first `present` elements, at most a vector's, the rest zero; not positive if there are none.
+template <typename V, typename T>
+inline V load_present(const T* p, std::int64_t present) {
+  if (present * static_cast<std::int64_t>(sizeof(T)) >= static_cast<std::int64_t>(sizeof(V))) return load<V>(p);
+  return present > 0 ? load_some<V>(p, present) : V{};
+}
+
+template <typename V, typename T>
+inline void store_present(T* p, V value, std::int64_t present) {
+  if (present * static_cast<std::int64_t>(sizeof(T)) >= static_cast<std::int64_t>(sizeof(V))) return store(p, value);
+  if (present > 0) __builtin_memcpy(p, &value, static_cast<std::size_t>(present) * sizeof(T));
+}
 
 // full: every lane holds a channel. Otherwise the last vectors are partial and need memcpy of a variable length, a
 // library call before which the compiler spills all live accumulators.
@@ -115,9 +133,7 @@ struct Membranes {
 
   template <typename V, typename T>
   inline V row(const T* p, int j) const {
-    const std::int64_t n = channels_in(j);
-    if (n >= lanes) return load<V>(p + j * lanes);
-    return n > 0 ? load_some<V>(p + j * lanes, n) : V{};
+    return load_present<V>(p + j * lanes, channels_in(j));
   }
 
   inline Vector bytes(const std::uint8_t* p, int j) const {
@@ -127,12 +143,7 @@ struct Membranes {
 
   template <typename V, typename T>
   inline void store_row(T* p, int j, V value) const {
-    const std::int64_t n = channels_in(j);
-    if (n >= lanes) {
-      store(p + j * lanes, value);
-    } else if (n > 0) {
-      __builtin_memcpy(p + j * lanes, &value, static_cast<std::size_t>(n) * sizeof(T));
-    }
+    store_present(p + j * lanes, value, channels_in(j));
   }
 
   inline Vector threshold(int j) const { return load<Vector>(neurons.threshold + channel + j * lanes); }
@@ -320,21 +331,27 @@ struct Membranes {
   }
 };
 
-// Most layers: plain or offset neurons that integrate products, a bias and at most one residual of masks, from n / 2.
+// Most layers: plain or offset neurons that integrate products, a bias and at most one residual of masks. Plain ones
+// may go on from a state; others start from n / 2.
 static inline bool is_simple(const ConvIf& a) {
-  return (a.neuron.mode == Mode::plain || a.neuron.mode == Mode::offset) && a.residual_count <= 1 &&
+  const bool stateful = a.state != nullptr || a.state_out != nullptr;
+  return (a.neuron.mode == Mode::plain || (a.neuron.mode == Mode::offset && !stateful)) && a.residual_count <= 1 &&
          (a.residual_count == 0 || a.residuals[0].coding == Coding::mask) && a.current == nullptr && a.bias_step == 0 &&
-         a.state == nullptr && a.state_out == nullptr && !image_alone(a);
+         !image_alone(a);
 }
 
+enum class Simple { plain, stateful, offset };
+
 // Their neurons, as Membranes would run them one pixel at a time; here what all pixels share stays in registers.
-template <class Isa, int vectors, bool full, bool residual, bool offset, typename Products>
+template <class Isa, int vectors, bool full, bool residual, Simple kind, typename Products>
 inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t channel, std::int64_t pixel,
                        std::int64_t pixels, const Products& products) {
   constexpr int lanes = Isa::lanes;
+  constexpr bool offset = kind == Simple::offset, stateful = kind == Simple::stateful;
   using Vectors = Int<Isa>[vectors];
   const std::int64_t steps = a.steps, channels = a.out_channels, width = channels - channel;
   const std::int64_t plane = a.batch * a.out_h * a.out_w * channels;
+  const std::int64_t window = offset ? a.neuron.window : 0;
   const auto present = [&](int j) { return full ? lanes : smaller(lanes, larger(0, width - j * lanes)); };
   Vectors n, bias, amplitude;
   QCFS_UNROLL
@@ -343,27 +360,38 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
     bias[j] = load<Int<Isa>>(neurons.bias + channel + j * lanes);
     if (residual) amplitude[j] = load<Int<Isa>>(neurons.amplitude[0] + channel + j * lanes);
   }
-  const std::uint8_t* in = residual ? a.residuals[0].data + pixel * channels + channel : nullptr;
-  std::uint8_t* out = a.out + pixel * channels + channel;
-  for (std::int64_t i = 0; i < pixels; ++i, in += residual ? channels : 0, out += channels) {
+  for (std::int64_t i = 0; i < pixels; ++i) {
+    const std::int64_t index = (pixel + i) * channels + channel;
     Vectors v, other;
+    Vectors kept[max_window];    // what the steps of the window integrate: later runs take it from here
     const auto read_residual = [&](std::int64_t t) {
       QCFS_UNROLL
       for (int j = 0; residual && j < vectors; ++j) {
-        other[j] = present(j) > 0 ? widen<Isa>(in + t / 8 * plane + j * lanes, present(j)) : Int<Isa>{};
+        const std::uint8_t* in = a.residuals[0].data + t / 8 * plane + index + j * lanes;
+        other[j] = present(j) > 0 ? widen<Isa>(in, present(j)) : Int<Isa>{};
       }
     };
-    const auto integrate = [&](std::int64_t t, Int<Isa> bit) __attribute__((always_inline)) {
+    const auto integrate = [&](std::int64_t t, Int<Isa> bit, bool known) __attribute__((always_inline)) {
+      if (offset && known) {
+        QCFS_UNROLL
+        for (int j = 0; j < vectors; ++j) v[j] += kept[t][j];
+        return;
+      }
       Vectors current;
       products(i, t, current);
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
-        v[j] += current[j] + bias[j];
-        if (residual) v[j] += ((other[j] & bit) != 0) & amplitude[j];
+        current[j] += bias[j];
+        if (residual) current[j] = add_where<Isa>((other[j] & bit) != 0, current[j], amplitude[j]);
+        if (offset && t < window) kept[t][j] = current[j];
+        v[j] += current[j];
       }
     };
     QCFS_UNROLL
-    for (int j = 0; j < vectors; ++j) v[j] = n[j] >> 1;
+    for (int j = 0; j < vectors; ++j) {
+      v[j] = n[j] >> 1;
+      if (stateful && a.state != nullptr) v[j] = load_present<Int<Isa>>(a.state + index + j * lanes, present(j));
+    }
     if (offset) read_residual(0);
     for (int k = 0; offset && k < a.neuron.iterations; ++k) {
       Vectors v0;
@@ -371,13 +399,13 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) v0[j] = v[j];
       Int<Isa> bit = Int<Isa>{} + 1;
-      for (std::int64_t t = 0; t < a.neuron.window; ++t, bit += bit) {
-        integrate(t, bit);
+      for (std::int64_t t = 0; t < window; ++t, bit += bit) {
+        integrate(t, bit, k > 0);
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) {
           const Int<Isa> spike = v[j] >= n[j];
           run[j].see(v[j], spike);
-          v[j] -= spike & n[j];
+          v[j] = add_where<Isa>(spike, v[j], -n[j]);
         }
       }
       QCFS_UNROLL
@@ -385,22 +413,26 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
     }
     for (std::int64_t t = 0; t < steps;) {
       read_residual(t);
-      std::uint8_t* masks = out + t / 8 * plane;
+      std::uint8_t* masks = a.out + t / 8 * plane + index;
       Vectors bits = {};
       Int<Isa> bit = Int<Isa>{} + 1;
       for (const std::int64_t end = smaller(steps, t + 8); t < end; ++t, bit += bit) {
-        integrate(t, bit);
+        integrate(t, bit, t < window);
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) {
           const Int<Isa> spike = v[j] >= n[j];
-          v[j] -= spike & n[j];
-          bits[j] |= spike & bit;
+          v[j] = add_where<Isa>(spike, v[j], -n[j]);
+          bits[j] = add_where<Isa>(spike, bits[j], bit);
         }
       }
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) {
         if (present(j) > 0) store_bytes<Isa>(masks + j * lanes, bits[j], present(j));
       }
+    }
+    if (stateful && a.state_out != nullptr) {
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) store_present(a.state_out + index + j * lanes, v[j], present(j));
     }
   }
 }
@@ -410,12 +442,15 @@ template <class Isa, int vectors, bool full, typename Products>
 inline void run_pixels(const ConvIf& a, const Neurons& neurons, std::int64_t channel, std::int64_t pixel,
                        std::int64_t pixels, const Products& products) {
   if (is_simple(a)) {
-    const bool residual = a.residual_count > 0, offset = a.neuron.mode == Mode::offset;
-    const auto run = residual ? offset ? run_simple<Isa, vectors, full, true, true, Products>
-                                       : run_simple<Isa, vectors, full, true, false, Products>
-                     : offset ? run_simple<Isa, vectors, full, false, true, Products>
-                              : run_simple<Isa, vectors, full, false, false, Products>;
-    return run(a, neurons, channel, pixel, pixels, products);
+    const auto run = [&](auto kind) {
+      constexpr Simple k = decltype(kind)::value;
+      const auto run_kind = a.residual_count > 0 ? run_simple<Isa, vectors, full, true, k, Products>
+                                                 : run_simple<Isa, vectors, full, false, k, Products>;
+      run_kind(a, neurons, channel, pixel, pixels, products);
+    };
+    if (a.neuron.mode == Mode::offset) return run(std::integral_constant<Simple, Simple::offset>{});
+    if (a.state != nullptr || a.state_out != nullptr) return run(std::integral_constant<Simple, Simple::stateful>{});
+    return run(std::integral_constant<Simple, Simple::plain>{});
   }
   for (std::int64_t i = 0; i < pixels; ++i) {
     Membranes<Isa, vectors, full> membranes(a, neurons, channel, pixel + i);

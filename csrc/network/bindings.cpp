@@ -47,22 +47,23 @@ class Executor {
       : tensors_(std::move(named)), network_(read_graph(header, tensors_of(tensors_))) {}
 
   PlanHandle prepare(std::int64_t batch, std::int64_t height, std::int64_t width, std::int64_t T,
-                     std::array<int, 3> neuron, bool per_step, std::int64_t skip, bool varying) {
+                     std::array<int, 3> neuron, bool per_step, std::int64_t skip, bool varying, bool going_on) {
     const NeuronMode mode{static_cast<Mode>(neuron[0]), neuron[1], neuron[2]};
-    const Request request{batch, height, width, T, mode, per_step, skip, varying, false};
+    const Request request{batch, height, width, T, mode, per_step, skip, varying, going_on};
     py::gil_scoped_release release;
     return {network_.prepare(request), network_.graph().answer().vector};
   }
 
-  // `x` and `out` are addresses; the strides those of step, sample, channel, row and column. The engine of each layer.
+  // `x`, `out` and `kept` are addresses; the strides those of step, sample, channel, row and column. The engine of each
+  // layer.
   py::bytes run(const PlanHandle& plan, std::uintptr_t x, std::array<std::int64_t, 5> stride, std::uintptr_t out,
-                std::uint32_t isa, int threads, int engine) {
+                std::uint32_t isa, int threads, int engine, std::uintptr_t kept, std::int64_t before) {
     std::string engines(layers().size(), '\0');
     {
       py::gil_scoped_release release;
       const Image image{reinterpret_cast<const float*>(x), stride[0], stride[1], stride[2], stride[3], stride[4]};
       network_.run(*plan.plan, image, {isa, threads, static_cast<cpu::Engine>(engine)}, reinterpret_cast<float*>(out),
-                   reinterpret_cast<std::uint8_t*>(engines.data()));
+                   reinterpret_cast<std::uint8_t*>(engines.data()), reinterpret_cast<char*>(kept), before);
     }
     return engines;
   }
@@ -97,11 +98,23 @@ void bind(py::module_& m) {
   py::register_local_exception_translator([](std::exception_ptr thrown) {
     translate(std::move(thrown), py::reinterpret_borrow<py::object>(network_error));
   });
-  py::class_<PlanHandle>(m, "Plan").def_property_readonly("shape", [](const PlanHandle& handle) -> py::tuple {
-    const Plan& p = *handle.plan;
-    if (handle.vector) return py::make_tuple(p.answers, p.request.batch, p.out_h * p.out_w * p.out_channels);
-    return py::make_tuple(p.answers, p.request.batch, p.out_h, p.out_w, p.out_channels);
-  });
+  py::class_<PlanHandle>(m, "Plan")
+      .def_property_readonly("shape",
+                             [](const PlanHandle& handle) -> py::tuple {
+                               const Plan& p = *handle.plan;
+                               if (handle.vector)
+                                 return py::make_tuple(p.answers, p.request.batch, p.out_h * p.out_w * p.out_channels);
+                               return py::make_tuple(p.answers, p.request.batch, p.out_h, p.out_w, p.out_channels);
+                             })
+      .def_property_readonly("kept_bytes", [](const PlanHandle& handle) { return handle.plan->memory.kept_bytes; })
+      // Of what a run leaves: the node, what it is, its shape, and where its int32 begin.
+      .def_property_readonly("kept", [](const PlanHandle& handle) {
+        py::list all;
+        for (const Kept& k : handle.plan->kept) {
+          all.append(py::make_tuple(k.node, k.what, k.shape, handle.plan->memory.offsets[k.slot] / 4));
+        }
+        return all;
+      });
   py::class_<Executor>(m, "Network")
       .def(py::init<const std::string&, py::dict>())
       .def_property_readonly("layers", &Executor::layers)

@@ -4,8 +4,9 @@
 // so memory does not grow with depth.
 //
 // A run that goes on from another one (Request::going_on) keeps what it left in slots of its own: the neurons'
-// membranes, the current of an image that stays the same, the spikes counted for the answer. They lie first in the
-// block, in the same places for any number of steps, so a later call may bring another plan.
+// membranes, the current of an image that stays the same, the spikes counted for the answer. They lie first, in the
+// same places for any number of steps, so a later call may bring another plan; and in a block of their own, which waits
+// for that call while other runs use the rest.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,7 @@ Block make_block(std::size_t bytes);    // raises Error (out_of_memory)
 
 using Slot = std::size_t;
 
-// Where the slots lie in a block.
+// Where the slots lie: kept ones before `kept_bytes`.
 struct Placed {
   std::vector<std::size_t> offsets;
   std::size_t kept_bytes = 0, bytes = 0;    // what a later call needs, and all

@@ -1,7 +1,6 @@
 #include "network/network.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 
 #include "core/limits.h"
@@ -49,24 +48,9 @@ std::shared_ptr<const Plan> Network::prepare(const Request& request, std::size_t
   return plan;
 }
 
-void Network::run_in(char* arena, const Plan& plan, const Image& image, std::int64_t before,
-                     const cpu::Options& options, float* out, std::uint8_t* engines) {
-  const Frame frame{arena, plan.memory.offsets.data(), image, before, out, options, &packed_, engines};
-  for (const auto& step : plan.steps) {
-    switch (step(frame)) {
-      case Status::ok:
-        break;
-      case Status::not_finite:
-        throw Error(Fault::not_finite, "the image holds NaN or infinity; clean the data before it enters the network");
-      case Status::out_of_memory:
-      case Status::too_many_sources:    // never: the graph was checked
-        throw Error(Fault::out_of_memory, "no memory for the workspace; use a smaller batch");
-    }
-  }
-}
-
-void Network::run(const Plan& plan, const Image& image, const cpu::Options& options, float* out,
-                  std::uint8_t* engines) {
+void Network::run(const Plan& plan, const Image& image, const cpu::Options& options, float* out, std::uint8_t* engines,
+                  char* kept, std::int64_t before) {
+  const std::size_t bytes = plan.memory.bytes - plan.memory.kept_bytes;
   Waiting mine{Block(nullptr, std::free), 0};
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -79,21 +63,23 @@ void Network::run(const Plan& plan, const Image& image, const cpu::Options& opti
       waiting_.pop_back();
     }
   }
-  if (mine.block == nullptr || mine.bytes < plan.memory.bytes) {
+  if (mine.block == nullptr || mine.bytes < bytes) {
     mine.block.reset();
-    mine = {make_block(plan.memory.bytes), plan.memory.bytes};
+    mine = {make_block(bytes), bytes};
   }
   const auto give_back = [&] {
     const std::lock_guard<std::mutex> lock(mutex_);
     waiting_.push_back(std::move(mine));
   };
-  try {
-    run_in(mine.block.get(), plan, image, 0, options, out, engines);
-  } catch (...) {
-    give_back();
-    throw;
-  }
+  const Frame frame{mine.block.get(), kept, plan.memory, image, before, out, options, &packed_, engines};
+  Status status = Status::ok;
+  for (auto step = plan.steps.begin(); status == Status::ok && step != plan.steps.end(); ++step)
+    status = (*step)(frame);
   give_back();
+  require(status != Status::not_finite, Fault::not_finite,
+          "the image holds NaN or infinity; clean the data before it enters the network");
+  // Too many sources there never are: the graph was checked.
+  require(status == Status::ok, Fault::out_of_memory, "no memory for the workspace; use a smaller batch");
 }
 
 void Stream::check(const Request& request, bool same_image) const {
@@ -104,16 +90,17 @@ void Stream::check(const Request& request, bool same_image) const {
 }
 
 void Stream::run(const Plan& plan, const Image& image, const cpu::Options& options, float* out) {
-  if (bytes_ < plan.memory.bytes) {
-    Block larger = make_block(plan.memory.bytes);
-    if (steps_ > 0) std::memcpy(larger.get(), block_.get(), plan.memory.kept_bytes);
-    block_ = std::move(larger);
-    bytes_ = plan.memory.bytes;
+  if (steps_ == 0 && bytes_ < plan.memory.kept_bytes) {
+    kept_ = make_block(plan.memory.kept_bytes);
+    bytes_ = plan.memory.kept_bytes;
   }
   try {
-    network_->run_in(block_.get(), plan, image, steps_, options, out, nullptr);
+    network_->run(plan, image, options, out, nullptr, kept_.get(), steps_);
   } catch (const Error& error) {
     if (error.fault != Fault::not_finite) reset();
+    throw;
+  } catch (...) {
+    reset();
     throw;
   }
   steps_ += plan.request.T;

@@ -27,17 +27,13 @@ class Network {
   // The plan for a request, made at its first call. Raises Error, as make_plan.
   std::shared_ptr<const Plan> prepare(const Request& request, std::size_t max_bytes = SIZE_MAX);
 
-  // Runs a plan of this network that does not go on from another run; `out` is float32 [plan.out_count()]. Raises Error
-  // (not_finite, out_of_memory).
+  // Runs a plan of this network; `out` is float32 [plan.out_count()]. One that goes on from other runs, of `before`
+  // steps in all, finds what they left in `kept`, plan.memory.kept_bytes aligned to cache lines, and replaces it.
+  // Raises Error (not_finite: `kept` is as it was; out_of_memory: it is damaged).
   void run(const Plan& plan, const Image& image, const cpu::Options& options, float* out,
-           std::uint8_t* engines = nullptr);
+           std::uint8_t* engines = nullptr, char* kept = nullptr, std::int64_t before = 0);
 
  private:
-  friend class Stream;
-
-  void run_in(char* arena, const Plan& plan, const Image& image, std::int64_t before, const cpu::Options& options,
-              float* out, std::uint8_t* engines);
-
   // Blocks of memory that wait for a run. There are as many as threads ran at the same time.
   struct Waiting {
     Block block;
@@ -73,7 +69,7 @@ class Stream {
 
  private:
   std::shared_ptr<Network> network_;
-  Block block_{nullptr, std::free};
+  Block kept_{nullptr, std::free};
   std::size_t bytes_ = 0;
   std::int64_t steps_ = 0;
   Request last_{};

@@ -23,7 +23,7 @@ constexpr Geometry pointwise = {1, 1, 1, 1, 0, 0, 1, 1, 1};
 void fits(bool condition, const std::string& what) { require(condition, Fault::shape, what); }
 
 // A product of sizes, each of which is at least 0.
-std::int64_t bounded(std::initializer_list<std::int64_t> sizes) {
+std::int64_t bounded(const std::vector<std::int64_t>& sizes) {
   std::int64_t all = 1;
   for (const std::int64_t size : sizes) {
     const bool too_large = __builtin_mul_overflow(all, size, &all) || all > max_bytes_of_value;
@@ -85,6 +85,7 @@ class Builder {
     int place = 0;
     for (const Node& node : graph_.nodes) {
       try {
+        node_ = node.name;
         Value sent;
         if (const auto* a = std::get_if<ImageInput>(&node.layer)) quantize(*a);
         if (const auto* a = std::get_if<Encoding>(&node.layer)) sent = encode(*a);
@@ -133,9 +134,10 @@ class Builder {
   Slot take_integers(std::int64_t count) { return take(bounded({count, 4})); }
 
   // A slot that a later call finds as this one left it.
-  Slot keep_integers(std::int64_t count) {
-    const Slot slot = take_integers(count);
+  Slot keep_integers(std::string what, std::vector<std::int64_t> shape) {
+    const Slot slot = take_integers(bounded(shape));
     memory_.keep(slot);
+    plan_.kept.push_back({node_, std::move(what), std::move(shape), slot});
     return slot;
   }
 
@@ -272,8 +274,9 @@ class Builder {
     };
     // A run that goes on keeps room for it even where each step has an image, so that all its plans agree on the
     // places.
-    if (r_.going_on && !keeps) keep_integers(count / r_.T);
-    const Slot current = keeps ? keep_integers(count) : take_integers(count);
+    const std::vector<std::int64_t> of_one{r_.batch, a.out_h, a.out_w, O};
+    if (r_.going_on && !keeps) keep_integers("current", of_one);
+    const Slot current = keeps ? keep_integers("current", of_one) : take_integers(count);
     a.gain = c.gain.as<double>();
     a.offset = c.offset.as<double>();
     a.low = low;
@@ -365,9 +368,8 @@ class Builder {
       fire.a.bias = a.bias.as<std::int32_t>();
       fire.a.bias_step = O;
     }
-    sent = add_neurons(std::move(fire), a.threshold, sent, neuron, steps);
     check_vector(a.vector, sent);
-    return sent;
+    return add_neurons(std::move(fire), a.threshold, sent, neuron, steps);
   }
 
   // Sum mode: the number of spikes of a plain neuron in T steps.
@@ -451,11 +453,10 @@ class Builder {
       agree(size.batch, size.height, size.width, "the image's current");
     }
     fits(!a.vector || (sent.height == 1 && sent.width == 1), "a map is added to a linear layer's output");
+    sent.vector = a.vector;
     fire.a.bias = a.bias.as<std::int32_t>();
     fire.a.bias_step = a.bias_steps > 0 ? a.threshold.count() : 0;
-    sent = add_neurons(std::move(fire), a.threshold, sent, r_.neuron, steps_);
-    sent.vector = a.vector;
-    return sent;
+    return add_neurons(std::move(fire), a.threshold, sent, r_.neuron, steps_);
   }
 
   static void check_peak(const Value& x, int said) {
@@ -490,6 +491,7 @@ class Builder {
   Value add_neurons(FireStep fire, const Tensor& threshold, const Value& size, const NeuronMode& neuron,
                     std::int64_t steps) {
     Value sent = map_of_masks(size.height, size.width, size.channels, steps);
+    sent.vector = size.vector;
     const std::int64_t neurons = sent.elements(), mask_bytes = sent.bytes();
     ConvIf& a = fire.a;
     a.batch = sent.batch;
@@ -508,7 +510,9 @@ class Builder {
     if (fire.has_current) read({fire.current});
     const bool with_sign = neuron.mode == Mode::with_sign;
     if (r_.going_on) {
-      fire.state = keep_integers(bounded({with_sign ? 2 : 1, neurons}));
+      std::vector<std::int64_t> shape{with_sign ? 2 : 1, a.batch, a.out_h, a.out_w, a.out_channels};
+      if (size.vector) shape.erase(shape.begin() + 2, shape.begin() + 4);
+      fire.state = keep_integers("state", std::move(shape));
       fire.has_state = true;
     }
     if (neuron.mode == Mode::sum) sent.coding = Coding::count;
@@ -666,7 +670,9 @@ class Builder {
     const std::int64_t steps = r_.neuron.mode == Mode::sum ? 1 : r_.T - r_.skip;
     plan_.answers = r_.per_step ? steps : 1;
     std::vector<Counts> counts;
-    for (std::size_t i = 0; i < a.terms.size(); ++i) counts.push_back(add_counts(input(node, i), a.terms[i]));
+    for (std::size_t i = 0; i < a.terms.size(); ++i) {
+      counts.push_back(add_counts(input(node, i), a.terms[i], std::to_string(i)));
+    }
     std::vector<ReadoutTerm> terms;
     std::vector<Slot> slots;
     bool first = true;
@@ -734,7 +740,7 @@ class Builder {
     });
   }
 
-  Counts add_counts(Value x, const Term& term) {
+  Counts add_counts(Value x, const Term& term, const std::string& name) {
     for (const PoolSpec& pool : term.pools) {
       if (pool.max) x = pooled(x, pool);
     }
@@ -749,7 +755,11 @@ class Builder {
         return Status::ok;
       });
     }
-    if (r_.going_on) add_before(counted, n);
+    if (r_.going_on) {
+      std::vector<std::int64_t> shape{1, x.batch, x.height, x.width, x.channels};
+      if (x.vector) shape.erase(shape.begin() + 2, shape.begin() + 4);
+      add_before(counted, n, keep_integers(name, std::move(shape)));
+    }
     Counts c{counted, x.height, x.width, x.channels, 1};
     std::int64_t largest = bounded({x.peak, r_.T});
     for (const PoolSpec& pool : term.pools) {
@@ -781,8 +791,7 @@ class Builder {
   }
 
   // Adds the counts of the calls before, and keeps the sum for the next.
-  void add_before(Slot counts, std::int64_t n) {
-    const Slot kept = keep_integers(n);
+  void add_before(Slot counts, std::int64_t n, Slot kept) {
     const std::int64_t answers = plan_.answers;
     read({counts});
     step([=](const Frame& f) {
@@ -822,6 +831,7 @@ class Builder {
   std::int64_t steps_ = 0;    // that layers compute
   Plan plan_{};
   Memory memory_;
+  std::string node_;             // that is being planned
   std::vector<Value> values_;    // of the nodes
   ImageValue image_;
 };

@@ -18,6 +18,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -81,9 +82,10 @@ class PackedWeights {
 
 struct Frame {
   char* arena;
-  const std::size_t* offsets;    // of slots
-  Image image;                   // without data: the image of the call before
-  std::int64_t before;           // steps that were run before this call
+  char* kept;    // what runs go on from; null where none does
+  const Placed& memory;
+  Image image;            // without data: the image of the call before
+  std::int64_t before;    // steps that were run before this call
   float* out;
   cpu::Options options;
   PackedWeights* packed;
@@ -91,8 +93,17 @@ struct Frame {
 
   template <typename T>
   T* at(Slot slot) const {
-    return reinterpret_cast<T*>(arena + offsets[slot]);
+    const std::size_t offset = memory.offsets[slot];
+    return reinterpret_cast<T*>(offset < memory.kept_bytes ? kept + offset : arena + (offset - memory.kept_bytes));
   }
+};
+
+// What a node leaves for the next call, int32: its "state" (membrane potentials, and what signed neurons have sent),
+// the "current" of an image that stays the same; of the answer the counts of term i, "i".
+struct Kept {
+  std::string node, what;
+  std::vector<std::int64_t> shape;
+  Slot slot;
 };
 
 struct Plan {
@@ -100,6 +111,7 @@ struct Plan {
   std::int64_t answers, out_h, out_w, out_channels;    // the answer is float32 [answers, N, OH, OW, O]
   std::vector<std::function<Status(const Frame&)>> steps;
   Placed memory;               // of the intermediates
+  std::vector<Kept> kept;      // those of a run that goes on
   std::int64_t largest = 0;    // bytes of the largest of them
   // Operands that follow from the graph's; deques, because steps point into them.
   std::deque<std::vector<std::int32_t>> integers;

@@ -28,6 +28,7 @@ from ..model.simulation import Simulation, simulate
 from ..network.layers import EncodingLayer, Layer, Run, SpikingLayer, pieces
 from ..network.recording import trace
 from ..network.snn import SNN
+from ..network.state import State
 from ..operators import masks
 from ..operators.limits import IMAGE_RANGE, MAX_WEIGHT
 
@@ -76,8 +77,8 @@ def self_check(
     steps = min([STEPS, *(int(d["max_T"]) for d in snn.details.values())])
     x = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
     spikes: dict[str, Tensor] = {}
-    run = Run(steps, state={})
-    assert run.state is not None
+    state = State(x.shape)
+    run = Run(steps, state=state)
 
     def watch(name: str, layer: Layer, value: Any) -> None:
         if pieces(name, layer) or isinstance(layer, (EncodingLayer, SpikingLayer)):
@@ -104,8 +105,8 @@ def self_check(
         exact = _by_channel(before_reset[-1].cpu() / _over(theta, own) + own.cpu())
         at = 0
         for part, layer in layers.items():
-            state = _channels_first(run.state[layer]["state"])[0]
-            found = _by_channel(state / _over(layer.threshold, state) + spikes[part].sum(0))
+            left = _channels_first(state.of(layer)["state"])[0]
+            found = _by_channel(left / _over(layer.threshold, left) + spikes[part].sum(0))
             here = exact[at : at + len(found)]
             off = _beyond_rounding(layer, found, here, steps, float(x.abs().max()), errors.get(part))
             if bool((off > 0).any()):

@@ -5,8 +5,9 @@ executor has done all of that once for a shape and T, and a call walks through i
 graph as a saved file describes it and calls the kernels that the operators call, so the bytes are the same.
 
 The operators stay for all that has to see them: torch.compile and torch.export, tracing, torch's modes, transforms and
-profiler, hooks, whoever looks at the values between nodes (trace, profile), runs that go on from others (stream,
-predict), and every device but the CPU. What the native reader refuses takes that way too, and gets its messages.
+profiler, hooks, whoever looks at the values between nodes (trace, profile), and every device but the CPU. What the
+native reader refuses takes that way too, and gets its messages. A run that goes on from another one (stream, predict)
+may take another way than that did (state.py).
 """
 
 from __future__ import annotations
@@ -58,17 +59,20 @@ class Executor:
     def __reduce__(self) -> Any:
         return Executor, ()  # a copy of a network makes its own
 
-    def answer(self, program: list[tuple[str, Layer]], describe: Callable[[], str], x: Any, run: Run) -> Tensor | None:
+    def answer(
+        self, program: list[tuple[str, Layer]], describe: Callable[[], str], x: Any, run: Run, watched: bool
+    ) -> Tensor | None:
         """The network's answer as its readout gives it; None where the operators must run.
 
         Args:
             program: the nodes by name.
             describe: gives the header of a saved file of them.
-            x: a checked image; None where somebody watches, or in a run that goes on with the last one.
+            x: a checked image; None in a run that goes on with the last one.
             run: how to run.
+            watched: somebody looks at the values between nodes.
         """
         before, self.path = self.path, "operators"
-        if x is None or run.state is not None or not _alone(x):
+        if watched or not (x is None or _plain(x)) or not _alone():
             return None
         held = self._native
         if held is None or not held.fresh():
@@ -95,15 +99,21 @@ class _Clocked:
         return engines
 
 
-def _alone(x: Tensor) -> bool:
-    """Whether nothing but the answer to a plain image on the CPU is wanted."""
+def _plain(x: Tensor) -> bool:
+    """Whether this is a plain image on the CPU."""
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and x.is_cpu
         and x.layout is torch.strided
         and not x.is_neg()
         and not x._is_zerotensor()
-        and _C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _alone() -> bool:
+    """Whether nothing but the answer is wanted, and of the CPU."""
+    return (
+        _C._len_torch_dispatch_stack() == 0
         and _C._len_torch_function_stack() == 0
         and _C._functorch.peek_interpreter_stack() is None
         and _C._get_tracing_state() is None
@@ -127,14 +137,14 @@ class _Native:
         image = program[0][1].config
         self._vector, self._readout = image.vector, cast(Readout, program[-1][1])
         self._engines = b""  # of the last run
+        self._layers = dict(program)
         named = {f"{name}/{key}": t for name, layer in program for key, t in layer.tensors()}
         try:
             self._network = native.module.Network(describe(), named)
         except native.module.NetworkError as error:
             self._refused = str(error)
             return
-        layers = dict(program)
-        self._layers: list[Any] = [layers[name] for name in self._network.layers]
+        self._told: list[Any] = [self._layers[name] for name in self._network.layers]
 
     def _now(self) -> tuple[list[Any], list[int]]:
         """The tensors, and numbers that change when one is written to or gets other memory.
@@ -152,36 +162,51 @@ class _Native:
         tensors, state = self._now()
         return state == self._state and len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
 
-    def plan(self, x: Tensor, run: Run) -> Any:
+    def plan(self, x: Tensor | None, run: Run) -> Any:
         """What the network does at this shape, or None and a `reason`."""
         if self._refused or not self._state or any(self._hooks):
             self.reason = self._refused or ("hooks" if self._state else "tensors made under inference_mode")
             return None
-        shape = x.shape[1:] if run.varying else x.shape
+        if run.state is not None:
+            shape: Any = run.state.shape
+        else:
+            assert x is not None
+            shape = x.shape[1:] if run.varying else x.shape
         height, width = (1, 1) if self._vector else shape[2:]
         neuron = (MODES.index(run.neuron.mode), run.neuron.window, run.neuron.iterations)
         try:
-            return self._network.prepare(shape[0], height, width, run.T, neuron, run.per_step, run.skip, run.varying)
+            return self._network.prepare(
+                shape[0], height, width, run.T, neuron, run.per_step, run.skip, run.varying, run.state is not None
+            )
         except (native.module.NetworkError, MemoryError) as error:
             self.reason = str(error)
             return None
 
-    def run(self, plan: Any, x: Tensor, run: Run, told: bool) -> Tensor:
+    def run(self, plan: Any, x: Tensor | None, run: Run, told: bool) -> Tensor:
         """The answer; `told`: the layers know the engines of the last run."""
-        if x.dtype is not torch.float32:
+        if x is not None and x.dtype is not torch.float32:
             x = x.to(torch.float32)
-        stride = x.stride() if run.varying else (0, *x.stride())
-        if self._vector:
+        stride = (0,) * 5 if x is None else x.stride() if run.varying else (0, *x.stride())
+        if x is not None and self._vector:
             stride = (*stride, 0, 0)
+        kept = 0 if run.state is None else run.state.buffer(plan, self._layers).data_ptr()
         asked = settings()
         out = torch.empty(plan.shape, dtype=torch.float32, device="cpu")
         engines: bytes = self._network.run(
-            plan, x.data_ptr(), stride, out.data_ptr(), asked.isa, torch.get_num_threads(), ENGINES.index(asked.engine)
+            plan,
+            0 if x is None else x.data_ptr(),
+            stride,
+            out.data_ptr(),
+            asked.isa,
+            torch.get_num_threads(),
+            ENGINES.index(asked.engine),
+            kept,
+            run.before,
         )
         names = self._engine_names
         last_engine.set(names[engines[-1]] if engines else "")
         if not told or engines != self._engines:  # assigning to modules takes long
-            for layer, engine in zip(self._layers, engines, strict=True):
+            for layer, engine in zip(self._told, engines, strict=True):
                 layer.engine = names[engine]
             self._engines = engines
         # As a vector it has its shape already: another operator would cost as much as all checks.

@@ -49,6 +49,7 @@ from .schema import (
     per_channel,
     require,
 )
+from .state import State
 
 IMAGE = "<image>"  # the float image, among the values of a run
 INPUT = "input"  # the node that quantises it
@@ -69,7 +70,7 @@ class Run:
         per_step: answers after every step, not only the last.
         skip: the steps before this one are left out of the answer (delayed readout).
         varying: the image has a time axis.
-        state: what layers begin with and leave, by layer, in a run that goes on from another one; None: from the start.
+        state: what layers begin with and leave, in a run that goes on from another one; None: from the start.
         before: the steps that were run before this one.
     """
 
@@ -78,7 +79,7 @@ class Run:
     per_step: bool = False
     skip: int = 0
     varying: bool = False
-    state: dict[Layer, Any] | None = None
+    state: State | None = None
     before: int = 0
 
     @property
@@ -203,7 +204,7 @@ class Layer(nn.Module):
         """What stays the same while a run goes on from another on one image (`name`); made once."""
         if run.state is None:
             return make()
-        held = run.state.setdefault(self, {})
+        held = run.state.of(self)
         if name not in held:
             held[name] = make()
         return held[name]
@@ -429,7 +430,7 @@ def _fire(layer: Layer, run: Run, linear: bool, *operands: Any, scales: Sequence
     if run.state is None:
         spikes = (ops.linear_if if linear else ops.conv2d_if)(*operands, *settings)
     else:
-        held = run.state.setdefault(layer, {})
+        held = run.state.of(layer)
         operator = ops.linear_if_from if linear else ops.conv2d_if_from
         spikes, held["state"] = operator(*operands, *settings, held.get("state"))
     if run.neuron.mode != "signed":
@@ -853,7 +854,7 @@ class Readout(Layer):
         if run.state is None:
             return self._answer(counts, run.T - run.skip)
         # What a run goes on from is in the counts; an answer after each step is a readout of its own.
-        held = run.state.setdefault(self, {})
+        held = run.state.of(self)
         counts = [c + held[f"{i}"] if f"{i}" in held else c for i, c in enumerate(counts)]
         held.update((f"{i}", c[-1:]) for i, c in enumerate(counts))
         done = run.before + run.T - counts[0].shape[0] + 1

@@ -152,9 +152,20 @@ class SNN(nn.Module):
                 f"neuron {neuron}: a window of {neuron.window} steps is beyond the overflow bound of {bounds[worst]} "
                 f"steps (layer {worst}); use a smaller window, or convert with this neuron and a larger max_T"
             )
-        names = ("_bounds", "_max_T", "_neuron")
+        names = ("_bounds", "_max_T", "_neuron", "_beyond", "_remedy")
         before = [self.__dict__.get(name) for name in names]
-        self._bounds, self._max_T, self._neuron = bounds, bounds.get(worst, MAX_SUM), neuron
+        most = bounds.get(worst, MAX_SUM)
+        self._bounds, self._max_T, self._neuron = bounds, most, neuron
+        # What a larger T is told: torch.compile can trace no more than putting strings together.
+        if worst in stepwise and most == getattr(dict(self._program)[worst].config, "bias_steps", None):
+            self._beyond, self._remedy = f", but step_bias has biases for {most} steps; make a table for T=", ""
+        else:
+            mode, also = ("", "") if neuron.mode == "plain" else (f" in {neuron} mode", " and this neuron")
+            self._beyond = (
+                f" is beyond this network's overflow bound of {most} steps{mode} (layer {worst}); "
+                "convert again with max_T="
+            )
+            self._remedy = also
         try:
             self.T = T
         except (TypeError, ValueError):
@@ -174,17 +185,9 @@ class SNN(nn.Module):
         if isinstance(T, bool) or not isinstance(T, int):
             raise TypeError(f"T must be an int (time steps), got {T!r}")
         if T < 1:
-            raise ValueError(f"T must be at least 1 time step, got {T}")
+            raise ValueError(f"T must be at least 1 time step, got {int(T)}")
         if self.max_T < T:
-            worst = min(self._bounds, key=lambda n: self._bounds[n])
-            layer = dict(self._program)[worst]
-            if getattr(layer.config, "bias_steps", None) == self._bounds[worst]:
-                raise ValueError(f"T={T}, but step_bias has biases for {self.max_T} steps; make a table for T={T}")
-            mode = "" if self._neuron.mode == "plain" else f" in {self._neuron} mode"
-            raise ValueError(
-                f"T={T} is beyond this network's overflow bound of {self.max_T} steps{mode} (layer {worst}); "
-                f"convert again with max_T={T}" + (" and this neuron" if mode else "")
-            )
+            raise ValueError(f"T={int(T)}{self._beyond}{int(T)}{self._remedy}")
         return T
 
     @property
@@ -270,7 +273,7 @@ class SNN(nn.Module):
         if x is not None and x.dtype == torch.uint8 and not run.varying:
             x = x.to(torch.float32)
         if not torch.compiler.is_compiling():
-            answer = self._executor.answer(self._program, self._header, None if watch else x, run)
+            answer = self._executor.answer(self._program, self._header, x, run, watched=watch is not None)
             if answer is not None:
                 return answer
         values: Values = {IMAGE: x}

@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import Layer, Run
-
-State = dict[Layer, dict[str, Tensor]]
+from .layers import Run
+from .state import State
 
 
 class Stream:
     """A run of a network that goes on from call to call, made by :meth:`SNN.stream`.
 
-    All samples of a batch are at the same step. A call that raises leaves the stream as it was. States lie on the
-    network's device; moving the network, or changing its neuron, ends a stream.
+    All samples of a batch are at the same step. A call that refuses its arguments or images leaves the stream as it
+    was; one that is interrupted, or finds no memory, resets it. States lie on the network's device; moving the network,
+    or changing its neuron, ends a stream.
 
     Attributes:
         steps: the steps computed since the start or the last reset.
@@ -49,8 +49,7 @@ class Stream:
     def reset(self) -> None:
         """Forget all: the next call is the first, for a batch of any size."""
         self.steps = 0
-        self._state: State = {}
-        self._shape: tuple[int, ...] | None = None  # of the images, [N, ...]
+        self._state: State | None = None
         self._image_shown = False
 
     def __call__(self, x: Tensor | None = None, steps: int | None = None, per_step: bool = False) -> Any:
@@ -71,7 +70,7 @@ class Stream:
         """
         if self._snn.neuron != self._neuron:
             raise ValueError(f"stream: it began with {self._neuron} neurons, the network now has {self._snn.neuron}")
-        varying, shape = x is not None and self._snn._check_input(x), self._shape
+        varying = x is not None and self._snn._check_input(x)
         if x is None and not self._image_shown:
             raise ValueError("stream: which images? Pass x; the call before had none that stay the same")
         if varying and steps is None:
@@ -80,46 +79,42 @@ class Stream:
         steps = 1 if steps is None else steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"stream: steps must be a positive int, got {steps!r}")
-        shape = self._shape
-        if x is not None:
-            if varying and x.shape[0] != steps:
-                raise ValueError(f"stream: the input has {x.shape[0]} steps, but steps={steps}")
-            found = tuple(x.shape[1:] if varying else x.shape)
-            if shape not in (None, found):
-                raise ValueError(f"stream: it runs on images {list(shape or ())}, got {list(found)}; call reset")
-            shape = found
+        if x is not None and varying and x.shape[0] != steps:
+            raise ValueError(f"stream: the input has {x.shape[0]} steps, but steps={steps}")
+        shape = tuple(x.shape[varying:]) if x is not None else self._state.shape if self._state else ()
+        if self._state and shape != self._state.shape:
+            raise ValueError(f"stream: it runs on images {list(self._state.shape)}, got {list(shape)}; call reset")
         total = self.steps + steps
         if total > self._snn.max_T:
             raise ValueError(
                 f"stream: step {total} is beyond this network's bound of {self._snn.max_T} steps; call reset, or "
                 f"convert with a larger max_T"
             )
-        # Copies, so that a call that raises changes nothing. With other images their currents go.
-        state = {layer: dict(held) for layer, held in self._state.items()}
-        for held in state.values() if x is not None else ():
-            held.pop("current", None)
+        state = State(shape) if self._state is None else self._state.before(same_image=x is None)
         run = Run(steps, self._neuron, per_step, varying=varying, state=state, before=self.steps)
-        out = self._answered(self._snn._execute(x, run), shape, per_step)
-        self._state, self._shape, self.steps, self._image_shown = state, shape, total, not varying
+        try:
+            out = self._answered(self._snn._execute(x, run), shape, per_step)
+            self._state, self.steps, self._image_shown = state, total, not varying
+        except (TypeError, ValueError):  # refused: nothing was computed
+            raise
+        except BaseException:  # the native call may have replaced some of the state
+            self.reset()
+            raise
         return out
 
     def keep(self, index: Tensor) -> None:
         """Go on with some samples of the batch: bool [N], or int64 positions."""
-        if self._shape is None:
+        if self._state is None:
             raise ValueError("stream: there is no batch yet")
+        batch = self._state.shape[0]
         if not isinstance(index, Tensor):
             raise TypeError(f"stream: keep takes bool [N] or int64 positions, got {type(index).__name__}")
         if index.dtype == torch.bool:
-            if index.shape != self._shape[:1]:
-                raise ValueError(f"stream: keep takes a bool for each of {self._shape[0]} samples")
+            if tuple(index.shape) != (batch,):
+                raise ValueError(f"stream: keep takes a bool for each of {batch} samples")
             index = index.nonzero().flatten()
         if index.dim() != 1 or index.dtype != torch.int64:
             raise TypeError(f"stream: keep takes bool [N] or int64 positions, got {index.dtype} {list(index.shape)}")
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self._shape[0]:
-            raise IndexError(f"stream: keep takes positions below {self._shape[0]}")
-
-        def kept(name: str, t: Tensor) -> Any:
-            return t.index_select(0 if name == "current" else 1, index.to(t.device))
-
-        self._state = {layer: {name: kept(name, t) for name, t in held.items()} for layer, held in self._state.items()}
-        self._shape = (index.numel(), *self._shape[1:])
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < batch:
+            raise IndexError(f"stream: keep takes positions below {batch}")
+        self._state = self._state.chosen(index)

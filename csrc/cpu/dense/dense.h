@@ -32,6 +32,7 @@
 //     rows, columns, depth    positions and columns of a block; the weights of a run are padded to a multiple of depth
 //     place(k, column)        the byte that holds input k of a column, in the packed weights of `depth` inputs
 //     begin(), end()          around the blocks of a task
+//     stay_awake()            between the neurons of `awake_rows` positions, for units that slow down when they rest
 //     multiply(..)            one block of one step, of which the first `positions` and `used` columns matter; adds to
 //                             the sums unless `first`
 //     matrix_loop(rounds)     the inner instruction alone, to measure the machine's peak; returns its products of bytes
@@ -185,7 +186,9 @@ void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sa
   for (std::int64_t q = q0; q < end;) {
     const std::int64_t r = q / layer.plane_w, c = q % layer.plane_w;
     const std::int64_t pixel = (sample * a.out_h + layer.wave.row0 + r) * a.out_w + c;
-    const std::int64_t pixels = whole_rows ? end - q : smaller(end - q, a.out_w - c);
+    const std::int64_t pixels =
+        smaller(whole_rows ? end - q : smaller(end - q, a.out_w - c), std::int64_t{Block::awake_rows});
+    Block::stay_awake();
     const std::int32_t* first = sums + (q - q0) * Block::columns;
     run_pixels<Isa, vectors, full>(
         a, layer.neurons, channel, pixel, pixels, [&](std::int64_t i, std::int64_t t, Int<Isa>(&current)[vectors]) {
@@ -198,7 +201,7 @@ void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sa
             if (scale != 1) current[j] = scaled<Isa>(current[j], scale);
           }
         });
-    q += whole_rows ? pixels : layer.plane_w - c;
+    q += whole_rows || c + pixels < a.out_w ? pixels : layer.plane_w - c;
   }
 }
 

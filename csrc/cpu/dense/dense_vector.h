@@ -24,6 +24,8 @@ struct VectorBlock {
 
   static void begin() {}
   static void end() {}
+  static constexpr int awake_rows = rows;
+  static void stay_awake() {}
 
   static void multiply(const Segment* segments, int count, std::int64_t sample, std::int64_t t, std::int64_t q0,
                        std::int64_t, std::int64_t, const std::int8_t* packed, std::int32_t* sums, bool first) {
