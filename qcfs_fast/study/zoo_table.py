@@ -13,6 +13,7 @@ missing there.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def tried_apart(name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return found
     last = ([line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"])[-1]
-    scarce = "memory" in last.lower() or done.returncode < 0
+    scarce = "memory" in last.lower() or done.returncode in (-signal.SIGKILL, -signal.SIGABRT)
     return {"obstacles": [[f"takes more than {MEMORY} GiB of memory" if scarce else f"does not run here: {last}", 1]]}
 
 
