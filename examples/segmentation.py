@@ -2,10 +2,10 @@
 
     python examples/segmentation.py
 
-The data is made here: handwritten digits of scikit-learn (8x8 pixels), a few of them pasted at random on a noisy
-32x32 canvas; each pixel of a digit's strokes has the digit as its class, all others are background. The test's canvases
-use digits that training never saw. The network is a small encoder and decoder with a skip connection; nearest
-upsampling moves spikes, so it is exact, and the bilinear resize at the end works on the mean of the readout.
+The data is made by canvases.py: handwritten digits of scikit-learn, a few of them pasted at random on a noisy 32x32
+canvas. Each pixel of a digit's strokes has the digit as its class, all others are background. The network is a small
+encoder and decoder with a skip connection; nearest upsampling moves spikes, so it is exact, and the bilinear resize at
+the end works on the mean of the readout.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
+from canvases import SIDE, canvases
 from torch import Tensor, nn
 
 import qcfs_fast
 
-SIDE, CLASSES = 32, 11  # pixels of a canvas; ten digits, and the background as the last class
+CLASSES = 11  # ten digits, and the background as the last class
 
 
 class Segmenter(nn.Module):
@@ -44,26 +44,13 @@ class Segmenter(nn.Module):
         return F.interpolate(scores, size=x.shape[-2:], mode="bilinear")
 
 
-def canvases(count: int, test: bool, seed: int) -> tuple[Tensor, Tensor]:
+def labelled(count: int, test: bool, seed: int) -> tuple[Tensor, Tensor]:
     """Images [count, 1, SIDE, SIDE] in [0, 1] and classes [count, SIDE, SIDE]."""
-    digits = load_digits()
-    of_test = torch.arange(len(digits.target)) % 4 == 0
-    pixels = torch.from_numpy(digits.images).float()[of_test == test] / 16
-    labels = torch.from_numpy(digits.target).long()[of_test == test]
-    random = torch.Generator().manual_seed(seed)
-    images = 0.2 * torch.rand(count, 1, SIDE, SIDE, generator=random)
+    images, found = canvases(count, test, seed)
     classes = torch.full((count, SIDE, SIDE), CLASSES - 1)
-    cell = SIDE // 2  # a digit lies anywhere within a quarter of the canvas, so that none covers another
-    for n in range(count):
-        for top in (0, cell):
-            for left in (0, cell):
-                if torch.rand((), generator=random) < 0.25:
-                    continue
-                i = int(torch.randint(len(labels), (), generator=random))
-                dy, dx = torch.randint(cell - 7, (2,), generator=random).tolist()
-                place = (n, slice(top + dy, top + dy + 8), slice(left + dx, left + dx + 8))
-                images[:, 0][place] += 0.8 * pixels[i]
-                classes[place][pixels[i] > 0.25] = labels[i]
+    for of_canvas, digits in zip(classes, found, strict=True):
+        for d in digits:
+            of_canvas[d.place][d.pixels > 0.25] = d.label
     return images, classes
 
 
@@ -86,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     o = parser.parse_args(arguments)
 
     torch.manual_seed(0)
-    images, classes = canvases(o.train, test=False, seed=0)
+    images, classes = labelled(o.train, test=False, seed=0)
     model = qcfs_fast.prepare(Segmenter(), levels=o.levels, threshold=2.0)
     optimizer = torch.optim.Adam(model.parameters(), 4e-3)
     batches = max(1, o.train // 32)
@@ -102,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
             schedule.step()
     model.eval()
 
-    images, classes = canvases(o.test, test=True, seed=1)
+    images, classes = labelled(o.test, test=True, seed=1)
     with torch.no_grad():
         found = torch.cat([model(x).argmax(1) for x in images.split(50)])
     print(f"ANN (QCFS, L = {o.levels}): mean IoU {mean_iou(found, classes):.3f}")

@@ -17,6 +17,7 @@ from torch import nn
 import qcfs_fast
 from qcfs_fast import QCFS
 from qcfs_fast.exchange.integers import integer_program
+from qcfs_fast.network.layers import is_constant
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. no threshold")
 SHAPE = (3, 8, 6)
@@ -161,7 +162,6 @@ def test_arithmetic_between_layers(wiring, tmp_path):
 REFUSED = {
     "a constant for each pixel": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) + torch.ones(8, 6)), "Remedy: one number"),
     "a constant for each column": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) * torch.ones(6)), "Remedy: one number"),
-    "a constant before padding": (lambda n, x: n.relu_b(n.b(spikes_of(n, x) + 1)), "which its padding has not.*Remedy"),
     "maximum of negative spikes": (lambda n, x: n.relu_b(n.c(n.pool(-spikes_of(n, x)))), "maximum.*negative.*Remedy"),
     "not finite": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) / torch.zeros(1)), "not finite"),
     "a product": (lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)) * y), "multiplies two activations"),
@@ -202,6 +202,19 @@ def image(wiring):
 @pytest.mark.parametrize("wiring", IMAGES)
 def test_the_image_is_normalised_by_the_model(wiring, tmp_path):
     exact(image(wiring), tmp_path)
+
+
+def test_bytes_are_images_where_the_model_scales_them(tmp_path):
+    net = networks.on_grid(Net(lambda n, x: n.relu_a(n.a((x / 256 - n.mean) * 4)), mean=torch.full((3, 1, 1), 0.25)))
+    snn = qcfs_fast.convert(net, T=5, input_shape=SHAPE)
+    x = torch.randint(0, 256, (3, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    meaning = qcfs_fast.simulate(net, x, 5, spikes=True)
+    assert torch.equal(qcfs_fast.trace(snn, x)["relu_a"], meaning.spikes["relu_a"])
+    assert 0.05 < meaning.spikes["relu_a"].float().mean() < 0.95
+    snn.save(tmp_path / "snn.safetensors")
+    for network in (snn, qcfs_fast.load(tmp_path / "snn.safetensors")):
+        assert torch.equal(network(x), snn(x.float()))
+        assert torch.equal(network.run(x), snn.run(x.float()))
 
 
 def test_torchvisions_normalize_is_part_of_a_model(tmp_path):
@@ -293,6 +306,59 @@ def test_pixels_are_moved(wiring, tmp_path):
         x = networks.images(SHAPE, 2, seed=5, grid=64)
         meaning = qcfs_fast.simulate(net, x, 4, neuron=mode)[-1]
         torch.testing.assert_close(snn(x, 4), meaning.float(), rtol=2e-7, atol=1e-7)
+
+
+# ------------------------------------------------------------ layers that become one, borders included
+
+COMPOSED = {
+    "pointwise, then padded": lambda n, x: n.relu_b(n.b(n.c(spikes_of(n, x)))),
+    "pointwise with a stride, then padded": lambda n, x: n.relu_b(n.b(n.strided(spikes_of(n, x)))),
+    "pointwise, then depthwise": lambda n, x: n.relu_b(n.depthwise(n.c(spikes_of(n, x)))),
+    "a constant before padding": lambda n, x: n.relu_b(n.b(spikes_of(n, x) + 1)),
+    "BatchNorm before a padded layer": lambda n, x: n.relu_b(n.depthwise(n.norm(spikes_of(n, x)))),
+    "BatchNorm of averages before a padded layer": lambda n, x: n.relu_b(n.b(n.norm(F.avg_pool2d(spikes_of(n, x), 2)))),
+    "BatchNorm, then a pool": lambda n, x: n.relu_b(n.c(F.avg_pool2d(n.norm(spikes_of(n, x)), 2))),
+    "a constant before a pad": lambda n, x: n.relu_b(n.c(F.pad(n.c(spikes_of(n, x)), (1, 0, 0, 2)))),
+    "a constant before a padded pool": lambda n, x: n.relu_b(F.avg_pool2d(n.c(spikes_of(n, x)), 2, 1, 1)),
+    "a constant before PixelShuffle": lambda n, x: n.relu_c(n.shuffle(n.c(spikes_of(n, x)))),
+    "rows, then columns": lambda n, x: n.relu_b(n.columns(n.rows(spikes_of(n, x)))),
+    "padded, then not": lambda n, x: n.relu_b(n.inside(n.b(spikes_of(n, x)))),
+    "three layers": lambda n, x: n.relu_b(n.c(n.inside(n.b(spikes_of(n, x))))),
+    "a layer's average": lambda n, x: n.relu_b(F.avg_pool2d(n.b(spikes_of(n, x)), 2)),
+    "average and depthwise": lambda n, x: n.relu_b(F.avg_pool2d(n.depthwise(spikes_of(n, x)), (1, 2), 1)),
+    "every second pixel of a layer": lambda n, x: n.relu_b(n.b(spikes_of(n, x))[:, :, ::2, ::2]),
+    "a pool of one pixel": lambda n, x: n.relu_b(F.max_pool2d(n.b(spikes_of(n, x)), 1, 2)),
+    "a sum of pixels and layers": lambda n, x: n.relu_b(n.b(n.c(y := spikes_of(n, x)) + F.max_pool2d(n.up(y), 2, 2))),
+    "pooled image": lambda n, x: n.relu_a(n.first(F.avg_pool2d(x, 2))),
+    "pooled image, normalised": lambda n, x: n.relu_a(n.first(F.avg_pool2d((x - 0.5) * 2, 2, 1))),
+    "pooled image alone": lambda n, x: n.relu_b(F.avg_pool2d(x, 2)),
+    "two layers of the image": lambda n, x: n.relu_b(n.b(n.aside(x))),
+    "out of two layers": lambda n, x: n.b(n.c(spikes_of(n, x))),
+    "out of a BatchNorm and a layer": lambda n, x: n.b(n.norm(spikes_of(n, x))),
+}
+
+
+@pytest.mark.parametrize("wiring", COMPOSED)
+def test_layers_without_an_activation_between_are_one(wiring, tmp_path):
+    extra = {
+        "inside": nn.Conv2d(8, 8, 3, 2, dilation=(1, 2)), "rows": nn.Conv2d(8, 8, (3, 1), (2, 1), (1, 0)),
+        "columns": nn.Conv2d(8, 8, (1, 3), 1, (0, 2), (1, 2)), "depthwise": nn.Conv2d(8, 16, 3, 2, 1, groups=8),
+        "first": nn.Conv2d(3, 8, 2), "aside": nn.Conv2d(3, 8, 1), "strided": nn.Conv2d(8, 8, 1, (2, 1)),
+        "norm": nn.BatchNorm2d(8), "up": nn.Upsample(scale_factor=2), "shuffle": nn.PixelShuffle(2),
+    }  # fmt: skip
+    net = Net(COMPOSED[wiring], head=not wiring.startswith("out of"), **extra)
+    snn = exact(net, tmp_path)
+    for mode in ("signed", "offset", "masked", "sum"):
+        snn.neuron = mode
+        x = networks.images(SHAPE, 2, seed=5, grid=64)
+        meaning = qcfs_fast.simulate(net, x, 4, neuron=mode)[-1]
+        torch.testing.assert_close(snn(x, 4), meaning.float(), rtol=2e-7, atol=1e-7)
+
+
+def test_a_bias_that_is_padded_is_carried_by_neurons_that_always_fire(tmp_path):
+    snn = exact(Net(lambda n, x: n.relu_b(n.b(n.c(y := spikes_of(n, x))) + n.d(n.c(y)))), tmp_path)
+    assert [name for name in snn.spiking_layers if is_constant(name)] == ["relu_a[constant 0]"]
+    assert [len(layer.inputs) for layer in snn.spiking_layers.values()] == [1, 1, 2]
 
 
 REFUSED_PIXELS = {

@@ -12,9 +12,17 @@ from PIL import Image
 
 import qcfs_fast
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """As a script's own folder is searched."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
 
 def example(name):
-    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    path = EXAMPLES / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -101,7 +109,7 @@ def test_mean_iou():
     wanted = torch.tensor([[0, 0, 1, 1]])
     assert script.mean_iou(wanted, wanted) == 1
     assert script.mean_iou(torch.tensor([[0, 1, 1, 1]]), wanted) == pytest.approx((1 / 2 + 2 / 3) / 2)
-    images, classes = script.canvases(8, test=True, seed=0)
+    images, classes = script.labelled(8, test=True, seed=0)
     assert images.shape == (8, 1, 32, 32)
     background = classes == script.CLASSES - 1
     assert 0.5 < background.float().mean() < 0.95
@@ -116,6 +124,44 @@ def test_segmentation(capsys):
     ann, first, last = (float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines())
     assert ann > 0.15  # 0.08 for all background
     assert last > max(first, 0.8 * ann)
+
+
+def test_average_precision():
+    pytest.importorskip("sklearn")
+    script = example("detection")
+    images, digits = script.canvases(6, test=True, seed=0, largest=script.LARGEST)
+    sizes = {d.pixels.shape[0] for of_canvas in digits for d in of_canvas}
+    assert min(sizes) < 12 < max(sizes) <= 16
+    for image, of_canvas in zip(images[:, 0], digits, strict=True):
+        for d in of_canvas:
+            assert image[d.place].shape == d.pixels.shape
+            assert (image[d.place] >= 0.8 * d.pixels).all()
+    # What training asks for, decoded, are the digits' boxes.
+    wanted = [script.targets(digits, i, 32 // stride) for i, stride in enumerate(script.STRIDES)]
+    assert [w[0].sum() for w in wanted] > [0, 0]
+    perfect = [torch.cat((20 * classes - 10, edges), 1) for classes, edges in wanted]
+    found = script.decoded(perfect)
+    assert [len(f.scores) for f in found] == [len(of_canvas) for of_canvas in digits]
+    assert script.average_precision(found, digits) == 1
+    # One more of low score in front of none costs nothing; one of high score does; the same box twice is one.
+    edges = torch.tensor([[0.0, 0.0, 3.0, 3.0]])
+    for score, area in ((0.0, 1.0), (2.0, 0.5)):
+        extra = [
+            script.Boxes(torch.cat((f.edges, edges)), torch.cat((f.scores, torch.tensor([score]))), c)
+            for f in found
+            for c in [torch.cat((f.classes, f.classes[:1] if len(f.classes) else torch.tensor([0])))]
+        ]
+        assert area <= script.average_precision(extra, digits) <= (1 if score == 0 else 0.95)
+    assert script.average_precision([script.Boxes(*(v[:0] for v in f)) for f in found], digits) == 0
+
+
+@pytest.mark.slow
+def test_detection(capsys):
+    pytest.importorskip("sklearn")
+    example("detection").main(["--train", "600", "--test", "40", "--epochs", "8", "--steps", "1", "8"])
+    ann, first, last = (float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines())
+    assert ann > 0.05
+    assert last > max(first, 0.7 * ann)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from torchvision_models import models
 import qcfs_fast
 from qcfs_fast import ConversionError, FormatError
 from qcfs_fast.conversion.checking import layer_differences, share
+from qcfs_fast.network.layers import is_constant
 
 pytestmark = pytest.mark.filterwarnings("ignore:convert. no threshold")
 
@@ -37,6 +38,11 @@ OUTPUTS = {
     "logits and softmax": lambda n, x: (y := n.fc(both(n, x)[1].flatten(1)), y.softmax(1)),
     "two tails": lambda n, x: {"a": n.c(both(n, x)[1]).softmax(1), "b": torch.sigmoid(n.c(both(n, x)[0]))},
     "pyramid": lambda n, x: [n.c(y := both(n, x)[1]), n.d(F.avg_pool2d(y, 2)), n.b(F.interpolate(y, scale_factor=2))],
+    "feature pyramid": lambda n, x: {
+        "0": n.d(n.c(y := both(n, x)[1]) + F.interpolate(z := n.c(F.avg_pool2d(y, 2)), size=y.shape[-2:])),
+        "1": (top := n.b(z)),
+        "pool": F.max_pool2d(top, 1, 2, 0),
+    },
     "resized to the image": lambda n, x: {
         "out": F.interpolate(n.c(F.avg_pool2d(both(n, x)[1], 2)), size=x.shape[-2:], mode="bilinear")
     },
@@ -213,6 +219,51 @@ def test_torchvisions_segmentation_converts(name):
     assert share(layer_differences(prepared, snn, x, 2)) < 1e-4
 
 
+class RetinaNet(nn.Module):
+    """The network part of torchvision's, with a ReLU between the pyramid and the heads that all levels share."""
+
+    def __init__(self, activated=True):
+        super().__init__()
+        detection = models.detection
+        last = detection.backbone_utils.LastLevelMaxPool()
+        options = {"weights": None, "norm_layer": nn.BatchNorm2d, "extra_blocks": last, "returned_layers": [2, 3, 4]}
+        self.backbone = detection.backbone_utils.resnet_fpn_backbone(backbone_name="resnet18", **options)
+        head = detection.retinanet.RetinaNetHead(256, 2, 5)
+        self.classes, self.boxes = head.classification_head, head.regression_head
+        self.activation = nn.ReLU() if activated else nn.Identity()
+
+    def forward(self, x):
+        levels = [self.activation(v) for v in self.backbone(x).values()]
+        scores = [self.classes.cls_logits(self.classes.conv(v)) for v in levels]
+        return {"scores": scores, "boxes": [self.boxes.bbox_reg(self.boxes.conv(v)) for v in levels]}
+
+
+@pytest.mark.slow
+def test_torchvisions_retinanet_converts():
+    torch.manual_seed(0)
+    model = RetinaNet().eval()
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d) and m.bias is not None:
+            nn.init.normal_(m.bias, 0, 0.1)  # torchvision's are zero before training
+    x = networks.images((3, 64, 96), 2)
+    prepared = qcfs_fast.prepare(model, levels=4)
+    with torch.no_grad():
+        prepared.train()(x)
+    prepared = qcfs_fast.calibrate(prepared.eval(), [x], progress=False)
+    snn = qcfs_fast.convert(prepared)
+    assert sum(map(is_constant, snn.spiking_layers)) == 3  # a bias in front of padding, on three levels
+    found = snn(x)
+    assert [v.shape[1:] for v in found["scores"]] == [(10, 8, 12), (10, 4, 6), (10, 2, 3), (10, 1, 2)]
+    assert share(layer_differences(prepared, snn, x, 2)) < 1e-4
+
+
+def test_what_a_detector_has_that_is_not_linear_is_refused():
+    with pytest.raises(ConversionError, match=r"classes\.conv\.0\.0.*no activation in between.*Remedy"):
+        qcfs_fast.convert(qcfs_fast.prepare(RetinaNet(activated=False)), input_shape=(3, 64, 96))
+    with pytest.raises(ConversionError, match=r"normalize.*not linear.*Remedy"):
+        qcfs_fast.prepare(models.detection.ssd300_vgg16(weights=None, weights_backbone=None).backbone)
+
+
 class Pyramid(nn.Module):
     """A feature pyramid with a shared head; with `activated`, a ReLU behind each sum of levels."""
 
@@ -232,8 +283,9 @@ class Pyramid(nn.Module):
         return {name: self.head(self.smooth(v)) for name, v in (("fine", fine), ("coarse", coarse))}
 
 
-def test_a_feature_pyramid_with_activations_behind_its_sums(tmp_path):
-    model = networks.on_grid(qcfs_fast.prepare(Pyramid(True), levels=4))
+@pytest.mark.parametrize("activated", [True, False])
+def test_a_feature_pyramid_with_and_without_activations_behind_its_sums(activated, tmp_path):
+    model = networks.on_grid(qcfs_fast.prepare(Pyramid(activated), levels=4))
     snn = qcfs_fast.convert(model, T=5, input_shape=(3, 8, 8))
     x = networks.images((3, 8, 8), 3, grid=64)
     meaning = qcfs_fast.simulate(model, x, 5, spikes=True)
@@ -244,8 +296,3 @@ def test_a_feature_pyramid_with_activations_behind_its_sums(tmp_path):
     same(by_step, meaning.output, exact=False)
     snn.save(tmp_path / "snn.safetensors")
     same(qcfs_fast.load(tmp_path / "snn.safetensors")(x, per_step=True), by_step)
-
-
-def test_a_feature_pyramid_without_them_is_refused_by_name():
-    with pytest.raises(qcfs_fast.ConversionError, match=r"smooth\.0.*put a ReLU"):
-        qcfs_fast.prepare(Pyramid(False))

@@ -2,6 +2,7 @@
 
 import networks
 import pytest
+import torch
 from torch import nn
 
 import qcfs_fast
@@ -37,6 +38,42 @@ def test_a_channel_that_went_wrong_is_found(monkeypatch, bits, fault):
     with pytest.raises(ConversionError, match="fault of qcfs_fast"):
         qcfs_fast.convert(model, weight_bits=bits)
     assert qcfs_fast.convert(model, weight_bits=bits, check=False).T == 4
+
+
+@pytest.mark.parametrize("fault", ["weight", "bias"])
+def test_rounding_by_data_hides_no_fault(monkeypatch, fault):
+    model = networks.lively(networks.randomize(networks.Small()), networks.SHAPES[networks.Small])
+    build = builder._Builder.build
+
+    def altered(self, *args):
+        snn = build(self, *args)
+        name, tensor = FAULTS[fault]
+        layer = snn.layers[name]
+        part = layer.buffer(tensor)[..., 1]
+        part += layer.threshold[1] // 2 if fault == "bias" else (part * 0.3).to(part.dtype)
+        return snn
+
+    data = [networks.images(networks.SHAPES[networks.Small], 8)]
+    assert qcfs_fast.convert(model, weight_bits=8, data=data, progress=False).T == 4
+    monkeypatch.setattr(builder._Builder, "build", altered)
+    with pytest.raises(ConversionError, match="fault of qcfs_fast"):
+        qcfs_fast.convert(model, weight_bits=8, data=data, progress=False)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 24])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_readout_keeps_small_weights_beside_those_of_a_neuron_that_never_fires(bits, grouped):
+    torch.manual_seed(0)
+    head = nn.Conv2d(8, 6, 1, groups=2) if grouped else nn.Conv2d(8, 6, 1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), qcfs_fast.QCFS(4, 2.0, 8), head).eval()
+    model[1].thresh.data[3] = 3e38
+    head.weight.data[:, 1] *= 1e5
+    model[0].bias.data[1 + 4 * grouped] = -1e3  # its input never fires either
+    x = networks.images((3, 6, 6))
+    found = qcfs_fast.convert(model, weight_bits=bits)(x)
+    wanted = qcfs_fast.simulate(model, x, 4)[-1]
+    assert wanted.abs().max() < 10 or grouped
+    assert (found - wanted).abs().max() < 2e-4 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("bits", [8, 16])

@@ -423,12 +423,12 @@ def test_what_composes_is_one_layer():
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("padding", [1, 0])
+@pytest.mark.parametrize("padding", [1, 2])
 def test_what_does_not_compose_is_refused(padding):
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3),
         nn.ReLU(),
-        nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 3, padding=padding),
         nn.Conv2d(4, 4, 3, padding=padding),
         nn.ReLU(),
         nn.Conv2d(4, 2, 1),

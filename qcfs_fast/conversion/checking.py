@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -57,7 +58,11 @@ def share(found: dict[str, LayerDifference]) -> float:
 
 
 def self_check(
-    model: nn.Module, snn: SNN, shape: Sequence[int], step_bias: Mapping[str, Tensor] | None, first_order: bool
+    model: nn.Module,
+    snn: SNN,
+    shape: Sequence[int],
+    step_bias: Mapping[str, Tensor] | None,
+    errors: Mapping[str, np.ndarray],
 ) -> None:
     """Raise ConversionError where a channel of any layer integrates something else than in the model.
 
@@ -66,7 +71,8 @@ def self_check(
         snn: what came of it.
         shape: of an image, without the batch, that both take.
         step_bias: as convert takes it.
-        first_order: whether each weight was rounded to its nearest, and not to make up for the errors of others.
+        errors: of the layers whose weights were rounded to make up for the errors of others, and not each to its
+            nearest (QuantizedLayer.error).
     """
     steps = min([STEPS, *(int(d["max_T"]) for d in snn.details.values())])
     x = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
@@ -102,28 +108,29 @@ def self_check(
             left = _channels_first(state.of(layer)["state"])[0]
             found = _by_channel(left / _over(layer.threshold, left) + spikes[part].sum(0))
             here = exact[at : at + len(found)]
-            off = _beyond_rounding(layer, found, here, steps, float(x.abs().max()), first_order)
+            off = _beyond_rounding(layer, found, here, steps, float(x.abs().max()), errors.get(part))
             if bool((off > 0).any()):
                 c = int(off.argmax())
                 raise _fault(f"{part}: channel {c} integrates {off[c]:.2g} thresholds too much or too little")
             at += len(found)
     for found, by_step in zip(pytree.tree_leaves(answer), pytree.tree_leaves(meant.output), strict=True):
-        wanted = by_step[-1].cpu()
-        off = (found - wanted).abs().max() if found.shape == wanted.shape else torch.tensor(torch.inf)
+        wanted = by_step[-1].cpu().to(found.dtype)  # where it may be too large
+        off = torch.tensor(torch.inf)
+        if found.shape == wanted.shape:
+            off = torch.where(found == wanted, 0.0, (found - wanted).abs()).max()
         if not bool(off <= SHARE * (1e-3 + wanted.abs().max())):
             raise _fault(f"an output is off by {off:.2g}, for answers of up to {wanted.abs().max():.2g}")
 
 
 def _beyond_rounding(
-    layer: Layer, found: Tensor, exact: Tensor, steps: int, brightest: float, first_order: bool
+    layer: Layer, found: Tensor, exact: Tensor, steps: int, brightest: float, error: np.ndarray | None
 ) -> Tensor:
     """By how much the currents [C, values] of a layer differ beyond what their rounding explains, in thresholds [C]."""
     if cast(Any, layer).analog is not None:  # which is cut far away
         found, exact = (t.clamp(-IMAGE_RANGE // 2, IMAGE_RANGE // 2) for t in (found, exact))
-    allowed, coarse = _rounding(layer, brightest)
+    allowed, coarse = _rounding(layer, brightest, error)
     usual = (exact - 0.5).square().mean().sqrt()
     bound = torch.maximum(SIGMAS * steps * allowed, (SHARE + 8 * coarse) * usual) + 1e-9
-    bound = bound if first_order else bound + 0.5 * usual
     return (found - exact).square().mean(1).sqrt() - bound
 
 
@@ -148,7 +155,7 @@ def _by_channel(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1)
 
 
-def _rounding(layer: Layer, brightest: float) -> tuple[Tensor, Tensor]:
+def _rounding(layer: Layer, brightest: float, error: np.ndarray | None) -> tuple[Tensor, Tensor]:
     """What a step's rounding errors add up to if they are independent, in thresholds, and the grid's step as a share of
     the largest weight; both [C]. `brightest` is the largest pixel.
     """
@@ -167,6 +174,8 @@ def _rounding(layer: Layer, brightest: float) -> tuple[Tensor, Tensor]:
             largest = torch.maximum(largest, torch.maximum(high.double(), -low.double()) * step)
         for residual in layer.residuals():
             add(residual.amplitude[None], float(residual.peak))
+    if error is not None:
+        square = torch.from_numpy(error).square()
     analog = cast(Any, layer).analog
     if analog is not None:
         add(analog.weight, layer.gain * brightest)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..network.tail import OF_NUMBERS, RESIZE_MODES
+from ..operators.geometry import POINTWISE
 from .arithmetic import Arithmetic
 from .symbolic import whole, zeros
 from .values import (
@@ -52,8 +53,8 @@ class Ends(Arithmetic):
     def _answered(self, x: Any) -> Current:
         """The value as what a readout gives."""
         if isinstance(x, Signal) and (x.index is not None or len(x.parts) > 1) and not x.vector:
-            choice = torch.eye(x.channels, dtype=torch.float64)
-            x = composed(Current(zeros(x.channels), (), (x,)), choice, zeros(x.channels), (1, 1), "channels")
+            choice = torch.eye(x.channels, dtype=torch.float64)[:, :, None, None]
+            x = composed(Current(zeros(x.channels), (), (x,)), choice, POINTWISE, zeros(x.channels), "channels")
         if isinstance(x, Signal):
             x = replace(identity_current(replace(x, vector=False)), flattened=x.vector)
         if not isinstance(x, Current):

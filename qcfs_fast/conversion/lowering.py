@@ -2,9 +2,9 @@
 
 Between two activations a network is linear, so every value there is a Signal or a Current (values.py). Convolution and
 linear layers turn a Signal into a Current, BatchNorm and scalar factors rescale one, addition joins them, an activation
-turns a Current into the Signal of a new spiking layer. A layer of 1x1 taps that follows a Current becomes one with it.
-What does not fit (a 3x3 convolution of a Current, a product of two activations) has no spiking meaning and raises
-ConversionError with the module path and a remedy.
+turns a Current into the Signal of a new spiking layer. A layer that follows a Current becomes one with it, where that
+is exact at borders as well. What does not fit (two padded 3x3 convolutions in a row, a product of two activations)
+raises ConversionError with the module path and a remedy.
 
 Lowering has a method for each kind of operation, in a file for each kind:
 
@@ -141,6 +141,11 @@ class Lowering(Reshaping):
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
         if handler is None and getattr(node.target, "__name__", "") == "stochastic_depth":
             handler = Lowering.stochastic_depth
+        if node.target is F.normalize:
+            raise self.fail(
+                "divides values by their own length, which is not linear. Remedy: a BatchNorm, or convert the network "
+                "up to it"
+            )
         if handler is None and not (unknown and step is not None):
             raise self.fail(
                 "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "

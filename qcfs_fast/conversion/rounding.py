@@ -275,4 +275,7 @@ def compensated(
             if steps(neuron, slice(c, c + 1)) < max_T:
                 for new, old in zip([*whole, whole_bias], [*layer.weights, layer.bias], strict=True):
                     new[..., c] = old[..., c]
-    return replace(layer, weights=whole, bias=whole_bias, max_steps=steps(Neuron()))
+    square = 0.25 * (1 + sum(peak**2 for peak in peaks[len(weights) :]))  # of the bias and the residuals
+    for w, found_w, peak in zip(weights, whole, peaks, strict=False):
+        square = square + peak**2 * np.square(w / layer.unit - found_w).sum(0)
+    return replace(layer, weights=whole, bias=whole_bias, max_steps=steps(Neuron()), error=np.sqrt(square))

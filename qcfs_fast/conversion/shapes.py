@@ -67,7 +67,7 @@ def usable_shape(model: nn.Module, image: Image, known: Sequence[int] | None) ->
         return (image.channels,)
     with evaluating(model):
         gm = symbolic_trace(model)
-        for side in (32, 64, 224):
+        for side in (32, 28, 64, 96, 224):
             with contextlib.suppress(Exception):  # whatever the model's own code raises
                 propagate_shapes(gm, (image.channels, side, side))
                 return (image.channels, side, side)

@@ -6,13 +6,14 @@ All are windows over the spikes of a Part (PoolSpec), of one pixel or none where
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
@@ -24,8 +25,24 @@ from .values import (
     Image,
     Part,
     Signal,
+    composable,
     composed,
 )
+
+
+def _pointwise(x: Current) -> bool:
+    """Whether a current reads each pixel for itself, of spikes."""
+    parts = (q for s in x.identities for q in s.parts)
+    return all(p.geometry == POINTWISE and not p.part.is_image for p in x.products) and not any(
+        q.is_image for q in parts
+    )
+
+
+def _average(spec: PoolSpec) -> Tensor | None:
+    """The weight [KH, KW] of a pool whose windows are all alike."""
+    if spec.kernel is None or spec.ceil_mode or (spec.pads and not spec.count_include_pad):
+        return None
+    return torch.full(spec.kernel, 1.0 / (spec.divisor_override or math.prod(spec.kernel)), dtype=torch.float64)
 
 
 class Spatial(Ends):
@@ -33,11 +50,17 @@ class Spatial(Ends):
 
     def _pooled(self, x: Any, spec: PoolSpec) -> Signal | Current:
         if isinstance(x, Image):
-            raise self.fail("pools the image itself; resize images before they enter the network")
-        if isinstance(x, Current) and x.products and not spec.pads:
-            # Averaging commutes with a pointwise convolution.
-            pointwise = all(p.geometry == POINTWISE and not p.part.is_image for p in x.products)
-            if pointwise and not x.vector and spec.kind == "avg":
+            if spec.kind == "max" or spec.output is not None or x.vector or x.map:
+                raise self.fail("pools the image itself. Remedy: AvgPool2d, or resize images before they enter")
+            x = self._summand(self._read_image(x, None), "")
+        if isinstance(x, Current) and spec.kind == "avg" and not x.vector:
+            x = self._bias_as_spikes(x) if spec.pads else x
+            if not _pointwise(x) and (weight := _average(spec)) is not None:
+                window = (*weight.shape, *spec.stride, *spec.padding, 1, 1, x.channels)
+                if composable(x, window):
+                    weight = weight.expand(x.channels, 1, *weight.shape)
+                    return composed(x, weight, window, zeros(x.channels), "average")
+            if _pointwise(x) and x.products:  # averaging commutes with it
                 products = tuple(replace(p, part=self._pooled_part(p.part, spec)) for p in x.products)
                 identities = tuple(
                     replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in x.identities
@@ -72,6 +95,8 @@ class Spatial(Ends):
         divisor_override: int | None = None,
     ) -> Signal | Current:
         kernel = pair(kernel_size)
+        if kernel == (1, 1) == (divisor_override or 1, 1) and pair(padding) == (0, 0):
+            return self._strided(x, pair(stride) if stride else kernel)
         spec = PoolSpec(
             "avg",
             kernel,
@@ -103,6 +128,8 @@ class Spatial(Ends):
         if return_indices or pair(dilation) != (1, 1):
             raise self.fail("max pooling with dilation or indices is not supported")
         kernel = pair(kernel_size)
+        if kernel == (1, 1) and pair(padding) == (0, 0):
+            return self._strided(x, pair(stride) if stride else kernel)
         return self._pooled(
             x, PoolSpec("max", kernel, pair(stride) if stride else kernel, pair(padding), bool(ceil_mode))
         )
@@ -120,12 +147,12 @@ class Spatial(Ends):
             counts = zeros or any(q.kind == "avg" for q in p.pools)
             return replace(p, pools=(*p.pools, replace(spec, kind="avg" if counts else "max", divisor_override=1)))
 
-        if isinstance(x, Current) and x.products:
-            pointwise = all(p.geometry == POINTWISE and not p.part.is_image for p in x.products)
-            if pointwise and not x.vector and not (zeros and bool(x.bias.any())):
+        if isinstance(x, Current):
+            x = self._bias_as_spikes(x) if zeros and not x.vector else x
+            if _pointwise(x) and x.products and not x.vector:
                 products = tuple(replace(p, part=part(p.part)) for p in x.products)
                 return replace(x, products=products, identities=placed(x.identities))
-        signals = self._sources(x, "moves pixels", 1, shifted=not zeros)
+        signals = self._sources(x, "moves pixels", 1)
         if any(s.vector for s in signals):
             raise self.fail("moves pixels of a flattened value")
         return placed(signals)[0] if isinstance(x, Signal) else replace(x, identities=placed(signals))
@@ -151,7 +178,7 @@ class Spatial(Ends):
         if first > 0 or last > 0:  # as in the shortcuts of ResNets for CIFAR
             current = self._current(x, None, "pads the channels of what is not a layer's output")
             rows_of = F.pad(torch.eye(current.channels, dtype=torch.float64), (0, 0, max(0, first), max(0, last)))
-            x = composed(current, rows_of, zeros(len(rows_of)), (1, 1), "channels")
+            x = composed(current, rows_of[:, :, None, None], POINTWISE, zeros(len(rows_of)), "channels")
         return x
 
     def _sliced(self, x: Any, rows: slice, cols: slice) -> Any:
@@ -170,9 +197,18 @@ class Spatial(Ends):
                 )
             crops.append((start, -(stop or 0)))
             strides.append(step)
-        if crops == [(0, 0), (0, 0)] and strides == [1, 1]:
-            return x
+        if crops == [(0, 0), (0, 0)]:
+            return self._strided(x, (strides[0], strides[1]))
         return self._moved(x, PoolSpec.cropped(crops[0], crops[1], (strides[0], strides[1])))
+
+    def _strided(self, x: Any, stride: tuple[int, int]) -> Any:
+        """Every stride-th pixel."""
+        if stride == (1, 1):
+            return x
+        if isinstance(x, Current) and not _pointwise(x):
+            taps = torch.ones((x.channels, 1, 1, 1), dtype=torch.float64)
+            return composed(x, taps, (1, 1, *stride, 0, 0, 1, 1, x.channels), zeros(x.channels), "stride")
+        return self._moved(x, PoolSpec.cropped((0, 0), (0, 0), stride))
 
     def upsample(
         self,

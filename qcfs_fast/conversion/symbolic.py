@@ -20,9 +20,11 @@ from ..model.graph import (
     call_sites,
     describe,
 )
-from ..network.layers import INPUT
+from ..network.layers import INPUT, constant_name
+from ..operators.geometry import POINTWISE
 from .shapes import Shapes
 from .values import (
+    Activation,
     Answer,
     Current,
     Grouped,
@@ -30,6 +32,7 @@ from .values import (
     Joined,
     Lowered,
     Part,
+    Product,
     Signal,
     dense,
     selected,
@@ -102,6 +105,7 @@ class Symbolic:
         self.node: fx.Node  # the one being executed
         self.result = Lowered(Image((), (), ()))
         self.image: Image | None = None
+        self.constants: dict[Any, Part] = {}  # neurons that always fire, by the maps that they cover
 
     def fail(self, why: str) -> ConversionError:
         return ConversionError(f"{describe(self.node)}: {why}")
@@ -160,22 +164,35 @@ class Symbolic:
             raise self.fail(why_not)
         return x
 
-    def _sources(self, x: Any, what: str, channels: int, shifted: bool = False) -> list[Signal]:
-        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one).
+    def _bias_as_spikes(self, x: Current) -> Current:
+        """With its bias carried by neurons that fire at every step: zeros that are padded later lie outside of it.
 
-        `shifted`: the operator is one for their sum's bias too.
+        One such neuron stands at each pixel of the map; it reads what the current reads, with weights of zero.
         """
+        if not bool(x.bias.any()):
+            return x
+        of_identities = [Product(p, torch.empty(0), POINTWISE, False, "") for s in x.identities for p in s.parts]
+        read = min((*x.products, *of_identities), key=lambda p: len(p.part.pools))
+        (kh, kw, *rest), part = read.geometry[:8], read.part
+        key = (part.node, part.pools, read.geometry[:8])
+        if key not in self.constants:
+            name = constant_name(part.node, len(self.constants))
+            one = torch.ones(1, dtype=torch.float64)
+            nothing = Product(part, torch.zeros(1, part.channels, kh, kw), (kh, kw, *rest, 1), False, "constant")
+            self.result.layers.append(Activation(name, (Current(one, (nothing,)),), one, 1))
+            self.needs_shapes |= part.needs_size
+            self.constants[key] = Part(name, one)
+        carried = Product(self.constants[key], x.bias[:, None, None, None], POINTWISE, False, "bias")
+        return replace(x, bias=zeros(x.channels), products=(*x.products, carried))
+
+    def _sources(self, x: Any, what: str, channels: int) -> list[Signal]:
+        """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one)."""
         if isinstance(x, Image):
             return [self._read_image(x, channels)]
         if isinstance(x, Signal):
             return [x]
         if isinstance(x, Current) and not x.products:
-            if shifted or not bool(x.bias.any()):
-                return list(x.identities)
-            raise self.fail(
-                f"{what} of spikes to which a constant was added (by a BatchNorm, say), which its padding has not. "
-                "Remedy: padding=0, or an activation in between"
-            )
+            return list(x.identities)
         raise self.fail(
             f"{what} of a value with no activation in between, so there are no spikes to work on. Remedy: put a ReLU "
             "(then QCFS) between the two layers, or merge them into one"

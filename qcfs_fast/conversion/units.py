@@ -52,6 +52,8 @@ class QuantizedLayer:
     weight_levels: np.ndarray  # largest |w| in units [O]
     max_steps: int  # largest T for which overflow is impossible
     scarce_bits: float | None  # bits left for the weights of the worst channel, if overflow took more than three of 16
+    error: np.ndarray | None = None  # float64 [O]: of a step's rounded terms, times their peaks, in units: the norm;
+    # None: each was rounded to its nearest
 
 
 def join(parts: Iterable[QuantizedLayer], channels: int) -> QuantizedLayer:

@@ -13,6 +13,7 @@ are read, because a copy of all in float64 would take twice the memory of the mo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
@@ -22,8 +23,11 @@ import torch
 from torch import Tensor
 
 from ..network.layers import INPUT, piece_name
+from ..network.schema import Geometry
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
+
+LOUDEST = 2.0**8  # a weight over another that one unit of 16 bits serves as well
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ class Product:
 
     part: Part
     stored: Tensor  # [O, C/groups, KH, KW], as the model has it: `weight` without its scale
-    geometry: tuple[int, ...]
+    geometry: Geometry
     vector: bool
     layer: str
     scale: Tensor | None = None  # float64 [O]
@@ -341,6 +345,21 @@ def _sum(large: Product, small: Product) -> Product | None:
     return large.with_weight(weight, geometry=(*large.geometry[:8], 1))
 
 
+def by_loudness(product: Product) -> list[Product]:
+    """A product as a sum of some, each of channels whose largest weights lie within a factor of LOUDEST.
+
+    One unit serves all weights of an output channel. Beside one of a far larger threshold, of a neuron that may never
+    fire, the others would round to zero.
+    """
+    amplitude = product.part.amplitude
+    largest = product.weight.abs().amax((2, 3)).unflatten(0, (product.geometry[8], -1)).amax(1).flatten()
+    found, rest = [], largest * amplitude.abs()
+    while bool((here := rest > rest.max() / LOUDEST).any()):
+        found.append(replace(product, part=replace(product.part, amplitude=torch.where(here, amplitude, 0.0))))
+        rest = torch.where(here, 0.0, rest)
+    return found if len(found) > 1 else [product]
+
+
 def scaled(signal: Signal, factor: Tensor) -> Signal:
     """A signal times a factor per channel of its parts."""
     parts, at = [], 0
@@ -382,24 +401,56 @@ def ungrouped(weight: Tensor, groups: int) -> Tensor:
     return dense
 
 
-def composed(current: Current, weight: Tensor, bias: Tensor, stride: tuple[int, int], layer: str) -> Current:
-    """A convolution of 1x1 taps, weight [O, C], over a current with C channels; or a linear layer over a vector.
+def composable(current: Current, outer: Geometry) -> bool:
+    """Whether a convolution of this geometry over a current is one convolution of what the current reads.
 
-    It is the same as one layer with the product of both weights: no tap meets padding of its own, so this holds at the
-    borders, and the bias stays one number for a channel.
+    Along each axis the outer one pads nothing, or the inner ones have one tap and pad nothing: the zeros that the outer
+    one pads are then what the inner ones make of zeros. A bias is no such zero.
     """
+    if outer[4:6] != (0, 0) and bool(current.bias.any()):
+        return False
+    inner = [p.geometry for p in current.products]
+    return all(outer[4 + a] == 0 or (g[a], g[4 + a]) == (1, 0) for g in inner for a in (0, 1))
+
+
+def composed(current: Current, weight: Tensor, outer: Geometry, bias: Tensor, layer: str) -> Current:
+    """A convolution, weight [O, C / groups, KH, KW], over a current with C channels that is composable with it.
+
+    It is the same as one layer: the outer one's tap a of the inner one's tap b reads at a * step + b * space.
+    """
+    groups = outer[8]
+    weight = weight.to(torch.float64)
     products = []
     for p in current.products:
-        kh, kw, sh, sw, *rest, groups = p.geometry
-        inner = ungrouped(p.weight, groups)
-        outer = torch.einsum("oc,cikl->oikl", weight, inner)
-        geometry = (kh, kw, sh * stride[0], sw * stride[1], *rest, 1)
-        products.append(p.with_weight(outer, geometry=geometry, layer=f"{p.layer} * {layer}"))
+        inner = ungrouped(p.weight, p.geometry[8])
+        size, dilation, step, space = [], [], [], []
+        for a in (0, 1):
+            (k, s, _, d), (K, _, _, D) = p.geometry[a:8:2], outer[a:8:2]
+            # Where one of both has a single tap, the other's dilation remains one.
+            dilation.append(D * s if k == 1 else d if K == 1 else 1)
+            step.append(1 if k == 1 else D * s)
+            space.append(1 if K == 1 else d)
+            size.append((K - 1) * step[a] + (k - 1) * space[a] + 1)
+        taps = torch.zeros((weight.shape[0], inner.shape[1], *size), dtype=torch.float64)
+        for i, j in itertools.product(range(outer[0]), range(outer[1])):
+            here = zip(weight[:, :, i, j].chunk(groups), inner.chunk(groups), strict=True)
+            product = torch.cat([torch.einsum("oc,cikl->oikl", *both) for both in here])
+            rows, columns = (
+                slice(n * t, n * t + (k - 1) * e + 1, e)
+                for n, t, k, e in zip((i, j), step, p.geometry, space, strict=False)
+            )
+            taps[:, :, rows, columns] += product
+        own = p.geometry
+        strides = [own[2 + a] * outer[2 + a] for a in (0, 1)]
+        pads = [own[4 + a] + own[2 + a] * outer[4 + a] for a in (0, 1)]
+        geometry = (*size, *strides, *pads, *dilation, 1)
+        products.append(p.with_weight(taps, geometry=geometry, layer=f"{p.layer} * {layer}"))
     for signal in current.identities:
-        geometry = (1, 1, *stride, 0, 0, 1, 1, 1)
-        taps = dealt(weight[:, :, None, None], 1, signal)
-        products += [Product(part, w, geometry, current.vector, layer) for part, w, _ in taps]
-    return replace(current, bias=weight @ current.bias + bias, products=tuple(products), identities=())
+        products += [
+            Product(part, w, (*outer[:8], own), current.vector, layer) for part, w, own in dealt(weight, groups, signal)
+        ]
+    constant = ungrouped(weight, groups).sum((2, 3)) @ current.bias
+    return replace(current, bias=constant + bias, products=tuple(products), identities=())
 
 
 def joined(currents: Sequence[Current | Joined]) -> Joined:
@@ -432,7 +483,7 @@ def dense(value: Joined) -> Current:
             rows_of = torch.zeros((value.channels, current.channels), dtype=torch.float64)
             rows_of[at : at + current.channels] = torch.eye(current.channels, dtype=torch.float64)
             nothing = torch.zeros(value.channels, dtype=torch.float64)
-            wide = composed(current, rows_of, nothing, (1, 1), "concatenation")
+            wide = composed(current, rows_of[:, :, None, None], POINTWISE, nothing, "concatenation")
             products += [replace(p, layer=p.layer.removesuffix(" * concatenation")) for p in wide.products]
             at += current.channels
     return replace(first, bias=torch.cat([c.bias for c in value.currents]), products=tuple(products), identities=())

@@ -1,6 +1,6 @@
 """Lowering of what has weights: convolution, linear layer, BatchNorm.
 
-They turn a Signal into a Current; a layer of 1x1 taps that follows a Current becomes one with it.
+They turn a Signal into a Current; a layer that follows a Current becomes one with it, where that is exact.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..model.graph import (
     parameter,
 )
+from ..operators.geometry import POINTWISE
 from .symbolic import (
     Symbolic,
     float64,
@@ -27,9 +28,9 @@ from .values import (
     Joined,
     Product,
     affine,
+    composable,
     composed,
     dealt,
-    ungrouped,
 )
 
 
@@ -62,15 +63,14 @@ class Weighted(Symbolic):
                 raise self.fail("padding='same' with an even kernel pads unevenly; use explicit padding")
             padding = (total[0] // 2, total[1] // 2)
         geometry = (*kernel, *stride, *pair(padding), *dilation, groups)
-        if isinstance(x, Current) and x.products and not x.vector and kernel == (1, 1) and pair(padding) == (0, 0):
-            if x.channels != channels:
-                raise self.fail(f"expects {channels} channels, gets {x.channels}")
-            taps = ungrouped(weight.double(), groups)[:, :, 0, 0]
-            return composed(x, taps, float64(bias, zeros(out)), stride, self._layer())
+        if isinstance(x, Current) and not x.vector:
+            x = x if pair(padding) == (0, 0) else self._bias_as_spikes(x)
+            if composable(x, geometry):
+                if x.channels != channels:
+                    raise self.fail(f"expects {channels} channels, gets {x.channels}")
+                return composed(x, weight, geometry, float64(bias, zeros(out)), self._layer())
         products = []
-        unpadded = pair(padding) == (0, 0)
-        out_bias = float64(bias, zeros(out))
-        for signal in self._sources(x, "is a convolution", channels, unpadded):
+        for signal in self._sources(x, "is a convolution", channels):
             if signal.vector:
                 raise self.fail("is a convolution of a flattened value")
             if signal.channels != channels:
@@ -79,9 +79,7 @@ class Weighted(Symbolic):
                 Product(part, w, (*geometry[:8], own), False, self._layer())
                 for part, w, own in dealt(weight, groups, signal)
             ]
-        if isinstance(x, Current) and unpadded:
-            out_bias = out_bias + ungrouped(weight.double(), groups).sum((2, 3)) @ x.bias
-        return Current(out_bias, tuple(products))
+        return Current(float64(bias, zeros(out)), tuple(products))
 
     def linear(self, x: Any, weight: Any, bias: Any = None) -> Current:
         self._check_weights("linear layer", weight, bias)
@@ -94,10 +92,10 @@ class Weighted(Symbolic):
         if isinstance(x, Current) and x.products and x.vector:
             if x.channels != features:
                 raise self.fail(f"expects {features} features, gets {x.channels}")
-            return composed(x, weight.double(), float64(bias, zeros(out)), (1, 1), self._layer())
+            return composed(x, weight[:, :, None, None], POINTWISE, float64(bias, zeros(out)), self._layer())
         products = []
         for signal in self._sources(
-            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features, True
+            replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
         ):
             if not signal.vector:
                 raise self.fail("is a linear layer on a feature map; flatten it first")

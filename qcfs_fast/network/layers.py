@@ -277,6 +277,11 @@ class ImageInput(Layer):
     def bits(self) -> int:
         return self.config.bits or 16
 
+    @property
+    def scales_bytes(self) -> bool:
+        """Whether the network itself makes small numbers of bytes 0 to 255, as x / 255 does."""
+        return bool((self.scale.abs() <= 1 / 16).all())
+
     def batch_shape(self, before: str = "") -> str:
         """The shape of a batch for this network, in words."""
         return f"[{before}N, {self.config.channels}{'' if self.config.vector else ', H, W'}]"
@@ -738,6 +743,16 @@ def piece_name(activation: str, i: int) -> str:
 def pieces(name: str, layer: Layer) -> list[str]:
     """The spiking layers that a concatenation makes one activation of; none if it does no such thing."""
     return layer.inputs if isinstance(layer, SpikeConcat) and layer.inputs[0] == piece_name(name, 0) else []
+
+
+def constant_name(source: str, i: int) -> str:
+    """The name of neurons that fire at every step, one at each pixel of a map: they carry a bias that has borders."""
+    return f"{source}[constant {i}]"
+
+
+def is_constant(name: str) -> bool:
+    """Whether a spiking layer is no activation of the model, but such a constant."""
+    return "[constant " in name
 
 
 class SpikeConcat(Layer):

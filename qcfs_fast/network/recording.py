@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators import masks
-from .layers import EncodingLayer, Layer, Signed, SpikingLayer, pieces
+from .layers import EncodingLayer, Layer, Signed, SpikingLayer, is_constant, pieces
 from .snn import SNN
 
 
@@ -44,7 +44,7 @@ def trace(snn: SNN, x: Tensor, T: int | None = None) -> OrderedDict[str, Tensor]
         parts = pieces(name, layer)
         for part in parts:
             del found[part]
-        if parts or isinstance(layer, (EncodingLayer, SpikingLayer)):
+        if parts or (isinstance(layer, (EncodingLayer, SpikingLayer)) and not is_constant(name)):
             spikes = spikes_of(value)
             found[name] = spikes.permute(0, 1, 4, 2, 3) if spikes.dim() == 5 else spikes
 

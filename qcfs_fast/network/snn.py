@@ -220,10 +220,11 @@ class SNN(nn.Module):
         channels, dims = first.config.channels, 2 if first.config.vector else 4
         shape = x.shape
         varying = len(shape) == dims + 1
-        if not x.is_floating_point() and not (varying and x.dtype == torch.uint8):
+        if not x.is_floating_point() and not (x.dtype == torch.uint8 and (varying or first.scales_bytes)):
             raise TypeError(
-                f"expected a floating-point input {first.batch_shape()}, got {x.dtype}; scale images to floats first "
-                f"(event counts, uint8, have a time axis: {first.batch_shape('T, ')})"
+                f"expected a floating-point input {first.batch_shape()}, got {x.dtype}; scale images to floats first, "
+                f"or in the model (x / 255) that is converted (event counts, uint8, have a time axis: "
+                f"{first.batch_shape('T, ')})"
             )
         if not (varying or len(shape) == dims) or shape[1 + varying] != channels:
             wanted = f"{first.batch_shape()}, or {first.batch_shape('T, ')} over time"
@@ -269,6 +270,8 @@ class SNN(nn.Module):
 
     def _execute(self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None = None) -> Any:
         """Run all nodes; without x, in a run that goes on, on that of the run before. Several outputs are a list."""
+        if x is not None and x.dtype == torch.uint8 and not run.varying:
+            x = x.to(torch.float32)
         if not torch.compiler.is_compiling():
             answer = self._executor.answer(self._program, self._header, x, run, watched=watch is not None)
             if answer is not None:
@@ -296,7 +299,8 @@ class SNN(nn.Module):
         Args:
             x: float image batch [N, C, H, W] (or [N, features] for a network that starts with a linear layer), shown
                 at every step. With a time axis in front, [T, N, ...], one image for each step: floats, which get one
-                exponent for all steps of a sample, or uint8, such as event counts, which are exact.
+                exponent for all steps of a sample, or uint8, such as event counts, which are exact. An image may be
+                uint8 where the model scales it itself, as x / 255 does.
             T: time steps, default ``self.T``, or those that x has.
             per_step: also return what the network would have answered after fewer steps.
             skip: leave the first steps out of the answer (delayed readout): the mean over steps skip .. T-1.
@@ -309,7 +313,7 @@ class SNN(nn.Module):
 
         Raises:
             ValueError: wrong shape, T out of range, NaN or infinity in x; per_step, skip or a time axis in sum mode.
-            TypeError: x is not a floating-point tensor, nor uint8 with a time axis.
+            TypeError: x is not a floating-point tensor, nor uint8 as above.
         """
         out = self._execute(x, self._settled_run(x, T, per_step, skip))
         return self.answered(out, x.shape, per_step)

@@ -73,7 +73,7 @@ def torchvision_network(name: str, classes: int | None = None, weights: str | No
     timm:NAME is one of timm's, with its pretrained weights where any are asked for.
     """
     if name.startswith("timm:"):
-        return _timm_network(name.removeprefix("timm:"), classes, weights)
+        return timm_network(name.removeprefix("timm:"), classes, weights)
     models = torchvision_models()
     if name not in classifiers():
         raise ValueError(f"{name!r} is no torchvision network that converts; known: {', '.join(classifiers())}")
@@ -87,7 +87,7 @@ def torchvision_network(name: str, classes: int | None = None, weights: str | No
     return network.eval()
 
 
-def _timm_network(name: str, classes: int | None, weights: str | None) -> nn.Module:
+def timm_network(name: str, classes: int | None, weights: str | None = None) -> nn.Module:
     torchvision_models()  # timm imports torchvision
     try:
         timm = importlib.import_module("timm")

@@ -1,16 +1,21 @@
-"""Which of torchvision's classifiers convert: every one is tried, and a page says what came of it (docs/zoo.md).
+"""Which classifiers convert, of torchvision all and of timm the families with ReLU: each is tried, and a page says what
+came of it (docs/zoo.md).
 
 Weights are random, since only the graph matters here: BatchNorm takes its statistics from one batch of noise,
 thresholds are calibrated on another. Each layer of the converted network is then compared with float64 on the same
 spikes (conversion/checking.py). Images are small; no layer depends on their size.
 
-A network takes seconds to minutes. Its result goes into a JSON file beside the page at once, and a run that was stopped
-goes on with the networks that are missing there.
+A network takes seconds to minutes, in a process of its own, which may take so much time and memory and no more. Its
+result goes into a JSON file beside the page at once, and a run that was stopped goes on with the networks that are
+missing there.
 """
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,11 +31,30 @@ from ..conversion.preparation import prepare
 from ..errors import ConversionError
 from ..files import write_text_atomically
 from ..model.calibration import calibrate
-from .zoo import torchvision_models
+from .zoo import timm_network, torchvision_models
 
 SIDE = {"inception_v3": 96}  # pixels; 64 elsewhere
+MEMORY, MINUTES = 8, 20  # GiB of address space, and time, that a network may take
+_OF_TIMM = """
+resnet10t resnet14t resnet18 resnet18d resnet26 resnet26d resnet26t resnet34 resnet34d resnet50 resnet50c resnet50d
+resnet50s resnet50t resnet50_gn resnetaa50 resnetblur18 resnetblur50 resnetrs50 resnext50_32x4d resnext50d_32x4d
+resnet101 resnetv2_18 resnetv2_50 resnetv2_50x1_bit seresnet18 ecaresnet50d skresnet18 resnest14d legacy_seresnet50
+res2net50_14w_8s res2net50_26w_4s res2next50 regnetx_002 regnetx_004 regnetx_004_tv regnetx_006 regnetx_008
+regnety_002 densenet121 densenetblur121d dla34 dla46_c dla46x_c dla60 dla60x dla60x_c dla60_res2net dpn68
+hrnet_w18_small inception_v3 vgg11 vgg11_bn vovnet39a ese_vovnet19b_dw mobilenetv1_100 mobilenetv2_035
+mobilenetv2_050 mobilenetv2_100 mobilenetv4_conv_small efficientnet_lite0 efficientnet_es mobilenet_edgetpu_100
+mnasnet_050 mnasnet_100 mnasnet_small semnasnet_050 fbnetc_100 spnasnet_100 tf_mobilenetv3_small_minimal_100
+mobilenetv3_small_100 ghostnet_100 repghostnet_100 repvgg_a0 repvgg_b0 gernet_s mobileone_s0 mobileone_s1 selecsls42
+selecsls42b selecsls60b xception41 legacy_xception hgnet_tiny hgnetv2_b0 tresnet_m fasternet_t0 starnet_s1
+nf_resnet50 cspresnet50 darknet53
+"""
 IMAGES, T, LEVELS = 2, 4, 4
 _NEVER_LINEAR = ("multiplies two activations", "result of sigmoid", "LayerNorm")  # obstacles of gates and norms
+
+
+def of_timm() -> list[str]:
+    """timm's families with ReLU, the smaller of each, and some with gates or other activations that say why not."""
+    return [f"timm:{name}" for name in _OF_TIMM.split()]
 
 
 def every_classifier() -> list[str]:
@@ -38,12 +62,30 @@ def every_classifier() -> list[str]:
     return sorted(models.list_models(module=models))
 
 
+def tried_apart(name: str) -> dict[str, Any]:
+    """What came of one network, tried in a process of its own."""
+    command = [sys.executable, "-m", __name__, name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * MINUTES, check=False)
+    except subprocess.TimeoutExpired:
+        return {"obstacles": [[f"took more than {MINUTES} minutes here", 1]]}
+    if done.returncode == 0:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+    last = ([line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"])[-1]
+    scarce = "memory" in last.lower() or done.returncode in (-signal.SIGKILL, -signal.SIGABRT)
+    return {"obstacles": [[f"takes more than {MEMORY} GiB of memory" if scarce else f"does not run here: {last}", 1]]}
+
+
 def tried(name: str) -> dict[str, Any]:
     """What came of one network: "share" and "neurons" if it converts, "obstacles" if not."""
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     torch.manual_seed(0)
-    network: nn.Module = torchvision_models().get_model(name, weights=None, num_classes=10, **options)
-    side = SIDE.get(name, 64)
+    if name.startswith("timm:"):
+        network = timm_network(name.removeprefix("timm:"), 10)
+    else:
+        network = torchvision_models().get_model(name, weights=None, num_classes=10, **options)
+    side = SIDE.get(name.removeprefix("timm:"), 64)
     try:
         model = prepare(network.eval(), levels=LEVELS)
         for m in model.modules():
@@ -55,7 +97,7 @@ def tried(name: str) -> dict[str, Any]:
         calibrate(model.eval(), [torch.randn(4, 3, side, side)], progress=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few bits for a layer: the share shows what it is worth
-            snn = convert(model, T=T)
+            snn = convert(model, T=T, check=False)  # each layer is compared below
     except ConversionError as error:
         return {"obstacles": [_reason(why, places) for why, places in error.obstacles or _single(str(error))]}
     found = layer_differences(model, snn, torch.randn(IMAGES, 3, side, side), T)
@@ -90,7 +132,7 @@ def check_zoo(page: Path, names: Sequence[str], say: Callable[[str], None]) -> d
         if name in results:
             continue
         start = time.perf_counter()
-        results[name] = tried(name)
+        results[name] = tried_apart(name)
         say(f"[{i + 1}/{len(names)}] {name}: {_outcome(results[name])} ({time.perf_counter() - start:.0f} s)")
         write_text_atomically(kept, json.dumps(results, indent=1, sort_keys=True) + "\n")
         write_text_atomically(page, _page(results))
@@ -105,17 +147,26 @@ def _outcome(result: dict[str, Any]) -> str:
 
 def _page(results: dict[str, Any]) -> str:
     """The page in Markdown."""
-    good = {name: r for name, r in sorted(results.items()) if "share" in r}
     lines = [
-        "# torchvision's classifiers",
+        "# Classifiers of torchvision and timm",
         "",
-        "`qcfs-fast zoo --check` wrote this page about the classifiers of torchvision. Weights are random,",
-        f"thresholds calibrated, L = {LEVELS}, T = {T}, {IMAGES} images of noise, 64x64 pixels (inception_v3: 96x96).",
+        "`qcfs-fast zoo --check --timm` wrote this page. Weights are random, thresholds calibrated,",
+        f"L = {LEVELS}, T = {T}, {IMAGES} images of noise, 64x64 pixels (inception_v3: 96x96).",
         "Each layer is compared with float64 on the same spikes: the share is of all spikes, that of the worst layer",
-        "of its own.",
-        "",
-        f"**{len(good)} of {len(results)} convert.**",
-        "",
+        f"of its own. A network may take {MINUTES} minutes and {MEMORY} GiB.",
+    ]
+    timm = {name: r for name, r in sorted(results.items()) if name.startswith("timm:")}
+    rest = {name: r for name, r in sorted(results.items()) if name not in timm}
+    missing = [name for name in every_classifier() if name not in rest]
+    lines += _section("torchvision", rest, missing) if rest else []
+    lines += _section("timm", timm, [name for name in of_timm() if name not in timm]) if timm else []
+    return "\n".join([*lines, ""])
+
+
+def _section(library: str, results: dict[str, Any], missing: Sequence[str]) -> list[str]:
+    good = {name: r for name, r in results.items() if "share" in r}
+    lines = [
+        *("", f"## {library}", "", f"**{len(good)} of {len(results)} convert.**", ""),
         "| network | neurons | firing rate | differing spikes | worst layer |",
         "| --- | ---: | ---: | ---: | --- |",
     ]
@@ -123,17 +174,20 @@ def _page(results: dict[str, Any]) -> str:
         layer, most = r["worst"]
         worst = f"{layer} {most:.0e}" if most else ""
         lines.append(f"| {name} | {r['neurons']} | {r['rate']:.2f} | {r['share']:.1e} | {worst} |")
-    bad = [r["obstacles"] for name, r in results.items() if name not in good]
-    barred = sum(any(word in why for why, _ in reasons for word in _NEVER_LINEAR) for reasons in bad)
-    lines += ["", "## Those that do not", ""]
+    bad = {name: r["obstacles"] for name, r in results.items() if name not in good}
     if bad:
+        barred = sum(any(word in why for why, _ in reasons for word in _NEVER_LINEAR) for reasons in bad.values())
         count = f"All {len(bad)}" if barred == len(bad) else f"{barred} of the {len(bad)}"
+        lines += ["", f"### Those of {library} that do not", ""]
         lines += [f"{count} multiply activations by gates or normalise each image by itself (squeeze-and-excitation,"]
         lines += ["LayerNorm), which has no exact conversion, whatever else is replaced.", ""]
-    lines += ["| network | why: obstacle (how often) |", "| --- | --- |"]
-    for name, r in sorted(results.items()):
-        if name not in good:
-            lines.append(f"| {name} | {'; '.join(f'{why} ({n})' for why, n in r['obstacles'])} |")
-    missing = [name for name in every_classifier() if name not in results]
-    lines += ["", f"Not tried: {', '.join(missing)}."] if missing else []
-    return "\n".join([*lines, ""])
+        lines += ["| network | why: obstacle (how often) |", "| --- | --- |"]
+        lines += [f"| {name} | {'; '.join(f'{why} ({n})' for why, n in reasons)} |" for name, reasons in bad.items()]
+    return lines + (["", f"Not tried: {', '.join(missing)}."] if missing else [])
+
+
+if __name__ == "__main__":
+    import resource  # which Windows lacks
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY << 30, MEMORY << 30))
+    print(json.dumps(tried(sys.argv[1])))

@@ -71,6 +71,7 @@ def add_zoo(commands: Any) -> None:
     )
     c.add_argument("names", nargs="*", metavar="NAME", help="with --check: these only (default: every classifier)")
     c.add_argument("--check", action="store_true", help="try each network; takes minutes to hours and can be resumed")
+    c.add_argument("--timm", action="store_true", help="with --check: timm's networks with ReLU too")
     c.add_argument("--output", type=Path, default=Path("zoo.md"), help="page to write; results go to .json beside it")
 
 
@@ -80,7 +81,8 @@ def _zoo(o: argparse.Namespace) -> int:
         print(json.dumps(names) if o.json else "\n".join(names))
         return 0
     every = zoo_table.every_classifier()
-    unknown = [n for n in o.names if n not in every]
+    every += zoo_table.of_timm() if o.timm else []
+    unknown = [n for n in o.names if n not in every and not n.startswith("timm:")]
     if unknown:
         raise ValueError(f"torchvision has no classifier {unknown[0]!r}; known: {', '.join(every)}")
     if not o.output.absolute().parent.is_dir():
