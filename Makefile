@@ -138,9 +138,16 @@ $(VENV)/.torch: constraints.txt
 	$(PIP) install -c constraints.txt --no-deps torchvision
 	touch $@
 
-# An isolated build, as users run it: the environment it builds in has no torch.
+# As users get it: the source distribution, from it the wheel in an isolated build without torch, and that is installed.
+# tests/test_packaging.py looks into both. pip takes a wheel of the version that is installed only by force.
+DIST := $(VENV)/dist
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(PIP) install -c constraints.txt '.[demo]'
+	rm -rf $(DIST)
+	$(PIP) install -c constraints.txt setuptools
+	$(PY) -c "import setuptools.build_meta as b; b.build_sdist('$(DIST)')" >/dev/null
+	$(PIP) wheel --no-deps --wheel-dir $(DIST) $(DIST)/*.tar.gz
+	$(PIP) install --no-deps --force-reinstall $(DIST)/*.whl
+	$(PIP) install -c constraints.txt "$$(echo $(DIST)/*.whl)[demo]"
 	touch $@
 
 $(VENV)/sanitized/.installed: $(VENV)/.tools $(SOURCES)

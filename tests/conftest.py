@@ -5,8 +5,11 @@ import mmap
 import os
 from pathlib import Path
 
-# Triton decides at its first import, which other packages may trigger, whether kernels are interpreted.
+# Both are read once, when Triton and torch are first imported, which other packages may trigger. Triton interprets its
+# kernels. Threads of torch that wait sleep: two workers have more threads than cores, and those that spin keep the
+# others from the work that they wait for, at up to three times the processor time.
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """Random spiking layers for differential tests: operands, the oracle's answer, and how it was reached."""
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,11 +69,14 @@ def random_weights(rng, shape, bits, extreme):
     return (rng.integers(-4, 5, shape) * 64).astype(np.int16)
 
 
+@functools.lru_cache(maxsize=512)  # the oracle takes longer than the kernels, and all of them get the same cases
 def random_case(
     seed, T=None, *, max_T=40, max_batch=3, max_channels=65, max_pixels=9, plain=False, linear=False,
     bits=None, channels=None, outputs=None, products=None, residuals=None, modes=(),
 ):  # fmt: skip
     """A layer with one to three products, up to two residuals, maybe a current of the image, any groups.
+
+    The same arguments give the same tensors: who changes one, clones it before.
 
     What is given is not drawn: T, the bits of a weight, the number of input channels and of outputs, of products and of
     residuals. A plain layer has no groups; of a linear one the arguments are those of linear_if. With `modes` one

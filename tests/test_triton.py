@@ -221,12 +221,13 @@ def test_linear(launched):
 
 
 def test_weights_changed_in_place_are_seen():
-    args = random_case(3, 4, channels=16, outputs=16, bits=16, plain=True, products=1, **SMALL).operands
-    before = same("conv2d_if", *args)
-    args[1][0].neg_()
-    assert not torch.equal(before, same("conv2d_if", *args))
+    x, (shared,), *rest = random_case(3, 4, channels=16, outputs=16, bits=16, plain=True, products=1, **SMALL).operands
+    weight = shared.clone()
+    before = same("conv2d_if", x, [weight], *rest)
+    weight.neg_()
+    assert not torch.equal(before, same("conv2d_if", x, [weight], *rest))
     with torch.inference_mode():
-        same("conv2d_if", args[0], [args[1][0].clone()], *args[2:])
+        same("conv2d_if", x, [weight.clone()], *rest)
 
 
 def test_any_strides():
