@@ -108,7 +108,7 @@ def membrane_errors(prepared, bits, x, T):
     for name, layer in snn.layers.items():
         if isinstance(layer, (EncodingLayer, SpikingLayer)):
             theta = torch.tensor(snn.details[name]["theta"], dtype=torch.float64)
-            membrane = stream._state[layer]["state"][0] * (theta / layer.threshold)
+            membrane = stream._state.of(layer)["state"][0] * (theta / layer.threshold)
             membrane = membrane.movedim(-1, 1)
             theta = theta.reshape(-1, *[1] * (membrane.dim() - 2))
             ours = membrane + theta * spikes[name].sum(0)

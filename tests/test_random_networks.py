@@ -11,12 +11,13 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import qcfs_fast
 from qcfs_fast import QCFS
+from qcfs_fast.operators.limits import IMAGE_MEMBRANE
 from qcfs_fast.operators.neuron import MODES
 
 FIRING = ("layer", "projection", "identity", "image", "joined", "pyramid")
@@ -216,8 +217,11 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
         x = networks.images((3, 8, 8), 2, seed=seed, grid=64)
         if over_time and neuron.steps(T) == T and neuron.mode != "sum":
             x = networks.images((3, 8, 8), 2 * T, seed=seed, grid=64).reshape(T, 2, 3, 8, 8)
-            seen["over time"] += 1
         meaning = qcfs_fast.simulate(model, x, T, spikes=True, step_bias=biases, **options)
+        # Membranes of a layer of the image alone are held within so many thresholds. Only images over time go farther.
+        reached = meaning.membranes["act0"].abs().max() / model.act0.thresh.item()
+        assume(x.dim() == 4 or reached <= IMAGE_MEMBRANE)
+        seen["over time"] += x.dim() == 5
         found = qcfs_fast.trace(snn, x)
         assert list(found) == list(meaning.spikes)
         for name, theirs in meaning.spikes.items():
