@@ -158,7 +158,7 @@ def test_average_precision():
 @pytest.mark.slow
 def test_detection(capsys):
     pytest.importorskip("sklearn")
-    example("detection").main(["--train", "1000", "--test", "40", "--epochs", "12", "--steps", "1", "8"])
+    example("detection").main(["--train", "1800", "--test", "40", "--epochs", "12", "--steps", "1", "32"])
     ann, first, last = (float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines())
     assert ann > 0.05
     assert last > max(first, 0.7 * ann)
