@@ -203,6 +203,13 @@ def test_damaged_resizes_are_refused(how):
             snn.tail = [("resize", damaged)]
 
 
+def calibrated(model, x):
+    prepared = qcfs_fast.prepare(model, levels=4)
+    with torch.no_grad():
+        prepared.train()(x)
+    return qcfs_fast.calibrate(prepared.eval(), [x], progress=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
 def test_torchvisions_segmentation_converts(name):
@@ -210,10 +217,7 @@ def test_torchvisions_segmentation_converts(name):
     options = {"weights": None, "weights_backbone": None, "num_classes": 5}
     model = models.get_model(name, **options).eval()
     x = networks.images((3, 64, 96), 2)
-    prepared = qcfs_fast.prepare(model, levels=4)
-    with torch.no_grad():
-        prepared.train()(x)
-    prepared = qcfs_fast.calibrate(prepared.eval(), [x], progress=False)
+    prepared = calibrated(model, x)
     snn = qcfs_fast.convert(prepared)
     assert snn(x)["out"].shape == (2, 5, 64, 96)
     assert share(layer_differences(prepared, snn, x, 2)) < 1e-4
@@ -246,10 +250,7 @@ def test_torchvisions_retinanet_converts():
         if isinstance(m, nn.Conv2d) and m.bias is not None:
             nn.init.normal_(m.bias, 0, 0.1)  # torchvision's are zero before training
     x = networks.images((3, 64, 96), 2)
-    prepared = qcfs_fast.prepare(model, levels=4)
-    with torch.no_grad():
-        prepared.train()(x)
-    prepared = qcfs_fast.calibrate(prepared.eval(), [x], progress=False)
+    prepared = calibrated(model, x)
     snn = qcfs_fast.convert(prepared)
     assert sum(map(is_constant, snn.spiking_layers)) == 3  # a bias in front of padding, on three levels
     found = snn(x)

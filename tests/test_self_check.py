@@ -18,23 +18,31 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("bits", [8, 16, 24])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_channel_that_went_wrong_is_found(monkeypatch, bits, fault):
-    model = networks.lively(networks.randomize(networks.Small()), networks.SHAPES[networks.Small])
+def break_channel(monkeypatch, fault, change):
+    """From now on change(layer, channel 1 of the tensor, a view) follows every conversion, before its check."""
     build = builder._Builder.build
 
     def altered(self, *args):
         snn = build(self, *args)
         name, tensor = FAULTS[fault]
-        layer = snn.layers[name]
-        layer.buffer(tensor)[..., 1] *= -1
-        if tensor == "bias":
-            layer.bias[1] += layer.threshold[1] // 2
+        change(snn.layers[name], snn.layers[name].buffer(tensor)[..., 1])
         return snn
 
-    assert qcfs_fast.convert(model, weight_bits=bits).T == 4
     monkeypatch.setattr(builder._Builder, "build", altered)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 24])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_channel_that_went_wrong_is_found(monkeypatch, bits, fault):
+    model = networks.lively(networks.randomize(networks.Small()), networks.SHAPES[networks.Small])
+
+    def change(layer, part):
+        part *= -1
+        if fault == "bias":
+            part += layer.threshold[1] // 2
+
+    assert qcfs_fast.convert(model, weight_bits=bits).T == 4
+    break_channel(monkeypatch, fault, change)
     with pytest.raises(ConversionError, match="fault of qcfs_fast"):
         qcfs_fast.convert(model, weight_bits=bits)
     assert qcfs_fast.convert(model, weight_bits=bits, check=False).T == 4
@@ -43,19 +51,13 @@ def test_a_channel_that_went_wrong_is_found(monkeypatch, bits, fault):
 @pytest.mark.parametrize("fault", ["weight", "bias"])
 def test_rounding_by_data_hides_no_fault(monkeypatch, fault):
     model = networks.lively(networks.randomize(networks.Small()), networks.SHAPES[networks.Small])
-    build = builder._Builder.build
 
-    def altered(self, *args):
-        snn = build(self, *args)
-        name, tensor = FAULTS[fault]
-        layer = snn.layers[name]
-        part = layer.buffer(tensor)[..., 1]
+    def change(layer, part):
         part += layer.threshold[1] // 2 if fault == "bias" else (part * 0.3).to(part.dtype)
-        return snn
 
     data = [networks.images(networks.SHAPES[networks.Small], 8)]
     assert qcfs_fast.convert(model, weight_bits=8, data=data, progress=False).T == 4
-    monkeypatch.setattr(builder._Builder, "build", altered)
+    break_channel(monkeypatch, fault, change)
     with pytest.raises(ConversionError, match="fault of qcfs_fast"):
         qcfs_fast.convert(model, weight_bits=8, data=data, progress=False)
 

@@ -47,6 +47,11 @@ struct Value {
   std::int64_t elements() const { return bounded({batch, height, width, channels}); }
   std::int64_t bytes() const { return bounded({planes, elements()}); }
   std::int64_t held_bytes() const { return bytes() * (with_sign ? 2 : 1); }
+  // That of `rows` integers for each, as Python's tensors have it.
+  std::vector<std::int64_t> shape(std::int64_t rows) const {
+    if (vector) return {rows, batch, channels};
+    return {rows, batch, height, width, channels};
+  }
 };
 
 struct ImageValue {
@@ -87,7 +92,6 @@ class Builder {
     int place = 0;
     for (const Node& node : graph_.nodes) {
       try {
-        node_ = node.name;
         Value sent;
         if (const auto* a = std::get_if<ImageInput>(&node.layer)) quantize(*a);
         if (const auto* a = std::get_if<Encoding>(&node.layer)) sent = encode(*a);
@@ -159,7 +163,8 @@ class Builder {
   Slot keep_integers(std::string what, std::vector<std::int64_t> shape) {
     const Slot slot = take_integers(bounded(shape));
     memory_.keep(slot);
-    plan_.kept.push_back({node_, std::move(what), std::move(shape), slot});
+    const std::string& node = graph_.nodes[values_.size()].name;    // that is being planned
+    plan_.kept.push_back({node, std::move(what), std::move(shape), slot});
     return slot;
   }
 
@@ -532,9 +537,7 @@ class Builder {
     if (fire.has_current) read({fire.current});
     const bool with_sign = neuron.mode == Mode::with_sign;
     if (r_.going_on) {
-      std::vector<std::int64_t> shape{with_sign ? 2 : 1, a.batch, a.out_h, a.out_w, a.out_channels};
-      if (size.vector) shape.erase(shape.begin() + 2, shape.begin() + 4);
-      fire.state = keep_integers("state", std::move(shape));
+      fire.state = keep_integers("state", sent.shape(with_sign ? 2 : 1));
       fire.has_state = true;
     }
     if (neuron.mode == Mode::sum) sent.coding = Coding::count;
@@ -777,11 +780,7 @@ class Builder {
         return Status::ok;
       });
     }
-    if (r_.going_on) {
-      std::vector<std::int64_t> shape{1, x.batch, x.height, x.width, x.channels};
-      if (x.vector) shape.erase(shape.begin() + 2, shape.begin() + 4);
-      add_before(counted, n, keep_integers(name, std::move(shape)));
-    }
+    if (r_.going_on) add_before(counted, n, keep_integers(name, x.shape(1)));
     Counts c{counted, x.height, x.width, x.channels, 1};
     std::int64_t largest = bounded({x.peak, r_.T});
     for (const PoolSpec& pool : term.pools) {
@@ -854,7 +853,6 @@ class Builder {
   Plan plan_{};
   Memory memory_;
   std::int64_t taken_ = 0;       // bytes of all slots
-  std::string node_;             // that is being planned
   std::vector<Value> values_;    // of the nodes
   ImageValue image_;
 };
