@@ -3,6 +3,6 @@
 import pytest
 
 
-def slow_but(quick, cases):
-    """All cases; `make quick` runs those in `quick`, which stand for the others."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+def slow_but(quick, cases, *marks):
+    """All cases; `make quick` runs those in `quick`, which stand for the others. Those have these marks, too."""
+    return [case if case in quick else pytest.param(case, marks=[pytest.mark.slow, *marks]) for case in cases]

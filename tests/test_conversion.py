@@ -152,8 +152,8 @@ def test_torchvision_families(name, record_property):
     assert 0.05 < rate < 0.95
     assert snn(x).shape == (2, 10)
     # Reported, never asserted: on random deep networks one flip spreads, in float32 PyTorch as well.
-    end = snn(x).double() - qcfs_fast.simulate(prepared, x, 4)[-1]
-    loop = qcfs_fast.simulate(prepared, x, 4, dtype=torch.float32)[-1] - qcfs_fast.simulate(prepared, x, 4)[-1]
+    meaning = qcfs_fast.simulate(prepared, x, 4)[-1]
+    end, loop = snn(x).double() - meaning, qcfs_fast.simulate(prepared, x, 4, dtype=torch.float32)[-1] - meaning
     print(f"{name}: end to end against float64: ours {end.norm():.2g}, PyTorch's float32 loop {loop.norm():.2g}")
 
 

@@ -1,10 +1,12 @@
 """The main job: a network trained on real scans keeps its labels at every T."""
 
 import contextlib
+import dataclasses
 import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -70,11 +72,41 @@ def test_eight_bits_keep_the_labels(trained):
     assert (labels[0] == labels[1]).float().mean() > 0.99
 
 
+def differing(model, snn, x, T):
+    """The share of spikes that differ from float64 on the same input of each layer."""
+    spikes = qcfs_fast.trace(snn, x, T)
+    forced = qcfs_fast.simulate(model, x, T, spikes=True, force=spikes)
+    return sum(int((spikes[k] != v).sum()) for k, v in forced.spikes.items()) / sum(v.numel() for v in spikes.values())
+
+
+@pytest.mark.slow
+def test_bytes_rounded_by_data_follow_float64_more_closely(trained):
+    """Spikes and outputs; labels change on some images of a thousand either way."""
+    data, model = trained
+    x, steps = data.test_x, (1, 2, 4)
+    meaning = qcfs_fast.simulate(model, x, 4)
+    labels, outputs, spikes = [], [], []
+    for options in ({}, {"data": data.train_x[:300].split(100), "progress": False}):
+        snn = qcfs_fast.convert(model, T=4, weight_bits=8, **options)
+        out = snn(x, per_step=True)
+        labels.append(
+            np.mean([float((out[T - 1].argmax(1) == meaning[T - 1].argmax(1)).double().mean()) for T in steps])
+        )
+        outputs.append(np.mean([float((out[T - 1] - meaning[T - 1]).norm()) for T in steps]))
+        spikes.append(np.mean([differing(model, snn, x, T) for T in steps]))
+    assert labels[1] >= labels[0] - 0.004
+    assert outputs[1] < outputs[0]
+    assert spikes[1] < 0.75 * spikes[0]
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     """A run of the command: its folder, its rows, what it printed."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    data = demo.digits()
+    fewer = dataclasses.replace(data, test_x=data.test_x[:200], test_y=data.test_y[:200])  # all: the tests above
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(demo, "digits", lambda: fewer)
         rows = demo.demo(folder, epochs=2, progress=False, as_json=True)
     return folder, rows, out.getvalue()
 

@@ -15,6 +15,7 @@ import pytest
 import qcfs_fast
 from qcfs_fast import backend
 from qcfs_fast.backend import choice, native
+from qcfs_fast.study import command_line
 
 SOURCE = Path(__file__).resolve().parent.parent
 
@@ -25,7 +26,7 @@ def python(*arguments, **environment):
     return subprocess.run(run, capture_output=True, text=True, env=env, timeout=120, cwd=tempfile.gettempdir())
 
 
-def test_info():
+def test_info(capsys):
     facts = qcfs_fast.info()
     assert facts["qcfs_fast"] == qcfs_fast.__version__
     assert facts["native module"] == "loaded"
@@ -33,9 +34,8 @@ def test_info():
     out = python("-m", "qcfs_fast", "info", "--json")
     assert out.returncode == 0
     assert json.loads(out.stdout)["kernel sets built"] == facts["kernel sets built"]
-    text = python("-m", "qcfs_fast", "info")
-    assert text.returncode == 0
-    assert re.search(r"kernels in use \(cpu\)\s+\w+", text.stdout)
+    assert command_line.main(["info"]) == 0
+    assert re.search(r"kernels in use \(cpu\)\s+\w+", capsys.readouterr().out)
 
 
 CODE = "import qcfs_fast, sys; print(qcfs_fast.info()['kernels in use (cpu)'])"
@@ -120,9 +120,12 @@ def test_entry_point():
     assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_command_line_errors():
+def test_command_line_errors(capsys):
     out = python("-m", "qcfs_fast", "demo", "--epochs", "0")
     assert out.returncode == 2
     assert "argument --epochs: must be at least 1" in out.stderr
-    assert python("-m", "qcfs_fast").returncode == 2
-    assert "example:" in python("-m", "qcfs_fast", "demo", "--help").stdout
+    for words, status in (([], 2), (["demo", "--help"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            command_line.main(words)
+        assert ended.value.code == status
+    assert "example:" in capsys.readouterr().out

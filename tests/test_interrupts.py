@@ -6,6 +6,8 @@ written (a limit of 0 on files, which is also what a quota is).
 
 import contextlib
 import errno
+import itertools
+import json
 import os
 import shutil
 import signal
@@ -23,7 +25,7 @@ import torch
 import qcfs_fast
 from qcfs_fast import FormatError, files
 from qcfs_fast.files import write_text_atomically
-from qcfs_fast.study import command_line
+from qcfs_fast.study import command_line, zoo_table
 from qcfs_fast.study.trained import load_trained
 
 resource = pytest.importorskip("resource")
@@ -73,8 +75,9 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def started(inputs, tmp_path, monkeypatch):
-    """Runs a command in an empty folder."""
+    """Runs a command in an empty folder. What becomes of a network of the zoo is test_obstacles'."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo_table, "tried_apart", lambda name: {"obstacles": [["SiLU has no counterpart", 49]]})
     Path("new").mkdir()
 
     def start(name):
@@ -111,8 +114,9 @@ def full_tmpfs():
         subprocess.run(["umount", "new"], check=True)
 
 
+ENDS = {".html": b"</html>\n", ".png": b"IEND\xaeB`\x82", ".md": b"\n"}
 CASES = [(name, how) for name in COMMANDS for how in ("SIGINT", "full disk")]
-CASES += [(name, "SIGTERM") for name in ("convert", "eval", "train")]
+CASES += [(name, "SIGTERM") for name in COMMANDS]
 CASES += [(name, "full tmpfs") for name in ("convert", "export", "eval", "study")]
 
 
@@ -156,6 +160,48 @@ def test_commands(name, how, started, monkeypatch, capsys):
     assert set(os.listdir("new")) <= before | set(COMMANDS[name][1])
     assert started(name) == 0
     assert not list(Path().rglob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bench", "profile", "study", "zoo"])
+def test_killed_while_it_writes(name, started):
+    """By SIGKILL at its first write, then at its second, and so on, each run going on from the files of the one before.
+
+    Each file is the old one or the new one.
+    """
+
+    def whole():
+        found = {p.name: p.read_bytes() for p in Path("new").iterdir() if p.suffix != ".part"}
+        for file, data in found.items():
+            assert json.loads(data) if file.endswith(".json") else data.endswith(ENDS[Path(file).suffix])
+        return found
+
+    def killed_at(write):
+        """The exit status of the command, run by a child of this process."""
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                torch.set_num_threads(1)
+                writes, synchronise = itertools.count(1), os.fsync
+                files.os.fsync = lambda f: os.kill(os.getpid(), 9) if next(writes) == write else synchronise(f)
+                code = started(name)
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert killed_at(1) == -signal.SIGKILL
+    assert not whole()
+    assert list(Path("new").glob("*.part"))
+    write = 2
+    while (code := killed_at(write)) == -signal.SIGKILL:
+        assert whole()
+        write += 1
+    assert code == 0
+    before = whole()
+    assert set(before) >= set(COMMANDS[name][1])
+    assert killed_at(1) == (0 if name == "zoo" else -signal.SIGKILL)  # where all is tried there is nothing to do
+    assert whole() == before
 
 
 # ------------------------------------------------------------------------------------- saved networks

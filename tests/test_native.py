@@ -120,6 +120,7 @@ def test_limits_of_the_kernels_are_those_of_python():
         assert getattr(n, name) == getattr(limits, name)
 
 
+@pytest.mark.slow
 def test_headers_stand_alone():
     """Every header has a guard and all its includes."""
     headers = sorted((SOURCE / "csrc").rglob("*.h"))
@@ -231,6 +232,7 @@ def test_files_with_instruction_set_flags_include_no_library_code(flagged, tmp_p
         assert not includes(tmp_path / "set.cpp") <= HARMLESS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("nm") is None, reason="needs nm of GNU binutils")
 def test_files_with_instruction_set_flags_define_only_their_table(flagged, tmp_path):
     """Without optimisation, so that nothing is inlined: every function that could be shared shows."""
@@ -247,5 +249,5 @@ def test_files_with_instruction_set_flags_define_only_their_table(flagged, tmp_p
     for path, words in flagged.items():
         assert symbols(words, path, path.stem) == [f"qcfs::cpu::{path.stem}_kernels"]
     wrong = tmp_path / "wrong.cpp"
-    wrong.write_text(path.read_text() + "inline int shared(int x) { return x + 1; }\nint (*use)(int) = shared;\n")
+    wrong.write_text("inline int shared(int x) { return x + 1; }\nint (*use)(int) = shared;\n")
     assert "shared(int)" in symbols(words, wrong, "wrong")

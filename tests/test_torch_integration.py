@@ -86,7 +86,7 @@ def test_compile_whole_graph(kind):
     assert torch.equal(compiled(x, per_step=True), snn(x, per_step=True))
 
 
-@pytest.mark.parametrize("mode", slow_but(["plain"], MODES))
+@pytest.mark.parametrize("mode", slow_but(["plain"], MODES, pytest.mark.native))
 def test_compile_with_inductor(mode):
     snn, x = converted(networks.Small, neuron=mode)
     assert torch.equal(torch.compile(snn, fullgraph=True)(x), snn(x))

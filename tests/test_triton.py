@@ -114,7 +114,7 @@ def test_odd_sizes(size, launched):
     assert {"spiking_dot", "spiking_direct"} <= set(launched)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(["plain", "sum"], MODES))
 def test_every_mode(mode, launched):
     """Scales, 24-bit weights, biases and currents by step, states; and layers of the image alone."""
     evidence = Evidence()
@@ -144,6 +144,7 @@ def test_every_mode(mode, launched):
             same("linear_if_from", [], [], [], [], tensor(current), threshold * 0, threshold, T, [], neuron)
 
 
+@pytest.mark.slow
 def test_many_sources(launched):
     """More products and residuals than one launch takes: partial sums pass through memory."""
     evidence = Evidence()
@@ -163,7 +164,8 @@ def test_without_matrix_units(launched, monkeypatch):
     assert set(launched) == {"spiking_direct"}
 
 
-@pytest.mark.parametrize("tile", slow_but([(64, 16, 32)], [(16, 32, 64), (64, 16, 32), (32, 64, 32)]))
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", [(16, 32, 64), (64, 16, 32), (32, 64, 32)])
 def test_tiles_do_not_matter(tile, monkeypatch, launched):
     monkeypatch.setattr(triton_tiles, "INTERPRETER", triton_tiles.Tile(*tile, 4, 1))
     evidence = Evidence()
@@ -173,6 +175,7 @@ def test_tiles_do_not_matter(tile, monkeypatch, launched):
     assert "spiking_dot" in launched
 
 
+@pytest.mark.slow
 def test_digits_apart_from_a_depth_on(launched, monkeypatch):
     """Deep layers keep the sums of high and low digits apart, and the deepest leave the matrix units."""
     evidence = Evidence()
