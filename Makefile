@@ -28,7 +28,7 @@ CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o 
 demo: $(VENV)/.installed
 	cd $(VENV) && bin/python -m qcfs_fast demo --output ../demo-output
 
-TESTS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests -n 2 --dist loadfile
+TESTS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 SLOW := slow and (native or triton or cuda)
 test: $(VENV)/.installed $(VENV)/.tools
 	$(TESTS) -m 'not ($(SLOW))' $(PYTEST_ARGS)

@@ -14,6 +14,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
+# The files that take longest, the longest first: workers take files in this order, and the last ones to be taken, which
+# leave a worker waiting for another, are short.
+LONGEST = [
+    "native", "triton_compile", "libqcfs", "cuda_emulation", "conversion", "random_networks", "demo", "examples",
+    "training", "interrupts", "triton", "spiking_layer", "torch_integration", "command_line", "simulation",
+    "installation", "tooling", "fuzz",
+]  # fmt: skip
 STATM = Path("/proc/self/statm")
 _kept = [0]
 
@@ -21,6 +28,11 @@ _kept = [0]
 def resident():
     """Bytes of this process in memory; 0 where that is not known."""
     return int(STATM.read_text().split()[1]) * mmap.PAGESIZE if STATM.exists() else 0
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(autouse=True)

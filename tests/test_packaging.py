@@ -5,17 +5,21 @@ is the one that `make` built there from the source distribution. Without it pip 
 that environment and without the CUDA module.
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from qcfs_fast import __version__
 
@@ -45,6 +49,31 @@ def run(command, folder=None, **environment):
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_make_installs_is_pinned():
+    """By name, with all that comes along. Pages and notebooks, which nothing here reads, take what is newest."""
+    text = (SOURCE / "constraints.txt").read_text()
+    pins = dict(line.split("==") for line in text.splitlines() if not line.startswith("#"))
+    assert list(map(plain, pins)) == list(pins)
+    lines = re.findall(r"\$\(PIP\) install -c constraints.txt (.*)", (SOURCE / "Makefile").read_text())
+    asked = {word for line in lines for word in line.split() if re.fullmatch(r"[a-z][\w-]*", word)}
+    assert {"torch", "pytest", "ruff"} <= asked
+    assert asked - {"nbconvert", "ipykernel"} <= set(pins)
+    looked_into = 0
+    for name in set(pins) - {"spikingjelly", "snntorch"}:  # installed without what they bring along
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found = metadata.distribution(name)
+            if found.version.partition("+")[0] == pins[name]:
+                looked_into += 1
+                brings = [r for r in map(Requirement, found.requires or ()) if not r.marker or r.marker.evaluate()]
+                assert {plain(r.name) for r in brings} <= set(pins), name
+    if not looked_into:
+        pytest.skip("other versions than those of constraints.txt are installed")
 
 
 @pytest.fixture(scope="module")
