@@ -207,6 +207,7 @@ HEADERS = {
         lambda h: node(h, "SpikePool")["config"]["pool"].update(divisor_override=[]), "pool is damaged .*divisor"),
     "no kernel": (lambda h: node(h, "SpikePool")["config"]["pool"].update(kernel=[]), "pool is damaged .*kernel"),
     "shape": (lambda h: h.update(input_shape=[4, 10, 12]), "input_shape .* is none that the image input takes"),
+    "empty shape": (lambda h: h.update(input_shape=[]), "input_shape .* is none that the image input takes"),
     "small shape": (lambda h: h.update(input_shape=[3, 1, 1]), "cannot run on an image of the shape"),
     "huge shape": (lambda h: h.update(input_shape=[3, 2**24, 2**24]), "more than 137438953472 elements"),
     "details": (lambda h: h["details"].update({"stem.2": 3}), "stem.2: details are damaged"),

@@ -763,7 +763,7 @@ Graph read_graph(const std::string& header, const Tensors& tensors) {
   check(graph.spiking_layers() == static_cast<std::int64_t>(said.members.size()),
         "the layers' details do not match the graph");
   const std::vector<std::int64_t>& shape = graph.input_shape;
-  check(shape.empty() || (shape.size() == (graph.image().vector ? 1 : 3) && shape[0] == graph.image().channels),
+  check(f.null("input_shape") || (shape.size() == (graph.image().vector ? 1 : 3) && shape[0] == graph.image().channels),
         "input_shape is none that the image input takes");
   try {
     check(graph.T <= max_steps(graph, graph.neuron), "T=" + std::to_string(graph.T) + " is beyond the overflow bound");
