@@ -190,17 +190,18 @@ void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sa
         smaller(whole_rows ? end - q : smaller(end - q, a.out_w - c), std::int64_t{Block::awake_rows});
     Block::stay_awake();
     const std::int32_t* first = sums + (q - q0) * Block::columns;
-    run_pixels<Isa, vectors, full>(
-        a, layer.neurons, channel, pixel, pixels, [&](std::int64_t i, std::int64_t t, Int<Isa>(&current)[vectors]) {
-          const std::int32_t* sum = first + i * Block::columns + t * block_sums<Isa>;
-          QCFS_UNROLL
-          for (int j = 0; j < vectors; ++j) {
-            current[j] = load<Int<Isa>>(sum + j * lanes);
-            if (digits == 2)
-              current[j] = wrapped_sum<Isa>(scaled<Isa>(current[j], 256), load<Int<Isa>>(sum + low + j * lanes));
-            if (scale != 1) current[j] = scaled<Isa>(current[j], scale);
-          }
-        });
+    // Captured by value: masks are bytes, and a store of bytes may change whatever a reference points to.
+    const auto products = [first, scale](std::int64_t i, std::int64_t t, Int<Isa>(&current)[vectors]) {
+      const std::int32_t* sum = first + i * Block::columns + t * block_sums<Isa>;
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        current[j] = load<Int<Isa>>(sum + j * lanes);
+        if (digits == 2)
+          current[j] = wrapped_sum<Isa>(scaled<Isa>(current[j], 256), load<Int<Isa>>(sum + low + j * lanes));
+        if (scale != 1) current[j] = scaled<Isa>(current[j], scale);
+      }
+    };
+    run_pixels<Isa, vectors, full>(a, layer.neurons, channel, pixel, pixels, products);
     q += whole_rows || c + pixels < a.out_w ? pixels : layer.plane_w - c;
   }
 }
