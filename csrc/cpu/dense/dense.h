@@ -226,6 +226,19 @@ inline bool holds_output(const DenseLayer& layer, std::int64_t q0) {
   return c < layer.a->out_w || c + Block::rows > layer.plane_w;
 }
 
+// Asks for the membranes that a stream keeps, ahead of the block's products: a row of them is too short for the
+// processor to see what comes. Positions in the padding make a few of these requests useless.
+template <class Isa>
+inline void prefetch_state(const DenseLayer& layer, std::int64_t channel, std::int64_t sample, std::int64_t q0) {
+  const ConvIf& a = *layer.a;
+  if (a.state_out == nullptr) return;
+  const std::int64_t row = layer.wave.row0 + q0 / layer.plane_w;
+  const std::int64_t pixel = (sample * a.out_h + row) * a.out_w + q0 % layer.plane_w;
+  for (std::int64_t i = 0; i < Isa::DenseBlock::rows; ++i) {
+    __builtin_prefetch(a.state_out + (pixel + i) * a.out_channels + channel, 1);
+  }
+}
+
 template <class Isa>
 std::size_t fire_dense_workspace(const DenseLayer& layer, std::int64_t blocks) {
   const std::int64_t kept = layer.chunks > 1 ? blocks : 1;
@@ -259,6 +272,9 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
         for (std::int64_t i = 0; i < a.steps * block_sums<Isa>; i += Isa::lanes) {
           store(sums + i, scaled<Isa>(load<Int<Isa>>(sums + i), layer.factor[c]));
         }
+      }
+      if (c + 1 == layer.chunks) {
+        prefetch_state<Isa>(layer, tile.panel * panel_channels, layer.wave.sample0 + sample, q0);
       }
       for (std::int64_t t = 0; t < a.steps; ++t) {
         Block::multiply(segments, count, sample, t, q0, positions - q0, used, packed, sums + t * block_sums<Isa>,
