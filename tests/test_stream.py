@@ -56,6 +56,23 @@ def test_native_calls_and_operators_take_up_what_the_other_left(kind, mode, firs
     assert stream.steps == 11
 
 
+@pytest.mark.skipif(backend.native.module is None, reason="operators take new memory")
+@pytest.mark.parametrize("mode", CAUSAL)
+def test_a_reset_keeps_memory_and_nothing_else(mode):
+    snn, x = of_kind(networks.Small, mode)
+    stream = snn.stream()
+    stream(x, steps=4)
+    memory = stream._state.abandoned()
+    stream.reset()
+    memory.fill_(0x55555555)
+    assert torch.equal(stream(x.flip(0), steps=3), snn(x.flip(0), 3))
+    assert stream._state.abandoned() is memory
+    stream.reset()
+    assert torch.equal(stream(x[:1], steps=3), snn(x[:1], 3))  # another size takes memory of its own
+    assert stream._state.abandoned() is not memory
+    assert torch.equal(stream(steps=1), snn(x[:1], 4))
+
+
 def test_an_interrupted_call_resets_the_stream(monkeypatch):
     """The native call replaces membranes in place: what it left when it was interrupted belongs to no step."""
     snn, x = of_kind(networks.Small)

@@ -42,24 +42,21 @@ inline Int<Isa> add_where(Int<Isa> mask, Int<Isa> a, Int<Isa> b) {
   return Isa::lanes == 16 ? select<Isa>(mask, a + b, a) : a + (mask & b);
 }
 
-// What offset neurons keep of a first run: spikes, the least membrane that fired, the largest that did not.
+// What offset neurons keep of a first run: the least membrane that fired, the largest that did not. Where none fired,
+// or all, that is a limit which no membrane reaches.
 template <class Isa>
 struct FirstRun {
-  Int<Isa> count{}, least = Int<Isa>{} + INT32_MAX, largest = Int<Isa>{} + INT32_MIN;
+  Int<Isa> least = Int<Isa>{} + INT32_MAX, largest = Int<Isa>{} + INT32_MIN;
 
   inline void see(Int<Isa> before_reset, Int<Isa> spike) {
-    count = add_where<Isa>(spike, count, Int<Isa>{} + 1);
-    least = select<Isa>(spike & (before_reset < least), before_reset, least);
-    largest = select<Isa>(~spike & (before_reset > largest), before_reset, largest);
+    least = select<Isa>(spike, before_reset < least ? before_reset : least, least);
+    largest = select<Isa>(spike, largest, before_reset > largest ? before_reset : largest);
   }
 
-  // The initial potential that mends it, of a run from v0 to v with threshold n.
-  inline Int<Isa> mended(Int<Isa> v0, Int<Isa> v, Int<Isa> n, int window) const {
-    const Int<Isa> residual = v - v0 + (n >> 1);
-    const Int<Isa> many = (residual < 0) & (count > 0), few = (residual >= n) & (count < window);
-    // Where a value is not needed it may be one of the limits above, from which nothing can be taken.
-    const Int<Isa> fired = select<Isa>(many, least, n), silent = select<Isa>(few, largest, n);
-    const Int<Isa> fewer = fired - n + 1, more = n - silent;
+  // The initial potential that mends it, of a run from v0 with threshold n that ends `residual` above v0 - n / 2.
+  inline Int<Isa> mended(Int<Isa> v0, Int<Isa> residual, Int<Isa> n) const {
+    const Int<Isa> many = (residual < 0) & (least != INT32_MAX), few = (residual >= n) & (largest != INT32_MIN);
+    const Int<Isa> fewer = least - n + 1, more = wrapped_sum<Isa>(n, ~largest) + 1;
     return v0 - (many & select<Isa>(fewer > n, fewer, n)) + (few & select<Isa>(more > n, more, n));
   }
 };
@@ -285,7 +282,10 @@ struct Membranes {
     for (std::int64_t t = 0; t < a.neuron.window; ++t) {
       first_step(products, t, [&](int j, Vector before, Vector spike) { run[j].see(before, spike); });
     }
-    for (int j = 0; j < vectors; ++j) v[j] = run[j].mended(v0[j], v[j], threshold(j), a.neuron.window);
+    for (int j = 0; j < vectors; ++j) {
+      const Vector n = threshold(j);
+      v[j] = run[j].mended(v0[j], v[j] - v0[j] + (n >> 1), n);
+    }
     hold(v);
   }
 
@@ -331,11 +331,12 @@ struct Membranes {
   }
 };
 
-// Most layers: plain or offset neurons that integrate products, a bias and at most one residual of masks. Plain ones
-// may go on from a state; others start from n / 2.
+// Most layers: neurons that integrate products, a bias and at most one residual of masks, and are plain, or offset by
+// one iteration. Plain ones may go on from a state; others start from n / 2.
 static inline bool is_simple(const ConvIf& a) {
   const bool stateful = a.state != nullptr || a.state_out != nullptr;
-  return (a.neuron.mode == Mode::plain || (a.neuron.mode == Mode::offset && !stateful)) && a.residual_count <= 1 &&
+  const bool offset = a.neuron.mode == Mode::offset && a.neuron.iterations == 1 && !stateful;
+  return (a.neuron.mode == Mode::plain || offset) && a.residual_count <= 1 &&
          (a.residual_count == 0 || a.residuals[0].coding == Coding::mask) && a.current == nullptr && a.bias_step == 0 &&
          !image_alone(a);
 }
@@ -363,7 +364,7 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
   for (std::int64_t i = 0; i < pixels; ++i) {
     const std::int64_t index = (pixel + i) * channels + channel;
     Vectors v, other;
-    Vectors kept[max_window];    // what the steps of the window integrate: later runs take it from here
+    Vectors kept[max_window];    // what the steps of the window integrate: the second run takes it from here
     const auto read_residual = [&](std::int64_t t) {
       QCFS_UNROLL
       for (int j = 0; residual && j < vectors; ++j) {
@@ -371,12 +372,7 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
         other[j] = present(j) > 0 ? widen<Isa>(in, present(j)) : Int<Isa>{};
       }
     };
-    const auto integrate = [&](std::int64_t t, Int<Isa> bit, bool known) __attribute__((always_inline)) {
-      if (offset && known) {
-        QCFS_UNROLL
-        for (int j = 0; j < vectors; ++j) v[j] += kept[t][j];
-        return;
-      }
+    const auto integrate = [&](std::int64_t t, Int<Isa> bit) __attribute__((always_inline)) {
       Vectors current;
       products(i, t, current);
       QCFS_UNROLL
@@ -392,15 +388,12 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
       v[j] = n[j] >> 1;
       if (stateful && a.state != nullptr) v[j] = load_present<Int<Isa>>(a.state + index + j * lanes, present(j));
     }
-    if (offset) read_residual(0);
-    for (int k = 0; offset && k < a.neuron.iterations; ++k) {
-      Vectors v0;
+    if (offset) {
       FirstRun<Isa> run[vectors];
-      QCFS_UNROLL
-      for (int j = 0; j < vectors; ++j) v0[j] = v[j];
       Int<Isa> bit = Int<Isa>{} + 1;
+      read_residual(0);
       for (std::int64_t t = 0; t < window; ++t, bit += bit) {
-        integrate(t, bit, k > 0);
+        integrate(t, bit);
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) {
           const Int<Isa> spike = v[j] >= n[j];
@@ -409,7 +402,7 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
         }
       }
       QCFS_UNROLL
-      for (int j = 0; j < vectors; ++j) v[j] = run[j].mended(v0[j], v[j], n[j], a.neuron.window);
+      for (int j = 0; j < vectors; ++j) v[j] = run[j].mended(n[j] >> 1, v[j], n[j]);
     }
     for (std::int64_t t = 0; t < steps;) {
       read_residual(t);
@@ -417,9 +410,11 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
       Vectors bits = {};
       Int<Isa> bit = Int<Isa>{} + 1;
       for (const std::int64_t end = smaller(steps, t + 8); t < end; ++t, bit += bit) {
-        integrate(t, bit, t < window);
+        const bool known = offset && t < window;
+        if (!known) integrate(t, bit);
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) {
+          if (known) v[j] += kept[t][j];
           const Int<Isa> spike = v[j] >= n[j];
           v[j] = add_where<Isa>(spike, v[j], -n[j]);
           bits[j] = add_where<Isa>(spike, bits[j], bit);

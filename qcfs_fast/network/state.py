@@ -21,10 +21,12 @@ class State:
 
     Attributes:
         shape: of the images, [N, ...].
+        memory: a buffer that nobody reads any more, in which the native call may leave a state of the same size; new
+            memory costs the first run more than it takes to write there.
     """
 
-    def __init__(self, shape: Sequence[int]) -> None:
-        self.shape = tuple(shape)
+    def __init__(self, shape: Sequence[int], memory: Tensor | None = None) -> None:
+        self.shape, self.memory = tuple(shape), memory
         self._held: dict[nn.Module, dict[str, Tensor]] = {}
         # Instead of that, where the native call left it: int32, the plan that tells what lies where, nodes by name.
         self._buffer: Tensor | None = None
@@ -49,14 +51,20 @@ class State:
         """What all layers left, as a native plan wants it: int32, to be replaced in place."""
         self._plan, self._layers, self._same_image = plan, layers, True
         if self._buffer is None:
-            buffer = torch.empty(plan.kept_bytes // 4, dtype=torch.int32)
+            size, buffer = plan.kept_bytes // 4, self.memory
+            if buffer is None or buffer.numel() != size:
+                buffer = torch.empty(size, dtype=torch.int32)
             if self._held:
                 for node, what, shape, start in plan.kept:
                     left = self._held[layers[node]].get(what)
                     if left is not None:
                         buffer[start : start + left.numel()].view(shape).copy_(left)
-            self._buffer, self._held = buffer, {}
+            self._buffer, self._held, self.memory = buffer, {}, None
         return self._buffer
+
+    def abandoned(self) -> Tensor | None:
+        """The buffer of a state that nobody needs any more."""
+        return self.memory if self._buffer is None else self._buffer
 
     def chosen(self, index: Tensor) -> State:
         """That of some samples only."""

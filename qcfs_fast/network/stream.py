@@ -44,12 +44,14 @@ class Stream:
             )
         self._snn, self._answered = snn, answered
         self._neuron = snn.neuron
+        self._state: State | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget all: the next call is the first, for a batch of any size."""
+        """Forget all: the next call is the first, for a batch of any size. One of the same size reuses the memory."""
         self.steps = 0
-        self._state: State | None = None
+        self._memory = None if self._state is None else self._state.abandoned()
+        self._state = None
         self._image_shown = False
 
     def __call__(self, x: Tensor | None = None, steps: int | None = None, per_step: bool = False) -> Any:
@@ -90,11 +92,11 @@ class Stream:
                 f"stream: step {total} is beyond this network's bound of {self._snn.max_T} steps; call reset, or "
                 f"convert with a larger max_T"
             )
-        state = State(shape) if self._state is None else self._state.before(same_image=x is None)
+        state = State(shape, self._memory) if self._state is None else self._state.before(same_image=x is None)
         run = Run(steps, self._neuron, per_step, varying=varying, state=state, before=self.steps)
         try:
             out = self._answered(self._snn._execute(x, run), shape, per_step)
-            self._state, self.steps, self._image_shown = state, total, not varying
+            self._state, self.steps, self._image_shown, self._memory = state, total, not varying, None
         except (TypeError, ValueError):  # refused: nothing was computed
             raise
         except BaseException:  # the native call may have replaced some of the state

@@ -190,17 +190,18 @@ void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sa
         smaller(whole_rows ? end - q : smaller(end - q, a.out_w - c), std::int64_t{Block::awake_rows});
     Block::stay_awake();
     const std::int32_t* first = sums + (q - q0) * Block::columns;
-    run_pixels<Isa, vectors, full>(
-        a, layer.neurons, channel, pixel, pixels, [&](std::int64_t i, std::int64_t t, Int<Isa>(&current)[vectors]) {
-          const std::int32_t* sum = first + i * Block::columns + t * block_sums<Isa>;
-          QCFS_UNROLL
-          for (int j = 0; j < vectors; ++j) {
-            current[j] = load<Int<Isa>>(sum + j * lanes);
-            if (digits == 2)
-              current[j] = wrapped_sum<Isa>(scaled<Isa>(current[j], 256), load<Int<Isa>>(sum + low + j * lanes));
-            if (scale != 1) current[j] = scaled<Isa>(current[j], scale);
-          }
-        });
+    // Captured by value: masks are bytes, and a store of bytes may change whatever a reference points to.
+    const auto products = [first, scale](std::int64_t i, std::int64_t t, Int<Isa>(&current)[vectors]) {
+      const std::int32_t* sum = first + i * Block::columns + t * block_sums<Isa>;
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) {
+        current[j] = load<Int<Isa>>(sum + j * lanes);
+        if (digits == 2)
+          current[j] = wrapped_sum<Isa>(scaled<Isa>(current[j], 256), load<Int<Isa>>(sum + low + j * lanes));
+        if (scale != 1) current[j] = scaled<Isa>(current[j], scale);
+      }
+    };
+    run_pixels<Isa, vectors, full>(a, layer.neurons, channel, pixel, pixels, products);
     q += whole_rows || c + pixels < a.out_w ? pixels : layer.plane_w - c;
   }
 }
@@ -223,6 +224,19 @@ inline bool holds_output(const DenseLayer& layer, std::int64_t q0) {
   using Block = typename Isa::DenseBlock;
   const std::int64_t c = q0 % layer.plane_w;
   return c < layer.a->out_w || c + Block::rows > layer.plane_w;
+}
+
+// Asks for the membranes that a stream keeps, ahead of the block's products: a row of them is too short for the
+// processor to see what comes. Positions in the padding make a few of these requests useless.
+template <class Isa>
+inline void prefetch_state(const DenseLayer& layer, std::int64_t channel, std::int64_t sample, std::int64_t q0) {
+  const ConvIf& a = *layer.a;
+  if (a.state_out == nullptr) return;
+  const std::int64_t row = layer.wave.row0 + q0 / layer.plane_w;
+  const std::int64_t pixel = (sample * a.out_h + row) * a.out_w + q0 % layer.plane_w;
+  for (std::int64_t i = 0; i < Isa::DenseBlock::rows; ++i) {
+    __builtin_prefetch(a.state_out + (pixel + i) * a.out_channels + channel, 1);
+  }
 }
 
 template <class Isa>
@@ -258,6 +272,9 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
         for (std::int64_t i = 0; i < a.steps * block_sums<Isa>; i += Isa::lanes) {
           store(sums + i, scaled<Isa>(load<Int<Isa>>(sums + i), layer.factor[c]));
         }
+      }
+      if (c + 1 == layer.chunks) {
+        prefetch_state<Isa>(layer, tile.panel * panel_channels, layer.wave.sample0 + sample, q0);
       }
       for (std::int64_t t = 0; t < a.steps; ++t) {
         Block::multiply(segments, count, sample, t, q0, positions - q0, used, packed, sums + t * block_sums<Isa>,

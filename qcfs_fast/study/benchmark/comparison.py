@@ -35,6 +35,17 @@ SERIES: tuple[tuple[str, str, str, str], ...] = (
     ("SpikingJelly", r"SpikingJelly.*", "#2a9d8f", "D"),
     ("snnTorch", r"snnTorch.*", "#8ab17d", "v"),
 )
+README_COLUMNS = {  # what the README shows of them
+    "ours, 16-bit": r"qcfs_fast 16-bit.*",
+    "ours, 8-bit": r"qcfs_fast 8-bit.*",
+    "ours, offset 16-bit": r"qcfs_fast offset 16-bit.*",
+    "ours, integer ANN": r"qcfs_fast integer ANN 8-bit.*",
+    "ANN fp32": r"ANN .*fp32.*",
+    "ANN bf16": r"ANN .*bf16.*",
+    "T-loop": r"T-loop.*",
+    "SpikingJelly": r"SpikingJelly.*",
+    "snnTorch": r"snnTorch.*",
+}
 MEMORY = "most memory allocated in a call (MiB)"
 MARK = "<!-- benchmark: written by `make readme-figures` -->", "<!-- end of benchmark -->"
 
@@ -344,27 +355,27 @@ def markdown(data: Mapping[str, Any], images: str) -> str:
     for case in networks:
         batches.setdefault(case["name"], []).append(case["batch"])
     cases = [c for c in networks if c["batch"] in (min(batches[c["name"]]), max(batches[c["name"]]))]
-    head = [
-        "milliseconds at T = 4",
-        *(title(c).removesuffix(", T = 4").replace(" px, batch", ", batch") for c in cases),
+    lines = [
+        f"| milliseconds at T = 4 | {' | '.join(README_COLUMNS)} |",
+        "|" + " --- |" + " ---: |" * len(README_COLUMNS),
     ]
-    lines = [f"| {' | '.join(head)} |", "|" + " --- |" + " ---: |" * len(cases)]
-    for name, pattern, _, _ in SERIES:
-        cells = []
-        for case in cases:
-            value, ours = fastest(case, pattern), fastest(case, r"qcfs_fast 16-bit.*")
+    for case in cases:
+        times = {name: fastest(case, pattern) for name, pattern in README_COLUMNS.items()}
+        ours = times["ours, 16-bit"]
+        cells = [title(case).replace(", T = 4", "").replace(" px, batch", ", batch")]
+        for name, value in times.items():
             text = NOT_MEASURED if value is None else _milliseconds(value)
-            if value is not None and ours is not None and name != "qcfs_fast 16-bit":
+            if value is not None and ours is not None and name != "ours, 16-bit":
                 text += f" (x{value / ours:.2f})"
             cells.append(text)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    rates = [f"{case['firing rate']:.1%}" for case in cases]
-    lines.append(f"| firing rate | {' | '.join(rates)} |")
+        lines.append(f"| {' | '.join(cells)} |")
+    rates = sorted(case["firing rate"] for case in cases)
     notes = (
-        f"Measured on {conditions(data)}. In brackets: times our 16-bit network. Medians of calls in turns; weights "
-        "random, thresholds calibrated; BatchNorm folded, channels_last. The fastest form of each contender counts: "
-        "the ANN with ReLU or QCFS, eager or under torch.compile; the T-loop eager or compiled; the peers in float32 "
-        "or bfloat16. [docs/benchmarks.md](docs/benchmarks.md) has the method and more figures."
+        f"Measured on {conditions(data)}. In brackets: times our 16-bit network. Firing rates are {rates[0]:.1%} to "
+        f"{rates[-1]:.1%}. Medians of calls in turns; weights random, thresholds calibrated; BatchNorm folded, "
+        "channels_last. The fastest form of each contender counts: the ANN with ReLU or QCFS, eager or under "
+        "torch.compile; the T-loop in float32 or bfloat16, eager or compiled; the peers in float32 or bfloat16. "
+        "[docs/benchmarks.md](docs/benchmarks.md) has the method and more figures."
     )
     wrapped = textwrap.fill(notes, 119, break_long_words=False, break_on_hyphens=False)
     return "\n".join([*lines, "", wrapped, "", f"![Latency by time steps T]({images}/latency-by-T.png)", ""])

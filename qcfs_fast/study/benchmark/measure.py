@@ -5,7 +5,9 @@
     round 3    A B
 
 A slow contender takes part in fewer rounds, spread evenly over all. Each is called twice before the first round: the
-first call compiles and allocates, the second tells how many rounds fit the effort. What fails is reported as a result.
+first call compiles and allocates, the second tells how many rounds fit the effort. A call that is short against what
+the contender before leaves behind (caches full of other weights, threads that spin or sleep) is repeated unread before
+it is read: its figure is that of a call in a loop. What fails is reported as a result.
 
 Beside time stand memory, the processor's peak rate, and the facts of the machine without which figures mean nothing.
 """
@@ -46,21 +48,24 @@ class Effort:
     seconds: about how long all of them may take together.
     min_rounds: the fewest readings, however slow the contender is.
     reading: a reading takes at least about so many seconds; a shorter call is repeated within it, up to 50 times.
+    lead: about so many seconds of calls go unread before a reading, up to 50 of them; none where one call takes longer.
     """
 
     rounds: int = 15
     seconds: float = 1.0
     min_rounds: int = 3
     reading: float = 0.0
+    lead: float = 5e-3
 
     def rounds_of(self, once: float) -> int:
         """Rounds of a contender whose call takes `once` seconds."""
         fitting = min(self.rounds, self.seconds / max(once, 1e-6))
         return max(self.min_rounds, int(fitting))
 
-    def calls_of(self, once: float) -> int:
-        """Calls within one reading."""
-        return max(1, min(50, int(self.reading / max(once, 1e-6))))
+    def calls_of(self, once: float) -> tuple[int, int]:
+        """Calls before a reading, and within it."""
+        unread, read = (min(50, int(seconds / max(once, 1e-6))) for seconds in (self.lead, self.reading))
+        return unread, max(1, read)
 
 
 def synchronize(device: torch.device) -> None:
@@ -109,7 +114,7 @@ def take_turns(
     of torch's its threads still spinning.
     """
     rounds: dict[str, int] = {}
-    calls: dict[str, int] = {}
+    calls: dict[str, tuple[int, int]] = {}
     errors: dict[str, Exception] = {}
     for name, contender in contenders.items():
         try:
@@ -125,8 +130,11 @@ def take_turns(
         for name, n in random.Random(i).sample(list(rounds.items()), len(rounds)):
             takes_part = (i + 1) * n // all_rounds > i * n // all_rounds
             if takes_part and name not in errors:
+                unread, read = calls[name]
                 try:
-                    seconds[name].append(clock(contenders[name], calls[name]))
+                    for _ in range(unread):
+                        contenders[name]()
+                    seconds[name].append(clock(contenders[name], read))
                 except Exception as error:
                     errors[name] = error
     return {name: found for name, found in seconds.items() if name not in errors}, errors
