@@ -6,11 +6,14 @@ Whoever reads the file, also after a loss of power, sees the old one or the new 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save as serialised
@@ -84,6 +87,22 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a file of text (UTF-8) as `written_atomically` does."""
     with written_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def update_json(path: str | os.PathLike[str], changed: Callable[[Any], Any]) -> Any:
+    """Write what `changed` makes of a file's content (None: there is no file yet), and return it.
+
+    Processes that add to one file do so one after the other, so none loses what another one added.
+    """
+    path = Path(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        made = changed(json.loads(path.read_text(encoding="utf-8")) if path.exists() else None)
+        write_text_atomically(path, json.dumps(made, indent=1) + "\n")
+    finally:
+        os.close(folder)
+    return made
 
 
 def replace_between(path: str | os.PathLike[str], marks: tuple[str, str], text: str) -> None:

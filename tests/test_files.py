@@ -1,7 +1,10 @@
 """How files are written: whole or not at all, through links, and into pipes."""
 
+import json
 import os
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -61,3 +64,19 @@ def test_permissions_are_those_of_a_new_file(tmp_path):
 def test_the_folder_must_exist(tmp_path):
     with pytest.raises(FileNotFoundError, match="create it first"):
         write_text_atomically(tmp_path / "no" / "file", "text")
+
+
+ADD = """
+import sys
+from qcfs_fast.files import update_json
+for i in range(40):
+    update_json(sys.argv[1], lambda there: {**(there or {}), f"{sys.argv[2]} {i}": i})
+"""
+
+
+def test_processes_that_add_to_one_file_lose_nothing(tmp_path):
+    path = tmp_path / "results.json"
+    adding = [subprocess.Popen([sys.executable, "-c", ADD, str(path), name], cwd=tmp_path) for name in "ab"]
+    assert [process.wait(120) for process in adding] == [0, 0]
+    assert len(json.loads(path.read_text())) == 80
+    assert os.listdir(tmp_path) == ["results.json"]

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from ..conversion.builder import convert
 from ..errors import ConversionError
-from ..files import write_text_atomically
+from ..files import update_json
 from ..model.graph import symbolic_trace
 from ..network.snn import SNN
 from ..operators.neuron import Neuron
@@ -125,7 +125,11 @@ class Study:
         self.results["latency"] = {}
 
     def _write(self) -> None:
-        write_text_atomically(self.path, json.dumps(self.results, indent=1) + "\n")
+        """All that was found, and the cells that another process found meanwhile."""
+        ours = self.results
+        self.results = update_json(
+            self.path, lambda there: {**ours, "cells": {**(there or ours)["cells"], **ours["cells"]}}
+        )
 
     def run(self) -> dict[str, Any]:
         """Do what is missing; returns the results."""

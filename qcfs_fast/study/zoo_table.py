@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..conversion.builder import convert
 from ..conversion.checking import layer_differences, share
 from ..conversion.preparation import prepare
 from ..errors import ConversionError
-from ..files import write_text_atomically
+from ..files import update_json, write_text_atomically
 from ..model.calibration import calibrate
 from .zoo import timm_network, torchvision_models
 
@@ -124,6 +125,10 @@ def _reason(why: str, places: Sequence[str]) -> list[Any]:
     return [short, len(places)]
 
 
+def _with(found: dict[str, Any], there: dict[str, Any] | None) -> dict[str, Any]:
+    return dict(sorted({**(there or {}), **found}.items()))
+
+
 def check_zoo(page: Path, names: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Try networks, those first of which nothing is known, and write the page and the results beside it."""
     kept = page.with_suffix(".json")
@@ -132,9 +137,9 @@ def check_zoo(page: Path, names: Sequence[str], say: Callable[[str], None]) -> d
         if name in results:
             continue
         start = time.perf_counter()
-        results[name] = tried_apart(name)
+        found = {name: tried_apart(name)}
+        results = update_json(kept, partial(_with, found))
         say(f"[{i + 1}/{len(names)}] {name}: {_outcome(results[name])} ({time.perf_counter() - start:.0f} s)")
-        write_text_atomically(kept, json.dumps(results, indent=1, sort_keys=True) + "\n")
         write_text_atomically(page, _page(results))
     return results
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...files import write_text_atomically
+from ...files import update_json
 from .measure import NOT_MEASURED, machine, matrix_peak
 
 FORMAT = "qcfs_fast benchmark"
@@ -41,9 +41,11 @@ class Results:
             self.data["peak"]["int8 macs per second"] = matrix_peak()
 
     def add(self, case: Mapping[str, Any]) -> None:
-        keep = [c for c in self.data["cases"] if case_key(c) != case_key(case)]
-        self.data["cases"] = sorted([*keep, dict(case)], key=case_key)
-        write_text_atomically(self.path, json.dumps(self.data, indent=1) + "\n")
+        def added(there: Any) -> dict[str, Any]:
+            keep = [c for c in (there or self.data)["cases"] if case_key(c) != case_key(case)]
+            return {**self.data, "cases": sorted([*keep, dict(case)], key=case_key)}
+
+        self.data = update_json(self.path, added)
 
 
 def case_key(case: Mapping[str, Any]) -> tuple[Any, ...]:
