@@ -73,6 +73,44 @@ FLATTEN = {
 }
 
 
+AVERAGED = {  # over the pixels of a map, which is what the first one does
+    "adaptive": lambda y: F.adaptive_avg_pool2d(y, 1).flatten(1),
+    "one dimension after the other": lambda y: y.mean(-1).mean(-1),
+    "height first": lambda y: y.mean(2).mean(2),
+    "kept, then indexed": lambda y: y.mean((2, 3), keepdim=True)[:, :, 0, 0],
+    "one indexed, one squeezed": lambda y: F.adaptive_avg_pool2d(y, 1)[..., 0].squeeze(2),
+    "squeezed": lambda y: F.adaptive_avg_pool2d(y, 1).squeeze(-1).squeeze(-1),
+    "squeezed at once": lambda y: F.adaptive_avg_pool2d(y, 1).squeeze((2, 3)),
+    "pixels in one dimension": lambda y: y.flatten(2).mean(2),
+    "viewed": lambda y: y.view(y.size(0), y.size(1), -1).mean(-1),
+    "the whole map": lambda y: F.avg_pool2d(y, y.size()[2:]).view(y.size(0), -1),
+    "its side": lambda y: F.avg_pool2d(y, kernel_size=y.shape[-2:]).flatten(1),
+    "summed": lambda y: y.sum((2, 3)) / 48,
+    "summed one by one": lambda y: y.sum(3).sum(2) / (y.shape[2] * y.shape[3]),
+    "amax": lambda y: y.amax((2, 3)),
+    "adaptive maximum": lambda y: F.adaptive_max_pool2d(y, 1).flatten(1),
+}
+
+
+class Averaged(Net):
+    def __init__(self, spelling):
+        super().__init__(spelling)
+        self.b = nn.Linear(4, 9)
+
+
+@pytest.mark.parametrize("how", AVERAGED)
+def test_averages_over_pixels(how):
+    snn, x = converted(Averaged(AVERAGED[how]))
+    expected, _ = converted(Averaged(AVERAGED["adaptive"]))
+    torch.testing.assert_close(snn(x), expected(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["amax", "adaptive maximum"])
+def test_maxima_over_pixels_of_each_step(how):
+    snn, _ = converted(Averaged(AVERAGED[how]), max_pool="keep")
+    assert any("max" in name for name in snn.layers)
+
+
 @pytest.mark.parametrize("how", FLATTEN)
 def test_flattening(how, plain):
     snn, x = converted(Net(FLATTEN[how]))

@@ -88,7 +88,7 @@ def convert(
             is then three products of 8 bits.
         max_T: the largest T this network will be asked for; default max(T, 32). The integer grid is chosen so
             that no sum can overflow 32 bits up to there; a larger value costs resolution in wide layers.
-        input_shape: [C, H, W] of the images; needed only where an adaptive, ceil-mode or partially padded
+        input_shape: [C, H, W] of the images, or [C, L]; needed only where an adaptive, ceil-mode or partially padded
             average pool stands before a spiking layer. Default: what the prepared model last saw.
         neuron: the mode of all neurons: "plain", the paper's; "offset", which wins back the accuracy that plain ones
             lose at few time steps; "masked", "signed"; or "sum", the ANN with L = T as an integer network
@@ -154,7 +154,7 @@ def convert(
         limit = _add_step_bias(lowered, step_bias, settled, T, max_T)
     totals = min(T if max_T is None else max_T, MAX_COUNT) if settled.mode == "sum" else 1
     image = lowered.image
-    batches = None if data is None else rounding.checked_batches(data, image.channels, image.vector)
+    batches = None if data is None else rounding.checked_batches(data, image.channels, image.dims)
     prefix = None if batches is None else rounding.Prefix(batches, Run(T, settled))
     builder = _Builder(lowered, weight_bits, T, limit, settled, totals, prefix)
     snn = builder.build(shape, progress and data is not None)
@@ -266,7 +266,7 @@ class _Builder:
             INPUT,
             ImageInput(
                 [IMAGE],
-                ImageConfig(channels=image.channels, vector=image.vector, bits=self._image_bits()),
+                ImageConfig(image.channels, image.vector, self._image_bits(), image.line or None),
                 {
                     "source": torch.tensor(image.source, dtype=torch.int64),
                     "scale": torch.tensor(image.scale, dtype=torch.float32),

@@ -68,7 +68,8 @@ def usable_shape(model: nn.Module, image: Image, known: Sequence[int] | None) ->
     with evaluating(model):
         gm = symbolic_trace(model)
         for side in (32, 28, 64, 96, 224):
+            shape = (image.channels, side, side)[: 2 if image.line else 3]
             with contextlib.suppress(Exception):  # whatever the model's own code raises
-                propagate_shapes(gm, (image.channels, side, side))
-                return (image.channels, side, side)
+                propagate_shapes(gm, shape)
+                return shape
     return None

@@ -89,6 +89,7 @@ class Image:
     shift: tuple[float, ...]
     vector: bool = False
     batch_only: bool = False  # one channel taken out, [N, H, W]
+    line: bool = False  # [N, C, L]
     map: tuple[int, ...] = ()  # [C, H, W], where the image was flattened
     width: int = 0  # its channels, where some are not read
 
@@ -97,6 +98,11 @@ class Image:
         """The channels of an image that is given."""
         return max(self.width, 1 + max(self.source))
 
+    @property
+    def dims(self) -> int:
+        """The dimensions of a batch of images."""
+        return 2 if self.vector else 3 if self.line else 4
+
 
 @dataclass(frozen=True)
 class Grouped:
@@ -104,6 +110,14 @@ class Grouped:
 
     value: Any
     index: Tensor  # int64
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A map whose pixels stand in one dimension, row by row: [N, C, H * W]."""
+
+    value: Any
+    size: tuple[int, int]  # H and W
 
 
 @dataclass(frozen=True)

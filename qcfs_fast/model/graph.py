@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -168,6 +169,21 @@ def call_sites(gm: fx.GraphModule) -> Iterator[tuple[str, fx.Node, Any]]:
             n = calls.get(str(node.target), int(node.target == IMAGE))  # an activation called "input" is input_1
             calls[str(node.target)] = n + 1
             yield (str(node.target) if n == 0 else f"{node.target}_{n}"), node, module
+
+
+def layer_rank(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """1, 2 or 3 where a node is a convolution, a pool or a pad of so many dimensions of pixels; None for all others."""
+    name = getattr(node.target, "__name__", "")
+    if node.op == "call_module":
+        kinds = type(gm.get_submodule(str(node.target))).__mro__
+        name = next(kind.__name__ for kind in kinds if kind.__module__.startswith("torch."))
+    found = re.fullmatch(r".*(?:conv|pool|pad).*([123])d", name.lower())
+    return int(found[1]) if found else None
+
+
+def reads_lines(gm: fx.GraphModule) -> bool:
+    """Whether images are lines [N, C, L]: so they are where all convolutions, pools and pads have one dimension."""
+    return {layer_rank(gm, node) for node in gm.graph.nodes} - {None} == {1}
 
 
 IMAGE = "input"
