@@ -18,6 +18,7 @@ class Lines(nn.Module):
 
     def __init__(self, activation=nn.ReLU):
         super().__init__()
+        torch.manual_seed(0)
         self.a = nn.Conv1d(2, 8, 7, stride=2, padding=3, bias=False)
         self.norm = nn.BatchNorm1d(8)
         self.b, self.c = nn.Conv1d(8, 8, 3, padding=2, dilation=2, groups=2), nn.Conv1d(8, 6, 3, padding="same")
@@ -129,7 +130,8 @@ def test_rounding_on_data_and_biases_by_step():
     model, x = networks.lively(Lines(), SHAPE), networks.images(SHAPE, 20)
     data = [x[:10], x[10:]]
     rounded = qcfs_fast.convert(model, T=4, weight_bits=8, data=data, progress=False)
-    assert not torch.equal(rounded(x), qcfs_fast.convert(model, T=4, weight_bits=8)(x))
+    nearest = qcfs_fast.convert(model, T=4, weight_bits=8)
+    assert any(not torch.equal(a, b) for a, b in zip(rounded.buffers(), nearest.buffers(), strict=True))
     biases = qcfs_fast.step_biases(model, data, T=4, progress=False)
     assert qcfs_fast.convert(model, T=4, step_bias=biases)(x).shape == (20, 5)
 

@@ -363,7 +363,7 @@ _KNOWN_MODULES = (
 # What takes currents side by side one by one.
 _OF_JOINED = (
     *(Lowering.batch_norm, Lowering.concat, Lowering.scale, Lowering.divide, Lowering.negate),
-    *(Lowering.keep, Lowering.dropout),
+    *(Lowering.keep, Lowering.dropout, Lowering.getitem, Lowering.split, Lowering.chunk, Lowering.index_select),
 )
 # What is looked at even where a value is unknown: sizes have an answer, a product of two values is an obstacle.
 _OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..operators.windows import PoolSpec
 from .spatial import Spatial
-from .symbolic import is_rest, shown, whole
+from .symbolic import is_rest, one_current, shown, whole
 from .values import (
     Current,
     Grouped,
     Image,
+    Joined,
     Laid,
     Signal,
 )
@@ -169,7 +170,7 @@ class Reshaping(Spatial):
             if everything == slice(None) and isinstance(channel, int):
                 return Image((channel,), x.scale or (1.0,), x.shift or (0.0,), batch_only=True)
         rank = self._rank(None)
-        if isinstance(index, tuple) and isinstance(x, Image | Signal | Current):
+        if isinstance(index, tuple) and isinstance(x, Image | Signal | Current | Joined):
             if Ellipsis in index:
                 at = index.index(Ellipsis)
                 index = (*index[:at], *[slice(None)] * (1 + rank - len(index)), *index[at + 1 :])
@@ -180,11 +181,11 @@ class Reshaping(Spatial):
                 if not whole(self._shape(x)[2:]):
                     raise self._shape_needed("takes a pixel of a map whose size is not known")
                 if all(self._shape(x)[i] == 1 for i in alone) and all(pixels[i - 2] in (0, -1) for i in alone):
-                    return self._without(x, alone)
+                    return self._without(one_current(x), alone)
             pixels = [slice(None), *pixels] if rank == 3 else pixels
             if batch == slice(None) and len(pixels) == 2 and all(isinstance(p, slice) for p in pixels):
                 x = x if channels == slice(None) else self._indexed(x, channels)
-                return x if pixels == [slice(None)] * 2 else self._sliced(x, *pixels)
+                return x if pixels == [slice(None)] * 2 else self._sliced(one_current(x), *pixels)
         raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
 
     def unsqueeze(self, x: Any, dim: int) -> Any:

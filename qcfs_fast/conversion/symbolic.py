@@ -224,7 +224,7 @@ class Symbolic:
             if not isinstance(known, int):
                 raise self._shape_needed("takes channels of the image, whose shape is not known")
             return known
-        if not isinstance(x, Image | Signal | Current):
+        if not isinstance(x, Image | Signal | Current | Joined):
             raise self.fail("takes parts of what is no map of spikes or of currents")
         return len(x.source) if isinstance(x, Image) else x.channels
 
@@ -236,7 +236,7 @@ class Symbolic:
             source = tuple(whole.source[i] for i in index)
             scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
             return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
-        if not isinstance(x, Signal | Current) or x.vector or getattr(x, "flattened", False):
+        if not isinstance(x, Signal | Current | Joined) or x.vector or getattr(x, "flattened", False):
             raise self.fail(
                 "takes parts of a flattened value, which has no spiking counterpart; take channels of a map"
             )

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -274,11 +274,16 @@ def concatenated(signals: Sequence[Signal]) -> Signal:
     return Signal(sum((s.parts for s in signals), ()), signals[0].vector, chosen)
 
 
-def selected(value: Signal | Current, index: Sequence[int]) -> Signal | Current:
+def selected(value: Signal | Current | Joined, index: Sequence[int]) -> Any:
     """Some channels of a value, in the order of `index`."""
+    if isinstance(value, Joined):  # of each current those that are asked: as one, it would keep products of zeros
+        owners = [(i, c) for i, current in enumerate(value.currents) for c in range(current.channels)]
+        runs = itertools.groupby((owners[i] for i in index), lambda owner: owner[0])
+        found = [selected(value.currents[i], [c for _, c in run]) for i, run in runs]
+        return found[0] if len(found) == 1 else joined(found)
     if isinstance(value, Current):
         rows = torch.as_tensor(index, dtype=torch.int64)
-        chosen = [identity_current(cast(Signal, selected(s, index))) for s in value.identities]
+        chosen = [identity_current(selected(s, index)) for s in value.identities]
         products = tuple(
             p.with_weight(ungrouped(p.weight, p.geometry[8])[rows], geometry=(*p.geometry[:8], 1))
             for p in value.products

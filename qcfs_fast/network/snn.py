@@ -397,7 +397,13 @@ class SNN(nn.Module):
         mode = "" if self._neuron.mode == "plain" else f" in {self._neuron} mode"
         bound = f"No integer can overflow for T <= {self.max_T}{mode}, whatever the input."
         shape = "" if self.input_shape is None else f" Settled for images of shape {list(self.input_shape)}."
-        return "\n".join([*lines, bound + shape])
+        few = [
+            f"{name}: {d['few_units']} channels have a threshold of few units, so quiet inputs beside a loud one are "
+            "rounded coarsely; weight_bits=24 has finer ones."
+            for name, d in self.details.items()
+            if d.get("few_units")
+        ]
+        return "\n".join([*lines, bound + shape, *few])
 
     def extra_repr(self) -> str:
         text = f"T={self.T}, max_T={self.max_T}, weight_bits={self.weight_bits}, neuron={self._neuron}"
