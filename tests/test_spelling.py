@@ -497,3 +497,75 @@ class Dense(nn.Module):
 def test_concatenated_currents():
     torch.manual_seed(0)
     converted(networks.randomize(Dense()))
+
+
+class Branches(nn.Module):
+    """Questions with the same answer for all images; `last` is one more."""
+
+    def __init__(self, last=lambda x: x):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.short, self.out, self.last = nn.Conv2d(1, 4, 1, 2), nn.Linear(4, 5), last
+
+    def forward(self, x):
+        if x.ndim == 3:
+            x = x.unsqueeze(0)
+        if not x.is_floating_point():
+            x = x / 255
+        y = self.b(torch.relu(self.a(x)))
+        if x.shape != y.shape:
+            x = self.short(x)
+        assert x.size(1) == 4, f"{x.shape}"
+        y = self.last(torch.relu(x + y if x.dim() == y.dim() and x.size(2) == y.size(2) else y))
+        return self.out(nn.Flatten()(F.adaptive_avg_pool2d(y, 1)))
+
+
+class Plain(Branches):
+    def forward(self, x):
+        y = torch.relu(self.short(x) + self.b(torch.relu(self.a(x))))
+        return self.out(y.mean((2, 3)))
+
+
+def test_branches_on_shapes():
+    snn, x = converted(Branches())
+    expected, _ = converted(Plain())
+    assert torch.equal(snn(x), expected(x))
+
+
+def smaller(y):
+    return F.avg_pool2d(y, 2) if y.shape[-1] < 20 else y
+
+
+def brighter(y):
+    return y * 2 if y.sum() > 0 else y
+
+
+def test_branches_that_images_take_differently_are_refused():
+    with pytest.raises(
+        ConversionError, match=r"the model's own forward: asks for the size.*\[1, 224, 224\].*\[1, 32, 32\]"
+    ):
+        qcfs_fast.prepare(Branches(smaller))
+    with pytest.raises(ConversionError, match="control flow that depends on tensor values"):
+        qcfs_fast.prepare(Branches(brighter))
+
+
+def test_a_size_that_was_not_tried_is_asserted():
+    model = qcfs_fast.prepare(Branches(lambda y: F.avg_pool2d(y, 2) if y.shape[-1] > 1 else y))
+    model(torch.rand(2, 1, 8, 8))
+    with pytest.raises(AssertionError, match="another branch"):
+        model(torch.rand(2, 1, 1, 1))
+
+
+def test_batch_norms_of_several_processes():
+    norm = nn.SyncBatchNorm(4)
+    norm.running_mean, norm.running_var = torch.rand(4), torch.rand(4) + 0.5
+    same = nn.BatchNorm2d(4)
+    same.load_state_dict(norm.state_dict())
+    found = []
+    for n in (norm, same):
+        net = Net(first=lambda net, x: net.norm(net.a(x)))
+        net.norm = n
+        snn, x = converted(net)
+        found.append(snn(x))
+    assert torch.equal(*found)

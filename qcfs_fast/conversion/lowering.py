@@ -34,6 +34,7 @@ from torch import fx, nn
 from ..errors import ConversionError
 from ..model.graph import (
     ADD_FUNCTIONS,
+    REPLACEABLE,
     evaluating,
     is_normalize,
     layer_rank,
@@ -65,6 +66,20 @@ _OTHER_RANK = {  # layers that are not of the images' rank
     2: "works on maps [N, C, H, W], which no line [N, C, L] is. Remedy: give the network images [N, C, 1, L]",
     3: "works on volumes, and the kernels here have two dimensions. Remedy: 2d layers, and the frames of a clip as the "
     "steps of an input [T, N, C, H, W]; or a kernel of depth 1 as a 2d layer",
+}
+_NO_COUNTERPART: dict[Any, str] = {
+    (
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.LocalResponseNorm,
+        nn.modules.instancenorm._InstanceNorm,
+    ): "it normalises each image by itself, which is not linear. Remedy: BatchNorm in its place, trained",
+    (nn.RNNBase, nn.RNNCellBase): "it is recurrent, and spikes run forward. Remedy: convert the part before it",
+    (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer): "attention multiplies activations with each "
+    "other. Remedy: convert the part before it",
+    nn.Embedding: "it looks up indices, which are no image. Remedy: convert the part behind it",
+    tuple(REPLACEABLE): "it has negative values. Remedy: ReLU, or prepare(model, replace={its class}) and train",
+    nn.PReLU: "it has negative values. Remedy: ReLU in its place, trained",
 }
 
 
@@ -98,7 +113,7 @@ class Lowering(Reshaping):
         """Whether a node leaves currents side by side as they are; all others get them as one."""
         if node.op == "call_module":
             m = self.gm.get_submodule(str(node.target))
-            return is_qcfs(m) or isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, *_PASSING_MODULES))
+            return is_qcfs(m) or isinstance(m, (*_BATCH_NORMS, *_PASSING_MODULES))
         return FUNCTIONS.get(node.target, METHODS.get(str(node.target))) in _OF_JOINED
 
     def _get(self, x: Any) -> Any:
@@ -143,6 +158,8 @@ class Lowering(Reshaping):
             if unknown and (step is not None or is_qcfs(m) or isinstance(m, _KNOWN_MODULES)):
                 return self._fired_unknown(m)
             return self._module(m, args, kwargs)
+        if node.target is torch._assert and self.shapes is None:
+            return None  # it may ask for sizes
         if self._is_constant(args) and self._is_constant(kwargs) and "call_" in node.op and node.all_input_nodes:
             try:
                 with torch.no_grad():
@@ -204,7 +221,7 @@ class Lowering(Reshaping):
             return self.pixel_unshuffle(x, m.downscale_factor)
         if isinstance(m, nn.Linear):
             return self.linear(x, parameter(m, "weight"), parameter(m, "bias"))
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(m, _BATCH_NORMS):
             return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
         if isinstance(m, _PASSING_MODULES):
             return x
@@ -226,6 +243,9 @@ class Lowering(Reshaping):
             return self.adaptive_pool(x, m.output_size, "max")
         if isinstance(m, nn.MaxPool1d | nn.MaxPool2d):
             return self.max_pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+        for kinds, why in _NO_COUNTERPART.items():
+            if isinstance(m, kinds):
+                raise self.fail(f"{type(m).__name__} has no spiking counterpart: {why}")
         raise self.fail(
             f"{type(m).__name__} has no spiking counterpart. Supported: Conv1d, Conv2d, Linear, BatchNorm, Dropout, "
             "Flatten, AvgPool, AdaptiveAvgPool, MaxPool and QCFS. Remedy: replace the module by one of these (an "
@@ -293,6 +313,7 @@ FUNCTIONS: dict[Any, Handler] = {
     torch.mean: Lowering.mean,
     torch.sum: Lowering.sum,
     torch.amax: Lowering.amax,
+    torch.is_floating_point: Lowering.is_floating_point,
     **dict.fromkeys((torch.conv1d, F.conv1d, torch.conv2d, F.conv2d), Lowering.conv),
     F.linear: Lowering.linear,
     F.batch_norm: Lowering.batch_norm,
@@ -327,6 +348,7 @@ METHODS: dict[str, Handler] = {
     "reshape": Lowering.view,
     "size": Lowering.size,
     "dim": Lowering.rank,
+    "is_floating_point": Lowering.is_floating_point,
     "ndimension": Lowering.rank,
     "mean": Lowering.mean,
     "sum": Lowering.sum,
@@ -344,14 +366,14 @@ METHODS: dict[str, Handler] = {
 }
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _PASSING_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)
 _KNOWN_MODULES = (
     *_PASSING_MODULES,
     nn.Conv1d,
     nn.Conv2d,
     nn.Linear,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
+    *_BATCH_NORMS,
     nn.Flatten,
     nn.ChannelShuffle,
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.MaxPool2d),

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
 from ..model.graph import (
+    REPLACEABLE,
     call_sites,
     describe,
     layer_rank,
@@ -29,14 +30,6 @@ from .shapes import LAST_SHAPE
 from .symbolic import ShapeNeededError
 
 MAX_POOL_CHOICES = ("avg", "keep")
-REPLACEABLE: dict[type[nn.Module], Any] = {  # other activations, and their functional forms
-    nn.SiLU: F.silu,
-    nn.Hardswish: F.hardswish,
-    nn.GELU: F.gelu,
-    nn.LeakyReLU: F.leaky_relu,
-    nn.ELU: F.elu,
-    nn.Mish: F.mish,
-}
 _MAX_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
 _MAX_FUNCTIONS = {F.max_pool1d, torch.max_pool1d, F.max_pool2d, torch.max_pool2d}
 _ADAPTIVE_FUNCTIONS = {F.adaptive_max_pool1d, F.adaptive_max_pool2d}

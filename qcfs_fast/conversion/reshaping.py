@@ -155,6 +155,9 @@ class Reshaping(Spatial):
     def rank(self, x: Any) -> int:
         return len(self._shape(x))
 
+    def is_floating_point(self, x: Any) -> bool:
+        return True
+
     def getattr(self, x: Any, name: str) -> Any:
         if name == "shape":
             return self._shape(x)

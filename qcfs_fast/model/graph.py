@@ -7,6 +7,7 @@ call site the same name: the module's path, with _1, _2, ... for further calls o
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 import re
 import threading
@@ -41,13 +42,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.own = set(model.modules())
         self.thread = threading.get_ident()
         self.failed_in = ""  # the innermost module whose forward raised
+        self.torn = ""  # a question on sizes that images of two sizes answer differently
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:
+        if threading.get_ident() != self.thread or m not in self.own:  # or made by a forward, as nn.Flatten()(x)
             return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -60,8 +63,53 @@ class _Tracer(fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The way that a branch takes, where it asks for shapes alone: images of many sizes must agree on it.
+
+        The graph asserts that it is taken, for sizes that were not tried.
+        """
+        answers = self._answers(obj.node)
+        if len(set(answers.values())) != 1:
+            sizes = " and ".join(
+                str(list(next(s for s, a in answers.items() if a is way))) for way in set(answers.values())
+            )
+            self.torn = f"images of {sizes} take different branches of it" if answers else ""
+            return bool(super().to_bool(obj))
+        (answer,) = set(answers.values())
+        as_said = self.create_proxy("call_function", operator.eq, (obj, answer), {})
+        self.create_proxy("call_function", torch._assert, (as_said, "another branch than the traced one"), {})
+        return answer
+
+    def _answers(self, asked: fx.Node) -> dict[tuple[int, ...], bool]:
+        """What a condition is for images of usual shapes that the model takes, found without values."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        graph.graph_copy(self.graph, copied)
+        graph.output(copied[asked])
+        found = {}
+        with contextlib.suppress(Exception), made_parameters_kept(self.root), torch.no_grad():
+            run = fx.Interpreter(fx.GraphModule(copy.deepcopy(self.root).to("meta"), graph)).run
+            for shape in _usual_shapes(self.root):
+                with contextlib.suppress(Exception), torch.device("meta"):  # whatever a model raises on other shapes
+                    answer = run(torch.empty((2, *shape)))
+                    if not isinstance(answer, bool):  # a tensor: it depends on values
+                        return {}
+                    found[shape] = answer
+        return found
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_qcfs(m) or is_normalize(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _usual_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Shapes of images that the first layer may take."""
+    first: Any = next((m for m in model.modules() if hasattr(m, "in_channels") or hasattr(m, "in_features")), None)
+    if isinstance(first, nn.Linear):
+        yield (first.in_features,)
+    channels = {3, 1} if isinstance(first, nn.Linear) or first is None else {first.in_channels}
+    for c in channels:
+        for side in (224, 32, 28, 64, 97, 512):
+            yield (c, side) if isinstance(first, nn.Conv1d) else (c, side, side)
 
 
 def is_normalize(m: nn.Module) -> bool:
@@ -74,12 +122,17 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
     refuse_hooks(model, "the model itself")
-    tracer = _Tracer()
+    tracer = _Tracer(model)
     try:
         with evaluating(model):
             graph = tracer.trace(model)
     except Exception as error:  # a model's own code can raise anything when run on proxies
         where = tracer.failed_in or "the model's own forward"
+        if tracer.torn:
+            raise ConversionError(
+                f"{where}: asks for the size of its input, and {tracer.torn}, of which only one can be converted. "
+                "Remedy: leave the branch of your images, as a subclass whose forward has no other"
+            ) from error
         raise ConversionError(
             f"{where}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
             "control flow that depends on tensor values by modules, or move it out of the model"
@@ -223,6 +276,14 @@ def relu_ceiling(gm: fx.GraphModule, node: fx.Node) -> float | None:
     return unbounded if node.target in named else None
 
 
+REPLACEABLE: dict[type[nn.Module], Any] = {  # other activations, and their functional forms
+    nn.SiLU: F.silu,
+    nn.Hardswish: F.hardswish,
+    nn.GELU: F.gelu,
+    nn.LeakyReLU: F.leaky_relu,
+    nn.ELU: F.elu,
+    nn.Mish: F.mish,
+}
 TAIL_FUNCTIONS = {
     **dict.fromkeys((F.softmax, torch.softmax, "softmax"), "softmax"),
     **dict.fromkeys((F.log_softmax, torch.log_softmax, "log_softmax"), "log_softmax"),
