@@ -126,6 +126,30 @@ def test_outputs_that_are_lines():
     torch.testing.assert_close(snn(x, per_step=True), meant.float(), rtol=1e-3, atol=1e-3)
 
 
+def test_causal_layers_cut_their_end():
+    """As temporal convolutional networks do, before the activation, which may as well be after the cut."""
+
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Conv1d(2, 6, 3, padding=2), nn.Conv1d(6, 6, 3, padding=4, dilation=2)
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.a(x)[:, :, :-2].contiguous())
+            return self.out(torch.relu(self.b(x)[:, :, :-4]).mean(2))
+
+    plain = Causal().eval()
+    model, x = networks.lively(plain, SHAPE), networks.images(SHAPE, 5)
+    snn = qcfs_fast.convert(model, T=4)
+    spikes = qcfs_fast.trace(snn, x)
+    meant = qcfs_fast.simulate(model, x, 4, spikes=True, force=spikes)
+    assert [s.shape[-1] for s in spikes.values()] == [42, 44]  # the pixels that are cut are neurons
+    assert sum(int((spikes[k] != meant.spikes[k]).sum()) for k in spikes) <= 2
+    torch.testing.assert_close(snn(x, per_step=True), meant.output.float(), rtol=1e-3, atol=1e-3)
+
+
 def test_rounding_on_data_and_biases_by_step():
     model, x = networks.lively(Lines(), SHAPE), networks.images(SHAPE, 20)
     data = [x[:10], x[10:]]

@@ -62,7 +62,8 @@ class Reshaping(Spatial):
         own = self._shape(x)
         if isinstance(x, Grouped) or len(asked) > self._rank(None):
             return self._regrouped(x, own, asked)
-        if len(asked) == 3 and not self.line and isinstance(x, Signal | Current) and len(own) == 4:
+        literal = isinstance(asked[0], int) and not is_rest(asked[0])  # a batch that is said
+        if len(asked) == 3 and len(own) == 4 and isinstance(x, Signal | Current) and not literal:
             if not whole([*own[1:], *asked[1:]]):
                 raise self._shape_needed("reshapes a value whose shape is not known")
             if asked[1] == own[1] and asked[2] in (-1, own[2] * own[3]):
