@@ -92,6 +92,49 @@ AVERAGED = {  # over the pixels of a map, which is what the first one does
 }
 
 
+CLAMPED = {
+    "clamp_min": lambda y: y.clamp_min(0),
+    "torch.clamp_min": lambda y: torch.clamp_min(y, min=0),
+    "leaky_relu without a slope": lambda y: F.leaky_relu(y, 0.0),
+    "named slope": lambda y: F.leaky_relu(y, negative_slope=0),
+}
+
+
+@pytest.mark.parametrize("how", CLAMPED)
+def test_more_rectifiers(how, plain):
+    snn, x = converted(Net(activate=CLAMPED[how]))
+    assert torch.equal(snn(x), plain)
+
+
+def test_slopes_are_refused():
+    for activate in (F.leaky_relu, lambda y: F.leaky_relu(y, 0.1), lambda y: y.clamp_min(0.5)):
+        with pytest.raises(ConversionError, match="no spiking counterpart"):
+            qcfs_fast.prepare(Net(activate=activate))
+
+
+SAME = {
+    "matmul": lambda net, x: net.a(x).relu().flatten(1) @ net.b.weight.t() + net.b.bias,
+    "narrowed": lambda net, x: net.b(net.a(x).relu().narrow(1, 0, 4).flatten(1)),
+    "float()": lambda net, x: net.b(net.a(x.float()).relu().flatten(1)),
+    "to(dtype)": lambda net, x: net.b(net.a(x.to(torch.float32)).relu().to(net.b.weight.device).flatten(1)),
+}
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_what_changes_nothing(how, plain):
+    class Spelled(Net):
+        def forward(self, x):
+            return self.c(torch.relu(SAME[how](self, x)))
+
+    snn, x = converted(Spelled())
+    assert torch.equal(snn(x), plain)
+
+
+def test_integers_within_the_network_are_refused():
+    with pytest.raises(ConversionError, match="to in the model's own forward: rounds values to integers"):
+        qcfs_fast.prepare(Net(lambda y: y.to(torch.int64).float().flatten(1)))
+
+
 class Averaged(Net):
     def __init__(self, spelling):
         super().__init__(spelling)

@@ -15,6 +15,7 @@ from .symbolic import whole, zeros
 from .values import (
     Answer,
     Current,
+    Image,
     Laid,
     Signal,
     composed,
@@ -73,6 +74,8 @@ class Ends(Arithmetic):
         """A resize behind the last layer, of the mean over the steps: linear, but not behind a softmax."""
         if mode not in RESIZE_MODES:
             raise self.fail(f"resizes with mode={mode!r}. Remedy: one of {', '.join(RESIZE_MODES)}")
+        if isinstance(x, Image):
+            raise self.fail("resizes the image itself. Remedy: resize images before they enter")
         answer = self._answer(x)
         if any(name in OF_NUMBERS or name in ("softmax", "log_softmax") for name, *_ in answer.steps):
             raise self.fail("resizes behind a softmax or the like. Remedy: resize first")

@@ -308,6 +308,8 @@ FUNCTIONS: dict[Any, Handler] = {
     torch.chunk: Lowering.chunk,
     torch.split: Lowering.split,
     torch.index_select: Lowering.index_select,
+    torch.narrow: Lowering.narrow,
+    **dict.fromkeys((operator.matmul, torch.matmul, torch.mm), Lowering.matmul),
     torch.channel_shuffle: Lowering.shuffle,
     F.channel_shuffle: Lowering.shuffle,
     torch.mean: Lowering.mean,
@@ -359,6 +361,9 @@ METHODS: dict[str, Handler] = {
     "chunk": Lowering.chunk,
     "split": Lowering.split,
     "index_select": Lowering.index_select,
+    "narrow": Lowering.narrow,
+    **dict.fromkeys(("matmul", "mm"), Lowering.matmul),
+    **dict.fromkeys(("to", "type"), Lowering.to),
     "contiguous": Lowering.keep,
     "detach": Lowering.keep,
     "clone": Lowering.keep,
@@ -386,6 +391,7 @@ _KNOWN_MODULES = (
 _OF_JOINED = (
     *(Lowering.batch_norm, Lowering.concat, Lowering.scale, Lowering.divide, Lowering.negate),
     *(Lowering.keep, Lowering.dropout, Lowering.getitem, Lowering.split, Lowering.chunk, Lowering.index_select),
+    *(Lowering.narrow, Lowering.to),
 )
 # What is looked at even where a value is unknown: sizes have an answer, a product of two values is an obstacle.
 _OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)

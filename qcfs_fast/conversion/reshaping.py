@@ -136,6 +136,15 @@ class Reshaping(Spatial):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return tuple(self._selected(x, channels[a : a + n]) for a, n in zip(starts, sizes, strict=True))
 
+    def narrow(self, x: Any, dim: int, start: int, length: int) -> Any:
+        return self._indexed(x, slice(start, start + length) if dim % self._rank(x) == 1 and start >= 0 else None)
+
+    def to(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """x.to(dtype) and x.to(device), which change nothing as long as the values stay floats."""
+        if any(isinstance(v, torch.dtype) and not v.is_floating_point for v in (*args, *kwargs.values())):
+            raise self.fail("rounds values to integers, which is not linear. Remedy: leave them floats")
+        return x
+
     def index_select(self, x: Any, dim: int, index: Any) -> Any:
         return self._indexed(x, index if dim % self._rank(x) == 1 else None)
 

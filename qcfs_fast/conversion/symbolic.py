@@ -134,8 +134,9 @@ class Symbolic:
         if not x.source:
             if channels is None:
                 shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
-                self.needs_shapes |= shape is None
-                channels = 1 if shape is None else shape[0]
+                if shape is None:
+                    raise self._shape_needed("reads the image, whose channels are not known")
+                channels = shape[0]
             x = self._whole_image(x, channels)
         if self.image is not None and replace(self.image, vector=x.vector) != x:
             raise self.fail(

@@ -113,6 +113,12 @@ class Weighted(Symbolic):
             out_bias = out_bias + weight.double().reshape(out, x.channels, -1).sum(2) @ x.bias
         return Current(out_bias, tuple(products), (), True)
 
+    def matmul(self, x: Any, weight: Any) -> Current:
+        """A linear layer whose weight is [features, outputs]."""
+        if self._is_constant(x) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise self.fail("multiplies matrices, and the second is no constant [features, outputs]")
+        return self.linear(x, weight.t())
+
     def batch_norm(
         self,
         x: Any,

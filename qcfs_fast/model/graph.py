@@ -243,6 +243,7 @@ IMAGE = "input"
 """The name of the image among the nodes of a network."""
 RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 RELU_METHODS = {"relu", "relu_"}
+BOUNDED_BELOW = {torch.clamp_min, "clamp_min", "clamp_min_"}
 CLAMPS = {torch.clamp, torch.clip, F.hardtanh, "clamp", "clamp_", "clip", "clip_"}
 ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 """x + y in all its spellings; the methods are add and add_."""
@@ -263,6 +264,9 @@ def relu_ceiling(gm: fx.GraphModule, node: fx.Node) -> float | None:
         return unbounded if isinstance(m, nn.ReLU) else None
     if node.op == "call_function" and node.target is F.relu6:
         return 6.0
+    if node.op != "get_attr" and node.target in BOUNDED_BELOW | {F.leaky_relu}:
+        bound = [*node.args[1:], *(v for k, v in node.kwargs.items() if k in ("min", "negative_slope"))]
+        return unbounded if bound[:1] == [0] else None
     if node.target in CLAMPS and node.op != "get_attr":
         bounds = dict(zip(("min", "max"), node.args[1:], strict=False))
         bounds |= {k.removesuffix("_val"): v for k, v in node.kwargs.items()}

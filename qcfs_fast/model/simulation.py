@@ -131,6 +131,8 @@ def _shared(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule:
             if not is_qcfs(layer) and any(True for _ in (*layer.parameters(), *layer.buffers())):
                 gm.add_submodule(f"_converted_{i}", _Converted(layer, dtype))
                 node.target = f"_converted_{i}"
+        elif node.op == "call_method" and _casts(node):
+            node.replace_all_uses_with(node.args[0])
         elif node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             module = gm.get_submodule(owner)
@@ -138,7 +140,14 @@ def _shared(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule:
                 t = table.get(name)
                 if t is not None and t.is_floating_point():
                     table[name] = nn.Parameter(t.detach().to(dtype), False)
+    gm.recompile()
     return gm
+
+
+def _casts(node: fx.Node) -> bool:
+    """Whether a node makes floats of another precision, as x.float() and x.to(torch.float32) do."""
+    given = (*node.args[1:], *node.kwargs.values())
+    return node.target == "float" or any(isinstance(v, torch.dtype) and v.is_floating_point for v in given)
 
 
 def _with_neurons(
