@@ -53,6 +53,8 @@ class Ends(Arithmetic):
         if isinstance(x, Answer):
             return x
         if isinstance(x, Laid):  # a map whose height or width of one pixel was squeezed
+            if not whole(x.size):
+                raise self._shape_needed("ends with a map whose shape is not known")
             if 1 not in x.size:
                 raise self.fail("the model's output is a map whose pixels stand in one dimension. Remedy: a map")
             return Answer(self._answered(x.value), 3, (("squeeze", 2 + x.size.index(1)),))

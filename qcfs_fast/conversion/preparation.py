@@ -99,7 +99,7 @@ def prepare(
             qcfs = QCFS(levels, min(threshold, ceilings[node]))
             qcfs.ceiling = ceilings[node]
             _replace(gm, node, _site_path(gm, node, taken, "relu"), qcfs)
-        elif max_pool == "avg" and node.target in ("amax", torch.amax):
+        elif max_pool == "avg" and node.op != "call_module" and node.target in ("amax", torch.amax):
             node.target = "mean" if node.op == "call_method" else torch.mean
         elif max_pool == "avg" and (pool := _average_pool(gm, node)) is not None:
             _replace(gm, node, _site_path(gm, node, taken, "pool"), pool)

@@ -47,6 +47,7 @@ class _Tracer(fx.Tracer):
         self.own = set(model.modules())
         self.thread = threading.get_ident()
         self.failed_in = ""  # the innermost module whose forward raised
+        self.shadow: nn.Module | None = None  # the model without values
         self.torn = ""  # a question on sizes that images of two sizes answer differently
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -88,7 +89,8 @@ class _Tracer(fx.Tracer):
         graph.output(copied[asked])
         found = {}
         with contextlib.suppress(Exception), made_parameters_kept(self.root), torch.no_grad():
-            run = fx.Interpreter(fx.GraphModule(copy.deepcopy(self.root).to("meta"), graph)).run
+            self.shadow = self.shadow or without_values(self.root)
+            run = fx.Interpreter(fx.GraphModule(self.shadow, graph)).run
             for shape in _usual_shapes(self.root):
                 with contextlib.suppress(Exception), torch.device("meta"):  # whatever a model raises on other shapes
                     answer = run(torch.empty((2, *shape)))
@@ -108,8 +110,15 @@ def _usual_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         yield (first.in_features,)
     channels = {3, 1} if isinstance(first, nn.Linear) or first is None else {first.in_channels}
     for c in channels:
-        for side in (224, 32, 28, 64, 97, 512):
+        for side in (224, 32, 28, 97, 512):
             yield (c, side) if isinstance(first, nn.Conv1d) else (c, side, side)
+
+
+def without_values(module: nn.Module) -> Any:
+    """A copy whose tensors are on the meta device: they have shapes alone."""
+    tensors = [*module.parameters(), *module.buffers()]
+    own = {id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
+    return copy.deepcopy(module, own)
 
 
 def is_normalize(m: nn.Module) -> bool:
