@@ -156,7 +156,7 @@ def randomize(model, seed=0):
     """Random but lively parameters, BatchNorm statistics included."""
     g = torch.Generator().manual_seed(seed)
     for m in model.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             fan = m.weight[0].numel()
             m.weight.data = torch.randn(m.weight.shape, generator=g) * (2 / fan) ** 0.5
             if m.bias is not None:
@@ -178,7 +178,7 @@ def on_grid(model, seed=0):
         return torch.randint(low, high + 1, shape, generator=g) * step
 
     for m in model.modules():
-        if isinstance(m, (nn.Conv2d, nn.Linear)):
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             reach = max(1, round(16 / m.weight[0].numel() ** 0.5))
             m.weight.data = pick(m.weight.shape, -reach, reach, 1 / 8)
             if m.bias is not None:

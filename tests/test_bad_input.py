@@ -211,6 +211,19 @@ def test_few_bits_warn():
         qcfs_fast.convert(model, T=4, max_T=4000)
 
 
+@pytest.mark.parametrize(("bits", "loud", "warns"), [(16, 1e4, True), (8, 1e3, True), (24, 1e4, False), (16, 1, False)])
+def test_few_units_warn(bits, loud, warns):
+    torch.manual_seed(0)
+    model = trained(nn.Linear(3, 6), QCFS(4), nn.Linear(6, 4), QCFS(4), nn.Linear(4, 2))
+    model[2].weight.data[1, 2] *= loud / model[2].weight.data[1, 2]
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        snn = qcfs_fast.convert(model, T=4, weight_bits=bits)
+    messages = [str(w.message) for w in found if "steps of their weights" in str(w.message)]
+    assert all(m.startswith("3: the threshold of 1 of 4 channels") and "weight_bits=24" in m for m in messages)
+    assert [bool(messages), "3: 1 channels have a threshold of few units" in snn.report()] == [warns, warns]
+
+
 def test_size_dependent_pool_refuses_other_sizes():
     prepared = qcfs_fast.prepare(networks.Pools())
     qcfs_fast.calibrate(prepared, [torch.randn(2, 3, 12, 11)], progress=False)

@@ -167,3 +167,29 @@ def test_layers_that_read_the_image_unlike_each_other_are_refused():
 
     with pytest.raises(ConversionError, match="the image enters twice"):
         exact(Summed())
+
+
+class DualPath(nn.Module):
+    """Blocks that add to some channels and append others, of currents, as a dual-path network has them."""
+
+    def __init__(self, blocks=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8 + 2 * i) for i in range(blocks))
+        self.convs = nn.ModuleList(nn.Conv2d(8 + 2 * i, 8, 1) for i in range(blocks))
+        self.acts = nn.ModuleList(QCFS(4) for _ in range(blocks + 1))
+        self.out = nn.Linear(6 + 2 * blocks + 2, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        for norm, conv, act in zip(self.norms, self.convs, self.acts[:-1], strict=True):
+            y = conv(act(norm(x)))
+            x = torch.cat([x[:, :6] + y[:, :6], x[:, 6:], y[:, 6:]], 1)
+        return self.out(self.acts[-1](x).mean((2, 3)))
+
+
+def test_parts_of_a_concatenation_keep_what_they_read():
+    """Each block read twice as many products as the one before, half of them of zeros."""
+    snn = exact(DualPath())
+    assert max(len(layer.inputs) for layer in snn.spiking_layers.values()) <= 9

@@ -239,7 +239,6 @@ SPATIAL = {
         n.strided(y := spikes_of(n, x)) + F.pad(y[:, ::2, ::2, ::2], (0, 0, 0, 0, 2, 2))
     ),
     "crop": lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, 1:-2, 2:])),
-    "crop by a negative start": lambda n, x: n.relu_b(n.b(spikes_of(n, x)[..., -5:, :])),
     "crop of channels and pixels": lambda n, x: n.relu_b(n.narrow_in(spikes_of(n, x)[:, 2:5, 1:-1])),
     "every second pixel": lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, 1::2, ::2])),
     "crop of averages": lambda n, x: n.relu_b(n.b(F.avg_pool2d(spikes_of(n, x), 2)[:, :, 1:, :-1])),
@@ -370,6 +369,7 @@ REFUSED_PIXELS = {
     "by one and a half": (lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=1.5))), "whole factor"),
     "reflection": (lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 1, 1, 1), "reflect"))), "pad with zeros"),
     "a place from the other border": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, :4])), "from the same border"),
+    "the last five rows": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)[..., -5:, :])), "from the same border"),
     "the image": (lambda n, x: n.relu_a(n.a(x[:, :, 1:])), "image itself.*Remedy"),
     "a layer's output": (lambda n, x: n.relu_b(n.b(spikes_of(n, x))[:, :, 1:]), "no activation in between"),
     "cut by more than it adds": (lambda n, x: n.relu_b(n.cut(spikes_of(n, x))), "less padding"),

@@ -14,6 +14,7 @@ import networks
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import qcfs_fast
 
@@ -253,6 +254,14 @@ def test_every_mode(library, neuron, tmp_path):
             assert torch.equal(library.run(network, x, steps=3, per_step=1), snn(x, 3, per_step=True))
             assert torch.equal(library.run(network, x, skip=2, threads=2), snn(x, skip=2))
         library.free(network)
+
+
+def test_lines_are_maps_of_one_row(library, tmp_path):
+    model = nn.Sequential(nn.Conv1d(2, 6, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(6 * 19, 5))
+    snn, x = qcfs_fast.convert(networks.lively(model, (2, 40)), T=4), networks.images((2, 40))
+    network = library.load(saved(snn, tmp_path))
+    assert torch.equal(library.run(network, x.unsqueeze(2)), snn(x))
+    library.free(network)
 
 
 @pytest.mark.parametrize("neuron", ["plain", "signed"])

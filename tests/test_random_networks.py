@@ -22,10 +22,11 @@ from qcfs_fast.operators.neuron import MODES
 
 FIRING = ("layer", "projection", "identity", "image", "joined", "pyramid")
 MOVES = {  # and the size of what comes out
-    "nearest": (lambda x: F.interpolate(x, scale_factor=2), lambda n: 2 * n),
-    "crop": (lambda x: x[:, :, 1:, :-1], lambda n: n - 1),
-    "pad": (lambda x: F.pad(x, (0, 1, 1, 0)), lambda n: n + 1),
+    "nearest": (lambda x, line: F.interpolate(x, scale_factor=2), lambda n: 2 * n),
+    "crop": (lambda x, line: x[:, :, 1:] if line else x[:, :, 1:, :-1], lambda n: n - 1),
+    "pad": (lambda x, line: F.pad(x, (0, 1) if line else (0, 1, 1, 0)), lambda n: n + 1),
 }
+KINDS = ("Conv", "BatchNorm", "AvgPool", "MaxPool", "AdaptiveAvgPool")
 STEPS = (*FIRING, "pool", "max pool", "concatenation", *MOVES)
 CHANNELS = ("all", "shuffled", "chosen")
 FACTORS = (1, -1, 0.5, -2)  # of what is added
@@ -95,16 +96,17 @@ def plans(draw):
         values.append((out + 2 * (kind == "joined"), after))
         kept = spikes[-1] and (kind in ("max pool", "nearest", "crop") or (kind == "concatenation" and spikes[other]))
         spikes.append(kind in FIRING or kept)
-    return plan, draw(st.sampled_from(("linear", "pooled", "convolution")))
+    return plan, draw(st.sampled_from(("linear", "pooled", "convolution"))), draw(st.integers(0, 3)) == 0
 
 
 class Random(nn.Module):
-    """The network of a plan, each activation its own QCFS."""
+    """The network of a plan, each activation its own QCFS; of maps, or of lines."""
 
-    def __init__(self, plan, head):
+    def __init__(self, plan, head, line):
         super().__init__()
-        self.plan, self.head = plan, head
-        self.register_buffer("mean", torch.tensor([0.25, 0.0, -0.5]).reshape(3, 1, 1))
+        self.plan, self.head, self.line, self.shape = plan, head, line, (3, 8) if line else (3, 8, 8)
+        made = {kind: getattr(nn, f"{kind}{2 - line}d") for kind in KINDS}
+        self.register_buffer("mean", torch.tensor([0.25, 0.0, -0.5]).reshape(3, *[1] * (2 - line)))
         channels, sizes = [3], [8]
         for i, (kind, other, p) in enumerate(plan):
             out, k = p["out"], p["kernel"]
@@ -112,26 +114,26 @@ class Random(nn.Module):
                 options = {"stride": p["stride"], "padding": k // 2, "groups": p["groups"], "bias": i % 2 == 0}
                 read = channels[-1] - (p["channels"] == "chosen")
                 if p["lateral"]:
-                    self.add_module(f"lateral{i}", nn.Conv2d(read, p["lateral"], 1))
+                    self.add_module(f"lateral{i}", made["Conv"](read, p["lateral"], 1))
                     read = p["lateral"]
-                self.add_module(f"conv{i}", nn.Conv2d(read, p["mixed"] or out, k, **options))
-                self.add_module(f"mix{i}", nn.Conv2d(p["mixed"], out, 1) if p["mixed"] else nn.Identity())
-                self.add_module(f"norm{i}", nn.BatchNorm2d(out) if i % 3 == 2 else nn.Identity())
+                self.add_module(f"conv{i}", made["Conv"](read, p["mixed"] or out, k, **options))
+                self.add_module(f"mix{i}", made["Conv"](p["mixed"], out, 1) if p["mixed"] else nn.Identity())
+                self.add_module(f"norm{i}", made["BatchNorm"](out) if i % 3 == 2 else nn.Identity())
                 self.add_module(f"act{i}", QCFS(4))
             if kind == "pyramid":
-                self.add_module(f"other{i}", nn.Conv2d(channels[other], p["lateral"], 1))
+                self.add_module(f"other{i}", made["Conv"](channels[other], p["lateral"], 1))
             if kind in ("projection", "image"):
-                self.add_module(f"other{i}", nn.Conv2d(3 if kind == "image" else channels[other], out, 1))
+                self.add_module(f"other{i}", made["Conv"](3 if kind == "image" else channels[other], out, 1))
             if kind == "joined":
-                self.add_module(f"other{i}", nn.Conv2d(channels[other], 2, 3, padding=1))
+                self.add_module(f"other{i}", made["Conv"](channels[other], 2, 3, padding=1))
                 out += 2
             channels.append(out)
             size = 4 if p.get("averaged_image") else sizes[-1]
             sizes.append(size_after("averaged" if p.get("averaged") else kind, size, p["stride"]))
-        self.pool, self.maximum = nn.AvgPool2d(2), nn.MaxPool2d(2)
-        self.wide = nn.AdaptiveAvgPool2d(1)
-        features = channels[-1] * (sizes[-1] ** 2 if head == "linear" else 1)
-        self.out = nn.Conv2d(channels[-1], 4, 1) if head == "convolution" else nn.Linear(features, 4)
+        self.pool, self.maximum, self.sliding = made["AvgPool"](2), made["MaxPool"](2), made["AvgPool"](2, 1)
+        self.wide = made["AdaptiveAvgPool"](1)
+        features = channels[-1] * (sizes[-1] ** (2 - line) if head == "linear" else 1)
+        self.out = made["Conv"](channels[-1], 4, 1) if head == "convolution" else nn.Linear(features, 4)
 
     def forward(self, x):
         if self.plan[0][2]["normalised"]:
@@ -140,7 +142,7 @@ class Random(nn.Module):
         for i, (kind, other, p) in enumerate(self.plan):
             last = values[-1]
             if kind in MOVES:
-                values.append(MOVES[kind][0](last))
+                values.append(MOVES[kind][0](last, self.line))
                 continue
             if kind in ("pool", "max pool"):
                 values.append(self.pool(last) if kind == "pool" else self.maximum(last))
@@ -148,13 +150,13 @@ class Random(nn.Module):
             if kind == "concatenation":
                 values.append(torch.cat([last, values[other]], 1))
                 continue
-            read = self.conv_input(F.avg_pool2d(last, 2) if p.get("averaged_image") else last, p["channels"])
+            read = self.conv_input(self.pool(last) if p.get("averaged_image") else last, p["channels"])
             read = getattr(self, f"lateral{i}")(read) if p["lateral"] else read
             if kind == "pyramid":
                 coarse = getattr(self, f"other{i}")(self.pool(values[other]))
                 read = read + F.interpolate(coarse, scale_factor=2)
             y = getattr(self, f"norm{i}")(getattr(self, f"mix{i}")(getattr(self, f"conv{i}")(read)))
-            y = F.avg_pool2d(y, 2, 1) if p["averaged"] else y
+            y = self.sliding(y) if p["averaged"] else y
             if kind == "identity":
                 y = torch.add(y, values[other], alpha=p["factor"])
             elif kind == "joined":
@@ -209,19 +211,21 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
         model = networks.on_grid(Random(*plan), seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # thresholds may be those of a model without training
-            snn = qcfs_fast.convert(model, T=T, weight_bits=bits, input_shape=(3, 8, 8), step_bias=biases, **options)
+            snn = qcfs_fast.convert(model, T=T, weight_bits=bits, input_shape=model.shape, step_bias=biases, **options)
             if bits == 8 and any(d["lossless"] < d["channels"] for d in snn.details.values()):
                 seen["more than 8 bits"] += 1  # as of two weights that meet the same spikes, or of layers that are one
-                snn = qcfs_fast.convert(model, T=T, input_shape=(3, 8, 8), step_bias=biases, **options)
+                snn = qcfs_fast.convert(model, T=T, input_shape=model.shape, step_bias=biases, **options)
         assert all(d["lossless"] == d["channels"] for d in snn.details.values())
-        x = networks.images((3, 8, 8), 2, seed=seed, grid=64)
+        x = networks.images(model.shape, 2, seed=seed, grid=64)
+        still = x.dim()
         if over_time and neuron.steps(T) == T and neuron.mode != "sum":
-            x = networks.images((3, 8, 8), 2 * T, seed=seed, grid=64).reshape(T, 2, 3, 8, 8)
+            x = networks.images(model.shape, 2 * T, seed=seed, grid=64).reshape(T, 2, *model.shape)
         meaning = qcfs_fast.simulate(model, x, T, spikes=True, step_bias=biases, **options)
         # Membranes of a layer of the image alone are held within so many thresholds. Only images over time go farther.
         reached = meaning.membranes["act0"].abs().max() / model.act0.thresh.item()
-        assume(x.dim() == 4 or reached <= IMAGE_MEMBRANE)
-        seen["over time"] += x.dim() == 5
+        assume(x.dim() == still or reached <= IMAGE_MEMBRANE)
+        seen["over time"] += x.dim() > still
+        seen["lines"] += plan[2]
         found = qcfs_fast.trace(snn, x)
         assert list(found) == list(meaning.spikes)
         for name, theirs in meaning.spikes.items():
@@ -249,6 +253,7 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
         "lateral",
         "averaged",
         "averaged_image",
+        "lines",
         "linear",
         "pooled",
         "convolution",

@@ -73,6 +73,87 @@ FLATTEN = {
 }
 
 
+AVERAGED = {  # over the pixels of a map, which is what the first one does
+    "adaptive": lambda y: F.adaptive_avg_pool2d(y, 1).flatten(1),
+    "one dimension after the other": lambda y: y.mean(-1).mean(-1),
+    "height first": lambda y: y.mean(2).mean(2),
+    "kept, then indexed": lambda y: y.mean((2, 3), keepdim=True)[:, :, 0, 0],
+    "one indexed, one squeezed": lambda y: F.adaptive_avg_pool2d(y, 1)[..., 0].squeeze(2),
+    "squeezed": lambda y: F.adaptive_avg_pool2d(y, 1).squeeze(-1).squeeze(-1),
+    "squeezed at once": lambda y: F.adaptive_avg_pool2d(y, 1).squeeze((2, 3)),
+    "pixels in one dimension": lambda y: y.flatten(2).mean(2),
+    "viewed": lambda y: y.view(y.size(0), y.size(1), -1).mean(-1),
+    "the whole map": lambda y: F.avg_pool2d(y, y.size()[2:]).view(y.size(0), -1),
+    "its side": lambda y: F.avg_pool2d(y, kernel_size=y.shape[-2:]).flatten(1),
+    "summed": lambda y: y.sum((2, 3)) / 48,
+    "summed one by one": lambda y: y.sum(3).sum(2) / (y.shape[2] * y.shape[3]),
+    "amax": lambda y: y.amax((2, 3)),
+    "adaptive maximum": lambda y: F.adaptive_max_pool2d(y, 1).flatten(1),
+}
+
+
+CLAMPED = {
+    "clamp_min": lambda y: y.clamp_min(0),
+    "torch.clamp_min": lambda y: torch.clamp_min(y, min=0),
+    "leaky_relu without a slope": lambda y: F.leaky_relu(y, 0.0),
+    "named slope": lambda y: F.leaky_relu(y, negative_slope=0),
+}
+
+
+@pytest.mark.parametrize("how", CLAMPED)
+def test_more_rectifiers(how, plain):
+    snn, x = converted(Net(activate=CLAMPED[how]))
+    assert torch.equal(snn(x), plain)
+
+
+def test_slopes_are_refused():
+    for activate in (F.leaky_relu, lambda y: F.leaky_relu(y, 0.1), lambda y: y.clamp_min(0.5)):
+        with pytest.raises(ConversionError, match="no spiking counterpart"):
+            qcfs_fast.prepare(Net(activate=activate))
+
+
+SAME = {
+    "matmul": lambda net, x: net.a(x).relu().flatten(1) @ net.b.weight.t() + net.b.bias,
+    "narrowed": lambda net, x: net.b(net.a(x).relu().narrow(1, 0, 4).flatten(1)),
+    "float()": lambda net, x: net.b(net.a(x.float()).relu().flatten(1)),
+    "to(dtype)": lambda net, x: net.b(net.a(x.to(torch.float32)).relu().to(net.b.weight.device).flatten(1)),
+}
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_what_changes_nothing(how, plain):
+    class Spelled(Net):
+        def forward(self, x):
+            return self.c(torch.relu(SAME[how](self, x)))
+
+    snn, x = converted(Spelled())
+    assert torch.equal(snn(x), plain)
+
+
+def test_integers_within_the_network_are_refused():
+    with pytest.raises(ConversionError, match="to in the model's own forward: rounds values to integers"):
+        qcfs_fast.prepare(Net(lambda y: y.to(torch.int64).float().flatten(1)))
+
+
+class Averaged(Net):
+    def __init__(self, spelling):
+        super().__init__(spelling)
+        self.b = nn.Linear(4, 9)
+
+
+@pytest.mark.parametrize("how", AVERAGED)
+def test_averages_over_pixels(how):
+    snn, x = converted(Averaged(AVERAGED[how]))
+    expected, _ = converted(Averaged(AVERAGED["adaptive"]))
+    torch.testing.assert_close(snn(x), expected(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["amax", "adaptive maximum"])
+def test_maxima_over_pixels_of_each_step(how):
+    snn, _ = converted(Averaged(AVERAGED[how]), max_pool="keep")
+    assert any("max" in name for name in snn.layers)
+
+
 @pytest.mark.parametrize("how", FLATTEN)
 def test_flattening(how, plain):
     snn, x = converted(Net(FLATTEN[how]))
@@ -459,3 +540,75 @@ class Dense(nn.Module):
 def test_concatenated_currents():
     torch.manual_seed(0)
     converted(networks.randomize(Dense()))
+
+
+class Branches(nn.Module):
+    """Questions with the same answer for all images; `last` is one more."""
+
+    def __init__(self, last=lambda x: x):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.short, self.out, self.last = nn.Conv2d(1, 4, 1, 2), nn.Linear(4, 5), last
+
+    def forward(self, x):
+        if x.ndim == 3:
+            x = x.unsqueeze(0)
+        if not x.is_floating_point():
+            x = x / 255
+        y = self.b(torch.relu(self.a(x)))
+        if x.shape != y.shape:
+            x = self.short(x)
+        assert x.size(1) == 4, f"{x.shape}"
+        y = self.last(torch.relu(x + y if x.dim() == y.dim() and x.size(2) == y.size(2) else y))
+        return self.out(nn.Flatten()(F.adaptive_avg_pool2d(y, 1)))
+
+
+class Plain(Branches):
+    def forward(self, x):
+        y = torch.relu(self.short(x) + self.b(torch.relu(self.a(x))))
+        return self.out(y.mean((2, 3)))
+
+
+def test_branches_on_shapes():
+    snn, x = converted(Branches())
+    expected, _ = converted(Plain())
+    assert torch.equal(snn(x), expected(x))
+
+
+def smaller(y):
+    return F.avg_pool2d(y, 2) if y.shape[-1] < 20 else y
+
+
+def brighter(y):
+    return y * 2 if y.sum() > 0 else y
+
+
+def test_branches_that_images_take_differently_are_refused():
+    with pytest.raises(
+        ConversionError, match=r"the model's own forward: asks for the size.*\[1, 224, 224\].*\[1, 32, 32\]"
+    ):
+        qcfs_fast.prepare(Branches(smaller))
+    with pytest.raises(ConversionError, match="control flow that depends on tensor values"):
+        qcfs_fast.prepare(Branches(brighter))
+
+
+def test_a_size_that_was_not_tried_is_asserted():
+    model = qcfs_fast.prepare(Branches(lambda y: F.avg_pool2d(y, 2) if y.shape[-1] > 1 else y))
+    model(torch.rand(2, 1, 8, 8))
+    with pytest.raises(AssertionError, match="another branch"):
+        model(torch.rand(2, 1, 1, 1))
+
+
+def test_batch_norms_of_several_processes():
+    norm = nn.SyncBatchNorm(4)
+    norm.running_mean, norm.running_var = torch.rand(4), torch.rand(4) + 0.5
+    same = nn.BatchNorm2d(4)
+    same.load_state_dict(norm.state_dict())
+    found = []
+    for n in (norm, same):
+        net = Net(first=lambda net, x: net.norm(net.a(x)))
+        net.norm = n
+        snn, x = converted(net)
+        found.append(snn(x))
+    assert torch.equal(*found)

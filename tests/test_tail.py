@@ -95,7 +95,7 @@ def test_predict_stops_by_logits():
     [
         (lambda y: y * torch.sigmoid(y), r"works on the result of sigmoid.*Gates, squeeze-and-excitation"),
         (lambda y: y.softmax(0), "softmax over dimension 0 takes in the batch"),
-        (lambda y: y.squeeze(), r"squeeze over dimension None.*name one dimension from 1 to 1"),
+        (lambda y: y.squeeze(), r"also squeezes a batch of one image.*name the dimensions"),
     ],
 )
 def test_what_is_no_tail_is_refused(tail, message):

@@ -98,13 +98,13 @@ class Arithmetic(Weighted):
             raise self.fail("computes with a constant that is not finite")
         if t.numel() == 1 or not isinstance(x, Image | Signal | Current | Joined):
             return t.reshape(-1)
-        rank = 2 if x.vector or getattr(x, "flattened", False) else 4
+        rank = self._rank(x)
         shape = (*([1] * (rank - t.dim())), *t.shape)
         channels = (len(x.source) if isinstance(x, Image) else x.channels) or t.numel()
         if len(shape) != rank or shape[1] != channels or t.numel() != channels:
             raise self.fail(
                 f"computes with a constant of shape {list(t.shape)}, which differs between pixels or does not fit "
-                f"{channels} channels. Remedy: one number, or one for each channel ([{channels}, 1, 1] for maps)"
+                f"{channels} channels. Remedy: one number, or one for each channel ({[channels, *[1] * (rank - 2)]})"
             )
         return t.reshape(-1)
 
@@ -118,7 +118,7 @@ class Arithmetic(Weighted):
                 sum((t.shift for t in tensors), ()),
                 width=max(t.width for t in tensors),
             )
-        if dim not in (1, -3) or not all(isinstance(t, Signal | Current | Joined) for t in tensors):
+        if dim % self._rank(tensors[0]) != 1 or not all(isinstance(t, Signal | Current | Joined) for t in tensors):
             raise self.fail("concatenates the image with layers, or values not along the channels")
         if any(isinstance(t, Current | Joined) for t in tensors):
             if any(t.vector or getattr(t, "flattened", False) for t in tensors):

@@ -59,6 +59,7 @@ from .lowering import lower
 from .shapes import usable_shape
 from .values import Current, FireNode, Lowered, Part, Product, Signal, by_loudness
 
+FEW_UNITS = 32  # steps of a layer's weights that make up a threshold: with fewer, little is left of quiet inputs
 EXACT_BITS = 53 - 15 + 1  # a sum of K products of 16-bit weights and pixels of b bits is exact where b <= this - log2 K
 
 
@@ -88,7 +89,7 @@ def convert(
             is then three products of 8 bits.
         max_T: the largest T this network will be asked for; default max(T, 32). The integer grid is chosen so
             that no sum can overflow 32 bits up to there; a larger value costs resolution in wide layers.
-        input_shape: [C, H, W] of the images; needed only where an adaptive, ceil-mode or partially padded
+        input_shape: [C, H, W] of the images, or [C, L]; needed only where an adaptive, ceil-mode or partially padded
             average pool stands before a spiking layer. Default: what the prepared model last saw.
         neuron: the mode of all neurons: "plain", the paper's; "offset", which wins back the accuracy that plain ones
             lose at few time steps; "masked", "signed"; or "sum", the ANN with L = T as an integer network
@@ -154,7 +155,7 @@ def convert(
         limit = _add_step_bias(lowered, step_bias, settled, T, max_T)
     totals = min(T if max_T is None else max_T, MAX_COUNT) if settled.mode == "sum" else 1
     image = lowered.image
-    batches = None if data is None else rounding.checked_batches(data, image.channels, image.vector)
+    batches = None if data is None else rounding.checked_batches(data, image.channels, image.dims)
     prefix = None if batches is None else rounding.Prefix(batches, Run(T, settled))
     builder = _Builder(lowered, weight_bits, T, limit, settled, totals, prefix)
     snn = builder.build(shape, progress and data is not None)
@@ -257,6 +258,7 @@ class _Builder:
         self.layers: list[tuple[str, Layer]] = []
         self.made: dict[Any, str] = {}
         self.details: dict[str, dict[str, Any]] = {}
+        self.few: dict[str, int] = {}  # channels of a layer whose thresholds are FEW_UNITS
         self.errors: dict[str, np.ndarray] = {}  # of layers rounded by data, as the self-check takes them
 
     def build(self, shape: tuple[int, ...] | None, progress: bool) -> SNN:
@@ -266,7 +268,7 @@ class _Builder:
             INPUT,
             ImageInput(
                 [IMAGE],
-                ImageConfig(channels=image.channels, vector=image.vector, bits=self._image_bits()),
+                ImageConfig(image.channels, image.vector, self._image_bits(), image.line or None),
                 {
                     "source": torch.tensor(image.source, dtype=torch.int64),
                     "scale": torch.tensor(image.scale, dtype=torch.float32),
@@ -518,6 +520,8 @@ class _Builder:
         self.details[node.name] = self._detail(
             node, layer.threshold, int(layer.lossless.sum()), bits, min(max_T, MAX_SUM)
         )
+        if node.name in self.few:
+            self.details[node.name]["few_units"] = self.few[node.name]
 
     def _digits(self, w: np.ndarray) -> dict[str, np.ndarray]:
         """The tensors of a spiking layer's weight, by what is added to its name."""
@@ -558,7 +562,23 @@ class _Builder:
                 f"at max_T={self.max_T} (the bound is n/2 + T*sum|w| < 2^31); convert with a smaller max_T for more",
                 stacklevel=6,
             )
+        self._warn_of_few_units(node, layer)
         return layer
+
+    def _warn_of_few_units(self, node: FireNode, layer: units.QuantizedLayer) -> None:
+        steps = np.where(layer.lossless, FEW_UNITS, layer.threshold // units.weight_grid(self.weight_bits)[0])
+        few = steps < FEW_UNITS
+        if not few.any():
+            return
+        c = int(steps.argmin())
+        largest = f"{layer.weight_levels[c] / layer.threshold[c]:.3g}"
+        self.few[node.name] = int(few.sum())
+        warnings.warn(
+            f"{node.name}: the threshold of {few.sum()} of {few.size} channels is under {FEW_UNITS} steps of their "
+            f"weights (channel {c}: {steps[c]}), because one weight is {largest} thresholds: it rounds quiet inputs "
+            "beside that loud one away. Remedy: weight_bits=24, or scale the loud input or branch down in training",
+            stacklevel=7,
+        )
 
     def _readout(self, current: Current) -> None:
         if any(p.part.is_image for p in current.products) or any(

@@ -82,7 +82,7 @@ def self_check(
 
     def watch(name: str, layer: Layer, value: Any) -> None:
         if pieces(name, layer) or isinstance(layer, (EncodingLayer, SpikingLayer)):
-            spikes[name] = _channels_first(masks.unpack(value, steps)[:steps])
+            spikes[name] = snn.as_given(_channels_first(masks.unpack(value, steps)[:steps]))
         packed_weights.forget(layer.buffers())
 
     answer = snn.answered(snn._execute(x, run, watch), x.shape, False)
@@ -105,7 +105,7 @@ def self_check(
         exact = _by_channel(before_reset[-1].cpu() / _over(theta, own) + own.cpu())
         at = 0
         for part, layer in layers.items():
-            left = _channels_first(state.of(layer)["state"])[0]
+            left = snn.as_given(_channels_first(state.of(layer)["state"]))[0]
             found = _by_channel(left / _over(layer.threshold, left) + spikes[part].sum(0))
             here = exact[at : at + len(found)]
             off = _beyond_rounding(layer, found, here, steps, float(x.abs().max()), errors.get(part))

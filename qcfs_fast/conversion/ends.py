@@ -15,6 +15,8 @@ from .symbolic import whole, zeros
 from .values import (
     Answer,
     Current,
+    Image,
+    Laid,
     Signal,
     composed,
     identity_current,
@@ -27,11 +29,7 @@ class Ends(Arithmetic):
 
     def _tail(self, x: Any, name: str, dim: Any) -> Answer:
         """A step of the tail; its dimension is counted from the batch."""
-        if isinstance(x, Answer):
-            answer = x
-        else:
-            current = self._answered(x)
-            answer = Answer(current, 2 if current.vector or current.flattened else 4)
+        answer = self._answer(x)
         if name in OF_NUMBERS:
             return replace(answer, steps=(*answer.steps, (name,)))
         if name != "squeeze" and dim is None:
@@ -50,6 +48,19 @@ class Ends(Arithmetic):
             raise self._shape_needed("squeezes a dimension whose size is not known")
         return answer if size != 1 else Answer(answer.current, answer.dims - 1, (*answer.steps, (name, dim)))
 
+    def _answer(self, x: Any) -> Answer:
+        """A value as an output."""
+        if isinstance(x, Answer):
+            return x
+        if isinstance(x, Laid):  # a map whose height or width of one pixel was squeezed
+            if not whole(x.size):
+                raise self._shape_needed("ends with a map whose shape is not known")
+            if 1 not in x.size:
+                raise self.fail("the model's output is a map whose pixels stand in one dimension. Remedy: a map")
+            return Answer(self._answered(x.value), 3, (("squeeze", 2 + x.size.index(1)),))
+        current = self._answered(x)
+        return Answer(current, self._rank(current))
+
     def _answered(self, x: Any) -> Current:
         """The value as what a readout gives."""
         if isinstance(x, Signal) and (x.index is not None or len(x.parts) > 1) and not x.vector:
@@ -65,7 +76,9 @@ class Ends(Arithmetic):
         """A resize behind the last layer, of the mean over the steps: linear, but not behind a softmax."""
         if mode not in RESIZE_MODES:
             raise self.fail(f"resizes with mode={mode!r}. Remedy: one of {', '.join(RESIZE_MODES)}")
-        answer = x if isinstance(x, Answer) else Answer(self._answered(x), 4)
+        if isinstance(x, Image):
+            raise self.fail("resizes the image itself. Remedy: resize images before they enter")
+        answer = self._answer(x)
         if any(name in OF_NUMBERS or name in ("softmax", "log_softmax") for name, *_ in answer.steps):
             raise self.fail("resizes behind a softmax or the like. Remedy: resize first")
         if answer.dims != 4:

@@ -34,8 +34,10 @@ from torch import fx, nn
 from ..errors import ConversionError
 from ..model.graph import (
     ADD_FUNCTIONS,
+    REPLACEABLE,
     evaluating,
     is_normalize,
+    layer_rank,
     parameter,
     refuse_hooks,
     relu_ceiling,
@@ -58,6 +60,27 @@ from .values import (
 )
 
 _NO_THRESHOLD = "is a ReLU, which has no threshold; call qcfs_fast.prepare(model) first and train or calibrate it"
+_OTHER_RANK = {  # layers that are not of the images' rank
+    1: "works on lines [N, C, L], which no map and no vector is here. Remedy: give the network images [N, C, L], or, "
+    "in a network of maps, its 2d counterpart with a kernel (1, K)",
+    2: "works on maps [N, C, H, W], which no line [N, C, L] is. Remedy: give the network images [N, C, 1, L]",
+    3: "works on volumes, and the kernels here have two dimensions. Remedy: 2d layers, and the frames of a clip as the "
+    "steps of an input [T, N, C, H, W]; or a kernel of depth 1 as a 2d layer",
+}
+_NO_COUNTERPART: dict[Any, str] = {
+    (
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.LocalResponseNorm,
+        nn.modules.instancenorm._InstanceNorm,
+    ): "it normalises each image by itself, which is not linear. Remedy: BatchNorm in its place, trained",
+    (nn.RNNBase, nn.RNNCellBase): "it is recurrent, and spikes run forward. Remedy: convert the part before it",
+    (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer): "attention multiplies activations with each "
+    "other. Remedy: convert the part before it",
+    nn.Embedding: "it looks up indices, which are no image. Remedy: convert the part behind it",
+    tuple(REPLACEABLE): "it has negative values. Remedy: ReLU, or prepare(model, replace={its class}) and train",
+    nn.PReLU: "it has negative values. Remedy: ReLU in its place, trained",
+}
 
 
 class Lowering(Reshaping):
@@ -90,7 +113,7 @@ class Lowering(Reshaping):
         """Whether a node leaves currents side by side as they are; all others get them as one."""
         if node.op == "call_module":
             m = self.gm.get_submodule(str(node.target))
-            return is_qcfs(m) or isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, *_PASSING_MODULES))
+            return is_qcfs(m) or isinstance(m, (*_BATCH_NORMS, *_PASSING_MODULES))
         return FUNCTIONS.get(node.target, METHODS.get(str(node.target))) in _OF_JOINED
 
     def _get(self, x: Any) -> Any:
@@ -105,7 +128,10 @@ class Lowering(Reshaping):
                 if node.args:  # a further argument with a default
                     return node.args[0]
                 raise self.fail("a network with several inputs is not supported; convert the part behind one input")
-            return Image((), (), ())
+            return Image((), (), (), line=self.line)
+        rank = layer_rank(self.gm, node)
+        if rank is not None and rank != self._rank(None) - 2:
+            raise self.fail(_OTHER_RANK[rank])
         unknown = self._is_unknown(args) or self._is_unknown(tuple(kwargs.values()))
         if node.op == "output":
             return None if unknown else self._output(args[0])
@@ -116,7 +142,9 @@ class Lowering(Reshaping):
             return value
         step = tail_step(self.gm, node)
         if step is not None and not unknown and not (self._is_constant(args) and self._is_constant(kwargs)):
-            return self._tail(args[0] if args else kwargs["input"], *step)
+            x = args[0] if args else kwargs["input"]
+            squeezed = self.squeeze(x, step[1]) if step[0] == "squeeze" and not isinstance(x, Answer) else None
+            return self._tail(x, *step) if squeezed is None else squeezed
         resizes = node.target is F.interpolate or (
             node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.Upsample)
         )
@@ -130,6 +158,8 @@ class Lowering(Reshaping):
             if unknown and (step is not None or is_qcfs(m) or isinstance(m, _KNOWN_MODULES)):
                 return self._fired_unknown(m)
             return self._module(m, args, kwargs)
+        if node.target is torch._assert and self.shapes is None:
+            return None  # it may ask for sizes
         if self._is_constant(args) and self._is_constant(kwargs) and "call_" in node.op and node.all_input_nodes:
             try:
                 with torch.no_grad():
@@ -173,15 +203,15 @@ class Lowering(Reshaping):
         x = args[0] if args else next(iter(kwargs.values()))
         if is_qcfs(m):
             return self.fire(x, m)
-        if isinstance(m, nn.Conv2d):
+        if isinstance(m, nn.Conv1d | nn.Conv2d):
             return self._conv_module(x, m)
-        if isinstance(m, nn.ConvTranspose2d):
+        if isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d):
             given = args[1] if len(args) > 1 else kwargs.get("output_size")
             if given is not None:
                 raise self.fail("is told its output size at the call. Remedy: output_padding")
             weight, bias = parameter(m, "weight"), parameter(m, "bias")
             return self.conv_transpose(x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
-        if isinstance(m, (nn.ZeroPad2d, nn.ConstantPad2d)):
+        if isinstance(m, nn.ConstantPad1d | nn.ConstantPad2d):
             return self.pad(x, m.padding, "constant", m.value)
         if isinstance(m, nn.Upsample):
             return self.upsample(x, m.size, m.scale_factor, m.mode, m.align_corners)
@@ -191,7 +221,7 @@ class Lowering(Reshaping):
             return self.pixel_unshuffle(x, m.downscale_factor)
         if isinstance(m, nn.Linear):
             return self.linear(x, parameter(m, "weight"), parameter(m, "bias"))
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        if isinstance(m, _BATCH_NORMS):
             return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
         if isinstance(m, _PASSING_MODULES):
             return x
@@ -201,24 +231,31 @@ class Lowering(Reshaping):
             return self.shuffle(x, m.groups)
         if isinstance(m, nn.Flatten):
             return self.flatten(x, m.start_dim, m.end_dim)
+        if isinstance(m, nn.AvgPool1d):
+            return self.avg_pool(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad)
         if isinstance(m, nn.AvgPool2d):
             return self.avg_pool(
                 x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
             )
-        if isinstance(m, nn.AdaptiveAvgPool2d):
+        if isinstance(m, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
             return self.adaptive_pool(x, m.output_size)
-        if isinstance(m, nn.MaxPool2d):
+        if isinstance(m, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d):
+            return self.adaptive_pool(x, m.output_size, "max")
+        if isinstance(m, nn.MaxPool1d | nn.MaxPool2d):
             return self.max_pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+        for kinds, why in _NO_COUNTERPART.items():
+            if isinstance(m, kinds):
+                raise self.fail(f"{type(m).__name__} has no spiking counterpart: {why}")
         raise self.fail(
-            f"{type(m).__name__} has no spiking counterpart. Supported: Conv2d, Linear, BatchNorm, Dropout, Flatten, "
-            "AvgPool2d, AdaptiveAvgPool2d, MaxPool2d and QCFS. Remedy: replace the module by one of these (an "
+            f"{type(m).__name__} has no spiking counterpart. Supported: Conv1d, Conv2d, Linear, BatchNorm, Dropout, "
+            "Flatten, AvgPool, AdaptiveAvgPool, MaxPool and QCFS. Remedy: replace the module by one of these (an "
             "activation by ReLU before prepare)"
         )
 
     def _fired_unknown(self, m: nn.Module) -> Signal | Unknown:
         """What a module makes of an unknown value: an activation's spikes are known again, if their shape is."""
         shape = (self.shapes or {}).get(self.node)
-        if not is_qcfs(m) or shape is None:
+        if not is_qcfs(m) or not shape:
             return Unknown()
         return Signal((Part(str(self.node.target), torch.ones(shape[0], dtype=torch.float64)),), len(shape) == 1)
 
@@ -250,9 +287,7 @@ class Lowering(Reshaping):
             return ["dict", {name: self._form(v) for name, v in x.items()}]
         if isinstance(x, (tuple, list)):
             return ["tuple" if isinstance(x, tuple) else "list", [self._form(v) for v in x]]
-        answer = x if isinstance(x, Answer) else None
-        current = self._answered(x) if answer is None else answer.current
-        self.result.outputs.append(answer or Answer(current, 2 if current.vector or current.flattened else 4))
+        self.result.outputs.append(self._answer(x))
         return len(self.result.outputs) - 1
 
 
@@ -273,11 +308,15 @@ FUNCTIONS: dict[Any, Handler] = {
     torch.chunk: Lowering.chunk,
     torch.split: Lowering.split,
     torch.index_select: Lowering.index_select,
+    torch.narrow: Lowering.narrow,
+    **dict.fromkeys((operator.matmul, torch.matmul, torch.mm), Lowering.matmul),
     torch.channel_shuffle: Lowering.shuffle,
     F.channel_shuffle: Lowering.shuffle,
     torch.mean: Lowering.mean,
-    torch.conv2d: Lowering.conv,
-    F.conv2d: Lowering.conv,
+    torch.sum: Lowering.sum,
+    torch.amax: Lowering.amax,
+    torch.is_floating_point: Lowering.is_floating_point,
+    **dict.fromkeys((torch.conv1d, F.conv1d, torch.conv2d, F.conv2d), Lowering.conv),
     F.linear: Lowering.linear,
     F.batch_norm: Lowering.batch_norm,
     F.dropout: Lowering.dropout,
@@ -285,16 +324,17 @@ FUNCTIONS: dict[Any, Handler] = {
     F.dropout2d: Lowering.dropout,
     F.alpha_dropout: Lowering.dropout,
     F.feature_alpha_dropout: Lowering.dropout,
-    F.avg_pool2d: Lowering.avg_pool,
+    **dict.fromkeys((F.avg_pool1d, torch.avg_pool1d, F.avg_pool2d), Lowering.avg_pool),
+    **dict.fromkeys((F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d), Lowering.adaptive_pool),
     F.adaptive_avg_pool2d: Lowering.adaptive_pool,
-    F.max_pool2d: Lowering.max_pool,
-    torch.max_pool2d: Lowering.max_pool,
+    **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool2d), Lowering.adaptive_max_pool),
+    **dict.fromkeys((F.max_pool1d, torch.max_pool1d, F.max_pool2d, torch.max_pool2d), Lowering.max_pool),
     F.pad: Lowering.pad,
     F.interpolate: Lowering.upsample,
     F.pixel_shuffle: Lowering.pixel_shuffle,
     F.pixel_unshuffle: Lowering.pixel_unshuffle,
-    torch.conv_transpose2d: Lowering.conv_transpose,
-    F.conv_transpose2d: Lowering.conv_transpose,
+    **dict.fromkeys((torch.conv_transpose1d, F.conv_transpose1d), Lowering.conv_transpose),
+    **dict.fromkeys((torch.conv_transpose2d, F.conv_transpose2d), Lowering.conv_transpose),
     operator.getitem: Lowering.getitem,
     getattr: Lowering.getattr,
 }
@@ -310,14 +350,20 @@ METHODS: dict[str, Handler] = {
     "reshape": Lowering.view,
     "size": Lowering.size,
     "dim": Lowering.rank,
+    "is_floating_point": Lowering.is_floating_point,
     "ndimension": Lowering.rank,
     "mean": Lowering.mean,
+    "sum": Lowering.sum,
+    "amax": Lowering.amax,
     "unsqueeze": Lowering.unsqueeze,
     "permute": Lowering.permute,
     "transpose": Lowering.transpose,
     "chunk": Lowering.chunk,
     "split": Lowering.split,
     "index_select": Lowering.index_select,
+    "narrow": Lowering.narrow,
+    **dict.fromkeys(("matmul", "mm"), Lowering.matmul),
+    **dict.fromkeys(("to", "type"), Lowering.to),
     "contiguous": Lowering.keep,
     "detach": Lowering.keep,
     "clone": Lowering.keep,
@@ -325,20 +371,18 @@ METHODS: dict[str, Handler] = {
 }
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _PASSING_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)
 _KNOWN_MODULES = (
     *_PASSING_MODULES,
+    nn.Conv1d,
     nn.Conv2d,
     nn.Linear,
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
+    *_BATCH_NORMS,
     nn.Flatten,
     nn.ChannelShuffle,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.MaxPool2d,
-    nn.ConvTranspose2d,
-    nn.ConstantPad2d,
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.MaxPool2d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConstantPad1d, nn.ConstantPad2d),
     nn.Upsample,
     nn.PixelShuffle,
     nn.PixelUnshuffle,
@@ -346,7 +390,8 @@ _KNOWN_MODULES = (
 # What takes currents side by side one by one.
 _OF_JOINED = (
     *(Lowering.batch_norm, Lowering.concat, Lowering.scale, Lowering.divide, Lowering.negate),
-    *(Lowering.keep, Lowering.dropout),
+    *(Lowering.keep, Lowering.dropout, Lowering.getitem, Lowering.split, Lowering.chunk, Lowering.index_select),
+    *(Lowering.narrow, Lowering.to),
 )
 # What is looked at even where a value is unknown: sizes have an answer, a product of two values is an obstacle.
 _OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)
@@ -389,7 +434,7 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
             except ConversionError as e:
                 needed = e  # with sizes there may be more to say
             channels = (3, 1) if lowering.image is None else (len(lowering.image.source),)
-            guesses: list[tuple[int, ...]] = [(c, side, side) for c in channels for side in (224, 32)]
+            guesses = [(c, side, side)[: 2 if lowering.line else 3] for c in channels for side in (224, 32)]
         else:
             guesses = [tuple(int(d) for d in known)]
         # With a shape: its sizes at every node are found by running the graph on fake tensors.

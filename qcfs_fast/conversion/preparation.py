@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
 from ..model.graph import (
+    REPLACEABLE,
     call_sites,
     describe,
+    layer_rank,
     made_parameters_kept,
     owner_path,
     refuse_hooks,
@@ -27,15 +30,9 @@ from .shapes import LAST_SHAPE
 from .symbolic import ShapeNeededError
 
 MAX_POOL_CHOICES = ("avg", "keep")
-REPLACEABLE: dict[type[nn.Module], Any] = {  # other activations, and their functional forms
-    nn.SiLU: F.silu,
-    nn.Hardswish: F.hardswish,
-    nn.GELU: F.gelu,
-    nn.LeakyReLU: F.leaky_relu,
-    nn.ELU: F.elu,
-    nn.Mish: F.mish,
-}
-_MAX_FUNCTIONS = {F.max_pool2d, torch.max_pool2d, F.adaptive_max_pool2d}
+_MAX_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
+_MAX_FUNCTIONS = {F.max_pool1d, torch.max_pool1d, F.max_pool2d, torch.max_pool2d}
+_ADAPTIVE_FUNCTIONS = {F.adaptive_max_pool1d, F.adaptive_max_pool2d}
 
 
 def _remember_input_shape(module: Any, args: tuple[Any, ...]) -> None:
@@ -102,6 +99,8 @@ def prepare(
             qcfs = QCFS(levels, min(threshold, ceilings[node]))
             qcfs.ceiling = ceilings[node]
             _replace(gm, node, _site_path(gm, node, taken, "relu"), qcfs)
+        elif max_pool == "avg" and node.op != "call_module" and node.target in ("amax", torch.amax):
+            node.target = "mean" if node.op == "call_method" else torch.mean
         elif max_pool == "avg" and (pool := _average_pool(gm, node)) is not None:
             _replace(gm, node, _site_path(gm, node, taken, "pool"), pool)
     gm.graph.lint()
@@ -148,16 +147,16 @@ def _activate_first(gm: fx.GraphModule) -> None:
     Likewise behind what moves whole pixels: they are spikes then, and no currents.
     """
     for node in list(gm.graph.nodes):
-        moved = node.args[0] if node.args else None
-        if relu_ceiling(gm, node) is None or not isinstance(moved, fx.Node) or len(moved.users) != 1:
+        if relu_ceiling(gm, node) is None:
             continue
-        if len(moved.all_input_nodes) != 1 or not (_is_max_pool(gm, moved) or _moves_pixels(gm, moved)):
-            continue
-        source = moved.all_input_nodes[0]
-        node.replace_all_uses_with(moved)
-        node.replace_input_with(moved, source)
-        moved.replace_input_with(source, node)
-        moved.prepend(node)
+        while node.args and isinstance(moved := node.args[0], fx.Node) and len(moved.users) == 1:
+            if len(moved.all_input_nodes) != 1 or not (_is_max_pool(gm, moved) or _moves_pixels(gm, moved)):
+                break
+            source = moved.all_input_nodes[0]
+            node.replace_all_uses_with(moved)
+            node.replace_input_with(moved, source)
+            moved.replace_input_with(source, node)
+            moved.prepend(node)
 
 
 def _moves_pixels(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -165,14 +164,16 @@ def _moves_pixels(gm: fx.GraphModule, node: fx.Node) -> bool:
         m = gm.get_submodule(str(node.target))
         nearest = isinstance(m, nn.Upsample) and m.mode == "nearest"
         return nearest or isinstance(m, nn.PixelShuffle | nn.PixelUnshuffle)
+    if node.target == "contiguous" or (node.target is operator.getitem and isinstance(node.args[1], tuple)):
+        return True
     nearest = node.target is F.interpolate and node.kwargs.get("mode", "nearest") == "nearest" and len(node.args) < 4
     return node.op == "call_function" and (nearest or node.target in (F.pixel_shuffle, F.pixel_unshuffle))
 
 
 def _is_max_pool(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
-        return isinstance(gm.get_submodule(str(node.target)), nn.MaxPool2d | nn.AdaptiveMaxPool2d)
-    return node.op == "call_function" and node.target in _MAX_FUNCTIONS
+        return isinstance(gm.get_submodule(str(node.target)), _MAX_MODULES)
+    return node.op == "call_function" and node.target in _MAX_FUNCTIONS | _ADAPTIVE_FUNCTIONS
 
 
 def _site_path(gm: fx.GraphModule, node: fx.Node, taken: set[str], name: str) -> str:
@@ -209,25 +210,25 @@ def _replace(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) ->
 def _average_pool(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The average pool that stands in for a max-pooling node; None for other nodes."""
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    if not _is_max_pool(gm, node):
+        return None
+    pool: Any = nn.AvgPool1d if layer_rank(gm, node) == 1 else nn.AvgPool2d
+    adaptive: Any = nn.AdaptiveAvgPool1d if layer_rank(gm, node) == 1 else nn.AdaptiveAvgPool2d
     if node.op == "call_module":
         m = gm.get_submodule(str(node.target))
-        if isinstance(m, nn.AdaptiveMaxPool2d):
-            return nn.AdaptiveAvgPool2d(m.output_size)
-        if not isinstance(m, nn.MaxPool2d):
-            return None
+        if isinstance(m, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d):
+            return adaptive(m.output_size)
         values = {name: getattr(m, name) for name in names}
-    elif node.op == "call_function" and node.target in _MAX_FUNCTIONS:
-        if node.target is F.adaptive_max_pool2d:
-            size: Any = node.args[1] if len(node.args) > 1 else node.kwargs["output_size"]
-            return nn.AdaptiveAvgPool2d(size)
+    else:
+        if node.target in _ADAPTIVE_FUNCTIONS:
+            return adaptive(node.args[1] if len(node.args) > 1 else node.kwargs["output_size"])
         values = {
             **dict(zip(names, node.args[1:], strict=False)),
             **{k: v for k, v in node.kwargs.items() if k != "input"},
         }
-    else:
-        return None
-    if values.get("dilation", 1) not in (1, (1, 1)) or values.get("return_indices"):
+    if values.get("dilation", 1) not in (1, (1,), (1, 1)) or values.get("return_indices"):
         raise ConversionError(f"{describe(node)}: max pooling with dilation or indices has no average counterpart")
-    return nn.AvgPool2d(
+    made: nn.Module = pool(
         values["kernel_size"], values.get("stride"), values.get("padding", 0), bool(values.get("ceil_mode", False))
     )
+    return made

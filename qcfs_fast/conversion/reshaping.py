@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..operators.windows import PoolSpec
 from .spatial import Spatial
-from .symbolic import is_rest, shown, whole
+from .symbolic import is_rest, one_current, shown, whole
 from .values import (
     Current,
     Grouped,
     Image,
+    Joined,
+    Laid,
     Signal,
 )
 
@@ -25,13 +28,19 @@ class Reshaping(Spatial):
 
     def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
         if isinstance(x, Grouped):
-            table, last = x.index, end_dim % (x.index.dim() + 3)
+            table, pixels = x.index, self._rank(x) - 2
+            last = end_dim % (table.dim() + pixels + 1)
             if 1 <= start_dim <= last <= table.dim():
                 table = table.flatten(start_dim - 1, last - 1)
                 return replace(x, index=table) if table.dim() > 1 else self._selected(x.value, table.tolist())
             x = self._selected(x.value, table.flatten().tolist())
-            end_dim = -1 if last == table.dim() + 2 else 0
-        if start_dim != 1 or end_dim not in (-1, 3):
+            end_dim = -1 if last == table.dim() + pixels else 0
+        if isinstance(x, Laid) and end_dim in (-1, 2):
+            x, end_dim = x.value, -1
+        rank = self._rank(x)
+        if start_dim == 2 == rank - 2 and end_dim in (-1, 3) and isinstance(x, Signal | Current):
+            return Laid(x, self._map_size(x))
+        if start_dim != 1 or end_dim % rank != rank - 1:
             raise self.fail("flattens other dimensions than all after the batch; use flatten(x, 1)")
         if isinstance(x, Current):
             flat = tuple(replace(s, vector=True) for s in x.identities) if not x.products else x.identities
@@ -39,7 +48,10 @@ class Reshaping(Spatial):
         if isinstance(x, Image):
             if self.shapes is None:
                 raise self._shape_needed("flattens the image, whose shape is not known")
-            return replace(x, map=self.shapes[self.node.all_input_nodes[0]])
+            shape = self.shapes[self.node.all_input_nodes[0]]
+            if len(shape) != self._rank(None) - 1:
+                raise self.fail(f"flattens images {list(shape)}. Remedy: give the network vectors, [N, features]")
+            return replace(x, map=shape)
         return replace(x, vector=True)
 
     def view(self, x: Any, *shape: Any) -> Any:
@@ -48,8 +60,14 @@ class Reshaping(Spatial):
         if len(asked) == 2 and not is_rest(asked[0]) and is_rest(asked[1]):
             return self.flatten(x, 1)
         own = self._shape(x)
-        if isinstance(x, Grouped) or len(asked) > 4:
+        if isinstance(x, Grouped) or len(asked) > self._rank(None):
             return self._regrouped(x, own, asked)
+        literal = isinstance(asked[0], int) and not is_rest(asked[0])  # a batch that is said
+        if len(asked) == 3 and len(own) == 4 and isinstance(x, Signal | Current) and not literal:
+            if not whole([*own[1:], *asked[1:]]):
+                raise self._shape_needed("reshapes a value whose shape is not known")
+            if asked[1] == own[1] and asked[2] in (-1, own[2] * own[3]):
+                return Laid(x, self._map_size(x))
         if len(asked) in (2, len(own)) and not whole(own[1:]):
             raise self._shape_needed("reshapes a value whose shape is not known")
         if len(asked) == 2 and whole(asked[1:]) and asked[1] in (math.prod(own[1:]), -1):
@@ -67,25 +85,30 @@ class Reshaping(Spatial):
             raise self._shape_needed("reshapes a value whose shape is not known")
         rest = math.prod(own[1:]) // max(1, -math.prod(asked[1:]))
         sizes = [rest if size == -1 else size for size in asked[1:]]
-        if not isinstance(x, Image | Signal | Current | Grouped) or sizes[-2:] != list(own[-2:]) or len(sizes) < 3:
+        pixels = self._rank(None) - 2
+        same = sizes[-pixels:] == list(own[-pixels:])
+        if not isinstance(x, Image | Signal | Current | Grouped) or not same or len(sizes) <= pixels:
             raise self.fail(f"reshapes {shown(own)} to {shown(asked)}; only channels may be taken apart")
         if isinstance(x, Image):
             x = self._selected(x, range(own[1]))
         table = x if isinstance(x, Grouped) else Grouped(x, torch.arange(own[1]))
-        if math.prod(sizes[:-2]) != table.index.numel():
+        if math.prod(sizes[:-pixels]) != table.index.numel():
             raise self.fail(f"reshapes {shown(own)} to {shown(asked)}, which moves samples into channels")
-        index = table.index.reshape(sizes[:-2])
+        index = table.index.reshape(sizes[:-pixels])
         return Grouped(table.value, index) if index.dim() > 1 else self._selected(table.value, index.tolist())
 
     def permute(self, x: Any, *dims: Any) -> Any:
         order = list(dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
-        rank = len(self._shape(x))
+        rank, pixels = len(self._shape(x)), self._rank(x) - 2
         if not isinstance(x, Grouped) or sorted(d % rank for d in order) != list(range(rank)):
-            raise self.fail("permutes dimensions, which has no spiking counterpart unless it shuffles channels")
+            raise self.fail(
+                "permutes dimensions, which has no spiking counterpart unless it shuffles channels. Remedy: give the "
+                "network images [N, C, H, W] (signals [N, C, L]), and permute before it"
+            )
         order = [d % rank for d in order]
-        if order[0] != 0 or order[-2:] != [rank - 2, rank - 1]:
+        if order[0] != 0 or order[-pixels:] != list(range(rank - pixels, rank)):
             raise self.fail("permutes the batch or pixels, which has no spiking counterpart; only channels may move")
-        return replace(x, index=x.index.permute([d - 1 for d in order[1:-2]]))
+        return replace(x, index=x.index.permute([d - 1 for d in order[1:-pixels]]))
 
     def transpose(self, x: Any, dim0: int, dim1: int) -> Any:
         order = list(range(len(self._shape(x))))
@@ -102,7 +125,7 @@ class Reshaping(Spatial):
         return self.split(x, -(-self._channels(x) // chunks), dim)
 
     def split(self, x: Any, split_size_or_sections: Any, dim: int = 0) -> Any:
-        if dim not in (1, -3):
+        if dim % self._rank(x) != 1:
             raise self.fail("cuts another dimension than the channels, which has no spiking counterpart")
         channels = range(self._channels(x))
         sizes: Any = split_size_or_sections
@@ -113,8 +136,17 @@ class Reshaping(Spatial):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return tuple(self._selected(x, channels[a : a + n]) for a, n in zip(starts, sizes, strict=True))
 
+    def narrow(self, x: Any, dim: int, start: int, length: int) -> Any:
+        return self._indexed(x, slice(start, start + length) if dim % self._rank(x) == 1 and start >= 0 else None)
+
+    def to(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """x.to(dtype) and x.to(device), which change nothing as long as the values stay floats."""
+        if any(isinstance(v, torch.dtype) and not v.is_floating_point for v in (*args, *kwargs.values())):
+            raise self.fail("rounds values to integers, which is not linear. Remedy: leave them floats")
+        return x
+
     def index_select(self, x: Any, dim: int, index: Any) -> Any:
-        return self._indexed(x, index if dim in (1, -3) else None)
+        return self._indexed(x, index if dim % self._rank(x) == 1 else None)
 
     def _indexed(self, x: Any, channels: Any) -> Any:
         """x[:, channels]."""
@@ -133,6 +165,9 @@ class Reshaping(Spatial):
     def rank(self, x: Any) -> int:
         return len(self._shape(x))
 
+    def is_floating_point(self, x: Any) -> bool:
+        return True
+
     def getattr(self, x: Any, name: str) -> Any:
         if name == "shape":
             return self._shape(x)
@@ -147,25 +182,79 @@ class Reshaping(Spatial):
             everything, channel = index
             if everything == slice(None) and isinstance(channel, int):
                 return Image((channel,), x.scale or (1.0,), x.shift or (0.0,), batch_only=True)
-        if isinstance(index, tuple) and isinstance(x, Image | Signal | Current):
+        rank = self._rank(None)
+        if isinstance(index, tuple) and isinstance(x, Image | Signal | Current | Joined):
             if Ellipsis in index:
                 at = index.index(Ellipsis)
-                index = (*index[:at], *[slice(None)] * (5 - len(index)), *index[at + 1 :])
-            index = (*index, *[slice(None)] * (4 - len(index)))
+                index = (*index[:at], *[slice(None)] * (1 + rank - len(index)), *index[at + 1 :])
+            index = (*index, *[slice(None)] * (rank - len(index)))
             batch, channels, *pixels = index
+            alone = [i + 2 for i, p in enumerate(pixels) if isinstance(p, int)]
+            if alone and batch == channels == slice(None):
+                if not whole(self._shape(x)[2:]):
+                    raise self._shape_needed("takes a pixel of a map whose size is not known")
+                if all(self._shape(x)[i] == 1 for i in alone) and all(pixels[i - 2] in (0, -1) for i in alone):
+                    return self._without(one_current(x), alone)
+            pixels = [slice(None), *pixels] if rank == 3 else pixels
             if batch == slice(None) and len(pixels) == 2 and all(isinstance(p, slice) for p in pixels):
                 x = x if channels == slice(None) else self._indexed(x, channels)
-                return x if pixels == [slice(None)] * 2 else self._sliced(x, *pixels)
+                return x if pixels == [slice(None)] * 2 else self._sliced(one_current(x), *pixels)
         raise self.fail("indexes a tensor, which has no spiking counterpart unless it takes channels of a map")
 
     def unsqueeze(self, x: Any, dim: int) -> Any:
         if isinstance(x, Image) and x.batch_only and dim == 1:
             return replace(x, batch_only=False)
-        raise self.fail("adds a dimension, which has no spiking counterpart")
+        raise self.fail(
+            "adds a dimension, which has no spiking counterpart. Remedy: give the network images that have it, "
+            "[N, 1, L] for signals"
+        )
 
-    def mean(self, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-        dims = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
-        if sorted(d % 4 if isinstance(d, int) else -1 for d in dims) != [2, 3]:
-            raise self.fail("takes a mean over other dimensions than height and width")
-        pooled = self.adaptive_pool(x, 1)
-        return pooled if keepdim else self.flatten(pooled, 1)
+    def mean(self, x: Any, dim: Any = None, keepdim: bool = False, kind: str = "avg") -> Any:
+        rank = 3 if isinstance(x, Laid) else self._rank(x)
+        dims = dim if isinstance(dim, (tuple, list)) else [dim]
+        over = sorted({d % rank if isinstance(d, int) else -1 for d in dims})
+        if not over or over[0] < 2 or (isinstance(x, Laid) and keepdim):
+            raise self.fail("takes a mean or maximum over other dimensions than those of pixels")
+        if isinstance(x, Laid):
+            return self.flatten(self._pooled(x.value, PoolSpec(kind, output=(1, 1), size=self._known(x.size))), 1)
+        pooled = self.adaptive_pool(x, [None if i not in over else 1 for i in (2, 3)] if rank == 4 else 1, kind)
+        return pooled if keepdim else self._without(pooled, over)
+
+    def sum(self, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+        mean = self.mean(x, dim, keepdim)
+        dims = dim if isinstance(dim, (tuple, list)) else [dim]
+        sizes = [self._shape(x)[d] for d in dims]
+        if not whole(sizes):
+            raise self._shape_needed("sums pixels of a map whose size is not known")
+        if isinstance(mean, Laid):
+            return replace(mean, value=self.scale(mean.value, math.prod(sizes)))
+        return self.scale(mean, math.prod(sizes))
+
+    def amax(self, x: Any, dim: Any = (), keepdim: bool = False) -> Any:
+        return self.mean(x, dim, keepdim, "max")
+
+    @staticmethod
+    def _known(size: tuple[Any, Any]) -> Any:
+        return size if whole(size) else None
+
+    def _without(self, x: Any, dims: Sequence[int]) -> Any:
+        """A map without its dimensions of pixels that are in `dims`, in which it has one pixel."""
+        if len(dims) == self._rank(x) - 2:
+            return self.flatten(x, 1)
+        size = self._map_size(x)  # as it was before
+        return Laid(x, (1, size[1]) if 2 in dims else (size[0], 1))
+
+    def squeeze(self, x: Any, dim: Any = None) -> Any:
+        """A map without dimensions of one pixel; None where it is left to the tail of the network."""
+        shape = self._shape(x)
+        if dim is None:
+            raise self.fail("also squeezes a batch of one image. Remedy: flatten(1), or name the dimensions")
+        rank = len(shape)
+        dims = sorted({d % rank for d in (dim if isinstance(dim, (tuple, list)) else [dim])})
+        if not dims or dims[0] < 2 or not isinstance(x, Signal | Current | Laid):
+            return None
+        if not whole(shape[2:]):
+            raise self._shape_needed("squeezes a dimension whose size is not known")
+        if any(shape[d] != 1 for d in dims):
+            return None if any(shape[d] == 1 for d in dims) else x
+        return self.flatten(x, 1) if isinstance(x, Laid) else self._without(x, dims)

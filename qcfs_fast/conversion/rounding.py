@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..network.layers import IMAGE, EncodingLayer, ImageInput, Layer, Run, SpikingLayer, Values, counted
+from ..network.layers import IMAGE, PIXELS, EncodingLayer, ImageInput, Layer, Run, SpikingLayer, Values, counted
 from ..network.schema import Geometry
 from ..operators.geometry import convolution_size
 from ..operators.limits import CHUNK, overflow_free_steps
@@ -75,12 +75,12 @@ class Moments:
             start += c.shape[1]
 
 
-def checked_batches(data: Any, channels: int, vector: bool) -> list[Tensor]:
+def checked_batches(data: Any, channels: int, dims: int) -> list[Tensor]:
     """The image batches in `data`, or an error that says what is wrong with them."""
     remedy = "give an iterable of image batches, such as a DataLoader or [images]"
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TypeError(f"convert: data is a {type(data).__name__}; {remedy}")
-    shape = f"[N, {channels}]" if vector else f"[N, {channels}, H, W]"
+    shape = f"[N, {channels}{PIXELS[dims]}]"
     batches = []
     for batch in data:
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -88,7 +88,7 @@ def checked_batches(data: Any, channels: int, vector: bool) -> list[Tensor]:
             raise TypeError(f"convert: data holds a {type(x).__name__}; {remedy}")
         if not x.is_floating_point():
             raise TypeError(f"convert: data holds {x.dtype}; scale images to floats as for the network itself")
-        if x.dim() != (2 if vector else 4) or x.shape[1] != channels:
+        if x.dim() != dims or x.shape[1] != channels:
             raise ValueError(f"convert: data holds a batch of shape {list(x.shape)}, expected {shape}")
         if not bool(torch.isfinite(x).all()):
             raise ValueError("convert: data holds NaN or infinity; clean the images first")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..model.graph import (
     is_normalize,
     made_parameters_kept,
     symbolic_trace,
+    without_values,
 )
 from .values import (
     Image,
@@ -47,13 +47,10 @@ class ShapeRecorder(fx.Interpreter):
 def propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
     """Run the graph on a batch of 1 without values: a copy of it whose tensors are on the meta device."""
     with made_parameters_kept(gm), torch.no_grad():
-        tensors = [*gm.parameters(), *gm.buffers()]
-        own = {
-            id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors
-        }
-        recorder = ShapeRecorder(copy.deepcopy(gm, own))
+        recorder = ShapeRecorder(without_values(gm))
+        first = next(iter((*gm.parameters(), *gm.buffers())), None)
         with torch.device("meta"):
-            recorder.run(torch.empty((1, *input_shape), dtype=tensors[0].dtype if tensors else None))
+            recorder.run(torch.empty((1, *input_shape), dtype=None if first is None else first.dtype))
     by_name = {node.name: node for node in gm.graph.nodes}
     return {by_name[node.name]: shape for node, shape in recorder.shapes.items()}
 
@@ -68,7 +65,8 @@ def usable_shape(model: nn.Module, image: Image, known: Sequence[int] | None) ->
     with evaluating(model):
         gm = symbolic_trace(model)
         for side in (32, 28, 64, 96, 224):
+            shape = (image.channels, side, side)[: 2 if image.line else 3]
             with contextlib.suppress(Exception):  # whatever the model's own code raises
-                propagate_shapes(gm, (image.channels, side, side))
-                return (image.channels, side, side)
+                propagate_shapes(gm, shape)
+                return shape
     return None

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .ends import Ends
-from .symbolic import float64, pair, whole, zeros
+from .symbolic import float64, whole, zeros
 from .values import (
     Answer,
     Current,
@@ -81,8 +81,9 @@ class Spatial(Ends):
         return replace(x, identities=tuple(out))
 
     def _pooled_part(self, part: Part, spec: PoolSpec) -> Part:
-        shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
-        return replace(part, pools=(*part.pools, replace(spec, size=None if shape is None else (shape[-2], shape[-1]))))
+        if spec.size is None and self.shapes and self.node.all_input_nodes[0] in self.shapes:
+            spec = replace(spec, size=self._map_size(None))
+        return replace(part, pools=(*part.pools, spec))
 
     def avg_pool(
         self,
@@ -94,26 +95,22 @@ class Spatial(Ends):
         count_include_pad: bool = True,
         divisor_override: int | None = None,
     ) -> Signal | Current:
-        kernel = pair(kernel_size)
-        if kernel == (1, 1) == (divisor_override or 1, 1) and pair(padding) == (0, 0):
-            return self._strided(x, pair(stride) if stride else kernel)
-        spec = PoolSpec(
-            "avg",
-            kernel,
-            pair(stride) if stride else kernel,
-            pair(padding),
-            bool(ceil_mode),
-            bool(count_include_pad),
-            divisor_override,
-        )
-        return self._pooled(x, spec)
+        kernel, padding = self._pair(kernel_size, 1), self._pair(padding, 0)
+        stride = self._pair(stride, 1) if stride else kernel
+        if kernel == (1, 1) == (divisor_override or 1, 1) and padding == (0, 0):
+            return self._strided(x, stride)
+        window = (kernel, stride, padding, bool(ceil_mode), bool(count_include_pad), divisor_override)
+        return self._pooled(x, PoolSpec("avg", *window))
 
-    def adaptive_pool(self, x: Any, output_size: Any) -> Signal | Current:
-        if isinstance(output_size, (tuple, list)):
-            out = tuple(None if o is None else int(o) for o in output_size)
-        else:
-            out = (int(output_size), int(output_size))
-        return self._pooled(x, PoolSpec("avg", output=(out[0], out[1])))
+    def adaptive_pool(self, x: Any, output_size: Any, kind: str = "avg") -> Signal | Current:
+        asked = output_size if isinstance(output_size, (tuple, list)) else [output_size]
+        height, width = (None if o is None else self._pair(o, 1)[1] for o in (asked[0], asked[-1]))
+        return self._pooled(x, PoolSpec(kind, output=(1 if self.line else height, width)))
+
+    def adaptive_max_pool(self, x: Any, output_size: Any, return_indices: bool = False) -> Signal | Current:
+        if return_indices:
+            raise self.fail("max pooling with dilation or indices is not supported")
+        return self.adaptive_pool(x, output_size, "max")
 
     def max_pool(
         self,
@@ -125,14 +122,13 @@ class Spatial(Ends):
         ceil_mode: bool = False,
         return_indices: bool = False,
     ) -> Signal | Current:
-        if return_indices or pair(dilation) != (1, 1):
+        if return_indices or self._pair(dilation, 1) != (1, 1):
             raise self.fail("max pooling with dilation or indices is not supported")
-        kernel = pair(kernel_size)
-        if kernel == (1, 1) and pair(padding) == (0, 0):
-            return self._strided(x, pair(stride) if stride else kernel)
-        return self._pooled(
-            x, PoolSpec("max", kernel, pair(stride) if stride else kernel, pair(padding), bool(ceil_mode))
-        )
+        kernel, padding = self._pair(kernel_size, 1), self._pair(padding, 0)
+        stride = self._pair(stride, 1) if stride else kernel
+        if kernel == (1, 1) and padding == (0, 0):
+            return self._strided(x, stride)
+        return self._pooled(x, PoolSpec("max", kernel, stride, padding, bool(ceil_mode)))
 
     def _moved(self, x: Any, spec: PoolSpec, zeros: bool = False) -> Signal | Current:
         """A value whose pixels go where the windows of `spec` say; `zeros`: some places get none."""
@@ -162,6 +158,7 @@ class Spatial(Ends):
             raise self.fail("pads with something else than zeros, which is no spike. Remedy: pad with zeros")
         if not whole(pad):
             raise self._shape_needed("pads by a size that is not known")
+        pad = [*pad[:2], 0, 0, *pad[2:]] if self.line else pad
         if len(pad) > 6 and any(pad[6:]):
             raise self.fail("pads the batch")
         left, right, top, bottom, first, last = [*pad, 0, 0, 0, 0, 0, 0][:6]
@@ -184,12 +181,12 @@ class Spatial(Ends):
     def _sliced(self, x: Any, rows: slice, cols: slice) -> Any:
         """x[:, :, rows, cols]."""
         crops, strides = [], []
-        for s, size in zip((rows, cols), self._shape(x)[2:], strict=True):
+        for s, size in zip((rows, cols), self._map_size(x), strict=True):
             start, stop, step = s.start or 0, s.stop, s.step or 1
             if not whole([start, step, stop or 0]):
                 raise self._shape_needed("cuts pixels at a size that is not known")
-            if isinstance(size, int):
-                start, stop = start + size * (start < 0), None if stop == size else stop
+            if stop == size and any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
+                stop = None  # as of another map, whatever its size
             if start < 0 or (stop is not None and stop >= 0):
                 raise self.fail(
                     "cuts pixels at a place counted from the other border, which is another one in images of another "
@@ -220,18 +217,19 @@ class Spatial(Ends):
         recompute_scale_factor: bool | None = None,
         antialias: bool = False,
     ) -> Any:
-        everywhere = self._shape(x)[2:] == (1, 1)  # one pixel goes everywhere
+        everywhere = self._map_size(x) == (1, 1)  # one pixel goes everywhere
         if isinstance(x, Answer) or (mode in ("bilinear", "bicubic") and not antialias and not everywhere):
             return self._resized(x, mode, size, scale_factor, align_corners)
         mode = "nearest" if everywhere else mode
         factors: list[Any] = []
         if scale_factor is not None:
-            factors = list(scale_factor) if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
+            factors = [*scale_factor] if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
         elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
-            own, wanted = self._shape(x)[2:], list(size) if isinstance(size, (tuple, list)) else [size] * 2
-            if not whole([*own, *wanted]):
+            own, wanted = self._map_size(x), self._pair(size, 1)
+            if not whole(own):
                 raise self._shape_needed("resizes to a size that is not known")
             factors = [w / n for w, n in zip(wanted, own, strict=True)]
+        factors[:1] = [1] if self.line and factors else factors[:1]
         if mode not in ("nearest", "nearest-exact") or len(factors) != 2 or any(f < 1 or f != int(f) for f in factors):
             raise self.fail(
                 f"resizes with mode={mode!r}, size={size} and scale_factor={scale_factor}. Between activations only "
@@ -278,7 +276,9 @@ class Spatial(Ends):
         """A convolution of the map with zeros between its pixels, by the kernel turned round."""
         self._check_weights("convolution", weight)
         weight = float64(weight, zeros(0))
-        stride, padding, dilation, more = (pair(v) for v in (stride, padding, dilation, output_padding))
+        weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # of a line
+        stride, dilation = self._pair(stride, 1), self._pair(dilation, 1)
+        padding, more = self._pair(padding, 0), self._pair(output_padding, 0)
         border = tuple(d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True))
         extra = tuple(s - 1 - m for s, m in zip(stride, more, strict=True))
         if min(*border, *extra) < 0:

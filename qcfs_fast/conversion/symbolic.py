@@ -4,6 +4,9 @@ A value is an Image, a Signal, a Current, or one of their relatives (values.py).
 signals that a layer may read (`_sources`), or as a current that a neuron may integrate (`_current`). Each raises
 ConversionError, with the place in the model, where the value is no such thing. A size that is not known is a Size,
 which any arithmetic leaves one.
+
+A network of lines, [N, C, L], is one of maps that are one pixel high: where a model names one number, that of the
+height is added here.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from ..errors import ConversionError
 from ..model.graph import (
     call_sites,
     describe,
+    reads_lines,
 )
 from ..network.layers import INPUT, constant_name
 from ..operators.geometry import POINTWISE
@@ -30,6 +34,7 @@ from .values import (
     Grouped,
     Image,
     Joined,
+    Laid,
     Lowered,
     Part,
     Product,
@@ -89,17 +94,17 @@ def zeros(channels: int) -> Tensor:
     return torch.zeros(channels, dtype=torch.float64)
 
 
-def pair(x: Any) -> tuple[int, int]:
-    return (int(x), int(x)) if isinstance(x, int) else (int(x[0]), int(x[1]))
-
-
 class Symbolic:
-    """One pass over the graph. `shapes` maps nodes to the shapes of their values without the batch, if known."""
+    """One pass over the graph. `shapes` maps nodes to the shapes of their values without the batch, if known.
+
+    `line`: the images are lines.
+    """
 
     def __init__(self, gm: fx.GraphModule, shapes: Shapes | None) -> None:
         self.gm = gm
         self.shapes = shapes
         self.needs_shapes = False
+        self.line = reads_lines(gm)
         self.sites = {node: (name, module) for name, node, module in call_sites(gm)}
         self.values: dict[fx.Node, Any] = {}
         self.node: fx.Node  # the one being executed
@@ -116,7 +121,7 @@ class Symbolic:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Answer, Unknown))
+        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Laid, Answer, Unknown))
 
     def _is_unknown(self, x: Any) -> bool:
         values = x.values() if isinstance(x, dict) else x
@@ -129,8 +134,9 @@ class Symbolic:
         if not x.source:
             if channels is None:
                 shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
-                self.needs_shapes |= shape is None
-                channels = 1 if shape is None else shape[0]
+                if shape is None:
+                    raise self._shape_needed("reads the image, whose channels are not known")
+                channels = shape[0]
             x = self._whole_image(x, channels)
         if self.image is not None and replace(self.image, vector=x.vector) != x:
             raise self.fail(
@@ -209,8 +215,8 @@ class Symbolic:
 
     def _shape_needed(self, why: str) -> ShapeNeededError:
         return ShapeNeededError(
-            f"{describe(self.node)}: {why}; give convert(..., input_shape=(C, H, W)), or run the prepared model on "
-            "an image"
+            f"{describe(self.node)}: {why}; give convert(..., input_shape={'(C, L)' if self.line else '(C, H, W)'}), "
+            "or run the prepared model on an image"
         )
 
     def _channels(self, x: Any) -> int:
@@ -219,7 +225,7 @@ class Symbolic:
             if not isinstance(known, int):
                 raise self._shape_needed("takes channels of the image, whose shape is not known")
             return known
-        if not isinstance(x, Image | Signal | Current):
+        if not isinstance(x, Image | Signal | Current | Joined):
             raise self.fail("takes parts of what is no map of spikes or of currents")
         return len(x.source) if isinstance(x, Image) else x.channels
 
@@ -231,7 +237,7 @@ class Symbolic:
             source = tuple(whole.source[i] for i in index)
             scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
             return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
-        if not isinstance(x, Signal | Current) or x.vector or getattr(x, "flattened", False):
+        if not isinstance(x, Signal | Current | Joined) or x.vector or getattr(x, "flattened", False):
             raise self.fail(
                 "takes parts of a flattened value, which has no spiking counterpart; take channels of a map"
             )
@@ -244,5 +250,22 @@ class Symbolic:
         known = (self.shapes or {}).get(self.node.all_input_nodes[0]) if self.node.all_input_nodes else None
         if known is not None:
             return (Size(), *known)
-        vector = getattr(x, "vector", False) or getattr(x, "flattened", False)
-        return (Size(), Size()) if vector else (Size(), *([Size()] * 3))
+        return tuple(Size() for _ in range(self._rank(x)))
+
+    def _rank(self, x: Any) -> int:
+        """The dimensions of a map or a vector, the batch among them."""
+        if getattr(x, "vector", False) or getattr(x, "flattened", False):
+            return 2
+        return 3 if self.line else 4
+
+    def _map_size(self, x: Any) -> tuple[Any, Any]:
+        """Height and width of a map."""
+        *_, height, width = (1, *self._shape(x)[2:]) if self.line else self._shape(x)
+        return height, width
+
+    def _pair(self, x: Any, alone: int) -> tuple[int, int]:
+        """What an argument says of height and width; `alone`: of the height of a line."""
+        given = list(x) if isinstance(x, (tuple, list)) else [x]
+        if not whole(given):
+            raise self._shape_needed("is told a size that is not known")
+        return alone if self.line else int(given[0]), int(given[-1])

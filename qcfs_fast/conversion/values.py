@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +89,7 @@ class Image:
     shift: tuple[float, ...]
     vector: bool = False
     batch_only: bool = False  # one channel taken out, [N, H, W]
+    line: bool = False  # [N, C, L]
     map: tuple[int, ...] = ()  # [C, H, W], where the image was flattened
     width: int = 0  # its channels, where some are not read
 
@@ -97,6 +98,11 @@ class Image:
         """The channels of an image that is given."""
         return max(self.width, 1 + max(self.source))
 
+    @property
+    def dims(self) -> int:
+        """The dimensions of a batch of images."""
+        return 2 if self.vector else 3 if self.line else 4
+
 
 @dataclass(frozen=True)
 class Grouped:
@@ -104,6 +110,14 @@ class Grouped:
 
     value: Any
     index: Tensor  # int64
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A map whose pixels stand in one dimension, row by row: [N, C, H * W]."""
+
+    value: Any
+    size: tuple[int, int]  # H and W
 
 
 @dataclass(frozen=True)
@@ -260,11 +274,16 @@ def concatenated(signals: Sequence[Signal]) -> Signal:
     return Signal(sum((s.parts for s in signals), ()), signals[0].vector, chosen)
 
 
-def selected(value: Signal | Current, index: Sequence[int]) -> Signal | Current:
+def selected(value: Signal | Current | Joined, index: Sequence[int]) -> Any:
     """Some channels of a value, in the order of `index`."""
+    if isinstance(value, Joined):  # of each current those that are asked: as one, it would keep products of zeros
+        owners = [(i, c) for i, current in enumerate(value.currents) for c in range(current.channels)]
+        runs = itertools.groupby((owners[i] for i in index), lambda owner: owner[0])
+        found = [selected(value.currents[i], [c for _, c in run]) for i, run in runs]
+        return found[0] if len(found) == 1 else joined(found)
     if isinstance(value, Current):
         rows = torch.as_tensor(index, dtype=torch.int64)
-        chosen = [identity_current(cast(Signal, selected(s, index))) for s in value.identities]
+        chosen = [identity_current(selected(s, index)) for s in value.identities]
         products = tuple(
             p.with_weight(ungrouped(p.weight, p.geometry[8])[rows], geometry=(*p.geometry[:8], 1))
             for p in value.products

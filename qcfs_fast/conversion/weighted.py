@@ -19,7 +19,6 @@ from ..operators.geometry import POINTWISE
 from .symbolic import (
     Symbolic,
     float64,
-    pair,
     zeros,
 )
 from .values import (
@@ -37,9 +36,9 @@ from .values import (
 class Weighted(Symbolic):
     """Convolution, linear layer and BatchNorm."""
 
-    def _conv_module(self, x: Any, m: nn.Conv2d) -> Current:
+    def _conv_module(self, x: Any, m: nn.Conv1d | nn.Conv2d) -> Current:
         if m.padding_mode != "zeros":
-            raise self.fail(f"padding_mode={m.padding_mode!r} is not supported; use zeros")
+            raise self.fail(f"padding_mode={m.padding_mode!r} is not supported. Remedy: padding_mode='zeros'")
         weight, bias = parameter(m, "weight"), parameter(m, "bias")
         return self.conv(x, weight, bias, m.stride, m.padding, m.dilation, m.groups)
 
@@ -55,16 +54,18 @@ class Weighted(Symbolic):
     ) -> Current:
         self._check_weights("convolution", weight, bias)
         weight = weight.detach().cpu()
-        out, kernel, channels = weight.shape[0], pair(weight.shape[2:]), weight.shape[1] * groups
-        stride, dilation = pair(stride), pair(dilation)
+        weight = weight.unsqueeze(2) if weight.dim() == 3 else weight  # of a line
+        out, kernel, channels = weight.shape[0], tuple(weight.shape[2:]), weight.shape[1] * groups
+        stride, dilation = self._pair(stride, 1), self._pair(dilation, 1)
         if isinstance(padding, str):
             total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
             if any(t % 2 for t in total):
                 raise self.fail("padding='same' with an even kernel pads unevenly; use explicit padding")
             padding = (total[0] // 2, total[1] // 2)
-        geometry = (*kernel, *stride, *pair(padding), *dilation, groups)
+        padding = self._pair(padding, 0)
+        geometry = (*kernel, *stride, *padding, *dilation, groups)
         if isinstance(x, Current) and not x.vector:
-            x = x if pair(padding) == (0, 0) else self._bias_as_spikes(x)
+            x = x if padding == (0, 0) else self._bias_as_spikes(x)
             if composable(x, geometry):
                 if x.channels != channels:
                     raise self.fail(f"expects {channels} channels, gets {x.channels}")
@@ -111,6 +112,12 @@ class Weighted(Symbolic):
         if isinstance(x, Current):
             out_bias = out_bias + weight.double().reshape(out, x.channels, -1).sum(2) @ x.bias
         return Current(out_bias, tuple(products), (), True)
+
+    def matmul(self, x: Any, weight: Any) -> Current:
+        """A linear layer whose weight is [features, outputs]."""
+        if self._is_constant(x) or not isinstance(weight, Tensor) or weight.dim() != 2:
+            raise self.fail("multiplies matrices, and the second is no constant [features, outputs]")
+        return self.linear(x, weight.t())
 
     def batch_norm(
         self,

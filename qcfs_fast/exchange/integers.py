@@ -86,7 +86,7 @@ class _Settling:
         first = snn.layers[INPUT]
         assert isinstance(first, ImageInput)
         channels = first.config.channels
-        shape = (channels,) if first.config.vector else tuple(input_shape or snn.input_shape or ())
+        shape = (channels,) if first.config.vector else snn.as_map(input_shape or snn.input_shape) or ()
         if not shape:
             raise ValueError("the network takes images of any size; give input_shape=(C, H, W)")
         height, width = shape[1:] if len(shape) == 3 else (1, 1)

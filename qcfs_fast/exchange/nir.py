@@ -110,7 +110,7 @@ def to_nir(snn: SNN, input_shape: Sequence[int] | None = None, neurons: str = "i
         )
     snn.refuse_several_outputs("to_nir")
     first = dict(snn.layers)["input"].config
-    shape = input_shape or snn.input_shape
+    shape = snn.as_map(input_shape or snn.input_shape)
     if shape is None and first.vector:
         shape = (first.channels,)
     if shape is None:

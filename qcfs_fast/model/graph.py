@@ -7,7 +7,9 @@ call site the same name: the module's path, with _1, _2, ... for further calls o
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,13 +42,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.own = set(model.modules())
         self.thread = threading.get_ident()
         self.failed_in = ""  # the innermost module whose forward raised
+        self.shadow: nn.Module | None = None  # the model without values
+        self.torn = ""  # a question on sizes that images of two sizes answer differently
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:
+        if threading.get_ident() != self.thread or m not in self.own:  # or made by a forward, as nn.Flatten()(x)
             return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -59,8 +64,61 @@ class _Tracer(fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The way that a branch takes, where it asks for shapes alone: images of many sizes must agree on it.
+
+        The graph asserts that it is taken, for sizes that were not tried.
+        """
+        answers = self._answers(obj.node)
+        if len(set(answers.values())) != 1:
+            sizes = " and ".join(
+                str(list(next(s for s, a in answers.items() if a is way))) for way in set(answers.values())
+            )
+            self.torn = f"images of {sizes} take different branches of it" if answers else ""
+            return bool(super().to_bool(obj))
+        (answer,) = set(answers.values())
+        as_said = self.create_proxy("call_function", operator.eq, (obj, answer), {})
+        self.create_proxy("call_function", torch._assert, (as_said, "another branch than the traced one"), {})
+        return answer
+
+    def _answers(self, asked: fx.Node) -> dict[tuple[int, ...], bool]:
+        """What a condition is for images of usual shapes that the model takes, found without values."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        graph.graph_copy(self.graph, copied)
+        graph.output(copied[asked])
+        found = {}
+        with contextlib.suppress(Exception), made_parameters_kept(self.root), torch.no_grad():
+            self.shadow = self.shadow or without_values(self.root)
+            run = fx.Interpreter(fx.GraphModule(self.shadow, graph)).run
+            for shape in _usual_shapes(self.root):
+                with contextlib.suppress(Exception), torch.device("meta"):  # whatever a model raises on other shapes
+                    answer = run(torch.empty((2, *shape)))
+                    if not isinstance(answer, bool):  # a tensor: it depends on values
+                        return {}
+                    found[shape] = answer
+        return found
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_qcfs(m) or is_normalize(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _usual_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Shapes of images that the first layer may take."""
+    first: Any = next((m for m in model.modules() if hasattr(m, "in_channels") or hasattr(m, "in_features")), None)
+    if isinstance(first, nn.Linear):
+        yield (first.in_features,)
+    channels = {3, 1} if isinstance(first, nn.Linear) or first is None else {first.in_channels}
+    for c in channels:
+        for side in (224, 32, 28, 97, 512):
+            yield (c, side) if isinstance(first, nn.Conv1d) else (c, side, side)
+
+
+def without_values(module: nn.Module) -> Any:
+    """A copy whose tensors are on the meta device: they have shapes alone."""
+    tensors = [*module.parameters(), *module.buffers()]
+    own = {id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
+    return copy.deepcopy(module, own)
 
 
 def is_normalize(m: nn.Module) -> bool:
@@ -73,12 +131,17 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
     refuse_hooks(model, "the model itself")
-    tracer = _Tracer()
+    tracer = _Tracer(model)
     try:
         with evaluating(model):
             graph = tracer.trace(model)
     except Exception as error:  # a model's own code can raise anything when run on proxies
         where = tracer.failed_in or "the model's own forward"
+        if tracer.torn:
+            raise ConversionError(
+                f"{where}: asks for the size of its input, and {tracer.torn}, of which only one can be converted. "
+                "Remedy: leave the branch of your images, as a subclass whose forward has no other"
+            ) from error
         raise ConversionError(
             f"{where}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
             "control flow that depends on tensor values by modules, or move it out of the model"
@@ -170,10 +233,26 @@ def call_sites(gm: fx.GraphModule) -> Iterator[tuple[str, fx.Node, Any]]:
             yield (str(node.target) if n == 0 else f"{node.target}_{n}"), node, module
 
 
+def layer_rank(gm: fx.GraphModule, node: fx.Node) -> int | None:
+    """1, 2 or 3 where a node is a convolution, a pool or a pad of so many dimensions of pixels; None for all others."""
+    name = getattr(node.target, "__name__", "")
+    if node.op == "call_module":
+        kinds = type(gm.get_submodule(str(node.target))).__mro__
+        name = next(kind.__name__ for kind in kinds if kind.__module__.startswith("torch."))
+    found = re.fullmatch(r".*(?:conv|pool|pad).*([123])d", name.lower())
+    return int(found[1]) if found else None
+
+
+def reads_lines(gm: fx.GraphModule) -> bool:
+    """Whether images are lines [N, C, L]: so they are where all convolutions, pools and pads have one dimension."""
+    return {layer_rank(gm, node) for node in gm.graph.nodes} - {None} == {1}
+
+
 IMAGE = "input"
 """The name of the image among the nodes of a network."""
 RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
 RELU_METHODS = {"relu", "relu_"}
+BOUNDED_BELOW = {torch.clamp_min, "clamp_min", "clamp_min_"}
 CLAMPS = {torch.clamp, torch.clip, F.hardtanh, "clamp", "clamp_", "clip", "clip_"}
 ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 """x + y in all its spellings; the methods are add and add_."""
@@ -194,6 +273,9 @@ def relu_ceiling(gm: fx.GraphModule, node: fx.Node) -> float | None:
         return unbounded if isinstance(m, nn.ReLU) else None
     if node.op == "call_function" and node.target is F.relu6:
         return 6.0
+    if node.op != "get_attr" and node.target in BOUNDED_BELOW | {F.leaky_relu}:
+        bound = [*node.args[1:], *(v for k, v in node.kwargs.items() if k in ("min", "negative_slope"))]
+        return unbounded if bound[:1] == [0] else None
     if node.target in CLAMPS and node.op != "get_attr":
         bounds = dict(zip(("min", "max"), node.args[1:], strict=False))
         bounds |= {k.removesuffix("_val"): v for k, v in node.kwargs.items()}
@@ -207,6 +289,14 @@ def relu_ceiling(gm: fx.GraphModule, node: fx.Node) -> float | None:
     return unbounded if node.target in named else None
 
 
+REPLACEABLE: dict[type[nn.Module], Any] = {  # other activations, and their functional forms
+    nn.SiLU: F.silu,
+    nn.Hardswish: F.hardswish,
+    nn.GELU: F.gelu,
+    nn.LeakyReLU: F.leaky_relu,
+    nn.ELU: F.elu,
+    nn.Mish: F.mish,
+}
 TAIL_FUNCTIONS = {
     **dict.fromkeys((F.softmax, torch.softmax, "softmax"), "softmax"),
     **dict.fromkeys((F.log_softmax, torch.log_softmax, "log_softmax"), "log_softmax"),

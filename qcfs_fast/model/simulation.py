@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .graph import call_sites, evaluating, made_parameters_kept, symbolic_trace, without_tails
+from .graph import call_sites, evaluating, made_parameters_kept, reads_lines, symbolic_trace, without_tails
 from .neurons import LOOKS_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
 from .qcfs import is_qcfs, over_channels
 
@@ -131,6 +131,8 @@ def _shared(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule:
             if not is_qcfs(layer) and any(True for _ in (*layer.parameters(), *layer.buffers())):
                 gm.add_submodule(f"_converted_{i}", _Converted(layer, dtype))
                 node.target = f"_converted_{i}"
+        elif node.op == "call_method" and _casts(node):
+            node.replace_all_uses_with(node.args[0])
         elif node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             module = gm.get_submodule(owner)
@@ -138,7 +140,14 @@ def _shared(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule:
                 t = table.get(name)
                 if t is not None and t.is_floating_point():
                     table[name] = nn.Parameter(t.detach().to(dtype), False)
+    gm.recompile()
     return gm
+
+
+def _casts(node: fx.Node) -> bool:
+    """Whether a node makes floats of another precision, as x.float() and x.to(torch.float32) do."""
+    given = (*node.args[1:], *node.kwargs.values())
+    return node.target == "float" or any(isinstance(v, torch.dtype) and v.is_floating_point for v in given)
 
 
 def _with_neurons(
@@ -187,8 +196,8 @@ def simulate(
 
     Args:
         model: the model that convert() takes. It is not changed.
-        x: images [N, C, H, W] (or [N, features]), presented as the same current at every step; or input that changes
-            with time, [T, N, C, H, W] (or [T, N, features]), one image for each step. Floating point or uint8.
+        x: images [N, C, H, W] (or [N, C, L], or [N, features]), presented as the same current at every step; or input
+            that changes with time, [T, N, C, H, W] and so on, one image for each step. Floating point or uint8.
         T: time steps. In sum mode the number of levels.
         dtype: arithmetic of the simulation; float64 defines the correct result, float32 is what simulators usually run.
         spikes: also return spikes and membrane potentials per layer.
@@ -232,7 +241,7 @@ def simulate(
             f"{x.dtype if isinstance(x, Tensor) else type(x).__name__}; use x.float()"
         )
     steps = 1 if neuron == "sum" else max(T, window) if neuron in LOOKS_AHEAD else T
-    x = _over_time(x, T, neuron, steps).to(dtype)
+    x = _over_time(x, T, neuron, steps, reads_lines(symbolic_trace(model))).to(dtype)
 
     def neurons(theta: Tensor) -> _Layer:
         return _Layer(theta, neuron, window, iterations, T, steps)
@@ -282,15 +291,13 @@ def _is_int(value: object, low: int, high: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _over_time(x: Tensor, T: int, neuron: str, steps: int) -> Tensor:
+def _over_time(x: Tensor, T: int, neuron: str, steps: int, lines: bool) -> Tensor:
     """The input of every step, [steps, N, ...]."""
-    if x.dim() in (2, 4):
+    images, known = ((3,), "lines [N, C, L]") if lines else ((2, 4), "images [N, C, H, W] or vectors [N, features]")
+    if x.dim() in images:
         return x.expand(steps, *x.shape)
-    if x.dim() not in (3, 5):
-        raise ValueError(
-            "simulate: x must be images [N, C, H, W] or vectors [N, features], or either with time first, got shape "
-            f"{tuple(x.shape)}"
-        )
+    if x.dim() - 1 not in images:
+        raise ValueError(f"simulate: x must be {known}, or such with time first, got shape {tuple(x.shape)}")
     if neuron == "sum":
         raise ValueError(
             "simulate: sum mode has no time steps, so its input cannot change with time; give one image, for example "

@@ -135,7 +135,7 @@ class _Native:
         self.reason = ""  # why the last plan could not be made
         self._engine_names: list[str] = native.module.engines()
         image = program[0][1].config
-        self._vector, self._readout = image.vector, cast(Readout, program[-1][1])
+        self._vector, self._line, self._readout = image.vector, image.line, cast(Readout, program[-1][1])
         self._engines = b""  # of the last run
         self._layers = dict(program)
         named = {f"{name}/{key}": t for name, layer in program for key, t in layer.tensors()}
@@ -172,7 +172,7 @@ class _Native:
         else:
             assert x is not None
             shape = x.shape[1:] if run.varying else x.shape
-        height, width = (1, 1) if self._vector else shape[2:]
+        height, width = (1, 1) if self._vector else (1, *shape[2:])[-2:]
         neuron = (MODES.index(run.neuron.mode), run.neuron.window, run.neuron.iterations)
         try:
             return self._network.prepare(
@@ -186,6 +186,8 @@ class _Native:
         """The answer; `told`: the layers know the engines of the last run."""
         if x is not None and x.dtype is not torch.float32:
             x = x.to(torch.float32)
+        if x is not None and self._line:
+            x = x.unsqueeze(-2)
         stride = (0,) * 5 if x is None else x.stride() if run.varying else (0, *x.stride())
         if x is not None and self._vector:
             stride = (*stride, 0, 0)

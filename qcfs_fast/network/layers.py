@@ -234,9 +234,16 @@ class ImageConfig(Config):
     channels: Size  # of the image that the user gives
     vector: Flag  # the image is a vector [N, features]
     bits: Bits | None = None  # of a pixel, with its sign; 16 where a file does not say
+    line: Flag | None = None  # the image is a line [N, channels, L], a map of one row
 
     def check(self, inputs: Sequence[str]) -> None:
         require(list(inputs) == [IMAGE], "the image input reads the image and nothing else")
+        require(not (self.line and self.vector), "an image is a line or a vector")
+
+    @property
+    def dims(self) -> int:
+        """The dimensions of a batch of images."""
+        return 2 if self.vector else 3 if self.line else 4
 
     def tensors(self) -> dict[str, TensorKind]:
         return {
@@ -244,6 +251,9 @@ class ImageConfig(Config):
             "scale": per_channel(torch.float32),
             "shift": per_channel(torch.float32),
         }
+
+
+PIXELS = {2: "", 3: ", L", 4: ", H, W"}  # of a batch of images of so many dimensions, in words
 
 
 class ImageInput(Layer):
@@ -262,6 +272,8 @@ class ImageInput(Layer):
         x = values[IMAGE]
         if self.config.vector:
             x = x[..., None, None]
+        if self.config.line:
+            x = x.unsqueeze(-2)
         if not run.varying:
             return torch.ops.qcfs_fast.quantize_input(x, self.source, self.scale, self.shift, self.bits)
         T, N, C, H, W = x.shape
@@ -284,7 +296,7 @@ class ImageInput(Layer):
 
     def batch_shape(self, before: str = "") -> str:
         """The shape of a batch for this network, in words."""
-        return f"[{before}N, {self.config.channels}{'' if self.config.vector else ', H, W'}]"
+        return f"[{before}N, {self.config.channels}{PIXELS[self.config.dims]}]"
 
     def extra_repr(self) -> str:
         return f"channels={self.source.numel()}, {self.bits} bits per sample"

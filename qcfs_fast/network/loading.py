@@ -217,6 +217,9 @@ class _Reader:
             image = layers[0][1].config
             fits = len(shape) == (1 if image.vector else 3) and shape[0] == image.channels
             require(fits, f"input_shape {shape} is none that the image input takes")
+            if image.line:
+                require(shape[1] == 1, f"input_shape {shape} is no line")
+                shape = [shape[0], shape[2]]
             sizes = _run_without_memory(layers, shape, Run(min(h["T"], MAX_SUM), neuron))
         _check_peaks(layers, sizes)
         spiking = {n: layer for n, layer in layers if isinstance(layer, (EncodingLayer, SpikingLayer))}

@@ -22,7 +22,7 @@ def trace(snn: SNN, x: Tensor, T: int | None = None) -> OrderedDict[str, Tensor]
         T: time steps, default ``snn.T``, or those that x has.
 
     Returns:
-        Ordered mapping from layer name (the path of its activation) to a bool tensor [T, N, C, H, W], or
+        Ordered mapping from layer name (the path of its activation) to a bool tensor [T, N, C, H, W], [T, N, C, L] or
         [T, N, C] for a linear layer, in order of execution. Spikes of signed neurons are int8: -1, 0 and 1. In sum
         mode there are uint8 counts [1, N, ...], the activations of an integer ANN.
     """
@@ -46,7 +46,7 @@ def trace(snn: SNN, x: Tensor, T: int | None = None) -> OrderedDict[str, Tensor]
             del found[part]
         if parts or (isinstance(layer, (EncodingLayer, SpikingLayer)) and not is_constant(name)):
             spikes = spikes_of(value)
-            found[name] = spikes.permute(0, 1, 4, 2, 3) if spikes.dim() == 5 else spikes
+            found[name] = snn.as_given(spikes.permute(0, 1, 4, 2, 3)) if spikes.dim() == 5 else spikes
 
     snn._execute(x, run, watch)
     return found

@@ -103,8 +103,21 @@ class SNN(nn.Module):
         if len(tails) != len(self._readouts):
             raise FormatError(f"tail has {len(tails)} parts for {len(self._readouts)} outputs")
         configs: list[Any] = [self.layers[name].config for name in self._readouts]
-        dims = [2 if c.vector or c.flattened else 4 for c in configs]
+        dims = [2 if c.vector or c.flattened else 3 if self.line else 4 for c in configs]
         self._tails = tuple(tail.checked(t, n) for t, n in zip(tails, dims, strict=True))
+
+    @property
+    def line(self) -> bool:
+        """Whether images are lines [N, C, L], and all maps have one row."""
+        return bool(self._program[0][1].config.line)
+
+    def as_given(self, x: Tensor) -> Tensor:
+        """Maps [.., N, C, H, W] as the model has them: lines [.., N, C, L] in a network of lines."""
+        return x.squeeze(-2) if self.line and x.dim() == 5 else x
+
+    def as_map(self, shape: Sequence[int] | None) -> tuple[int, ...] | None:
+        """The shape of an image as that of a map: a line (C, L) is one of (C, 1, L)."""
+        return None if shape is None else (shape[0], 1, *shape[1:]) if self.line and len(shape) == 2 else tuple(shape)
 
     def refuse_several_outputs(self, what: str) -> None:
         """ValueError where the network has several outputs, which `what` does not know."""
@@ -217,7 +230,7 @@ class SNN(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
         first = self._program[0][1]
-        channels, dims = first.config.channels, 2 if first.config.vector else 4
+        channels, dims = first.config.channels, first.config.dims
         shape = x.shape
         varying = len(shape) == dims + 1
         if not x.is_floating_point() and not (x.dtype == torch.uint8 and (varying or first.scales_bytes)):
@@ -320,7 +333,7 @@ class SNN(nn.Module):
 
     def answered(self, out: Any, image: Sequence[int], per_step: bool) -> Any:
         """What the tails make of answers [S, N, ...] of the readouts, on images of this shape."""
-        each = out if isinstance(out, list) else [out]  # the native call gives one
+        each = [self.as_given(o) for o in (out if isinstance(out, list) else [out])]  # the native call gives one
         done = [tail.applied(t, o, image) if t else o for t, o in zip(self._tails, each, strict=True)]
         done = done if per_step else [o[0] for o in done]
         return done[0] if self.outputs is None else tail.put_together(self.outputs, done)
@@ -384,7 +397,13 @@ class SNN(nn.Module):
         mode = "" if self._neuron.mode == "plain" else f" in {self._neuron} mode"
         bound = f"No integer can overflow for T <= {self.max_T}{mode}, whatever the input."
         shape = "" if self.input_shape is None else f" Settled for images of shape {list(self.input_shape)}."
-        return "\n".join([*lines, bound + shape])
+        few = [
+            f"{name}: {d['few_units']} channels have a threshold of few units, so quiet inputs beside a loud one are "
+            "rounded coarsely; weight_bits=24 has finer ones."
+            for name, d in self.details.items()
+            if d.get("few_units")
+        ]
+        return "\n".join([*lines, bound + shape, *few])
 
     def extra_repr(self) -> str:
         text = f"T={self.T}, max_T={self.max_T}, weight_bits={self.weight_bits}, neuron={self._neuron}"
@@ -436,7 +455,7 @@ class SNN(nn.Module):
                 "T": self.T,
                 "weight_bits": self.weight_bits,
                 "neuron": dataclasses.asdict(self._neuron),
-                "input_shape": self.input_shape,
+                "input_shape": self.as_map(self.input_shape),
                 "details": self.details,
                 "graph": graph,
                 **({} if self.outputs is None else {"outputs": self.outputs}),

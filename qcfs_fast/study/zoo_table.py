@@ -13,6 +13,7 @@ missing there.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def _single(message: str) -> list[tuple[str, tuple[str, ...]]]:
 def _reason(why: str, places: Sequence[str]) -> list[Any]:
     """An obstacle in few words, and how often it was met."""
     short = why.partition(". ")[0].partition(" (attention")[0]
+    short = re.sub(r"(has no spiking counterpart):.*", r"\1", short)
     if short.startswith("has no"):  # a function: its name stands with the place
         short = f"{', '.join(sorted({p.partition(' in ')[0] for p in places}))} {short}"
     return [short, len(places)]
