@@ -81,7 +81,9 @@ def convert(
 
     Args:
         model: made by :func:`qcfs_fast.prepare`, or any traceable model whose activations have a ``thresh``
-            tensor and a level count ``L`` (the authors' own). It is not changed.
+            tensor and a level count ``L`` (the authors' own). It is not changed. A branch of its forward on the image's
+            size is taken as images of 28 to 1024 pixels agree on it, and refused where they do not; the network does
+            not ask again.
         T: time steps of a call that names none; any positive integer.
         weight_bits: 16 (default) or 8 bits per weight of the spiking layers; first and last layer keep 16. 24 is for
             figures that shall be those of the float network: up to 24 bits everywhere, in a spiking layer as many as

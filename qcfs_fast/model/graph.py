@@ -110,7 +110,7 @@ def _usual_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
         yield (first.in_features,)
     channels = {3, 1} if isinstance(first, nn.Linear) or first is None else {first.in_channels}
     for c in channels:
-        for side in (224, 32, 28, 97, 512):
+        for side in (224, 32, 28, 97, 512, 64, 128, 256, 300, 1024):
             yield (c, side) if isinstance(first, nn.Conv1d) else (c, side, side)
 
 
