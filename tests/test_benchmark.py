@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import qcfs_fast
-from qcfs_fast.study.benchmark import comparison, contenders
+from qcfs_fast.study.benchmark import comparison, contenders, measure
 from qcfs_fast.study.benchmark.cases import (
     LATENCY_ROUNDS,
     NETWORKS,
@@ -267,9 +267,26 @@ def test_a_short_call_is_repeated_unread():
     found, errors = take_turns(contenders, effort, Clock(CPU))
     assert not errors
     assert [len(found[n]) for n in calls] == [3, 3]
-    assert calls["long"] == 2 + 3
-    assert 2 + 3 < calls["short"] <= 2 + 3 * (5 + 1)
+    assert calls["long"] == 3 + 3
+    assert 3 + 3 < calls["short"] <= 3 + 3 * (5 + 1)
     assert effort.calls_of(1e-9) == (50, 1)
+
+
+def test_a_reading_waits_for_calls_that_went_unread(monkeypatch):
+    """On a GPU calls only queue work: here one millisecond each, done when somebody waits."""
+    now, done = [0.0], [0.0]
+
+    def call():
+        done[0] = max(now[0], done[0]) + 1e-3
+        now[0] += 1e-5
+
+    def wait(device):
+        now[0] = max(now[0], done[0])
+
+    monkeypatch.setattr(measure, "synchronize", wait)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    found, _ = take_turns({"a": call}, Effort(rounds=3, seconds=math.inf, lead=0.02), Clock(CPU))
+    assert found["a"] == pytest.approx([1e-3] * 3)
 
 
 def test_compare(results, tmp_path, capsys):

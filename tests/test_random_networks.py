@@ -211,7 +211,15 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
         model = networks.on_grid(Random(*plan), seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # thresholds may be those of a model without training
-            snn = qcfs_fast.convert(model, T=T, weight_bits=bits, input_shape=model.shape, step_bias=biases, **options)
+            try:
+                snn = qcfs_fast.convert(
+                    model, T=T, weight_bits=bits, input_shape=model.shape, step_bias=biases, **options
+                )
+            except qcfs_fast.ConversionError as error:
+                if "concatenates spikes and averages, and adds the result as a residual" not in str(error):
+                    raise
+                seen["refused"] += 1
+                return
             if bits == 8 and any(d["lossless"] < d["channels"] for d in snn.details.values()):
                 seen["more than 8 bits"] += 1  # as of two weights that meet the same spikes, or of layers that are one
                 snn = qcfs_fast.convert(model, T=T, input_shape=model.shape, step_bias=biases, **options)
@@ -243,6 +251,7 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
         seen["mixed"] += any(p["mixed"] for kind, _, p in plan[0] if kind in FIRING)
 
     check()
+    assert seen["refused"] <= graphs // 50
     assert {
         *STEPS,
         *CHANNELS,

@@ -56,7 +56,7 @@ struct FirstRun {
   // The initial potential that mends it, of a run from v0 with threshold n that ends `residual` above v0 - n / 2.
   inline Int<Isa> mended(Int<Isa> v0, Int<Isa> residual, Int<Isa> n) const {
     const Int<Isa> many = (residual < 0) & (least != INT32_MAX), few = (residual >= n) & (largest != INT32_MIN);
-    const Int<Isa> fewer = least - n + 1, more = wrapped_sum<Isa>(n, ~largest) + 1;
+    const Int<Isa> fewer = wrapped_sum<Isa>(least, 1 - n), more = wrapped_sum<Isa>(n + 1, ~largest);
     return v0 - (many & select<Isa>(fewer > n, fewer, n)) + (few & select<Isa>(more > n, more, n));
   }
 };

@@ -114,8 +114,10 @@ def prepare(
         with contextlib.suppress(ShapeNeededError):  # calibration or training will show the model an image
             lower(gm)
     if not any(True for _ in call_sites(gm)):
+        other = next(((n, type(m).__name__) for n, m in gm.named_modules() if isinstance(m, tuple(REPLACEABLE))), None)
+        found, also = ("", "") if other is None else (" ({} is a {})".format(*other), f", or replace={{nn.{other[1]}}}")
         raise ConversionError(
-            "the model has no ReLU: nothing can become a spiking neuron. Remedy: use ReLU as its activation"
+            f"the model has no ReLU{found}: nothing can become a spiking neuron. Remedy: ReLU as its activation{also}"
         )
     gm.train(training)
     return gm

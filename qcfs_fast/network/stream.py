@@ -94,13 +94,15 @@ class Stream:
             )
         state = State(shape, self._memory) if self._state is None else self._state.before(same_image=x is None)
         run = Run(steps, self._neuron, per_step, varying=varying, state=state, before=self.steps)
+        computed = False
         try:
-            out = self._answered(self._snn._execute(x, run), shape, per_step)
+            answer = self._snn._execute(x, run)
+            computed = True
+            out = self._answered(answer, shape, per_step)
             self._state, self.steps, self._image_shown, self._memory = state, total, not varying, None
-        except (TypeError, ValueError):  # refused: nothing was computed
-            raise
-        except BaseException:  # the native call may have replaced some of the state
-            self.reset()
+        except BaseException as error:
+            if computed or not isinstance(error, (TypeError, ValueError)):  # those refuse, before anything is computed
+                self.reset()  # the native call may have replaced some of the state
             raise
         return out
 

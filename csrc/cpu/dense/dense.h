@@ -234,7 +234,8 @@ inline void prefetch_state(const DenseLayer& layer, std::int64_t channel, std::i
   if (a.state_out == nullptr) return;
   const std::int64_t row = layer.wave.row0 + q0 / layer.plane_w;
   const std::int64_t pixel = (sample * a.out_h + row) * a.out_w + q0 % layer.plane_w;
-  for (std::int64_t i = 0; i < Isa::DenseBlock::rows; ++i) {
+  const std::int64_t left = a.batch * a.out_h * a.out_w - pixel;
+  for (std::int64_t i = 0; i < smaller(left, std::int64_t{Isa::DenseBlock::rows}); ++i) {
     __builtin_prefetch(a.state_out + (pixel + i) * a.out_channels + channel, 1);
   }
 }
