@@ -260,7 +260,6 @@ class _Builder:
         self.layers: list[tuple[str, Layer]] = []
         self.made: dict[Any, str] = {}
         self.details: dict[str, dict[str, Any]] = {}
-        self.few: dict[str, int] = {}  # channels of a layer whose thresholds are FEW_UNITS
         self.errors: dict[str, np.ndarray] = {}  # of layers rounded by data, as the self-check takes them
 
     def build(self, shape: tuple[int, ...] | None, progress: bool) -> SNN:
@@ -522,8 +521,8 @@ class _Builder:
         self.details[node.name] = self._detail(
             node, layer.threshold, int(layer.lossless.sum()), bits, min(max_T, MAX_SUM)
         )
-        if node.name in self.few:
-            self.details[node.name]["few_units"] = self.few[node.name]
+        if few := self._few_units(node, layer):
+            self.details[node.name]["few_units"] = few
 
     def _digits(self, w: np.ndarray) -> dict[str, np.ndarray]:
         """The tensors of a spiking layer's weight, by what is added to its name."""
@@ -564,23 +563,23 @@ class _Builder:
                 f"at max_T={self.max_T} (the bound is n/2 + T*sum|w| < 2^31); convert with a smaller max_T for more",
                 stacklevel=6,
             )
-        self._warn_of_few_units(node, layer)
         return layer
 
-    def _warn_of_few_units(self, node: FireNode, layer: units.QuantizedLayer) -> None:
+    def _few_units(self, node: FireNode, layer: units.QuantizedLayer) -> int:
+        """The channels whose thresholds are under FEW_UNITS steps of their weights; warns of them."""
         steps = np.where(layer.lossless, FEW_UNITS, layer.threshold // units.weight_grid(self.weight_bits)[0])
         few = steps < FEW_UNITS
         if not few.any():
-            return
+            return 0
         c = int(steps.argmin())
         largest = f"{layer.weight_levels[c] / layer.threshold[c]:.3g}"
-        self.few[node.name] = int(few.sum())
         warnings.warn(
             f"{node.name}: the threshold of {few.sum()} of {few.size} channels is under {FEW_UNITS} steps of their "
             f"weights (channel {c}: {steps[c]}), because one weight is {largest} thresholds: it rounds quiet inputs "
             "beside that loud one away. Remedy: weight_bits=24, or scale the loud input or branch down in training",
-            stacklevel=7,
+            stacklevel=6,
         )
+        return int(few.sum())
 
     def _readout(self, current: Current) -> None:
         if any(p.part.is_image for p in current.products) or any(

@@ -231,12 +231,9 @@ class Lowering(Reshaping):
             return self.shuffle(x, m.groups)
         if isinstance(m, nn.Flatten):
             return self.flatten(x, m.start_dim, m.end_dim)
-        if isinstance(m, nn.AvgPool1d):
-            return self.avg_pool(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad)
-        if isinstance(m, nn.AvgPool2d):
-            return self.avg_pool(
-                x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
-            )
+        if isinstance(m, nn.AvgPool1d | nn.AvgPool2d):
+            divisor: Any = getattr(m, "divisor_override", None)  # a pool over lines has none
+            return self.avg_pool(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor)
         if isinstance(m, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
             return self.adaptive_pool(x, m.output_size)
         if isinstance(m, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d):

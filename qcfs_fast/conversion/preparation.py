@@ -114,10 +114,10 @@ def prepare(
         with contextlib.suppress(ShapeNeededError):  # calibration or training will show the model an image
             lower(gm)
     if not any(True for _ in call_sites(gm)):
-        other = next(((n, type(m).__name__) for n, m in gm.named_modules() if isinstance(m, tuple(REPLACEABLE))), None)
-        found, also = ("", "") if other is None else (" ({} is a {})".format(*other), f", or replace={{nn.{other[1]}}}")
+        unlike = [(n, type(m).__name__) for n, m in gm.named_modules() if isinstance(m, tuple(REPLACEABLE))]
+        also = "".join(f", or replace={{nn.{kind}}} ({n} is one)" for n, kind in unlike[:1])
         raise ConversionError(
-            f"the model has no ReLU{found}: nothing can become a spiking neuron. Remedy: ReLU as its activation{also}"
+            f"the model has no ReLU: nothing can become a spiking neuron. Remedy: use ReLU as its activation{also}"
         )
     gm.train(training)
     return gm
@@ -214,8 +214,11 @@ def _average_pool(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     if not _is_max_pool(gm, node):
         return None
-    pool: Any = nn.AvgPool1d if layer_rank(gm, node) == 1 else nn.AvgPool2d
-    adaptive: Any = nn.AdaptiveAvgPool1d if layer_rank(gm, node) == 1 else nn.AdaptiveAvgPool2d
+    kinds: dict[int | None, tuple[type[nn.Module], type[nn.Module]]] = {
+        1: (nn.AvgPool1d, nn.AdaptiveAvgPool1d),
+        2: (nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+    }
+    pool, adaptive = kinds[layer_rank(gm, node)]
     if node.op == "call_module":
         m = gm.get_submodule(str(node.target))
         if isinstance(m, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d):
@@ -230,7 +233,6 @@ def _average_pool(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
         }
     if values.get("dilation", 1) not in (1, (1,), (1, 1)) or values.get("return_indices"):
         raise ConversionError(f"{describe(node)}: max pooling with dilation or indices has no average counterpart")
-    made: nn.Module = pool(
+    return pool(
         values["kernel_size"], values.get("stride"), values.get("padding", 0), bool(values.get("ceil_mode", False))
     )
-    return made
