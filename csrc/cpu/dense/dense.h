@@ -171,6 +171,12 @@ void pack_dense(const Product& p, std::int64_t out_channels, std::int64_t panel_
 template <class Isa>
 constexpr std::int64_t block_sums = std::int64_t{Isa::DenseBlock::rows} * Isa::DenseBlock::columns;
 
+// The output pixel at position q of a sample.
+inline std::int64_t pixel_at(const DenseLayer& layer, std::int64_t sample, std::int64_t q) {
+  const ConvIf& a = *layer.a;
+  return (sample * a.out_h + layer.wave.row0 + q / layer.plane_w) * a.out_w + q % layer.plane_w;
+}
+
 // The neurons of one block of positions, from position q0 of a sample, in the first `vectors` vectors of the panel's
 // channels; sums [T, rows, columns].
 template <class Isa, int digits, int vectors, bool full>
@@ -184,8 +190,7 @@ void fire_positions(const DenseLayer& layer, std::int64_t panel, std::int64_t sa
   const bool whole_rows = layer.plane_w == a.out_w;    // then no position falls into padding
   const std::int64_t end = smaller(q0 + Block::rows, positions_of(layer));
   for (std::int64_t q = q0; q < end;) {
-    const std::int64_t r = q / layer.plane_w, c = q % layer.plane_w;
-    const std::int64_t pixel = (sample * a.out_h + layer.wave.row0 + r) * a.out_w + c;
+    const std::int64_t c = q % layer.plane_w, pixel = pixel_at(layer, sample, q);
     const std::int64_t pixels =
         smaller(whole_rows ? end - q : smaller(end - q, a.out_w - c), std::int64_t{Block::awake_rows});
     Block::stay_awake();
@@ -232,8 +237,7 @@ template <class Isa>
 inline void prefetch_state(const DenseLayer& layer, std::int64_t channel, std::int64_t sample, std::int64_t q0) {
   const ConvIf& a = *layer.a;
   if (a.state_out == nullptr) return;
-  const std::int64_t row = layer.wave.row0 + q0 / layer.plane_w;
-  const std::int64_t pixel = (sample * a.out_h + row) * a.out_w + q0 % layer.plane_w;
+  const std::int64_t pixel = pixel_at(layer, sample, q0);
   const std::int64_t left = a.batch * a.out_h * a.out_w - pixel;
   for (std::int64_t i = 0; i < smaller(left, std::int64_t{Isa::DenseBlock::rows}); ++i) {
     __builtin_prefetch(a.state_out + (pixel + i) * a.out_channels + channel, 1);
