@@ -143,15 +143,21 @@ ARITHMETIC = {
     "computed constant": lambda n, x: n.relu_b(n.b(spikes_of(n, x)) * (n.scale.gamma + 1).view(1, -1, 1, 1)),
     "BatchNorm of spikes before an unpadded layer": lambda n, x: n.relu_c(n.c(n.norm(spikes_of(n, x)))),
     "BatchNorm before the head": lambda n, x: n.norm(n.relu_b(n.b(spikes_of(n, x)))),
+    "one channel added to all": lambda n, x: n.relu_b(n.one(y := spikes_of(n, x)) + n.b(y)),
+    "all channels, without their mean": lambda n, x: n.relu_b((y := n.b(spikes_of(n, x))) - y.mean(1, keepdim=True)),
+    "a sum of channels": lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)) - y.sum(1, True) / 8),
     "at the output": lambda n, x: 3 - 2 * n.norm(n.c(spikes_of(n, x))),
+    "value and advantage at the output": lambda n, x: (
+        n.one(y := F.avg_pool2d(spikes_of(n, x), 2)) * 3 + (a := n.c(y)) - a.mean(1, keepdim=True)
+    ),
 }
 
 
 def arithmetic(wiring):
     extra = {"scale": Scale(), "wide": Scale(torch.cat([PER_CHANNEL, PER_CHANNEL.abs()])), "norm": nn.BatchNorm2d(8)}
-    extra["half_in"] = nn.Conv2d(4, 8, 3, padding=1)
+    extra |= {"half_in": nn.Conv2d(4, 8, 3, padding=1), "one": nn.Conv2d(8, 1, 1)}
     extra |= {"number": nn.Parameter(torch.tensor([-0.5])), "divisor": torch.full((8, 1, 1), 0.5)}
-    return Net(ARITHMETIC[wiring], head=wiring != "at the output", **extra)
+    return Net(ARITHMETIC[wiring], head="at the output" not in wiring, **extra)
 
 
 @pytest.mark.parametrize("wiring", ARITHMETIC)
@@ -187,16 +193,59 @@ IMAGES = {
     "channels": lambda n, x: n.relu_a(n.a((x / 2)[:, [2, 1, 0]])),
     "one channel": lambda n, x: n.relu_a(n.a(torch.cat([(x / 2)[:, i].unsqueeze(1) + i for i in range(3)], 1))),
     "twice": lambda n, x: n.relu_a(n.twice(torch.cat([x, x], 1) / 2)),
+    "beside spikes": lambda n, x: n.relu_b(n.beside(torch.cat([x * 0.5, spikes_of(n, x * 0.5)], 1))),
+    "beside spikes, without a layer": lambda n, x: n.relu_f(torch.cat([spikes_of(n, x), x], 1)),
+    "added to spikes beside it": lambda n, x: n.relu_f(
+        torch.cat([x, y := spikes_of(n, x)], 1) * 0.5 + torch.cat([n.b(y), n.b(y)[:, :3]], 1)
+    ),
     "flattened": lambda n, x: n.relu_e(n.flat((x - n.mean).div(n.std).flatten(1))),
 }
 
 
 def image(wiring):
     extra = {"aside": nn.Conv2d(3, 8, 1), "twice": nn.Conv2d(6, 8, 3, padding=1)}
-    extra |= {"flat": nn.Linear(144, 8), "relu_e": QCFS(4)}
+    extra |= {"flat": nn.Linear(144, 8), "relu_e": QCFS(4), "relu_f": QCFS(4), "beside": nn.Conv2d(11, 8, 3, padding=1)}
     numbers = {"mean": [0.5, -0.25, 1.0], "std": [0.5, 2.0, 0.25]}
     extra |= {name: torch.tensor(v).reshape(3, 1, 1) for name, v in numbers.items()}
     return Net(IMAGES[wiring], **extra)
+
+
+MOVED_IMAGES = {
+    "zeros": lambda n, x: n.relu_a(n.a(F.pad(x, (0, 1, 2, 0)))),
+    "zeros of a normalised image": lambda n, x: n.relu_a(n.a(F.pad((x - n.mean) / n.std, (0, 1, 0, 1)))),
+    "reflected": lambda n, x: n.relu_a(n.a(F.pad(x, (1, 2, 3, 0), mode="reflect") - n.mean)),
+    "circular": lambda n, x: n.relu_a(n.round(x)),
+    "replicated, twice": lambda n, x: n.relu_a(n.a(n.replicate(F.pad(x, (0, 0, 1, 1), mode="replicate")))),
+    "cropped": lambda n, x: n.relu_a(n.a(x[:, :, 1:-2, 2:])),
+    "cropped by a negative pad": lambda n, x: n.relu_a(n.a(F.pad(x, (-1, 2, 0, -3)))),
+    "every second pixel": lambda n, x: n.relu_a(n.a(x[:, [2, 0, 1], ::2, 1::2])),
+    "enlarged": lambda n, x: n.relu_a(n.a(F.interpolate(x, scale_factor=2))),
+    "enlarged, bilinear": lambda n, x: n.relu_a(n.unpadded(F.interpolate(x, scale_factor=2, mode="bilinear"))),
+}
+
+
+@pytest.mark.parametrize("wiring", MOVED_IMAGES)
+def test_the_image_is_padded_cropped_or_enlarged_by_the_model(wiring, tmp_path):
+    extra = {"round": nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), "unpadded": nn.Conv2d(3, 8, 3, 2)}
+    numbers = {"mean": [0.5, -0.25, 1.0], "std": [0.5, 2.0, 0.25]}
+    extra |= {name: torch.tensor(v).reshape(3, 1, 1) for name, v in numbers.items()}
+    net = Net(MOVED_IMAGES[wiring], replicate=nn.ReplicationPad2d((1, 0, 0, 2)), **extra)
+    snn = exact(net, tmp_path, c=False)
+    with pytest.raises(ValueError, match="pads, crops or enlarges the image"):
+        integer_program(snn, SHAPE)
+    frames = torch.stack([networks.images(SHAPE, 2, seed=s, grid=64) for s in (6, 7, 8)])  # an image for each step
+    for answer in (snn(frames), snn.run(frames)[-1]):
+        torch.testing.assert_close(answer, qcfs_fast.simulate(net, frames, 3)[-1].float(), rtol=2e-7, atol=1e-7)
+
+
+def test_an_image_with_a_border_of_zeros_is_normalised_before_it():
+    for move in (lambda x: F.pad(x, (1, 1)) - 0.5, lambda x: F.pad(x, (1, 1)).flatten(1)[:, 1:]):
+        with pytest.raises(qcfs_fast.ConversionError, match="Remedy"):
+            qcfs_fast.convert(Net(lambda n, x, move=move: n.relu_a(n.a(move(x))), head=False), input_shape=SHAPE)
+    other = Net(lambda n, x: n.relu_a(n.a(F.pad(x, (1, 1, 1, 1)))[:, :, 1:-1, 1:-1] + n.d(x)), head=False)
+    other.d = nn.Conv2d(3, 8, 3, padding=1)
+    with pytest.raises(qcfs_fast.ConversionError, match="another normalisation, border or channel order"):
+        qcfs_fast.convert(other, input_shape=SHAPE)
 
 
 @pytest.mark.parametrize("wiring", IMAGES)
@@ -266,6 +315,23 @@ SPATIAL = {
     "ConvTranspose2d, groups": lambda n, x: n.relu_b(n.transposed_g(spikes_of(n, x))),
     "ConvTranspose2d, stride 1": lambda n, x: n.relu_b(n.transposed_1(spikes_of(n, x))),
     "ConvTranspose2d of averages": lambda n, x: n.relu_b(n.transposed(F.avg_pool2d(spikes_of(n, x), 2))),
+    "a replicated border": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 2, 0, 3), "replicate"))),
+    "a wide replicated border": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (9, 0, 0, 0), "replicate"))),
+    "a reflected border": lambda n, x: n.relu_b(n.b(n.mirror(spikes_of(n, x)))),
+    "a circular border": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (6, 1, 0, 8), "circular"))),
+    "a layer with a border of pixels": lambda n, x: n.relu_b(n.bordered(spikes_of(n, x))),
+    "a border of averages": lambda n, x: n.relu_b(
+        n.b(F.pad(F.avg_pool2d(spikes_of(n, x), 2), (1, 1, 1, 1), "reflect"))
+    ),
+    "a border of a pointwise layer": lambda n, x: n.relu_b(n.b(F.pad(n.c(spikes_of(n, x)), (1, 1, 1, 1), "reflect"))),
+    "bilinear": lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=2, mode="bilinear"))),
+    "bilinear, by 4 and 1": lambda n, x: n.relu_b(n.b(n.linear_up(spikes_of(n, x)))),
+    "bilinear, to the size of another": lambda n, x: n.relu_b(
+        n.wide(torch.cat([y := spikes_of(n, x), F.interpolate(n.smaller(y), size=y.shape[-2:], mode="bilinear")], 1))
+    ),
+    "bilinear of a pointwise layer": lambda n, x: n.relu_b(
+        n.b(F.interpolate(n.c(spikes_of(n, x)), scale_factor=2, mode="bilinear", align_corners=False))
+    ),
     "out of ConvTranspose2d": lambda n, x: n.transposed(spikes_of(n, x)),
     "out of nearest": lambda n, x: n.c(n.up(spikes_of(n, x))),
     "out of a crop": lambda n, x: n.b(F.avg_pool2d(spikes_of(n, x)[:, :, 2:], 2, 1)),
@@ -290,7 +356,10 @@ def spatial(wiring):
         "unshuffle": nn.PixelUnshuffle(2), "unshuffled": nn.Conv2d(32, 8, 1),
         "transposed": nn.ConvTranspose2d(8, 6, 3, 2, 1, 1), "transposed_2": nn.ConvTranspose2d(8, 4, 2, 2),
         "transposed_g": nn.ConvTranspose2d(8, 4, (3, 4), (1, 2), (0, 1), groups=2, dilation=(2, 1)),
-        "transposed_1": nn.ConvTranspose2d(8, 4, 3, padding=2),
+        "transposed_1": nn.ConvTranspose2d(8, 4, 3, padding=2), "mirror": nn.ReflectionPad2d((2, 1, 3, 0)),
+        "bordered": nn.Conv2d(8, 8, 3, 2, (1, 2), padding_mode="reflect"), "wide": nn.Conv2d(16, 8, 3, padding=1),
+        "linear_up": nn.Upsample(scale_factor=(4, 1), mode="bilinear"),
+        "smaller": nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), QCFS(4)),
     }  # fmt: skip
     return on_small_grid(Net(SPATIAL[wiring], head=not wiring.startswith("out of"), **extra))
 
@@ -332,6 +401,29 @@ COMPOSED = {
     "pooled image, normalised": lambda n, x: n.relu_a(n.first(F.avg_pool2d((x - 0.5) * 2, 2, 1))),
     "pooled image alone": lambda n, x: n.relu_b(F.avg_pool2d(x, 2)),
     "two layers of the image": lambda n, x: n.relu_b(n.b(n.aside(x))),
+    "a transposed layer, then padded": lambda n, x: n.relu_b(n.d(n.transposed(spikes_of(n, x)))),
+    "a transposed layer beside others": lambda n, x: n.relu_b(
+        n.joined(torch.cat([y := spikes_of(n, x), n.transposed(n.relu_c(n.c(F.avg_pool2d(y, 2))))], 1))
+    ),
+    "two padded layers": lambda n, x: n.relu_b(n.d(n.b(spikes_of(n, x)))),
+    "two padded layers with strides": lambda n, x: n.relu_b(n.depthwise(n.depthwise_8(spikes_of(n, x)))),
+    "rows, then both": lambda n, x: n.relu_b(n.d(n.rows(spikes_of(n, x)))),
+    "padded layers and averages": lambda n, x: n.relu_b(
+        n.d(F.avg_pool2d(n.b(F.avg_pool2d(spikes_of(n, x), 2)), 2, 1, 1))
+    ),
+    "an uneven average of a layer": lambda n, x: n.relu_b(F.adaptive_avg_pool2d(n.b(spikes_of(n, x)), (4, 3))),
+    "a layer's border": lambda n, x: n.relu_b(n.d(F.pad(n.b(spikes_of(n, x)), (1, 0, 2, 0)))),
+    "a reflected border of a layer": lambda n, x: n.relu_b(n.c(F.pad(n.b(spikes_of(n, x)), (1, 1, 1, 1), "reflect"))),
+    "a crop of a layer": lambda n, x: n.relu_b(n.b(spikes_of(n, x))[:, :, 1:]),
+    "nearest pixels of a layer": lambda n, x: n.relu_b(n.d(F.interpolate(n.b(spikes_of(n, x)), scale_factor=(2, 3)))),
+    "nearest pixels of a strided layer": lambda n, x: n.relu_b(F.interpolate(n.depthwise_8(spikes_of(n, x)), None, 2)),
+    "bilinear pixels of a layer": lambda n, x: n.relu_b(
+        n.c(F.interpolate(n.b(spikes_of(n, x)), scale_factor=2, mode="bilinear"))
+    ),
+    "PixelShuffle of a layer": lambda n, x: n.relu_b(n.after(n.shuffle(n.b(spikes_of(n, x))))),
+    "PixelShuffle of an unpadded layer": lambda n, x: n.relu_c(n.shuffle(n.holes(spikes_of(n, x)))),
+    "out of PixelShuffle of a layer": lambda n, x: n.shuffle(n.b(spikes_of(n, x))),
+    "a layer of the image whose border is whole, then padded": lambda n, x: n.relu_b(n.b(n.whole(x))),
     "out of two layers": lambda n, x: n.b(n.c(spikes_of(n, x))),
     "out of a BatchNorm and a layer": lambda n, x: n.b(n.norm(spikes_of(n, x))),
 }
@@ -344,9 +436,16 @@ def test_layers_without_an_activation_between_are_one(wiring, tmp_path):
         "columns": nn.Conv2d(8, 8, (1, 3), 1, (0, 2), (1, 2)), "depthwise": nn.Conv2d(8, 16, 3, 2, 1, groups=8),
         "first": nn.Conv2d(3, 8, 2), "aside": nn.Conv2d(3, 8, 1), "strided": nn.Conv2d(8, 8, 1, (2, 1)),
         "norm": nn.BatchNorm2d(8), "up": nn.Upsample(scale_factor=2), "shuffle": nn.PixelShuffle(2),
+        "transposed": nn.ConvTranspose2d(8, 8, 2, 2), "joined": nn.Conv2d(16, 8, 3, padding=1),
+        "depthwise_8": nn.Conv2d(8, 8, 3, (2, 1), 1, groups=8), "after": nn.Conv2d(2, 8, 3, padding=1),
+        "holes": nn.Conv2d(8, 8, (1, 3), dilation=(1, 2)), "whole": nn.Conv2d(3, 8, 3, padding=2, bias=False),
     }  # fmt: skip
-    net = Net(COMPOSED[wiring], head=not wiring.startswith("out of"), **extra)
+    net = on_small_grid(Net(COMPOSED[wiring], head=not wiring.startswith("out of"), **extra))
     snn = exact(net, tmp_path)
+    if wiring == "PixelShuffle of a layer":  # nine taps of four phases
+        with pytest.raises(ValueError, match="more than 32 inputs"):
+            snn.neuron = "signed"
+        return
     for mode in ("signed", "offset", "masked", "sum"):
         snn.neuron = mode
         x = networks.images(SHAPE, 2, seed=5, grid=64)
@@ -361,17 +460,24 @@ def test_a_bias_that_is_padded_is_carried_by_neurons_that_always_fire(tmp_path):
 
 
 REFUSED_PIXELS = {
-    "bilinear": (
-        lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=2, mode="bilinear"))),
-        "nearest",
+    "corners": (
+        lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=2, mode="bilinear", align_corners=True))),
+        "without align_corners",
+    ),
+    "bicubic": (
+        lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=2, mode="bicubic"))),
+        "bilinear ones",
     ),
     "to a size": (lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), size=(16, 12)))), "scale_factor"),
     "by one and a half": (lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=1.5))), "whole factor"),
-    "reflection": (lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 1, 1, 1), "reflect"))), "pad with zeros"),
+    "ones": (lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 1, 1, 1), value=1.0))), "pad with zeros"),
     "a place from the other border": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, :4])), "from the same border"),
     "the last five rows": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)[..., -5:, :])), "from the same border"),
-    "the image": (lambda n, x: n.relu_a(n.a(x[:, :, 1:])), "image itself.*Remedy"),
-    "a layer's output": (lambda n, x: n.relu_b(n.b(spikes_of(n, x))[:, :, 1:]), "no activation in between"),
+    "a pool of spikes and the image": (
+        lambda n, x: n.relu_b(n.c(F.avg_pool2d(torch.cat([n.relu_a(n.a(x)), x], 1), 2)[:, :8])),
+        "concatenation with the image.*Remedy",
+    ),
+    "a border of a layer of the image": (lambda n, x: n.relu_b(n.b(n.a(x))), "no activation in between"),
     "cut by more than it adds": (lambda n, x: n.relu_b(n.cut(spikes_of(n, x))), "less padding"),
 }
 

@@ -181,11 +181,6 @@ class Called(nn.Module):
 
 
 REFUSED = {
-    "circular": (Of(nn.Conv1d(2, 4, 3, padding_mode="circular")), "first: padding_mode='circular'.*zeros"),
-    "reflect": (
-        Of(nn.Sequential(nn.ReflectionPad1d(1), nn.Conv1d(2, 4, 3))),
-        "first.0: ReflectionPad1d has no spiking",
-    ),
     "volumes": (Of(nn.Conv3d(2, 4, 3)), "first: works on volumes.*steps of an input"),
     "maps too": (Of(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv1d(2, 4, 3))), r"first.1: works on lines.*\(1, K\)"),
     "vectors": (Called(lambda x: x.unsqueeze(1)), r"adds a dimension.*\[N, 1, L\]"),

@@ -25,6 +25,12 @@ MOVES = {  # and the size of what comes out
     "nearest": (lambda x, line: F.interpolate(x, scale_factor=2), lambda n: 2 * n),
     "crop": (lambda x, line: x[:, :, 1:] if line else x[:, :, 1:, :-1], lambda n: n - 1),
     "pad": (lambda x, line: F.pad(x, (0, 1) if line else (0, 1, 1, 0)), lambda n: n + 1),
+    "reflected": (lambda x, line: F.pad(x, (1, 0) if line else (1, 0, 0, 1), "reflect"), lambda n: n + 1),
+    "circular": (lambda x, line: F.pad(x, (2, 0) if line else (2, 0, 1, 1), "circular"), lambda n: n + 2),
+    "bilinear": (
+        lambda x, line: F.interpolate(x, scale_factor=2, mode="linear" if line else "bilinear"),
+        lambda n: 2 * n,
+    ),
 }
 KINDS = ("Conv", "BatchNorm", "AvgPool", "MaxPool", "AdaptiveAvgPool")
 STEPS = (*FIRING, "pool", "max pool", "concatenation", *MOVES)
@@ -47,7 +53,7 @@ def plans(draw):
     first = draw(st.integers(1, 6))
     values, spikes = [(3, 8), (first, 8)], [False, True]  # channels and size; whether it is no average: image, layer
     plan = [("layer", 0, {"out": first, "kernel": 3, "stride": 1, "groups": 1, "mixed": 0, "channels": "all"})]
-    plan[0][2].update(normalised=draw(st.booleans()), lateral=0, averaged=False)
+    plan[0][2].update(normalised=draw(st.booleans()), moved=draw(st.booleans()), lateral=0, averaged=False)
     if draw(st.integers(0, 3)) == 0:  # the first layer reads an average of the image
         plan[0][2].update(kernel=1, averaged_image=True)
         values[1] = (first, 4)
@@ -87,6 +93,7 @@ def plans(draw):
         numbers["factor"] = draw(st.sampled_from(FACTORS))
         # A layer without an activation before this one, whose bias meets padding; or an average behind it.
         numbers["lateral"] = 3 if kind == "pyramid" or (kind in FIRING and draw(st.integers(0, 3)) == 0) else 0
+        numbers["taps"] = draw(st.sampled_from((1, 1, 3)))  # of that layer, and with three its border is padded too
         numbers["averaged"] = kind == "layer" and stride == 1 and size > 2 and draw(st.integers(0, 3)) == 0
         if numbers["lateral"]:
             groups = 1
@@ -94,7 +101,8 @@ def plans(draw):
         plan.append((kind, other, {"out": out, "mixed": mixed if groups == 1 and mixed > 2 else 0, **numbers}))
         after = size_after("averaged" if numbers["averaged"] else kind, size, stride)
         values.append((out + 2 * (kind == "joined"), after))
-        kept = spikes[-1] and (kind in ("max pool", "nearest", "crop") or (kind == "concatenation" and spikes[other]))
+        masks = kind in ("max pool", "nearest", "crop", "reflected", "circular")
+        kept = spikes[-1] and (masks or (kind == "concatenation" and spikes[other]))
         spikes.append(kind in FIRING or kept)
     return plan, draw(st.sampled_from(("linear", "pooled", "convolution"))), draw(st.integers(0, 3)) == 0
 
@@ -114,7 +122,7 @@ class Random(nn.Module):
                 options = {"stride": p["stride"], "padding": k // 2, "groups": p["groups"], "bias": i % 2 == 0}
                 read = channels[-1] - (p["channels"] == "chosen")
                 if p["lateral"]:
-                    self.add_module(f"lateral{i}", made["Conv"](read, p["lateral"], 1))
+                    self.add_module(f"lateral{i}", made["Conv"](read, p["lateral"], p["taps"], padding=p["taps"] // 2))
                     read = p["lateral"]
                 self.add_module(f"conv{i}", made["Conv"](read, p["mixed"] or out, k, **options))
                 self.add_module(f"mix{i}", made["Conv"](p["mixed"], out, 1) if p["mixed"] else nn.Identity())
@@ -136,6 +144,8 @@ class Random(nn.Module):
         self.out = made["Conv"](channels[-1], 4, 1) if head == "convolution" else nn.Linear(features, 4)
 
     def forward(self, x):
+        if self.plan[0][2]["moved"]:
+            x = F.pad(x, (2, 0) if self.line else (2, 0, 0, 0), "circular")[..., :-2]
         if self.plan[0][2]["normalised"]:
             x = (x - self.mean) / 0.5
         values = [x]
@@ -191,7 +201,7 @@ def run(snn, x, T):
     return snn(x, T)[None] if snn.neuron.mode == "sum" else snn(x, T, per_step=True)
 
 
-@pytest.mark.parametrize("graphs", [100, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("graphs", [125, pytest.param(500, marks=pytest.mark.slow)])
 def test_random_networks_on_a_grid_convert_exactly(graphs):
     seen, spikes, sites, ties = Counter(), 0, 0, 0
 
@@ -245,7 +255,9 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
         seen.update([plan[1], neuron.mode, *(kind for kind, *_ in plan[0])])
         seen.update(p["channels"] for kind, _, p in plan[0] if kind in FIRING)
         seen.update(p["factor"] for kind, _, p in plan[0] if kind in ("identity", "projection"))
-        seen["normalised"] += plan[0][0][2]["normalised"]
+        for name in ("normalised", "moved"):
+            seen[name] += plan[0][0][2][name]
+        seen["lateral with a border"] += any(p.get("lateral") and p["taps"] == 3 for _, _, p in plan[0])
         for name in ("lateral", "averaged", "averaged_image"):
             seen[name] += any(p.get(name) for _, _, p in plan[0])
         seen["mixed"] += any(p["mixed"] for kind, _, p in plan[0] if kind in FIRING)
@@ -258,6 +270,8 @@ def test_random_networks_on_a_grid_convert_exactly(graphs):
         *MODES,
         *FACTORS,
         "normalised",
+        "moved",
+        "lateral with a border",
         "mixed",
         "lateral",
         "averaged",

@@ -17,7 +17,7 @@ constexpr std::int64_t max_weight = 32639, max_byte_weight = 128, max_sum = 0x7f
 constexpr std::int64_t max_image_threshold = 1 << 25, analog_range = 64;
 constexpr std::int64_t max_peak =
     1 << 20;    // no layer takes more than max_count: beyond it makes no difference how far
-constexpr int format_version = 4;
+constexpr int format_version = 5;
 constexpr std::size_t geometry_size = 9;
 
 void check(bool condition, const std::string& what) { require(condition, Fault::format, what); }
@@ -156,6 +156,14 @@ PoolSpec read_pool(const Json& json) {
     const bool alone = !spec.adaptive && spec.kernel[0] == 1 && spec.kernel[1] == 1;
     const bool spreads = spec.spread[0] > 1 || spec.spread[1] > 1;
     check(!spreads || (alone && spec.phase[0] < spec.spread[0] && spec.phase[1] < spec.spread[1]), "spread is damaged");
+  }
+  if (f.has("border")) {
+    static const char* const borders[] = {"replicate", "reflect", "circular"};
+    const auto border = std::find(std::begin(borders), std::end(borders), f.text("border"));
+    const bool one = spec.kernel[0] * spec.kernel[1] == 1 && spec.stride[0] * spec.stride[1] == 1;
+    const bool alone = !spec.adaptive && one && spec.spread[0] * spec.spread[1] == 1 && !spec.ceil_mode;
+    check(border != std::end(borders) && alone, "border is damaged");
+    spec.border = static_cast<Border>(1 + (border - std::begin(borders)));
   }
   return spec;
 }
@@ -324,9 +332,17 @@ ImageInput read_image(const Fields& config, NodeTensors& tensors) {
                static_cast<int>(config.whole_or("bits", 2, 24, 16)),
                tensors.per_channel("source", Dtype::i64, channels),
                tensors.per_channel("scale", Dtype::f32, channels),
-               tensors.per_channel("shift", Dtype::f32, channels)};
+               tensors.per_channel("shift", Dtype::f32, channels),
+               {}};
   check(channels > 0 && all_values(a.source, [&](std::int64_t c) { return 0 <= c && c < a.channels; }),
         "source is damaged");
+  if (!config.has("moves")) return a;
+  for (const Json& move : config.list("moves")) {
+    check(move.is(Json::Kind::object), "moves are damaged");
+    a.moves.push_back(read_pool(move));
+    check(a.moves.back().moves(), "moves are damaged");
+  }
+  check(a.moves.empty() || !a.vector, "moves are damaged");
   return a;
 }
 

@@ -37,6 +37,7 @@ struct ImageInput {
   bool vector;
   int bits;
   Tensor source, scale, shift;
+  std::vector<PoolSpec> moves;    // what pads, crops or enlarges it
 };
 
 // The convolution of the image.

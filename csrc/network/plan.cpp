@@ -57,6 +57,7 @@ struct Value {
 struct ImageValue {
   Slot integers = 0, exponents = 0;
   std::int64_t images = 0;    // N, or T * N
+  std::int64_t height = 0, width = 0;
 };
 
 std::int64_t out_size(std::int64_t size, std::int64_t kernel, std::int64_t stride, std::int64_t padding,
@@ -93,7 +94,10 @@ class Builder {
     for (const Node& node : graph_.nodes) {
       try {
         Value sent;
-        if (const auto* a = std::get_if<ImageInput>(&node.layer)) quantize(*a);
+        if (const auto* a = std::get_if<ImageInput>(&node.layer)) {
+          quantize(*a);
+          for (const PoolSpec& spec : a->moves) move(spec);
+        }
         if (const auto* a = std::get_if<Encoding>(&node.layer)) sent = encode(*a);
         if (const auto* a = std::get_if<Spiking>(&node.layer)) sent = fire(*a, node, place++);
         if (const auto* a = std::get_if<Pooling>(&node.layer)) sent = pooled(input(node, 0), a->pool);
@@ -203,6 +207,8 @@ class Builder {
     const std::int64_t T = r_.varying ? r_.T : 1, rows = bounded({T, r_.height}), C = a.source.count();
     const std::int64_t row = bounded({r_.width, C}), sample = bounded({rows, row});
     image_.images = bounded({T, r_.batch});
+    image_.height = r_.height;
+    image_.width = r_.width;
     Quantize q{};
     q.batch = r_.batch;
     q.height = rows;
@@ -269,12 +275,40 @@ class Builder {
     });
   }
 
+  // Pads, crops or enlarges the image: each pixel of the new one is a pixel of it, or zeros.
+  void move(const PoolSpec& spec) {
+    const std::int64_t C = graph_.image().source.count();
+    const ImageValue from = image_;
+    const auto windows = std::make_shared<const Windows>(windows_of(spec, from.height, from.width));
+    image_.height = windows->out_h();
+    image_.width = windows->out_w();
+    read({from.integers});
+    image_.integers = take_integers(bounded({image_.images, image_.height, image_.width, C}));
+    const Slot integers = image_.integers;
+    step([=](const Frame& f) {
+      if (f.image.data == nullptr) return Status::ok;
+      std::int32_t* to = f.at<std::int32_t>(integers);
+      const std::int32_t* x = f.at<std::int32_t>(from.integers);
+      const std::vector<std::int64_t>&rows = windows->rows, &cols = windows->cols;
+      for (std::int64_t n = 0; n < from.images; ++n, x += from.height * from.width * C) {
+        for (std::size_t i = 0; i < rows.size(); i += 3) {
+          for (std::size_t j = 0; j < cols.size(); j += 3, to += C) {
+            const bool there = rows[i] < rows[i + 1] && cols[j] < cols[j + 1];
+            if (there) std::copy_n(x + (rows[i] * from.width + cols[j]) * C, C, to);
+            if (!there) std::fill_n(to, C, 0);
+          }
+        }
+      }
+      return Status::ok;
+    });
+  }
+
   // One convolution of the image: its current, or with `steps` the masks of plain neurons on it.
   AnalogConv analog_conv(const Geometry& g, const Tensor& weight) const {
     AnalogConv a{};
     a.batch = image_.images;
-    a.in_h = r_.height;
-    a.in_w = r_.width;
+    a.in_h = image_.height;
+    a.in_w = image_.width;
     a.in_channels = graph_.image().source.count();
     std::tie(a.out_h, a.out_w) = convolved_size(a.in_h, a.in_w, a.in_channels, weight.shape, g);
     a.out_channels = weight.shape[3];

@@ -1,6 +1,7 @@
 #include "network/pooling.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <set>
 #include <utility>
@@ -19,6 +20,13 @@ void check_windows(std::int64_t windows) {
   require(windows <= max_pool_windows, Fault::shape,
           "pooling: " + std::to_string(windows) + " windows along an axis; at most " +
               std::to_string(max_pool_windows) + " are possible");
+}
+
+// Which of n pixels stands at place i, at most n outside.
+std::int64_t pixel_of(Border border, std::int64_t i, std::int64_t n) {
+  if (border == Border::replicate) return std::clamp<std::int64_t>(i, 0, n - 1);
+  if (border == Border::circular) return (i + n) % n;
+  return n - 1 - std::abs(n - 1 - std::abs(i));
 }
 
 // The windows of one axis before a section is cut out of them.
@@ -41,6 +49,16 @@ std::vector<std::int64_t> whole_windows(const PoolSpec& spec, std::int64_t size,
     return found;
   }
   const std::int64_t k = spec.kernel[axis], s = spec.stride[axis], p = spec.padding[axis];
+  if (spec.border != Border::none) {
+    check_windows(size + 2 * p);
+    require(spec.border == Border::replicate || p <= size - (spec.border == Border::reflect ? 1 : 0), Fault::shape,
+            "pooling: a border of " + std::to_string(p) + " is too wide for an input of " + std::to_string(size));
+    for (std::int64_t i = -p; i < size + p; ++i) {
+      const std::int64_t at = pixel_of(spec.border, i, size);
+      found.insert(found.end(), {at, at + 1, 1});
+    }
+    return found;
+  }
   const std::int64_t span = size + 2 * p - k;
   require(span >= 0, Fault::shape,
           "pooling: an input of " + std::to_string(size) + " with padding " + std::to_string(p) +
@@ -90,6 +108,11 @@ bool PoolSpec::depends_on_size() const {
   if (adaptive) return true;
   if (divisor_override != 0) return false;
   return ceil_mode || ((padding[0] != 0 || padding[1] != 0) && !count_include_pad);
+}
+
+bool PoolSpec::moves() const {
+  const bool one = section[1] == kernel[0] && section[3] == kernel[1] && padding[0] + padding[1] == 0 && !ceil_mode;
+  return !adaptive && (one || kernel[0] * kernel[1] == 1);
 }
 
 Windows windows_of(const PoolSpec& spec, std::int64_t height, std::int64_t width) {

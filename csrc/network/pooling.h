@@ -8,6 +8,9 @@
 
 namespace qcfs::network {
 
+// Which pixels stand in the padding.
+enum class Border { none, replicate, reflect, circular };
+
 struct PoolSpec {
   bool max = false;
   bool adaptive = false;    // `output` counts, else `kernel`, `stride` and `padding`; pairs are (height, width)
@@ -19,8 +22,11 @@ struct PoolSpec {
   std::int64_t section[4] = {0, 1, 0, 1};
   std::int64_t spread[2] = {1, 1};     // else: each input takes so many outputs, and there are no windows
   std::int64_t phase[2] = {-1, -1};    // -1: all of those outputs; else one alone, and the others are zero
+  Border border = Border::none;        // else: windows of one pixel
 
   bool depends_on_size() const;
+  // Whether all windows are of one pixel or none, whatever the size of the input.
+  bool moves() const;
 };
 
 // Three integers for each output row or column: first input index, last + 1, divisor.

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .symbolic import Size, Unknown
+from ..operators.geometry import POINTWISE
+from .symbolic import Size, Unknown, zeros
 from .values import (
     Current,
     Image,
     Joined,
     Signal,
     affine,
+    composed,
     concatenated,
     joined,
     scaled,
@@ -36,11 +38,20 @@ class Arithmetic(Weighted):
             self._summand(self._read_image(v, None) if isinstance(v, Image) else v, "adds what is no layer's output")
             for v in (x, y)
         )
+        if a.vector == b.vector and 1 in (a.channels, b.channels):  # one channel goes to all of the other value
+            a, b = (self._mixed(c, torch.ones(d.channels, 1)) if c.channels == 1 else c for c, d in ((a, b), (b, a)))
         if a.channels != b.channels or a.vector != b.vector:
-            raise self.fail(f"adds values of {a.channels} and {b.channels} channels; broadcasting is not supported")
+            raise self.fail(f"adds values of {a.channels} and {b.channels} channels, which do not fit each other")
         return Current(
             a.bias + b.bias, a.products + b.products, a.identities + b.identities, a.vector, a.flattened or b.flattened
         )
+
+    def _mixed(self, x: Any, weight: Tensor) -> Current:
+        """Sums of the channels of a value, by constants [sums, channels]."""
+        x = self._summand(x, "mixes the channels of what is no layer's output")
+        if len(weight) == x.channels == 1:
+            return x
+        return composed(x, weight.double()[:, :, None, None], POINTWISE, zeros(len(weight)), self._layer())
 
     def subtract(self, x: Any, y: Any, alpha: Any = 1) -> Any:
         return self.add(x, y, -alpha)
@@ -76,6 +87,8 @@ class Arithmetic(Weighted):
             return x
         scale, shift = self._by_channel(x, scale), self._by_channel(x, shift)
         if isinstance(x, Image):
+            if bool(shift.any()) and any(spec.kind == "avg" for spec in x.moves):
+                raise self.fail("adds a constant to an image with a border of zeros. Remedy: pad it behind that")
             n = max(len(x.scale), scale.numel(), shift.numel())
             x = self._whole_image(x, n) if n > 1 else x
             first, before = (torch.tensor(v or (d,), dtype=torch.float64) for v, d in ((x.scale, 1.0), (x.shift, 0.0)))
@@ -110,16 +123,18 @@ class Arithmetic(Weighted):
 
     def concat(self, tensors: Sequence[Any], dim: int = 0, **kwargs: Any) -> Any:
         dim = kwargs.get("axis", dim)
-        if all(isinstance(t, Image) for t in tensors) and dim == 1:
+        if all(isinstance(t, Image) and t.moves == tensors[0].moves for t in tensors) and dim == 1:
             tensors = [self._whole_image(t, self._channels(t)) for t in tensors]
             return Image(
                 sum((t.source for t in tensors), ()),
                 sum((t.scale for t in tensors), ()),
                 sum((t.shift for t in tensors), ()),
                 width=max(t.width for t in tensors),
+                moves=tensors[0].moves,
             )
+        tensors = [self._read_image(t, None) if isinstance(t, Image) else t for t in tensors]
         if dim % self._rank(tensors[0]) != 1 or not all(isinstance(t, Signal | Current | Joined) for t in tensors):
-            raise self.fail("concatenates the image with layers, or values not along the channels")
+            raise self.fail("concatenates values not along the channels. Remedy: torch.cat(values, 1)")
         if any(isinstance(t, Current | Joined) for t in tensors):
             if any(t.vector or getattr(t, "flattened", False) for t in tensors):
                 raise self.fail("concatenates flattened values with no activation in between. Remedy: put one before")

@@ -269,7 +269,7 @@ class _Builder:
             INPUT,
             ImageInput(
                 [IMAGE],
-                ImageConfig(image.channels, image.vector, self._image_bits(), image.line or None),
+                ImageConfig(image.channels, image.vector, self._image_bits(), image.line or None, image.moves or None),
                 {
                     "source": torch.tensor(image.source, dtype=torch.int64),
                     "scale": torch.tensor(image.scale, dtype=torch.float32),
@@ -585,7 +585,10 @@ class _Builder:
         if any(p.part.is_image for p in current.products) or any(
             q.is_image for s in current.identities for q in s.parts
         ):
-            raise ConversionError("the output depends on the image without an activation in between; remove that path")
+            raise ConversionError(
+                "the output depends on the image without an activation in between. Remedy: leave that path out, and "
+                "add it to the network's answer (x - snn(x), where the model says x - self.layers(x))"
+            )
         inputs: list[str] = []
         layers: list[str] = []
         pools: list[tuple[PoolSpec, ...]] = []

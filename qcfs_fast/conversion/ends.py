@@ -86,7 +86,7 @@ class Ends(Arithmetic):
         if scale is not None:
             scale = [float(f) for f in (scale if isinstance(scale, (tuple, list)) else [scale] * 2)]
         elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
-            image = next((s for n, s in (self.shapes or {}).items() if n.op == "placeholder"), None)
+            image = self._image_shape()
             sizes = list(size) if isinstance(size, (tuple, list)) else [size] * 2
             if image is None or not whole(sizes):
                 raise self._shape_needed("resizes to a size that is not known")

@@ -67,19 +67,30 @@ _OTHER_RANK = {  # layers that are not of the images' rank
     3: "works on volumes, and the kernels here have two dimensions. Remedy: 2d layers, and the frames of a clip as the "
     "steps of an input [T, N, C, H, W]; or a kernel of depth 1 as a 2d layer",
 }
+_OF_ITSELF = "it normalises each image by itself, which is not linear. Remedy: BatchNorm in its place, trained"
+_ATTENTION = "attention multiplies activations with each other. Remedy: convert the part before it"
 _NO_COUNTERPART: dict[Any, str] = {
     (
         nn.LayerNorm,
         nn.GroupNorm,
         nn.LocalResponseNorm,
         nn.modules.instancenorm._InstanceNorm,
-    ): "it normalises each image by itself, which is not linear. Remedy: BatchNorm in its place, trained",
+    ): _OF_ITSELF,
     (nn.RNNBase, nn.RNNCellBase): "it is recurrent, and spikes run forward. Remedy: convert the part before it",
-    (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer): "attention multiplies activations with each "
-    "other. Remedy: convert the part before it",
+    (nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoderLayer): _ATTENTION,
     nn.Embedding: "it looks up indices, which are no image. Remedy: convert the part behind it",
     tuple(REPLACEABLE): "it has negative values. Remedy: ReLU, or prepare(model, replace={its class}) and train",
-    nn.PReLU: "it has negative values. Remedy: ReLU in its place, trained",
+}
+_NO_FUNCTION: dict[Any, str] = {  # by the names that functions and methods share
+    "argmax argmin topk sort argsort": "it gives labels or places, which have no mean over the steps. Remedy: return "
+    "the scores, and take it of the network's answer",
+    "normalize": "it divides values by their own length, which is not linear. Remedy: a BatchNorm, or convert the "
+    "network up to it",
+    "layer_norm group_norm instance_norm local_response_norm rms_norm": _OF_ITSELF,
+    "scaled_dot_product_attention multi_head_attention_forward bmm baddbmm": _ATTENTION,
+    "einsum": "only a linear layer's product is known. Remedy: F.linear or a 1x1 convolution of the constant",
+    "max min maximum minimum": "it compares activations with each other. Remedy: amax over pixels, or a pool",
+    "stack": "it adds a dimension. Remedy: a sum of the values, or torch.cat along the channels",
 }
 
 
@@ -171,11 +182,10 @@ class Lowering(Reshaping):
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
         if handler is None and getattr(node.target, "__name__", "") == "stochastic_depth":
             handler = Lowering.stochastic_depth
-        if node.target is F.normalize:
-            raise self.fail(
-                "divides values by their own length, which is not linear. Remedy: a BatchNorm, or convert the network "
-                "up to it"
-            )
+        called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        for names, why in _NO_FUNCTION.items():
+            if handler is None and called in names.split():
+                raise self.fail(f"has no spiking counterpart: {why}")
         if handler is None and not (unknown and step is not None):
             raise self.fail(
                 "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "
@@ -213,6 +223,9 @@ class Lowering(Reshaping):
             return self.conv_transpose(x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
         if isinstance(m, nn.ConstantPad1d | nn.ConstantPad2d):
             return self.pad(x, m.padding, "constant", m.value)
+        for mode, kinds in _BORDER_MODULES.items():
+            if isinstance(m, kinds):
+                return self.pad(x, m.padding, mode)
         if isinstance(m, nn.Upsample):
             return self.upsample(x, m.size, m.scale_factor, m.mode, m.align_corners)
         if isinstance(m, nn.PixelShuffle):
@@ -248,6 +261,13 @@ class Lowering(Reshaping):
             "Flatten, AvgPool, AdaptiveAvgPool, MaxPool and QCFS. Remedy: replace the module by one of these (an "
             "activation by ReLU before prepare)"
         )
+
+    def _conv_module(self, x: Any, m: nn.Conv1d | nn.Conv2d) -> Any:
+        weight, bias = parameter(m, "weight"), parameter(m, "bias")
+        padding: Any = m.padding
+        if m.padding_mode != "zeros":  # the module knows how much on each side, the last dimension first
+            x, padding = self.pad(x, m._reversed_padding_repeated_twice, m.padding_mode), 0
+        return self.conv(x, weight, bias, m.stride, padding, m.dilation, m.groups)
 
     def _fired_unknown(self, m: nn.Module) -> Signal | Unknown:
         """What a module makes of an unknown value: an activation's spikes are known again, if their shape is."""
@@ -369,6 +389,11 @@ METHODS: dict[str, Handler] = {
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+_BORDER_MODULES: dict[str, Any] = {
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d),
+}
 _PASSING_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)
 _KNOWN_MODULES = (
     *_PASSING_MODULES,
@@ -380,6 +405,7 @@ _KNOWN_MODULES = (
     nn.ChannelShuffle,
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.MaxPool2d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConstantPad1d, nn.ConstantPad2d),
+    *(kind for kinds in _BORDER_MODULES.values() for kind in kinds),
     nn.Upsample,
     nn.PixelShuffle,
     nn.PixelUnshuffle,

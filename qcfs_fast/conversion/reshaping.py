@@ -101,9 +101,14 @@ class Reshaping(Spatial):
         order = list(dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
         rank, pixels = len(self._shape(x)), self._rank(x) - 2
         if not isinstance(x, Grouped) or sorted(d % rank for d in order) != list(range(rank)):
+            single = [size for size in self._shape(x)[2:] if isinstance(size, int)] in ([1], [1, 1])
+            remedy = (
+                "flatten(1), for the map has one pixel"
+                if single
+                else ("give the network images [N, C, H, W] (signals [N, C, L]), and permute before it")
+            )
             raise self.fail(
-                "permutes dimensions, which has no spiking counterpart unless it shuffles channels. Remedy: give the "
-                "network images [N, C, H, W] (signals [N, C, L]), and permute before it"
+                f"permutes dimensions, which has no spiking counterpart unless it shuffles channels. Remedy: {remedy}"
             )
         order = [d % rank for d in order]
         if order[0] != 0 or order[-pixels:] != list(range(rank - pixels, rank)):
@@ -181,7 +186,7 @@ class Reshaping(Spatial):
         if isinstance(x, Image) and not x.source and isinstance(index, tuple) and len(index) == 2:
             everything, channel = index
             if everything == slice(None) and isinstance(channel, int):
-                return Image((channel,), x.scale or (1.0,), x.shift or (0.0,), batch_only=True)
+                return replace(x, source=(channel,), scale=x.scale or (1.0,), shift=x.shift or (0.0,), batch_only=True)
         rank = self._rank(None)
         if isinstance(index, tuple) and isinstance(x, Image | Signal | Current | Joined):
             if Ellipsis in index:
@@ -213,6 +218,9 @@ class Reshaping(Spatial):
         rank = 3 if isinstance(x, Laid) else self._rank(x)
         dims = dim if isinstance(dim, (tuple, list)) else [dim]
         over = sorted({d % rank if isinstance(d, int) else -1 for d in dims})
+        if over == [1] and keepdim and kind == "avg" and not isinstance(x, Laid | Grouped):
+            n = self._channels(x)
+            return self._mixed(x, torch.full((1, n), 1.0 / n))
         if not over or over[0] < 2 or (isinstance(x, Laid) and keepdim):
             raise self.fail("takes a mean or maximum over other dimensions than those of pixels")
         if isinstance(x, Laid):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..model.graph import tail_step
+from ..network.schema import Geometry
 from ..operators.geometry import POINTWISE
-from ..operators.windows import PoolSpec
+from ..operators.windows import BORDERS, PoolSpec
 from .ends import Ends
 from .symbolic import float64, whole, zeros
 from .values import (
@@ -24,6 +26,7 @@ from .values import (
     Current,
     Image,
     Part,
+    Product,
     Signal,
     composable,
     composed,
@@ -33,9 +36,28 @@ from .values import (
 def _pointwise(x: Current) -> bool:
     """Whether a current reads each pixel for itself, of spikes."""
     parts = (q for s in x.identities for q in s.parts)
-    return all(p.geometry == POINTWISE and not p.part.is_image for p in x.products) and not any(
+    return all(p.geometry[:8] == POINTWISE[:8] and not p.part.is_image for p in x.products) and not any(
         q.is_image for q in parts
     )
+
+
+def _steps_by_one(product: Product) -> bool:
+    return product.geometry[2:4] == (1, 1) and not product.part.is_image
+
+
+def _widened(geometry: Geometry, factors: tuple[int, int]) -> Geometry:
+    """A convolution of stride 1 on a map in which each pixel has become several."""
+    kh, kw, *_, ph, pw, dh, dw, groups = geometry
+    h, w = factors
+    return (kh, kw, 1, 1, ph * h, pw * w, dh * h if kh > 1 else 1, dw * w if kw > 1 else 1, groups)
+
+
+def _parts_mapped(x: Any, change: Callable[[Part], Part]) -> Any:
+    """A signal, or a current, with each part that it reads changed."""
+    if isinstance(x, Signal):
+        return replace(x, parts=tuple(map(change, x.parts)))
+    products = tuple(replace(p, part=change(p.part)) for p in x.products)
+    return replace(x, products=products, identities=tuple(_parts_mapped(s, change) for s in x.identities))
 
 
 def _average(spec: PoolSpec) -> Tensor | None:
@@ -60,13 +82,10 @@ class Spatial(Ends):
                 if composable(x, window):
                     weight = weight.expand(x.channels, 1, *weight.shape)
                     return composed(x, weight, window, zeros(x.channels), "average")
+            x = self._by_taps(x)
             if _pointwise(x) and x.products:  # averaging commutes with it
-                products = tuple(replace(p, part=self._pooled_part(p.part, spec)) for p in x.products)
-                identities = tuple(
-                    replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in x.identities
-                )
-                return replace(x, products=products, identities=identities)
-        signals = self._sources(x, "is pooling", 1)
+                return _parts_mapped(x, lambda p: self._pooled_part(p, spec))
+        signals = self._spikes_alone(self._sources(x, "is pooling", 1))
         if any(s.vector for s in signals):
             raise self.fail("pools a flattened value")
         if spec.kind == "max" and (
@@ -75,10 +94,7 @@ class Spatial(Ends):
             raise self.fail("max pooling works on spikes only; use prepare(model, max_pool='avg')")
         if spec.kind == "max" and any(bool((p.amplitude < 0).any()) for s in signals for p in s.parts):
             raise self.fail("takes the maximum of spikes times a negative factor. Remedy: pool first, then scale")
-        out = [replace(s, parts=tuple(self._pooled_part(p, spec) for p in s.parts)) for s in signals]
-        if isinstance(x, Signal):
-            return out[0]
-        return replace(x, identities=tuple(out))
+        return _parts_mapped(x if isinstance(x, Current) else signals[0], lambda p: self._pooled_part(p, spec))
 
     def _pooled_part(self, part: Part, spec: PoolSpec) -> Part:
         if spec.size is None and self.shapes and self.node.all_input_nodes[0] in self.shapes:
@@ -130,32 +146,35 @@ class Spatial(Ends):
             return self._strided(x, stride)
         return self._pooled(x, PoolSpec("max", kernel, stride, padding, bool(ceil_mode)))
 
-    def _moved(self, x: Any, spec: PoolSpec, zeros: bool = False) -> Signal | Current:
+    def _moved(self, x: Any, spec: PoolSpec, zeros: bool = False) -> Any:
         """A value whose pixels go where the windows of `spec` say; `zeros`: some places get none."""
         if isinstance(x, Image):
-            raise self.fail("moves pixels of the image itself. Remedy: pad, crop or resize images before")
-
-        def placed(signals: Sequence[Signal]) -> tuple[Signal, ...]:
-            return tuple(replace(s, parts=tuple(map(part, s.parts))) for s in signals)
+            if x.vector or x.map or x.batch_only:
+                raise self.fail("moves pixels of a flattened image. Remedy: pad, crop or resize it before")
+            return replace(x, moves=(*x.moves, replace(spec, kind="avg" if zeros else "max", divisor_override=1)))
 
         def part(p: Part) -> Part:
             # Masks stay masks, but where spikes have signs a window of none would be a negative spike.
-            counts = zeros or any(q.kind == "avg" for q in p.pools)
-            return replace(p, pools=(*p.pools, replace(spec, kind="avg" if counts else "max", divisor_override=1)))
+            kind = "avg" if zeros or p.counts else "max"
+            return replace(p, pools=(*p.pools, replace(spec, kind=kind, divisor_override=1)))
 
-        if isinstance(x, Current):
-            x = self._bias_as_spikes(x) if zeros and not x.vector else x
-            if _pointwise(x) and x.products and not x.vector:
-                products = tuple(replace(p, part=part(p.part)) for p in x.products)
-                return replace(x, products=products, identities=placed(x.identities))
-        signals = self._sources(x, "moves pixels", 1)
+        if isinstance(x, Current) and not x.vector and x.products:
+            x = self._bias_as_spikes(x) if zeros else x
+            if not _pointwise(x) and spec.spreads and all(_steps_by_one(p) for p in x.products):
+                # Each tap moves on by as many pixels as one has become.
+                wide = [replace(p, geometry=_widened(p.geometry, spec.spread)) for p in x.products]
+                return _parts_mapped(replace(x, products=tuple(wide)), part)
+            x = self._by_taps(x)
+            if _pointwise(x):
+                return _parts_mapped(x, part)
+        signals = self._spikes_alone(self._sources(x, "moves pixels", 1))
         if any(s.vector for s in signals):
             raise self.fail("moves pixels of a flattened value")
-        return placed(signals)[0] if isinstance(x, Signal) else replace(x, identities=placed(signals))
+        return _parts_mapped(x, part)
 
     def pad(self, x: Any, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
-        if mode != "constant" or value not in (None, 0):
-            raise self.fail("pads with something else than zeros, which is no spike. Remedy: pad with zeros")
+        if (mode != "constant" and mode not in BORDERS) or value not in (None, 0):
+            raise self.fail("pads with something else than zeros or pixels, which is no spike. Remedy: pad with zeros")
         if not whole(pad):
             raise self._shape_needed("pads by a size that is not known")
         pad = [*pad[:2], 0, 0, *pad[2:]] if self.line else pad
@@ -165,7 +184,8 @@ class Spatial(Ends):
         rows, cols = (top, bottom), (left, right)
         border = (max(0, *rows), max(0, *cols))
         if border != (0, 0):
-            x = self._moved(x, PoolSpec("avg", (1, 1), padding=border), zeros=True)
+            how = None if mode == "constant" else mode
+            x = self._moved(x, PoolSpec("max", (1, 1), padding=border, border=how), zeros=how is None)
         extra = [(border[0] - top, border[0] - bottom), (border[1] - left, border[1] - right)]
         if extra != [(0, 0), (0, 0)]:
             x = self._moved(x, PoolSpec.cropped(*extra))
@@ -218,7 +238,9 @@ class Spatial(Ends):
         antialias: bool = False,
     ) -> Any:
         everywhere = self._map_size(x) == (1, 1)  # one pixel goes everywhere
-        if isinstance(x, Answer) or (mode in ("bilinear", "bicubic") and not antialias and not everywhere):
+        linear = mode == ("linear" if self.line else "bilinear") and not align_corners
+        smooth = mode in ("bilinear", "bicubic") and not antialias and not everywhere
+        if isinstance(x, Answer) or (smooth and not self._goes_on()):
             return self._resized(x, mode, size, scale_factor, align_corners)
         mode = "nearest" if everywhere else mode
         factors: list[Any] = []
@@ -230,13 +252,42 @@ class Spatial(Ends):
                 raise self._shape_needed("resizes to a size that is not known")
             factors = [w / n for w, n in zip(wanted, own, strict=True)]
         factors[:1] = [1] if self.line and factors else factors[:1]
-        if mode not in ("nearest", "nearest-exact") or len(factors) != 2 or any(f < 1 or f != int(f) for f in factors):
+        known = linear or mode in ("nearest", "nearest-exact")
+        if not known or antialias or len(factors) != 2 or any(f < 1 or f != int(f) for f in factors):
             raise self.fail(
                 f"resizes with mode={mode!r}, size={size} and scale_factor={scale_factor}. Between activations only "
-                "nearest pixels by a whole factor are spikes again. Remedy: mode='nearest', scale_factor=2, say"
+                "nearest pixels and bilinear ones without align_corners, by a whole factor, are sums of spikes. "
+                "Remedy: mode='nearest', scale_factor=2, say"
             )
         spread = (int(factors[0]), int(factors[1]))
-        return x if spread == (1, 1) else self._moved(x, PoolSpec("max", (1, 1), spread=spread))
+        if spread == (1, 1):
+            return x
+        x = self._moved(x, PoolSpec("max", (1, 1), spread=spread))
+        return self._smoothed(x, spread) if linear else x
+
+    def _smoothed(self, x: Any, spread: tuple[int, int]) -> Any:
+        """Bilinear pixels from nearest ones, each of which stands f times in a row.
+
+        A straight line between two pixels is an average over f places of what jumps between them; where f is even the
+        places lie between the new pixels, and another average over two moves them there.
+        """
+        x = self._moved(x, PoolSpec("max", (1, 1), padding=(spread[0] // 2, spread[1] // 2), border="replicate"))
+        even = (2 - spread[0] % 2, 2 - spread[1] % 2)
+        for kernel in (spread, even):
+            x = x if kernel == (1, 1) else self._pooled(x, PoolSpec("avg", kernel))
+        return x
+
+    def _goes_on(self) -> bool:
+        """Whether a layer follows this node, and not only what a tail can do."""
+        found = list(self.node.users)
+        for node in found:  # which grows
+            resizes = node.target is F.interpolate or (
+                node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), torch.nn.Upsample)
+            )
+            if node.op != "output" and not resizes and tail_step(self.gm, node) is None:
+                return True
+            found += [n for n in node.users if n not in found]
+        return False
 
     def pixel_shuffle(self, x: Any, upscale_factor: int) -> Current:
         r, channels = int(upscale_factor), self._channels(x)

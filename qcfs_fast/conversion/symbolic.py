@@ -11,6 +11,7 @@ height is added here.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from ..model.graph import (
 )
 from ..network.layers import INPUT, constant_name
 from ..operators.geometry import POINTWISE
+from ..operators.windows import PoolSpec
 from .shapes import Shapes
 from .values import (
     Activation,
@@ -133,17 +135,22 @@ class Symbolic:
             raise self.fail("reads a single channel taken out of the image; keep the channel dimension (x[:, i:i+1])")
         if not x.source:
             if channels is None:
-                shape = (self.shapes or {}).get(self.node.all_input_nodes[0])
+                shape = self._image_shape()
                 if shape is None:
                     raise self._shape_needed("reads the image, whose channels are not known")
                 channels = shape[0]
             x = self._whole_image(x, channels)
         if self.image is not None and replace(self.image, vector=x.vector) != x:
             raise self.fail(
-                "reads the image with another normalisation or channel order than the first layer; use one for all"
+                "reads the image with another normalisation, border or channel order than the first layer; use one for "
+                "all"
             )
         self.image = x
         return Signal((Part(INPUT, torch.ones(len(x.source), dtype=torch.float64)),), x.vector)
+
+    def _image_shape(self) -> tuple[int, ...] | None:
+        """The shape of an image, if known."""
+        return next((s for n, s in (self.shapes or {}).items() if n.op == "placeholder"), None)
 
     @staticmethod
     def _whole_image(x: Image, channels: int) -> Image:
@@ -190,6 +197,38 @@ class Symbolic:
             self.constants[key] = Part(name, one)
         carried = Product(self.constants[key], x.bias[:, None, None, None], POINTWISE, False, "bias")
         return replace(x, bias=zeros(x.channels), products=(*x.products, carried))
+
+    def _by_taps(self, x: Current) -> Current:
+        """With each tap of its convolutions as a product of its own, of one pixel of the spikes moved by that tap.
+
+        What a layer behind it pads are zeros then, and not what a tap would read there. That is work for each pair of
+        taps, so it is done where nothing else is exact.
+        """
+        if x.vector or any(p.part.is_image for p in x.products):
+            return x
+        products = []
+        for p in x.products:
+            (kh, kw, sh, sw, ph, pw, dh, dw, groups), part = p.geometry, p.part
+            if p.geometry[:8] == POINTWISE[:8]:
+                products.append(p)
+                continue
+            high, wide = dh * (kh - 1), dw * (kw - 1)
+            pads = (PoolSpec("avg", (1, 1), padding=(ph, pw), divisor_override=1),) if (ph, pw) != (0, 0) else ()
+            for i, j in itertools.product(range(kh), range(kw)):
+                moved = PoolSpec.cropped((i * dh, high - i * dh), (j * dw, wide - j * dw), (sh, sw))
+                moved = replace(moved, kind="avg" if pads or part.counts else "max", divisor_override=1)
+                tap = replace(part, pools=(*part.pools, *pads, moved))
+                geometry = (*POINTWISE[:8], groups)
+                products.append(p.with_weight(p.weight[:, :, i : i + 1, j : j + 1], part=tap, geometry=geometry))
+        return replace(x, products=tuple(products))
+
+    def _spikes_alone(self, signals: Sequence[Signal]) -> Sequence[Signal]:
+        """The signals, none of them with the image beside spikes."""
+        if any(s.is_mixed for s in signals):
+            raise self.fail(
+                "works on a concatenation with the image, which only a layer can read. Remedy: concatenate behind it"
+            )
+        return signals
 
     def _sources(self, x: Any, what: str, channels: int) -> list[Signal]:
         """The signals a linear operator may be applied to (a sum of signals, by linearity, one by one)."""

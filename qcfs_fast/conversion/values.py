@@ -47,6 +47,11 @@ class Part:
         return self.node == INPUT
 
     @property
+    def counts(self) -> bool:
+        """Whether its pools have made numbers of its spikes, one for each step."""
+        return any(q.kind == "avg" for q in self.pools)
+
+    @property
     def needs_size(self) -> bool:
         return any(p.depends_on_size and p.size is None for p in self.pools)
 
@@ -79,6 +84,11 @@ class Signal:
         """The channels of its parts."""
         return sum(p.channels for p in self.parts)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the image stands beside spikes."""
+        return len(self.parts) > 1 and any(p.is_image for p in self.parts)
+
 
 @dataclass(frozen=True)
 class Image:
@@ -92,6 +102,7 @@ class Image:
     line: bool = False  # [N, C, L]
     map: tuple[int, ...] = ()  # [C, H, W], where the image was flattened
     width: int = 0  # its channels, where some are not read
+    moves: tuple[PoolSpec, ...] = ()  # what pads, crops or enlarges it, behind scale and shift
 
     @property
     def channels(self) -> int:
@@ -244,10 +255,11 @@ class Lowered:
 def identity_current(signal: Signal) -> Current:
     """The current that a signal is by itself, as in a residual connection.
 
-    Where it has some channels of its parts, or all in another order, a weight of zeros and ones chooses them.
+    Where it has some channels of its parts, or all in another order, a weight of zeros and ones chooses them, and where
+    the image stands beside spikes one for each.
     """
     nothing = torch.zeros(signal.channels, dtype=torch.float64)
-    if signal.index is None:
+    if signal.index is None and not signal.is_mixed:
         return Current(nothing, (), (signal,), signal.vector)
     choice = torch.eye(signal.channels, dtype=torch.float64)[:, :, None, None]
     products = tuple(Product(p, w, POINTWISE, False, "channels") for p, w, _ in dealt(choice, 1, signal))
@@ -255,12 +267,12 @@ def identity_current(signal: Signal) -> Current:
 
 
 def without_choices(current: Current) -> Current:
-    """With a product of zeros and ones for each identity that has some channels of its parts."""
-    chosen = [identity_current(s) for s in current.identities if s.index is not None]
+    """With products of zeros and ones for each identity that is not all of one node's channels, or of several's."""
+    found = [identity_current(s) for s in current.identities]
     return replace(
         current,
-        products=current.products + sum((c.products for c in chosen), ()),
-        identities=tuple(s for s in current.identities if s.index is None),
+        products=current.products + sum((c.products for c in found), ()),
+        identities=sum((c.identities for c in found), ()),
     )
 
 
@@ -423,13 +435,19 @@ def ungrouped(weight: Tensor, groups: int) -> Tensor:
 def composable(current: Current, outer: Geometry) -> bool:
     """Whether a convolution of this geometry over a current is one convolution of what the current reads.
 
-    Along each axis the outer one pads nothing, or the inner ones have one tap and pad nothing: the zeros that the outer
-    one pads are then what the inner ones make of zeros. A bias is no such zero.
+    Along each axis the outer one pads nothing, or the inner ones give zeros outside of their maps, where they meet
+    nothing but padding: the zeros that the outer one pads are then what the inner ones make of zeros. So it is with one
+    tap, and with a transposed convolution that cuts nothing off. A bias is no such zero.
     """
     if outer[4:6] != (0, 0) and bool(current.bias.any()):
         return False
     inner = [p.geometry for p in current.products]
-    return all(outer[4 + a] == 0 or (g[a], g[4 + a]) == (1, 0) for g in inner for a in (0, 1))
+    return all(outer[4 + a] == 0 or _zero_outside(g, a) for g in inner for a in (0, 1))
+
+
+def _zero_outside(inner: Geometry, axis: int) -> bool:
+    kernel, stride, padding, dilation = inner[axis:8:2]
+    return (stride == 1 and padding >= dilation * (kernel - 1)) or (kernel, padding) == (1, 0)
 
 
 def composed(current: Current, weight: Tensor, outer: Geometry, bias: Tensor, layer: str) -> Current:

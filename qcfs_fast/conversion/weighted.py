@@ -10,11 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from ..model.graph import (
-    parameter,
-)
 from ..operators.geometry import POINTWISE
 from .symbolic import (
     Symbolic,
@@ -36,12 +34,6 @@ from .values import (
 class Weighted(Symbolic):
     """Convolution, linear layer and BatchNorm."""
 
-    def _conv_module(self, x: Any, m: nn.Conv1d | nn.Conv2d) -> Current:
-        if m.padding_mode != "zeros":
-            raise self.fail(f"padding_mode={m.padding_mode!r} is not supported. Remedy: padding_mode='zeros'")
-        weight, bias = parameter(m, "weight"), parameter(m, "bias")
-        return self.conv(x, weight, bias, m.stride, m.padding, m.dilation, m.groups)
-
     def conv(
         self,
         x: Any,
@@ -59,13 +51,16 @@ class Weighted(Symbolic):
         stride, dilation = self._pair(stride, 1), self._pair(dilation, 1)
         if isinstance(padding, str):
             total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-            if any(t % 2 for t in total):
-                raise self.fail("padding='same' with an even kernel pads unevenly; use explicit padding")
-            padding = (total[0] // 2, total[1] // 2)
+            if any(t % 2 and d > 1 for t, d in zip(total, dilation, strict=True)):
+                raise self.fail("padding='same' with an even kernel and a dilation pads unevenly; use explicit padding")
+            # What is padded unevenly gets a tap of zero on the side of less padding, and as much there.
+            weight = F.pad(weight, (total[1] % 2, 0, total[0] % 2, 0))
+            kernel, padding = tuple(weight.shape[2:]), (-(-total[0] // 2), -(-total[1] // 2))
         padding = self._pair(padding, 0)
         geometry = (*kernel, *stride, *padding, *dilation, groups)
         if isinstance(x, Current) and not x.vector:
             x = x if padding == (0, 0) else self._bias_as_spikes(x)
+            x = x if composable(x, geometry) else self._by_taps(x)
             if composable(x, geometry):
                 if x.channels != channels:
                     raise self.fail(f"expects {channels} channels, gets {x.channels}")

@@ -86,6 +86,8 @@ class _Settling:
         first = snn.layers[INPUT]
         assert isinstance(first, ImageInput)
         channels = first.config.channels
+        if first.config.moves:
+            raise ValueError(f"{INPUT} pads, crops or enlarges the image; convert a model that is given it so")
         shape = (channels,) if first.config.vector else snn.as_map(input_shape or snn.input_shape) or ()
         if not shape:
             raise ValueError("the network takes images of any size; give input_shape=(C, H, W)")

@@ -155,6 +155,8 @@ class _Writer:
     # ------------------------------------------------------------------------------ the network's nodes
 
     def image(self, name: str, layer: Any) -> str:
+        if layer.config.moves:
+            raise ConversionError(f"to_nir: {name} pads, crops or enlarges the image; do that before the network")
         tensors = {key: layer.buffer(key).numpy() for key in ("source", "scale", "shift")}
         node = self.nir.Input({"input": np.array(self.shape)}, metadata={OURS: tensors})
         found = self.add(name, node, [], self.shape)

@@ -146,7 +146,22 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
             f"{where}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
             "control flow that depends on tensor values by modules, or move it out of the model"
         ) from error
+    _drop_indices(graph)
     return fx.GraphModule(tracer.root, graph)
+
+
+def _drop_indices(graph: fx.Graph) -> None:
+    """x.max(dim), of which the values are read and not the indices, becomes x.amax(dim)."""
+    for node in list(graph.nodes):
+        asked = [v for v in (node.args[1:2], node.kwargs.get("dim")) if v not in ((), None)]
+        if node.target not in (torch.max, "max") or not asked or isinstance(asked[0], fx.Node):
+            continue
+        values = [u for u in node.users if (u.target, *u.args[1:]) in ((operator.getitem, 0), (getattr, "values"))]
+        if len(values) == len([u for u in node.users if u.users]):
+            node.target = "amax" if node.op == "call_method" else torch.amax
+            for user in list(node.users):
+                user.replace_all_uses_with(node)
+                graph.erase_node(user)
 
 
 def _is_ours(hook: Any) -> bool:
@@ -296,6 +311,7 @@ REPLACEABLE: dict[type[nn.Module], Any] = {  # other activations, and their func
     nn.LeakyReLU: F.leaky_relu,
     nn.ELU: F.elu,
     nn.Mish: F.mish,
+    nn.PReLU: F.prelu,
 }
 TAIL_FUNCTIONS = {
     **dict.fromkeys((F.softmax, torch.softmax, "softmax"), "softmax"),

@@ -29,7 +29,7 @@ from ..operators.geometry import POINTWISE
 from ..operators.limits import ANALOG_RANGE, IMAGE_RANGE, MAX_COUNT, MAX_IMAGE_THRESHOLD, MAX_SUM, overflow_free_steps
 from ..operators.masks import planes
 from ..operators.neuron import Neuron
-from ..operators.windows import PoolSpec
+from ..operators.windows import PoolSpec, remembered
 from .schema import (
     Bits,
     Config,
@@ -39,6 +39,7 @@ from .schema import (
     Geometry,
     Indices,
     Long,
+    Moves,
     Names,
     Peaks,
     Pool,
@@ -235,10 +236,13 @@ class ImageConfig(Config):
     vector: Flag  # the image is a vector [N, features]
     bits: Bits | None = None  # of a pixel, with its sign; 16 where a file does not say
     line: Flag | None = None  # the image is a line [N, channels, L], a map of one row
+    moves: Moves | None = None  # what pads, crops or enlarges it: windows of one pixel or none
 
     def check(self, inputs: Sequence[str]) -> None:
         require(list(inputs) == [IMAGE], "the image input reads the image and nothing else")
         require(not (self.line and self.vector), "an image is a line or a vector")
+        sound = all(spec.moves for spec in self.moves or ())
+        require(sound and not (self.moves and self.vector), "moves are damaged")
 
     @property
     def dims(self) -> int:
@@ -254,6 +258,17 @@ class ImageConfig(Config):
 
 
 PIXELS = {2: "", 3: ", L", 4: ", H, W"}  # of a batch of images of so many dimensions, in words
+
+
+def _of_places(spec: PoolSpec, size: int, axis: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The pixel that each window of one reads, and 1 or 0 where it reads one or none; None: all read one."""
+    windows = spec.windows(size, axis)
+    there = [end - first for first, end in zip(windows[0::3], windows[1::3], strict=True)]
+    at = torch.tensor([min(first, size - 1) for first in windows[0::3]], device=device)
+    return at, None if all(there) else torch.tensor(there, dtype=torch.int32, device=device)
+
+
+_places = remembered(_of_places)
 
 
 class ImageInput(Layer):
@@ -275,12 +290,22 @@ class ImageInput(Layer):
         if self.config.line:
             x = x.unsqueeze(-2)
         if not run.varying:
-            return torch.ops.qcfs_fast.quantize_input(x, self.source, self.scale, self.shift, self.bits)
+            q, exponent = torch.ops.qcfs_fast.quantize_input(x, self.source, self.scale, self.shift, self.bits)
+            return self._moved(q), exponent
         T, N, C, H, W = x.shape
         x = x.to(torch.float32).permute(1, 2, 0, 3, 4).reshape(N, C, T * H, W)
         q, exponent = torch.ops.qcfs_fast.quantize_input(x, self.source, self.scale, self.shift, self.bits)
         q = q.reshape(N, T, H, W, q.shape[-1]).transpose(0, 1).flatten(0, 1).contiguous()
-        return q, exponent.repeat(T)
+        return self._moved(q), exponent.repeat(T)
+
+    def _moved(self, q: Tensor) -> Tensor:
+        """The integers [N, H, W, C] padded, cropped or enlarged."""
+        for spec in self.config.moves or ():
+            for axis in (0, 1):
+                at, there = _places(spec, q.shape[1 + axis], axis, q.device)
+                q = q.index_select(1 + axis, at)
+                q = q if there is None else q * (there[:, None] if axis else there[:, None, None])
+        return q
 
     def check_channels(self, sent: Sequence[Channels]) -> Channels:
         return Channels(self.source.numel(), image=True)

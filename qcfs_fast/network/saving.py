@@ -27,7 +27,7 @@ from ..version import __version__
 FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
 # 4 is written where a pool spreads pixels or there are several outputs; 3 where the network has a tail; otherwise 2,
 # for older programs.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 SEALED = re.compile(r'(.*), "crc32": "([0-9a-f]{8})"}', re.DOTALL)
 
 
@@ -43,8 +43,9 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
 def header_text(fields: Mapping[str, Any]) -> str:
     """The header of a network: its fields, and who wrote them in which format."""
     pools = [p for node in fields["graph"] for p in _pools(node["config"])]
-    newest = "outputs" in fields or any("spread" in p for p in pools)
-    version = FORMAT_VERSION if newest else 3 if "tail" in fields else 2
+    since_4 = "outputs" in fields or any("spread" in p for p in pools)
+    newest = any("border" in p for p in pools) or any("moves" in node["config"] for node in fields["graph"])
+    version = FORMAT_VERSION if newest else 4 if since_4 else 3 if "tail" in fields else 2
     return json.dumps({"format_version": version, "written_by": __version__, **fields})
 
 
@@ -57,7 +58,8 @@ def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pools(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The pools of a node."""
-    return [p for term in config.get("pools", []) for p in term] + [config[k] for k in ("pool",) if k in config]
+    alone = [config["pool"]] if "pool" in config else config.get("moves", [])
+    return [*alone, *(p for term in config.get("pools", []) for p in term)]
 
 
 def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) -> None:

@@ -83,6 +83,7 @@ Long = Annotated[int, whole(24, 24)]  # bits of a weight
 Geometry = Annotated[tuple[int, ...], Form(lambda x: _INTS.fits(x) and _is_geometry(x), tuple, list)]
 Geometries = Annotated[tuple[tuple[int, ...], ...], _GEOMETRIES]
 Pool = Annotated[PoolSpec, _POOL]
+Moves = Annotated[tuple[PoolSpec, ...], list_of(_POOL)]
 Pools = Annotated[tuple[tuple[PoolSpec, ...], ...], list_of(list_of(_POOL))]
 
 

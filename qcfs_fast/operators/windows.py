@@ -8,7 +8,8 @@ Averages stay integers: with m a common multiple of all divisors, a window count
 1/m is folded into the weights that read the pool.
 
 The same windows say which pixel goes where without any sum: a crop has windows of one pixel that begin inside, a border
-of zeros has windows of none, and an image is enlarged (`spread`) by windows of one pixel that repeat.
+of zeros has windows of none, one of pixels (`border`) has windows of one, and an image is enlarged (`spread`) by
+windows of one pixel that repeat.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ import torch
 
 from .limits import MAX_EXTENT, MAX_POOL_WINDOWS, MAX_SUM
 
+BORDERS: dict[str, Callable[[int, int], int]] = {  # which of n pixels stands at place i, at most n outside
+    "replicate": lambda i, n: min(max(i, 0), n - 1),
+    "reflect": lambda i, n: n - 1 - abs(n - 1 - abs(i)),
+    "circular": lambda i, n: i % n,
+}
+
 
 @dataclass(frozen=True)
 class PoolSpec:
@@ -32,7 +39,8 @@ class PoolSpec:
     of the input for which it was chosen, where that matters. `section` = (i, m, j, n) keeps only the i-th of m parts of
     each window's rows and the j-th of n parts of its columns: a window whose sum does not fit a byte is cut into
     sections, and the layer that reads them adds them up. `spread` = (h, w) gives each pixel h x w outputs, or, among
-    zeros, that one of them which `phase` names.
+    zeros, that one of them which `phase` names. `border` says which pixels stand in the padding, by the names of
+    torch.nn.functional.pad: "replicate", "reflect" or "circular".
     """
 
     kind: str
@@ -48,6 +56,7 @@ class PoolSpec:
     section: tuple[int, int, int, int] = (0, 1, 0, 1)
     spread: tuple[int, int] = (1, 1)
     phase: tuple[int, int] | None = None
+    border: str | None = None
 
     @classmethod
     def cropped(cls, rows: tuple[int, int], cols: tuple[int, int], stride: tuple[int, int] = (1, 1)) -> PoolSpec:
@@ -59,7 +68,7 @@ class PoolSpec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PoolSpec:
         """Read a pool from JSON values; raises ValueError, TypeError or KeyError where they are none."""
-        found: dict[str, Any] = {name: values[name] for name in _stored("spread" in values)}
+        found: dict[str, Any] = {name: values[name] for name in _stored("spread" in values, "border" in values)}
         found = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in found.items()}
         spec = cls(**found)
         if spec.kind not in ("avg", "max") or (spec.kernel is None) == (spec.output is None):
@@ -85,11 +94,14 @@ class PoolSpec:
             raise ValueError(f"section {spec.section} where a part below the number of parts is needed")
         if spec.spreads and (spec.kernel != (1, 1) or any(p >= s for p, s in zip(phase, spec.spread, strict=True))):
             raise ValueError(f"spread {spec.spread} of a kernel {spec.kernel} and a phase {spec.phase}")
+        alone = (spec.kernel, spec.stride, spec.spread) == ((1, 1), (1, 1), (1, 1)) and not spec.ceil_mode
+        if spec.border is not None and (spec.border not in BORDERS or not alone):
+            raise ValueError(f"border {spec.border!r} of a kernel {spec.kernel}")
         return spec
 
     def to_dict(self) -> dict[str, Any]:
         """The pool as JSON values; `size` is left out, since `multiple` holds what was settled with it."""
-        return {name: getattr(self, name) for name in _stored(self.spreads)}
+        return {name: getattr(self, name) for name in _stored(self.spreads, self.border is not None)}
 
     @property
     def spreads(self) -> bool:
@@ -98,6 +110,12 @@ class PoolSpec:
     @property
     def pads(self) -> bool:
         return self.padding != (0, 0) or self.ceil_mode
+
+    @property
+    def moves(self) -> bool:
+        """Whether all windows are of one pixel or none, whatever the size of the input."""
+        alone = self.section[1::2] == self.kernel and self.padding == (0, 0) and not self.ceil_mode
+        return self.kernel == (1, 1) or alone
 
     @property
     def depends_on_size(self) -> bool:
@@ -145,7 +163,7 @@ class PoolSpec:
         raise ValueError(f"no sections of this pool have values of at most {limit}")
 
 
-def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a cache: a network asks for the same few windows at every call.
 
     torch.compile traces through the function itself; it would warn of the cache.
@@ -158,7 +176,7 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@_remembered
+@remembered
 def _windows(spec: PoolSpec, size: int, axis: int) -> tuple[int, ...]:
     values = _whole_windows(spec, size, axis)
     part, parts = spec.section[2 * axis : 2 * axis + 2]
@@ -175,7 +193,7 @@ def _divisors(spec: PoolSpec, height: int, width: int) -> set[int]:
     return {h * w for h in set(rows[2::3]) for w in set(cols[2::3])}
 
 
-@_remembered
+@remembered
 def _common_multiple(spec: PoolSpec, height: int, width: int) -> int:
     return lcm(*_divisors(spec, height, width))
 
@@ -199,6 +217,11 @@ def _whole_windows(spec: PoolSpec, size: int, axis: int) -> list[int]:
         return [v for first, end in edges for v in (first, end, end - first)]
     assert spec.kernel is not None
     k, s, p = spec.kernel[axis], spec.stride[axis], spec.padding[axis]
+    if spec.border is not None:
+        _check_windows(size + 2 * p)
+        if spec.border != "replicate" and p > size - (spec.border == "reflect"):
+            raise ValueError(f"pooling: a {spec.border} border of {p} is too wide for an input of {size}")
+        return [v for i in range(-p, size + p) for at in [BORDERS[spec.border](i, size)] for v in (at, at + 1, 1)]
     span = size + 2 * p - k
     if span < 0:
         raise ValueError(f"pooling: an input of {size} with padding {p} is smaller than the window of {k}")
@@ -222,13 +245,13 @@ def _given(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
-def _stored(spreads: bool) -> tuple[str, ...]:
-    """The fields that a file has; the last two, since format 4, where a pool spreads."""
+def _stored(spreads: bool, borders: bool) -> tuple[str, ...]:
+    """The fields that a file has: those since format 4 where a pool spreads, that since 5 where it has a border."""
     always = (
         "kind", "kernel", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override", "output",
         "multiple", "section",
     )  # fmt: skip
-    return (*always, "spread", "phase") if spreads else always
+    return (*always, *(("spread", "phase") if spreads else ()), *(("border",) if borders else ()))
 
 
 def largest_value(rows: Sequence[int], cols: Sequence[int], multiple: int) -> int:
