@@ -146,9 +146,27 @@ class SpikesOut(nn.Sequential):
         )
 
 
+class UNet(nn.Module):
+    """Down, and up again by a transposed layer and by bilinear pixels, beside what was there; a border of pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 10, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(10, 8, 2, 2)
+        self.d = nn.Conv2d(16, 7, 3, padding=1, padding_mode="reflect")
+        self.e, self.out = nn.Conv2d(13, 6, 3, padding=1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        fine = torch.relu(self.a(x))
+        middle = torch.relu(self.b(fine))
+        y = torch.relu(self.d(torch.cat([middle, self.up(torch.relu(self.c(middle)))], 1)))
+        y = F.interpolate(y, scale_factor=2, mode="bilinear")
+        return self.out(torch.relu(self.e(torch.cat([fine, y], 1)))).flatten(1)
+
+
 SHAPES = {
     Small: (3, 10, 12), Groups: (3, 8, 8), Branches: (3, 9, 9), Image: (3, 8, 8), Perceptron: (20,), Pools: (3, 12, 11),
-    AllConvolution: (3, 8, 8), SpikesOut: (3, 8, 8),
+    AllConvolution: (3, 8, 8), SpikesOut: (3, 8, 8), UNet: (3, 8, 12),
 }  # fmt: skip
 
 
@@ -178,7 +196,7 @@ def on_grid(model, seed=0):
         return torch.randint(low, high + 1, shape, generator=g) * step
 
     for m in model.modules():
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             reach = max(1, round(16 / m.weight[0].numel() ** 0.5))
             m.weight.data = pick(m.weight.shape, -reach, reach, 1 / 8)
             if m.bias is not None:

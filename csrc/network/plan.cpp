@@ -605,8 +605,10 @@ class Builder {
     if (spec.max) {
       sent.positive = add_pool(x, x.positive, sent, windows,
                                r_.neuron.mode == Mode::sum ? qcfs::Pooling::largest : qcfs::Pooling::any, 0);
-      // All spikes of a window are negative where in no place of it the negative spike is missing.
-      if (x.with_sign) {
+      if (x.with_sign && spec.moves()) {    // one spike of either sign, or none
+        sent.negative = add_pool(x, x.negative, sent, windows, qcfs::Pooling::any, 0);
+      } else if (x.with_sign) {
+        // All spikes of a window are negative where in no place of it the negative spike is missing.
         const Slot missing = add_complement(x.negative, x.bytes(), 0xff);
         const Slot somewhere = add_pool(x, missing, sent, windows, qcfs::Pooling::any, 0);
         const int left = static_cast<int>(steps_ % 8);

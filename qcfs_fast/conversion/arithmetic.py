@@ -87,7 +87,7 @@ class Arithmetic(Weighted):
             return x
         scale, shift = self._by_channel(x, scale), self._by_channel(x, shift)
         if isinstance(x, Image):
-            if bool(shift.any()) and any(spec.kind == "avg" for spec in x.moves):
+            if bool(shift.any()) and any(spec.leaves_zeros for spec in x.moves):
                 raise self.fail("adds a constant to an image with a border of zeros. Remedy: pad it behind that")
             n = max(len(x.scale), scale.numel(), shift.numel())
             x = self._whole_image(x, n) if n > 1 else x

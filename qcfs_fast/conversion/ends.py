@@ -17,6 +17,7 @@ from .values import (
     Current,
     Image,
     Laid,
+    Row,
     Signal,
     composed,
     identity_current,
@@ -58,6 +59,8 @@ class Ends(Arithmetic):
             if 1 not in x.size:
                 raise self.fail("the model's output is a map whose pixels stand in one dimension. Remedy: a map")
             return Answer(self._answered(x.value), 3, (("squeeze", 2 + x.size.index(1)),))
+        if isinstance(x, Row):
+            return Answer(self._answered(x.value), 2 + x.ones, (("unsqueeze", 1),) * x.ones)
         current = self._answered(x)
         return Answer(current, self._rank(current))
 

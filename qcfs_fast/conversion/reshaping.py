@@ -19,6 +19,7 @@ from .values import (
     Image,
     Joined,
     Laid,
+    Row,
     Signal,
 )
 
@@ -27,6 +28,8 @@ class Reshaping(Spatial):
     """Shapes, views and choices of channels."""
 
     def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+        if isinstance(x, Row) and (start_dim, end_dim % (2 + x.ones)) == (1, 1 + x.ones):
+            return x.value
         if isinstance(x, Grouped):
             table, pixels = x.index, self._rank(x) - 2
             last = end_dim % (table.dim() + pixels + 1)
@@ -100,15 +103,13 @@ class Reshaping(Spatial):
     def permute(self, x: Any, *dims: Any) -> Any:
         order = list(dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
         rank, pixels = len(self._shape(x)), self._rank(x) - 2
+        single = isinstance(x, Signal | Current) and self._shape(x)[2:] in ((1,), (1, 1))
+        if single and order[0] == 0 and order[-1] % rank == 1:  # the channels of a map of one pixel stand behind it
+            return Row(self.flatten(x, 1), rank - 2)
         if not isinstance(x, Grouped) or sorted(d % rank for d in order) != list(range(rank)):
-            single = [size for size in self._shape(x)[2:] if isinstance(size, int)] in ([1], [1, 1])
-            remedy = (
-                "flatten(1), for the map has one pixel"
-                if single
-                else ("give the network images [N, C, H, W] (signals [N, C, L]), and permute before it")
-            )
             raise self.fail(
-                f"permutes dimensions, which has no spiking counterpart unless it shuffles channels. Remedy: {remedy}"
+                "permutes dimensions, which has no spiking counterpart unless it shuffles channels. Remedy: give the "
+                "network images [N, C, H, W] (signals [N, C, L]), and permute before it"
             )
         order = [d % rank for d in order]
         if order[0] != 0 or order[-pixels:] != list(range(rank - pixels, rank)):

@@ -146,31 +146,26 @@ class Spatial(Ends):
             return self._strided(x, stride)
         return self._pooled(x, PoolSpec("max", kernel, stride, padding, bool(ceil_mode)))
 
-    def _moved(self, x: Any, spec: PoolSpec, zeros: bool = False) -> Any:
-        """A value whose pixels go where the windows of `spec` say; `zeros`: some places get none."""
+    def _moved(self, x: Any, spec: PoolSpec) -> Any:
+        """A value whose pixels go where the windows of `spec` say."""
         if isinstance(x, Image):
             if x.vector or x.map or x.batch_only:
                 raise self.fail("moves pixels of a flattened image. Remedy: pad, crop or resize it before")
-            return replace(x, moves=(*x.moves, replace(spec, kind="avg" if zeros else "max", divisor_override=1)))
-
-        def part(p: Part) -> Part:
-            # Masks stay masks, but where spikes have signs a window of none would be a negative spike.
-            kind = "avg" if zeros or p.counts else "max"
-            return replace(p, pools=(*p.pools, replace(spec, kind=kind, divisor_override=1)))
+            return replace(x, moves=(*x.moves, spec))
 
         if isinstance(x, Current) and not x.vector and x.products:
-            x = self._bias_as_spikes(x) if zeros else x
+            x = self._bias_as_spikes(x) if spec.leaves_zeros else x
             if not _pointwise(x) and spec.spreads and all(_steps_by_one(p) for p in x.products):
                 # Each tap moves on by as many pixels as one has become.
                 wide = [replace(p, geometry=_widened(p.geometry, spec.spread)) for p in x.products]
-                return _parts_mapped(replace(x, products=tuple(wide)), part)
+                return _parts_mapped(replace(x, products=tuple(wide)), lambda p: p.moved(spec))
             x = self._by_taps(x)
             if _pointwise(x):
-                return _parts_mapped(x, part)
+                return _parts_mapped(x, lambda p: p.moved(spec))
         signals = self._spikes_alone(self._sources(x, "moves pixels", 1))
         if any(s.vector for s in signals):
             raise self.fail("moves pixels of a flattened value")
-        return _parts_mapped(x, part)
+        return _parts_mapped(x, lambda p: p.moved(spec))
 
     def pad(self, x: Any, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
         if (mode != "constant" and mode not in BORDERS) or value not in (None, 0):
@@ -185,7 +180,7 @@ class Spatial(Ends):
         border = (max(0, *rows), max(0, *cols))
         if border != (0, 0):
             how = None if mode == "constant" else mode
-            x = self._moved(x, PoolSpec("max", (1, 1), padding=border, border=how), zeros=how is None)
+            x = self._moved(x, PoolSpec("max", (1, 1), padding=border, border=how))
         extra = [(border[0] - top, border[0] - bottom), (border[1] - left, border[1] - right)]
         if extra != [(0, 0), (0, 0)]:
             x = self._moved(x, PoolSpec.cropped(*extra))
@@ -296,7 +291,7 @@ class Spatial(Ends):
         found = []
         for i, j in itertools.product(range(r), repeat=2):  # each pixel of a block comes from channels of its own
             chosen = self._selected(x, range(i * r + j, channels, r * r))
-            moved = self._moved(chosen, PoolSpec("avg", (1, 1), spread=(r, r), phase=(i, j)), zeros=True)
+            moved = self._moved(chosen, PoolSpec("max", (1, 1), spread=(r, r), phase=(i, j)))
             found.append(moved if isinstance(moved, Current) else Current(zeros(moved.channels), (), (moved,)))
         return replace(
             found[0],
@@ -335,7 +330,7 @@ class Spatial(Ends):
         if min(*border, *extra) < 0:
             raise self.fail("is a transposed convolution that cuts off more than its kernel adds. Remedy: less padding")
         if stride != (1, 1):
-            x = self._moved(x, PoolSpec("avg", (1, 1), spread=stride, phase=(0, 0)), zeros=True)
+            x = self._moved(x, PoolSpec("max", (1, 1), spread=stride, phase=(0, 0)))
         if extra != (0, 0):
             x = self._moved(x, PoolSpec.cropped((0, extra[0]), (0, extra[1])))
         turned = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(-2, -1)

@@ -40,6 +40,7 @@ from .values import (
     Lowered,
     Part,
     Product,
+    Row,
     Signal,
     dense,
     selected,
@@ -123,7 +124,7 @@ class Symbolic:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Laid, Answer, Unknown))
+        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Laid, Row, Answer, Unknown))
 
     def _is_unknown(self, x: Any) -> bool:
         values = x.values() if isinstance(x, dict) else x
@@ -213,11 +214,10 @@ class Symbolic:
                 products.append(p)
                 continue
             high, wide = dh * (kh - 1), dw * (kw - 1)
-            pads = (PoolSpec("avg", (1, 1), padding=(ph, pw), divisor_override=1),) if (ph, pw) != (0, 0) else ()
+            border = (PoolSpec("max", (1, 1), padding=(ph, pw)),) if (ph, pw) != (0, 0) else ()
             for i, j in itertools.product(range(kh), range(kw)):
-                moved = PoolSpec.cropped((i * dh, high - i * dh), (j * dw, wide - j * dw), (sh, sw))
-                moved = replace(moved, kind="avg" if pads or part.counts else "max", divisor_override=1)
-                tap = replace(part, pools=(*part.pools, *pads, moved))
+                place = PoolSpec.cropped((i * dh, high - i * dh), (j * dw, wide - j * dw), (sh, sw))
+                tap = part.moved(*border, place)
                 geometry = (*POINTWISE[:8], groups)
                 products.append(p.with_weight(p.weight[:, :, i : i + 1, j : j + 1], part=tap, geometry=geometry))
         return replace(x, products=tuple(products))

@@ -55,6 +55,11 @@ class Part:
     def needs_size(self) -> bool:
         return any(p.depends_on_size and p.size is None for p in self.pools)
 
+    def moved(self, *specs: PoolSpec) -> Part:
+        """With its pixels where the windows of one pixel or none say; masks stay masks, and counts counts."""
+        kind = "avg" if self.counts else "max"
+        return replace(self, pools=(*self.pools, *(replace(s, kind=kind, divisor_override=1) for s in specs)))
+
     def settled(self) -> Part:
         """With the common divisor of each pool chosen and folded into the amplitude: value = amplitude * integer."""
         part = self
@@ -129,6 +134,14 @@ class Laid:
 
     value: Any
     size: tuple[int, int]  # H and W
+
+
+@dataclass(frozen=True)
+class Row:
+    """A vector that stands as [N, 1, features], or with more dimensions of one."""
+
+    value: Any
+    ones: int
 
 
 @dataclass(frozen=True)

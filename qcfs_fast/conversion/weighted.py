@@ -24,6 +24,7 @@ from .values import (
     Image,
     Joined,
     Product,
+    Row,
     affine,
     composable,
     composed,
@@ -77,7 +78,9 @@ class Weighted(Symbolic):
             ]
         return Current(float64(bias, zeros(out)), tuple(products))
 
-    def linear(self, x: Any, weight: Any, bias: Any = None) -> Current:
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        if isinstance(x, Row):
+            return replace(x, value=self.linear(x.value, weight, bias))
         self._check_weights("linear layer", weight, bias)
         weight = weight.detach().cpu()
         out, features = weight.shape
@@ -108,7 +111,7 @@ class Weighted(Symbolic):
             out_bias = out_bias + weight.double().reshape(out, x.channels, -1).sum(2) @ x.bias
         return Current(out_bias, tuple(products), (), True)
 
-    def matmul(self, x: Any, weight: Any) -> Current:
+    def matmul(self, x: Any, weight: Any) -> Any:
         """A linear layer whose weight is [features, outputs]."""
         if self._is_constant(x) or not isinstance(weight, Tensor) or weight.dim() != 2:
             raise self.fail("multiplies matrices, and the second is no constant [features, outputs]")

@@ -752,18 +752,23 @@ def max_pooled(x: Any, spec: PoolSpec, run: Run) -> Any:
     """The largest value of each window: of spikes, whether any fired; of totals, the largest.
 
     A signed maximum is positive where any spike of the window is, and negative where all of them are: where in no place
-    of the window the negative spike is missing.
+    of the window the negative spike is missing. Where pixels are moved, a window has one spike or none, of either sign.
     """
     first = signs(x)[0]
     rows, cols = spec.windows(first.shape[2], 0), spec.windows(first.shape[3], 1)
-    pooled = torch.ops.qcfs_fast.max_pool(first, rows, cols, run.neuron.mode == "sum")
+
+    def pooled(values: Tensor) -> Tensor:
+        found: Tensor = torch.ops.qcfs_fast.max_pool(values, rows, cols, run.neuron.mode == "sum")
+        return found
+
     if not isinstance(x, Signed):
-        return pooled
-    missing = torch.ops.qcfs_fast.max_pool(~x.negative, rows, cols)
-    negative = ~missing
+        return pooled(x)
+    if spec.moves:
+        return Signed(pooled(x.positive), pooled(x.negative))
+    negative = ~pooled(~x.negative)
     if run.steps % 8:
         negative[-1] &= (1 << (run.steps % 8)) - 1
-    return Signed(pooled, negative)
+    return Signed(pooled(x.positive), negative)
 
 
 @dataclass(frozen=True)

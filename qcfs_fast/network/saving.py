@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..files import write_tensors_atomically
+from ..operators.windows import PoolSpec
 from ..version import __version__
 
 FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
-# 4 is written where a pool spreads pixels or there are several outputs; 3 where the network has a tail; otherwise 2,
+# 5 is written where a pool has a border of pixels or leaves masks among zeros, where the image is moved, or a tail adds
+# a dimension; 4 where a pool spreads pixels or there are several outputs; 3 where the network has a tail; otherwise 2,
 # for older programs.
 FORMAT_VERSION = 5
 SEALED = re.compile(r'(.*), "crc32": "([0-9a-f]{8})"}', re.DOTALL)
@@ -44,7 +46,8 @@ def header_text(fields: Mapping[str, Any]) -> str:
     """The header of a network: its fields, and who wrote them in which format."""
     pools = [p for node in fields["graph"] for p in _pools(node["config"])]
     since_4 = "outputs" in fields or any("spread" in p for p in pools)
-    newest = any("border" in p for p in pools) or any("moves" in node["config"] for node in fields["graph"])
+    newest = any(map(_since_5, pools)) or any("moves" in node["config"] for node in fields["graph"])
+    newest |= "unsqueeze" in json.dumps(fields.get("tail", ""))
     version = FORMAT_VERSION if newest else 4 if since_4 else 3 if "tail" in fields else 2
     return json.dumps({"format_version": version, "written_by": __version__, **fields})
 
@@ -60,6 +63,12 @@ def _pools(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The pools of a node."""
     alone = [config["pool"]] if "pool" in config else config.get("moves", [])
     return [*alone, *(p for term in config.get("pools", []) for p in term)]
+
+
+def _since_5(pool: Mapping[str, Any]) -> bool:
+    """Whether older programs cannot read a pool, or take a window of none for a negative spike."""
+    spec = PoolSpec.from_dict(pool)
+    return spec.border is not None or (spec.kind == "max" and spec.moves and spec.leaves_zeros)
 
 
 def save(path: str | PathLike[str], header: str, tensors: Mapping[str, Tensor]) -> None:

@@ -24,6 +24,7 @@ from .schema import is_int, require
 
 Step = tuple[Any, ...]
 Form = Any
+MAX_DIMS = 8  # of an answer
 RESIZE_MODES = ("bilinear", "bicubic", "nearest")
 RESIZE = ("mode", "size", "scale", "align_corners")  # size: [h, w], "image" for that of the image, or null with a scale
 OF_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}
@@ -31,6 +32,7 @@ OF_DIMENSIONS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "softmax": torch.softmax,
     "log_softmax": torch.log_softmax,
     "squeeze": torch.squeeze,
+    "unsqueeze": torch.unsqueeze,
 }
 
 
@@ -48,7 +50,8 @@ def checked(steps: Iterable[Any], dims: int) -> tuple[Step, ...]:
             isinstance(name, str) and name in (OF_DIMENSIONS if dim else OF_NUMBERS), f"tail: unknown step {step!r}"
         )
         require(not dim or (is_int(dim[0], 1) and dim[0] < dims), f"tail: {step!r} of an answer of {dims} dimensions")
-        dims -= name == "squeeze"
+        dims += (name == "unsqueeze") - (name == "squeeze")
+        require(dims <= MAX_DIMS, f"tail: an answer of {dims} dimensions; at most {MAX_DIMS} are possible")
         found.append((name, *dim))
     return tuple(found)
 

@@ -118,6 +118,11 @@ class PoolSpec:
         return self.kernel == (1, 1) or alone
 
     @property
+    def leaves_zeros(self) -> bool:
+        """Whether some windows of a pool that moves pixels are of none."""
+        return self.phase is not None or (self.padding != (0, 0) and self.border is None)
+
+    @property
     def depends_on_size(self) -> bool:
         """Whether windows may differ in size from each other or with the size of the input."""
         if self.output is not None:

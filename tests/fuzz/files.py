@@ -55,6 +55,9 @@ def originals():
             snn.input_shape = tuple(x.shape[1:])
             snn.save(Path(folder) / "net", {"about": [1, "two"]} if i % 2 else None)
             found.append((Path(folder) / "net").read_bytes())
+        layers = torch.nn.ReflectionPad2d(1), torch.nn.Conv2d(3, 4, 3), qcfs_fast.QCFS(4), torch.nn.Conv2d(4, 2, 1)
+        qcfs_fast.convert(torch.nn.Sequential(*layers), input_shape=(3, 6, 5)).save(Path(folder) / "net")
+        found.append((Path(folder) / "net").read_bytes())
     return [(data, header_of(data), load_tensors(data)) for data in found]
 
 
