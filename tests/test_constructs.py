@@ -170,6 +170,12 @@ REFUSED = {
     "a constant for each column": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) * torch.ones(6)), "Remedy: one number"),
     "maximum of negative spikes": (lambda n, x: n.relu_b(n.c(n.pool(-spikes_of(n, x)))), "maximum.*negative.*Remedy"),
     "not finite": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) / torch.zeros(1)), "not finite"),
+    "mean of a flattened map": (lambda n, x: n.b(spikes_of(n, x)).flatten(1).mean(1, keepdim=True), "flattened map"),
+    "mean of flattened spikes": (lambda n, x: spikes_of(n, x).flatten(1).mean(1, keepdim=True), "flattened map.*Remedy"),
+    "one flattened channel for all": (
+        lambda n, x: n.relu_b(spikes_of(n, x)[:, :1]).flatten(1) + n.flat(spikes_of(n, x).flatten(1)),
+        "flattened map.*Remedy",
+    ),
     "a product": (lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)) * y), "multiplies two activations"),
 }
 
@@ -178,7 +184,7 @@ REFUSED = {
 def test_arithmetic_without_a_spiking_meaning_is_refused(wiring):
     made, message = REFUSED[wiring]
     with pytest.raises(qcfs_fast.ConversionError, match=message):
-        qcfs_fast.convert(Net(made, head=False, pool=nn.MaxPool2d(2)), input_shape=SHAPE)
+        qcfs_fast.convert(Net(made, head=False, pool=nn.MaxPool2d(2), flat=nn.Linear(384, 48)), input_shape=SHAPE)
 
 
 # --------------------------------------------------------------------------------- the image's values

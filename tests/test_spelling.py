@@ -386,6 +386,28 @@ class LeNet(nn.Module):
         return self.d(F.relu(self.c(x.view(-1, 16 * 9))))
 
 
+def test_maxima_of_which_the_values_are_read():
+    class Largest(nn.Module):
+        def __init__(self, largest):
+            super().__init__()
+            torch.manual_seed(0)
+            self.largest, self.a, self.b = largest, nn.Conv2d(1, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.largest(self, F.relu(self.a(x)).flatten(2))
+
+    def unpacked(net, x):
+        values, _ = (x * 0.5).max(2)
+        return net.b(values)
+
+    ways = [unpacked, lambda n, x: n.b(torch.max(x, dim=-1).values / 2), lambda n, x: n.b(x.max(2)[0] * 0.5)]
+    answers = [converted(Largest(way), (1, 9, 7), max_pool="keep") for way in ways]
+    assert all(torch.equal(snn(x), answers[0][0](answers[0][1])) for snn, x in answers)
+    for way in (lambda n, x: x.max(2), lambda n, x: x.max(2)[1], lambda n, x: x.max(), lambda n, x: torch.max(x, x * 2)):
+        with pytest.raises(ConversionError, match=r"max in .*compares activations.*Remedy"):
+            qcfs_fast.prepare(Largest(way))
+
+
 def test_a_first_tutorial():
     converted(LeNet(), (1, 20, 20))
 

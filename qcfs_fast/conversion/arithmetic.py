@@ -15,6 +15,8 @@ from .values import (
     Current,
     Image,
     Joined,
+    Laid,
+    Row,
     Signal,
     affine,
     composed,
@@ -51,6 +53,8 @@ class Arithmetic(Weighted):
         x = self._summand(x, "mixes the channels of what is no layer's output")
         if len(weight) == x.channels == 1:
             return x
+        if x.flattened or (x.vector and x.identities):  # whose features are more than its channels
+            raise self.fail("mixes the features of a flattened map. Remedy: a linear layer, or do it before flatten")
         return composed(x, weight.double()[:, :, None, None], POINTWISE, zeros(len(weight)), self._layer())
 
     def subtract(self, x: Any, y: Any, alpha: Any = 1) -> Any:
@@ -86,6 +90,10 @@ class Arithmetic(Weighted):
         if isinstance(x, Unknown):
             return x
         scale, shift = self._by_channel(x, scale), self._by_channel(x, shift)
+        if isinstance(x, Laid | Row) and scale.numel() == shift.numel() == 1:
+            return replace(x, value=self._affine(x.value, float(scale), float(shift)))
+        if not isinstance(x, Image | Signal | Current | Joined):
+            raise self.fail("scales or shifts what is no map and no vector. Remedy: do it before the reshape")
         if isinstance(x, Image):
             if bool(shift.any()) and any(spec.leaves_zeros for spec in x.moves):
                 raise self.fail("adds a constant to an image with a border of zeros. Remedy: pad it behind that")

@@ -156,8 +156,9 @@ def _drop_indices(graph: fx.Graph) -> None:
         asked = [v for v in (node.args[1:2], node.kwargs.get("dim")) if v not in ((), None)]
         if node.target not in (torch.max, "max") or not asked or isinstance(asked[0], fx.Node):
             continue
-        values = [u for u in node.users if (u.target, *u.args[1:]) in ((operator.getitem, 0), (getattr, "values"))]
-        if len(values) == len([u for u in node.users if u.users]):
+        parts = [(u.target, *u.args[1:]) in ((operator.getitem, 0), (getattr, "values")) for u in node.users]
+        unread = [u.op != "output" and not u.users for u in node.users]  # as the indices in `values, _ = x.max(1)`
+        if any(parts) and all(map(operator.or_, parts, unread)):
             node.target = "amax" if node.op == "call_method" else torch.amax
             for user in list(node.users):
                 user.replace_all_uses_with(node)
