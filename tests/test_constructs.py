@@ -171,7 +171,7 @@ REFUSED = {
     "maximum of negative spikes": (lambda n, x: n.relu_b(n.c(n.pool(-spikes_of(n, x)))), "maximum.*negative.*Remedy"),
     "not finite": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) / torch.zeros(1)), "not finite"),
     "mean of a flattened map": (lambda n, x: n.b(spikes_of(n, x)).flatten(1).mean(1, keepdim=True), "flattened map"),
-    "mean of flattened spikes": (lambda n, x: spikes_of(n, x).flatten(1).mean(1, keepdim=True), "flattened map.*Remedy"),
+    "mean of flattened spikes": (lambda n, x: spikes_of(n, x).flatten(1).mean(1, keepdim=True), "flattened.*Remedy"),
     "one flattened channel for all": (
         lambda n, x: n.relu_b(spikes_of(n, x)[:, :1]).flatten(1) + n.flat(spikes_of(n, x).flatten(1)),
         "flattened map.*Remedy",
