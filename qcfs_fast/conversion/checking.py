@@ -49,7 +49,10 @@ def layer_differences(model: nn.Module, snn: SNN, x: Tensor, T: int) -> dict[str
     """The differences by layer, for images [N, ...] as `snn` takes them, in plain mode."""
     spikes = trace(snn, x, T)
     meant = cast(Simulation, simulate(model, x, T, spikes=True, force=spikes)).spikes
-    return {k: LayerDifference(int((s != meant[k]).sum()), s.numel(), int(s.sum())) for k, s in spikes.items()}
+    return {
+        k: LayerDifference(int((s != meant[k].reshape(s.shape)).sum()), s.numel(), int(s.sum()))
+        for k, s in spikes.items()
+    }
 
 
 def share(found: dict[str, LayerDifference]) -> float:
@@ -99,10 +102,11 @@ def self_check(
     assert isinstance(meant, Simulation)
     while meant.membranes:  # let go one by one
         name, before_reset = meant.membranes.popitem(last=False)
-        own = meant.spikes[name][:-1].sum(0)  # the simulation's own; its last potential is not reset
+        own = meant.spikes[name][:-1].sum(0).cpu()  # the simulation's own; its last potential is not reset
+        own, last = (t.reshape(spikes[name].shape[1:]) for t in (own, before_reset[-1].cpu()))  # a map, if flattened
         layers = {part: snn.layers[part] for part in pieces(name, snn.layers[name]) or [name]}
         theta = torch.tensor([v for part in layers for v in snn.details[part]["theta"]], dtype=torch.float64)
-        exact = _by_channel(before_reset[-1].cpu() / _over(theta, own) + own.cpu())
+        exact = _by_channel(last / _over(theta, own) + own)
         at = 0
         for part, layer in layers.items():
             left = snn.as_given(_channels_first(state.of(layer)["state"]))[0]

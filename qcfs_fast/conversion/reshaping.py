@@ -47,7 +47,7 @@ class Reshaping(Spatial):
             raise self.fail("flattens other dimensions than all after the batch; use flatten(x, 1)")
         if isinstance(x, Current):
             flat = tuple(replace(s, vector=True) for s in x.identities) if not x.products else x.identities
-            return x if x.vector else replace(x, flattened=True, identities=flat)
+            return x if x.vector else replace(x, flattened=True, size=self._map_size(x), identities=flat)
         if isinstance(x, Image):
             if self.shapes is None:
                 raise self._shape_needed("flattens the image, whose shape is not known")

@@ -181,6 +181,7 @@ class Current:
     identities: tuple[Signal, ...] = ()
     vector: bool = False
     flattened: bool = False  # a map that was flattened before its activation or at the output
+    size: tuple[Any, Any] = (None, None)  # its height and width before, where they are known
 
     @property
     def channels(self) -> int:

@@ -17,6 +17,7 @@ from ..operators.geometry import POINTWISE
 from .symbolic import (
     Symbolic,
     float64,
+    whole,
     zeros,
 )
 from .values import (
@@ -92,6 +93,13 @@ class Weighted(Symbolic):
             if x.channels != features:
                 raise self.fail(f"expects {features} features, gets {x.channels}")
             return composed(x, weight[:, :, None, None], POINTWISE, float64(bias, zeros(out)), self._layer())
+        if isinstance(x, Current) and x.products and x.flattened:  # one window as large as the map
+            if not whole(x.size):
+                raise self._shape_needed("reads a flattened map whose size is not known")
+            if features != x.channels * math.prod(x.size):
+                raise self.fail(f"expects {features} features, gets {x.channels * math.prod(x.size)}")
+            window = weight.reshape(out, x.channels, *x.size)
+            return replace(self.conv(replace(x, flattened=False), window, bias), flattened=True, size=(1, 1))
         products = []
         for signal in self._sources(
             replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
