@@ -127,7 +127,7 @@ CASES = [
     (lambda: net(nn.Conv2d(3, 4, 3), nn.ReLU()), ConversionError, "1: is a ReLU.*prepare"),
     (lambda: net(nn.Conv2d(3, 4, 3)), ConversionError, "no QCFS activation; call qcfs_fast.prepare"),
     (lambda: trained(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), QCFS(4)),
-     ConversionError, "1: is a convolution of a value with no activation in between.*Remedy"),
+     ConversionError, "1: is a convolution of what a layer made of the image, with no activation.*Remedy"),
     (lambda: trained(nn.Conv2d(3, 4, 3), QCFS(4), nn.GELU(), nn.Conv2d(4, 4, 1)),
      ConversionError, "2: GELU has no spiking counterpart.*Remedy"),
     (lambda: trained(nn.Conv2d(3, 4, 3), QCFS(4), nn.ConstantPad2d(1, 0.5), nn.Conv2d(4, 4, 3), QCFS(4)),

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 import torchvision_models
 from test_integers import COMPILER, run_in_c
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qcfs_fast
 from qcfs_fast import QCFS
+from qcfs_fast.conversion.checking import layer_differences
 from qcfs_fast.exchange.integers import integer_program
 from qcfs_fast.network.layers import is_constant
 
@@ -172,6 +174,11 @@ REFUSED = {
     "not finite": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) / torch.zeros(1)), "not finite"),
     "mean of a flattened map": (lambda n, x: n.b(spikes_of(n, x)).flatten(1).mean(1, keepdim=True), "flattened map"),
     "mean of flattened spikes": (lambda n, x: spikes_of(n, x).flatten(1).mean(1, keepdim=True), "flattened.*Remedy"),
+    "one feature for a flattened map": (
+        lambda n, x: (y := spikes_of(n, x).flatten(1)) + n.single(y),
+        "flattened map.*Remedy",
+    ),
+    "pixels of another size": (lambda n, x: n.b(y := spikes_of(n, x)) + y.mean(3, keepdim=True), "F.interpolate"),
     "one flattened channel for all": (
         lambda n, x: n.relu_b(spikes_of(n, x)[:, :1]).flatten(1) + n.flat(spikes_of(n, x).flatten(1)),
         "flattened map.*Remedy",
@@ -184,7 +191,10 @@ REFUSED = {
 def test_arithmetic_without_a_spiking_meaning_is_refused(wiring):
     made, message = REFUSED[wiring]
     with pytest.raises(qcfs_fast.ConversionError, match=message):
-        qcfs_fast.convert(Net(made, head=False, pool=nn.MaxPool2d(2), flat=nn.Linear(384, 48)), input_shape=SHAPE)
+        qcfs_fast.convert(
+            Net(made, head=False, pool=nn.MaxPool2d(2), flat=nn.Linear(384, 48), single=nn.Linear(384, 1)),
+            input_shape=SHAPE,
+        )
 
 
 # --------------------------------------------------------------------------------- the image's values
@@ -221,6 +231,9 @@ MOVED_IMAGES = {
     "zeros of a normalised image": lambda n, x: n.relu_a(n.a(F.pad((x - n.mean) / n.std, (0, 1, 0, 1)))),
     "reflected": lambda n, x: n.relu_a(n.a(F.pad(x, (1, 2, 3, 0), mode="reflect") - n.mean)),
     "circular": lambda n, x: n.relu_a(n.round(x)),
+    "circular, and cropped": lambda n, x: n.relu_a(n.a(F.pad(x, (-1, 2, 3, -1), mode="circular"))),
+    "of several channels": lambda n, x: n.relu_a(n.a(F.pad(torch.cat([x[:, :1], x[:, 1:] * 2], 1), (1, 1, 1, 1)))),
+    "grey": lambda n, x: n.relu_a(n.grey(x.mean(1, keepdim=True) * 3)),
     "replicated, twice": lambda n, x: n.relu_a(n.a(n.replicate(F.pad(x, (0, 0, 1, 1), mode="replicate")))),
     "cropped": lambda n, x: n.relu_a(n.a(x[:, :, 1:-2, 2:])),
     "cropped by a negative pad": lambda n, x: n.relu_a(n.a(F.pad(x, (-1, 2, 0, -3)))),
@@ -233,15 +246,28 @@ MOVED_IMAGES = {
 @pytest.mark.parametrize("wiring", MOVED_IMAGES)
 def test_the_image_is_padded_cropped_or_enlarged_by_the_model(wiring, tmp_path):
     extra = {"round": nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"), "unpadded": nn.Conv2d(3, 8, 3, 2)}
+    extra["grey"] = nn.Conv2d(1, 8, 3, padding=1)
     numbers = {"mean": [0.5, -0.25, 1.0], "std": [0.5, 2.0, 0.25]}
     extra |= {name: torch.tensor(v).reshape(3, 1, 1) for name, v in numbers.items()}
     net = Net(MOVED_IMAGES[wiring], replicate=nn.ReplicationPad2d((1, 0, 0, 2)), **extra)
     snn = exact(net, tmp_path, c=False)
-    with pytest.raises(ValueError, match="pads, crops or enlarges the image"):
-        integer_program(snn, SHAPE)
+    if wiring != "grey":
+        with pytest.raises(ValueError, match="pads, crops or enlarges the image"):
+            integer_program(snn, SHAPE)
     frames = torch.stack([networks.images(SHAPE, 2, seed=s, grid=64) for s in (6, 7, 8)])  # an image for each step
     for answer in (snn(frames), snn.run(frames)[-1]):
         torch.testing.assert_close(answer, qcfs_fast.simulate(net, frames, 3)[-1].float(), rtol=2e-7, atol=1e-7)
+
+
+def test_a_moved_image_leaves_nothing_behind():
+    """As a cache of tensors would under a fake mode, for every later image of that size."""
+    snn = qcfs_fast.convert(
+        networks.on_grid(Net(MOVED_IMAGES["reflected"], mean=torch.zeros(3, 1, 1))), input_shape=SHAPE
+    )
+    x = networks.images(SHAPE, 2)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert snn.run(fake.from_tensor(x)).shape == (1, 2, 5)
+    assert torch.equal(snn.run(x, watch=lambda *a: None)[-1], snn(x))
 
 
 def test_an_image_with_a_border_of_zeros_is_normalised_before_it():
@@ -324,6 +350,7 @@ SPATIAL = {
     "a replicated border": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 2, 0, 3), "replicate"))),
     "a wide replicated border": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (9, 0, 0, 0), "replicate"))),
     "a reflected border": lambda n, x: n.relu_b(n.b(n.mirror(spikes_of(n, x)))),
+    "a circular border and a crop": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (2, -1, -1, 3), "circular"))),
     "a circular border": lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (6, 1, 0, 8), "circular"))),
     "a layer with a border of pixels": lambda n, x: n.relu_b(n.bordered(spikes_of(n, x))),
     "a border of averages": lambda n, x: n.relu_b(
@@ -383,6 +410,7 @@ COMPOSED = {
     "BatchNorm of averages before a padded layer": lambda n, x: n.relu_b(n.b(n.norm(F.avg_pool2d(spikes_of(n, x), 2)))),
     "BatchNorm, then a pool": lambda n, x: n.relu_b(n.c(F.avg_pool2d(n.norm(spikes_of(n, x)), 2))),
     "a constant before a pad": lambda n, x: n.relu_b(n.c(F.pad(n.c(spikes_of(n, x)), (1, 0, 0, 2)))),
+    "a constant of spikes before a pad": lambda n, x: n.relu_b(n.c(F.pad(spikes_of(n, x) + 1, (1, 0, 0, 2)))),
     "a constant before a padded pool": lambda n, x: n.relu_b(F.avg_pool2d(n.c(spikes_of(n, x)), 2, 1, 1)),
     "a constant before PixelShuffle": lambda n, x: n.relu_c(n.shuffle(n.c(spikes_of(n, x)))),
     "rows, then columns": lambda n, x: n.relu_b(n.columns(n.rows(spikes_of(n, x)))),
@@ -455,6 +483,21 @@ def test_layers_without_an_activation_between_are_one(wiring, tmp_path):
         torch.testing.assert_close(snn(x, 4), meaning.float(), rtol=2e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_what_is_enlarged_of_one_pixel_stands_everywhere(mode):
+    def wiring(n, x):
+        y = spikes_of(n, x)
+        whole = n.relu_c(n.c(F.adaptive_avg_pool2d(y, 1)))
+        return n.relu_b(n.joined(torch.cat([y, F.interpolate(whole, size=y.shape[-2:], mode=mode)], 1)))
+
+    shape = (3, 24, 20)
+    net = networks.randomize(Net(wiring, shape=shape, joined=nn.Conv2d(16, 8, 3, padding=1)))  # 480 pixels: no ties
+    snn = qcfs_fast.convert(net, T=4, input_shape=shape)
+    found = layer_differences(net, snn, networks.images(shape, 2), 4)
+    assert sum(d.differing for d in found.values()) <= 1e-4 * sum(d.compared for d in found.values())
+    assert max(len(layer.inputs) for layer in snn.spiking_layers.values()) == 2
+
+
 def test_a_bias_that_is_padded_is_carried_by_neurons_that_always_fire(tmp_path):
     snn = exact(Net(lambda n, x: n.relu_b(n.b(n.c(y := spikes_of(n, x))) + n.d(n.c(y)))), tmp_path)
     assert [name for name in snn.spiking_layers if is_constant(name)] == ["relu_a[constant 0]"]
@@ -472,6 +515,30 @@ REFUSED_PIXELS = {
     ),
     "to a size": (lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), size=(16, 12)))), "scale_factor"),
     "by one and a half": (lambda n, x: n.relu_b(n.b(F.interpolate(spikes_of(n, x), scale_factor=1.5))), "whole factor"),
+    "pads of channels": (
+        lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 1, 1, 1, 1, 1), "circular")[:, :8])),
+        "pads the channels.*torch.cat",
+    ),
+    "enlarged to the size of another, and beside none": (
+        lambda n, x: n.relu_b(
+            n.b(F.interpolate(F.avg_pool2d(y := spikes_of(n, x), 2), size=y.shape[-2:], mode="bilinear"))
+        ),
+        "beside none.*Remedy: scale_factor",
+    ),
+    "padded to the size of another, and beside none": (
+        lambda n, x: n.relu_b(n.b(F.pad((y := spikes_of(n, x))[:, :, 1:], (0, 0, y.size(2) - 7, 0), "replicate"))),
+        "beside none.*Remedy: pad by numbers",
+    ),
+    "a border of a normalised image": (
+        lambda n, x: n.relu_a(n.a(F.pad(n.norm(x), (1, 1, 1, 1)))),
+        "image behind a BatchNorm.*Remedy",
+    ),
+    "bicubic of what happens to be one pixel": (
+        lambda n, x: n.relu_b(
+            n.c(F.interpolate(F.max_pool2d(spikes_of(n, x), (8, 6)), scale_factor=2, mode="bicubic"))
+        ),
+        "bilinear ones",
+    ),
     "ones": (lambda n, x: n.relu_b(n.b(F.pad(spikes_of(n, x), (1, 1, 1, 1), value=1.0))), "pad with zeros"),
     "a place from the other border": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)[:, :, :4])), "from the same border"),
     "the last five rows": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)[..., -5:, :])), "from the same border"),
@@ -488,7 +555,9 @@ REFUSED_PIXELS = {
 def test_what_moves_pixels_otherwise_is_refused(wiring):
     made, message = REFUSED_PIXELS[wiring]
     with pytest.raises(qcfs_fast.ConversionError, match=message):
-        qcfs_fast.convert(Net(made, head=False, cut=nn.ConvTranspose2d(8, 8, 2, 2, 2)), input_shape=SHAPE)
+        qcfs_fast.convert(
+            Net(made, head=False, cut=nn.ConvTranspose2d(8, 8, 2, 2, 2), norm=nn.BatchNorm2d(3)), input_shape=SHAPE
+        )
 
 
 @pytest.mark.parametrize("move", [nn.PixelShuffle(2), nn.Upsample(scale_factor=2), nn.PixelUnshuffle(2)])

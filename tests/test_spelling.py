@@ -403,7 +403,19 @@ def test_maxima_of_which_the_values_are_read():
     ways = [unpacked, lambda n, x: n.b(torch.max(x, dim=-1).values / 2), lambda n, x: n.b(x.max(2)[0] * 0.5)]
     answers = [converted(Largest(way), (1, 9, 7), max_pool="keep") for way in ways]
     assert all(torch.equal(snn(x), answers[0][0](answers[0][1])) for snn, x in answers)
-    refused = [lambda n, x: x.max(2), lambda n, x: x.max(2)[1], lambda n, x: x.max(), lambda n, x: torch.max(x, x * 2)]
+
+    def places(net, x):
+        _, places = x.max(2)
+        return net.b(places.float())
+
+    refused = [
+        places,
+        lambda n, x: (n.b(x.mean(2)), x.max(2)),
+        lambda n, x: x.max(2),
+        lambda n, x: x.max(2)[1],
+        lambda n, x: x.max(),
+        lambda n, x: torch.max(x, x * 2),
+    ]
     for way in refused:
         with pytest.raises(ConversionError, match=r"max in .*compares activations.*Remedy"):
             qcfs_fast.prepare(Largest(way))
@@ -529,7 +541,9 @@ def test_what_composes_is_one_layer():
 
 def test_what_does_not_compose_is_refused():
     layers = [nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)]
-    with pytest.raises(ConversionError, match=r"^1: is a convolution of a value with no activation in between"):
+    with pytest.raises(
+        ConversionError, match=r"^1: is a convolution of what a layer made of the image, with no activation"
+    ):
         qcfs_fast.prepare(nn.Sequential(*layers))
 
 

@@ -111,8 +111,12 @@ bool PoolSpec::depends_on_size() const {
 }
 
 bool PoolSpec::moves() const {
-  const bool one = section[1] == kernel[0] && section[3] == kernel[1] && padding[0] + padding[1] == 0 && !ceil_mode;
-  return !adaptive && (one || kernel[0] * kernel[1] == 1);
+  const bool whole = section[0] + section[2] == 0 && section[1] * section[3] == 1;
+  const bool plain = whole && stride[0] * stride[1] == 1, padded = padding[0] + padding[1] != 0;
+  if (adaptive || ceil_mode) return false;
+  if (spread[0] * spread[1] != 1) return plain && !padded;
+  if (padded) return plain && kernel[0] * kernel[1] == 1;
+  return section[1] == kernel[0] && section[3] == kernel[1];
 }
 
 Windows windows_of(const PoolSpec& spec, std::int64_t height, std::int64_t width) {

@@ -25,7 +25,7 @@ struct PoolSpec {
   Border border = Border::none;        // else: windows of one pixel
 
   bool depends_on_size() const;
-  // Whether all windows are of one pixel or none, whatever the size of the input.
+  // Whether it only says where pixels go: windows of one or none.
   bool moves() const;
 };
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..operators.geometry import POINTWISE
-from .symbolic import Size, Unknown, zeros
+from .symbolic import Size, Unknown, shown, zeros
 from .values import (
     Current,
     Image,
@@ -40,22 +40,36 @@ class Arithmetic(Weighted):
             self._summand(self._read_image(v, None) if isinstance(v, Image) else v, "adds what is no layer's output")
             for v in (x, y)
         )
-        if a.vector == b.vector and 1 in (a.channels, b.channels):  # one channel goes to all of the other value
-            a, b = (self._mixed(c, torch.ones(d.channels, 1)) if c.channels == 1 else c for c, d in ((a, b), (b, a)))
+        sizes = [(self.shapes or {}).get(n, ())[1:] for n in self.node.all_input_nodes]
+        if len(sizes) == 2 and all(sizes) and sizes[0] != sizes[1]:
+            raise self.fail(
+                f"adds maps of {shown(sizes[0])} and {shown(sizes[1])} pixels. Remedy: F.interpolate(small, "
+                "size=large.shape[-2:])"
+            )
+        if a.vector == b.vector and 1 in (a.channels, b.channels) and a.channels != b.channels:
+            # One channel goes to all of the other value.
+            for c in (a, b):
+                self._check_no_flattened_map(c)
+            a, b = (self._mixed(c, torch.ones(d.channels, 1, dtype=torch.float64)) if c.channels == 1 else c for c, d in ((a, b), (b, a)))
         if a.channels != b.channels or a.vector != b.vector:
-            raise self.fail(f"adds values of {a.channels} and {b.channels} channels, which do not fit each other")
+            raise self.fail(f"adds values of {a.channels} and {b.channels} channels, which do not fit")
         return Current(
             a.bias + b.bias, a.products + b.products, a.identities + b.identities, a.vector, a.flattened or b.flattened
         )
 
     def _mixed(self, x: Any, weight: Tensor) -> Current:
         """Sums of the channels of a value, by constants [sums, channels]."""
+        x = self._read_image(x, None) if isinstance(x, Image) else x
         x = self._summand(x, "mixes the channels of what is no layer's output")
+        self._check_no_flattened_map(x)
         if len(weight) == x.channels == 1:
             return x
-        if x.flattened or (x.vector and x.identities):  # whose features are more than its channels
+        return composed(x, weight[:, :, None, None], POINTWISE, zeros(len(weight)), self._layer())
+
+    def _check_no_flattened_map(self, x: Current) -> None:
+        """ConversionError where a value is a flattened map, whose features are more than its channels."""
+        if x.flattened or (x.vector and x.identities):
             raise self.fail("mixes the features of a flattened map. Remedy: a linear layer, or do it before flatten")
-        return composed(x, weight.double()[:, :, None, None], POINTWISE, zeros(len(weight)), self._layer())
 
     def subtract(self, x: Any, y: Any, alpha: Any = 1) -> Any:
         return self.add(x, y, -alpha)
@@ -133,12 +147,12 @@ class Arithmetic(Weighted):
         dim = kwargs.get("axis", dim)
         if all(isinstance(t, Image) and t.moves == tensors[0].moves for t in tensors) and dim == 1:
             tensors = [self._whole_image(t, self._channels(t)) for t in tensors]
-            return Image(
-                sum((t.source for t in tensors), ()),
-                sum((t.scale for t in tensors), ()),
-                sum((t.shift for t in tensors), ()),
+            return replace(
+                tensors[0],
+                source=sum((t.source for t in tensors), ()),
+                scale=sum((t.scale for t in tensors), ()),
+                shift=sum((t.shift for t in tensors), ()),
                 width=max(t.width for t in tensors),
-                moves=tensors[0].moves,
             )
         tensors = [self._read_image(t, None) if isinstance(t, Image) else t for t in tensors]
         if dim % self._rank(tensors[0]) != 1 or not all(isinstance(t, Signal | Current | Joined) for t in tensors):

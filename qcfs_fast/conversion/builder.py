@@ -452,8 +452,9 @@ class _Builder:
         if max(sum(map(len, sources)), len(residuals)) > MAX_SOURCES:
             raise ConversionError(
                 f"{node.name}: it sums {sum(map(len, sources))} inputs and {len(residuals)} residuals, at most "
-                f"{MAX_SOURCES} of each fit. A pool whose sums exceed {MAX_COUNT} is cut into sections, each an input. "
-                "Remedy: smaller pools" + (", or a smaller T" if self.totals > 1 else "")
+                f"{MAX_SOURCES} of each fit. A pool whose sums exceed {MAX_COUNT} is cut into sections, each an input, "
+                "and so is each tap of a layer that has a border and no activation before the next. Remedy: smaller "
+                "pools, or an activation between such layers" + (", or a smaller T" if self.totals > 1 else "")
             )
         peaks = [sum(peak for _, peak in s) for s in sources]  # all sections of a pool meet the same weight
         shapes = [_folded_shape(p) for p in spiking]

@@ -89,7 +89,8 @@ _NO_FUNCTION: dict[Any, str] = {  # by the names that functions and methods shar
     "layer_norm group_norm instance_norm local_response_norm rms_norm": _OF_ITSELF,
     "scaled_dot_product_attention multi_head_attention_forward bmm baddbmm": _ATTENTION,
     "einsum": "only a linear layer's product is known. Remedy: F.linear or a 1x1 convolution of the constant",
-    "max min maximum minimum": "it compares activations with each other. Remedy: amax over pixels, or a pool",
+    "max min maximum minimum": "it compares activations with each other, or says where the largest is. Remedy: amax "
+    "over pixels, or a pool; where labels are asked, return the scores, and take argmax of the network's answer",
     "stack": "it adds a dimension. Remedy: a sum of the values, or torch.cat along the channels",
 }
 
@@ -278,6 +279,7 @@ class Lowering(Reshaping):
 
     def fire(self, x: Any, m: Any) -> Signal:
         name = self.sites[self.node][0]
+        self.single |= {name} if self._has_one_pixel(x) else set()
         values = x.currents if isinstance(x, Joined) else (x,)
         currents = tuple(
             merged(self._current(v, None, "activates something that is not a layer's output")) for v in values

@@ -221,7 +221,7 @@ class Reshaping(Spatial):
         over = sorted({d % rank if isinstance(d, int) else -1 for d in dims})
         if over == [1] and keepdim and kind == "avg" and not isinstance(x, Laid | Grouped):
             n = self._channels(x)
-            return self._mixed(x, torch.full((1, n), 1.0 / n))
+            return self._mixed(x, torch.full((1, n), 1.0 / n, dtype=torch.float64))
         if not over or over[0] < 2 or (isinstance(x, Laid) and keepdim):
             raise self.fail("takes a mean or maximum over other dimensions than those of pixels")
         if isinstance(x, Laid):

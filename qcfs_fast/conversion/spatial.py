@@ -153,14 +153,14 @@ class Spatial(Ends):
                 raise self.fail("moves pixels of a flattened image. Remedy: pad, crop or resize it before")
             return replace(x, moves=(*x.moves, spec))
 
-        if isinstance(x, Current) and not x.vector and x.products:
+        if isinstance(x, Current) and not x.vector:
             x = self._bias_as_spikes(x) if spec.leaves_zeros else x
-            if not _pointwise(x) and spec.spreads and all(_steps_by_one(p) for p in x.products):
+            if not _pointwise(x) and spec.spreads and x.products and all(_steps_by_one(p) for p in x.products):
                 # Each tap moves on by as many pixels as one has become.
                 wide = [replace(p, geometry=_widened(p.geometry, spec.spread)) for p in x.products]
                 return _parts_mapped(replace(x, products=tuple(wide)), lambda p: p.moved(spec))
             x = self._by_taps(x)
-            if _pointwise(x):
+            if _pointwise(x) and x.products:
                 return _parts_mapped(x, lambda p: p.moved(spec))
         signals = self._spikes_alone(self._sources(x, "moves pixels", 1))
         if any(s.vector for s in signals):
@@ -172,16 +172,27 @@ class Spatial(Ends):
             raise self.fail("pads with something else than zeros or pixels, which is no spike. Remedy: pad with zeros")
         if not whole(pad):
             raise self._shape_needed("pads by a size that is not known")
+        computed = any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:])
+        if computed and any(pad) and not self._meets_others():
+            raise self.fail(
+                "pads by the sizes of maps, and is put beside none: the pad holds for one size of images alone. "
+                "Remedy: pad by numbers"
+            )
         pad = [*pad[:2], 0, 0, *pad[2:]] if self.line else pad
         if len(pad) > 6 and any(pad[6:]):
             raise self.fail("pads the batch")
         left, right, top, bottom, first, last = [*pad, 0, 0, 0, 0, 0, 0][:6]
-        rows, cols = (top, bottom), (left, right)
-        border = (max(0, *rows), max(0, *cols))
+        if mode != "constant" and (first, last) != (0, 0):
+            raise self.fail("pads the channels with channels. Remedy: torch.cat of those")
+        sides: Any = ((top, bottom), (left, right))
+        if mode == "circular" and min(*sides[0], *sides[1]) < 0:  # what is cut off is not wrapped round
+            x = self._moved(x, PoolSpec.cropped(*((max(0, -a), max(0, -b)) for a, b in sides)))
+            sides = tuple((max(0, a), max(0, b)) for a, b in sides)
+        border = (max(0, *sides[0]), max(0, *sides[1]))
         if border != (0, 0):
             how = None if mode == "constant" else mode
             x = self._moved(x, PoolSpec("max", (1, 1), padding=border, border=how))
-        extra = [(border[0] - top, border[0] - bottom), (border[1] - left, border[1] - right)]
+        extra = [(b - before, b - behind) for b, (before, behind) in zip(border, sides, strict=True)]
         if extra != [(0, 0), (0, 0)]:
             x = self._moved(x, PoolSpec.cropped(*extra))
         if first < 0 or last < 0:
@@ -232,8 +243,8 @@ class Spatial(Ends):
         recompute_scale_factor: bool | None = None,
         antialias: bool = False,
     ) -> Any:
-        everywhere = self._map_size(x) == (1, 1)  # one pixel goes everywhere
-        linear = mode == ("linear" if self.line else "bilinear") and not align_corners
+        everywhere = self._has_one_pixel(x)  # which goes everywhere
+        linear = mode == ("linear" if self.line else "bilinear") and not align_corners and not everywhere
         smooth = mode in ("bilinear", "bicubic") and not antialias and not everywhere
         if isinstance(x, Answer) or (smooth and not self._goes_on()):
             return self._resized(x, mode, size, scale_factor, align_corners)
@@ -245,6 +256,11 @@ class Spatial(Ends):
             own, wanted = self._map_size(x), self._pair(size, 1)
             if not whole(own):
                 raise self._shape_needed("resizes to a size that is not known")
+            if not self._meets_others():
+                raise self.fail(
+                    "resizes to the size of another map, and is put beside none of that size: the factor holds for one "
+                    "size of images alone. Remedy: scale_factor"
+                )
             factors = [w / n for w, n in zip(wanted, own, strict=True)]
         factors[:1] = [1] if self.line and factors else factors[:1]
         known = linear or mode in ("nearest", "nearest-exact")
@@ -271,6 +287,31 @@ class Spatial(Ends):
         for kernel in (spread, even):
             x = x if kernel == (1, 1) else self._pooled(x, PoolSpec("avg", kernel))
         return x
+
+    def _has_one_pixel(self, x: Any) -> bool:
+        """Whether a value is a map of one pixel, whatever the size of images."""
+
+        def single(p: Part) -> bool:
+            return p.node in self.single or any(q.output == (1, 1) for q in p.pools)
+
+        if isinstance(x, Signal):
+            return all(map(single, x.parts))
+        return (
+            isinstance(x, Current)
+            and all(p.geometry[:8] == POINTWISE[:8] and single(p.part) for p in x.products)
+            and all(self._has_one_pixel(s) for s in x.identities)
+        )
+
+    def _meets_others(self) -> bool:
+        """Whether a map of a computed size is added to others or put beside them: they must then fit each other."""
+        found = list(self.node.users)
+        for node in found:  # which grows
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            if name in ("pad", "contiguous"):
+                found += node.users
+            elif name not in ("cat", "concat", "add", "iadd", "add_", "sub", "isub", "sub_"):
+                return False
+        return True
 
     def _goes_on(self) -> bool:
         """Whether a layer follows this node, and not only what a tail can do."""

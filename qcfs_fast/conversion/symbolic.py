@@ -113,6 +113,7 @@ class Symbolic:
         self.node: fx.Node  # the one being executed
         self.result = Lowered(Image((), (), ()))
         self.image: Image | None = None
+        self.single: set[str] = set()  # layers whose maps have one pixel, whatever the size of images
         self.constants: dict[Any, Part] = {}  # neurons that always fire, by the maps that they cover
 
     def fail(self, why: str) -> ConversionError:
@@ -223,11 +224,13 @@ class Symbolic:
         return replace(x, products=tuple(products))
 
     def _spikes_alone(self, signals: Sequence[Signal]) -> Sequence[Signal]:
-        """The signals, none of them with the image beside spikes."""
+        """The signals, none of them of the image."""
         if any(s.is_mixed for s in signals):
             raise self.fail(
                 "works on a concatenation with the image, which only a layer can read. Remedy: concatenate behind it"
             )
+        if any(p.is_image for s in signals for p in s.parts):
+            raise self.fail("works on the image behind a BatchNorm or a sum. Remedy: do it with the image before these")
         return signals
 
     def _sources(self, x: Any, what: str, channels: int) -> list[Signal]:
@@ -238,6 +241,11 @@ class Symbolic:
             return [x]
         if isinstance(x, Current) and not x.products:
             return list(x.identities)
+        if isinstance(x, Current) and any(p.part.is_image for p in x.products):
+            raise self.fail(
+                f"{what} of what a layer made of the image, with no activation in between. Remedy: put a ReLU (then "
+                "QCFS) between the two layers, or leave out the padding of the second"
+            )
         raise self.fail(
             f"{what} of a value with no activation in between, so there are no spikes to work on. Remedy: put a ReLU "
             "(then QCFS) between the two layers, or merge them into one"

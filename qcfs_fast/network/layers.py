@@ -29,7 +29,7 @@ from ..operators.geometry import POINTWISE
 from ..operators.limits import ANALOG_RANGE, IMAGE_RANGE, MAX_COUNT, MAX_IMAGE_THRESHOLD, MAX_SUM, overflow_free_steps
 from ..operators.masks import planes
 from ..operators.neuron import Neuron
-from ..operators.windows import PoolSpec, remembered
+from ..operators.windows import BORDERS, PoolSpec
 from .schema import (
     Bits,
     Config,
@@ -260,15 +260,26 @@ class ImageConfig(Config):
 PIXELS = {2: "", 3: ", L", 4: ", H, W"}  # of a batch of images of so many dimensions, in words
 
 
-def _of_places(spec: PoolSpec, size: int, axis: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The pixel that each window of one reads, and 1 or 0 where it reads one or none; None: all read one."""
-    windows = spec.windows(size, axis)
-    there = [end - first for first, end in zip(windows[0::3], windows[1::3], strict=True)]
-    at = torch.tensor([min(first, size - 1) for first in windows[0::3]], device=device)
-    return at, None if all(there) else torch.tensor(there, dtype=torch.int32, device=device)
+def _moved_along(q: Tensor, spec: PoolSpec, axis: int) -> Tensor:
+    """Integers [N, H, W, C] whose rows (0) or columns (1) go where the windows of one or none say.
 
-
-_places = remembered(_of_places)
+    No index is copied to a device: a captured CUDA graph could not, and a cached one might be gone when it is replayed.
+    """
+    dim, size = 1 + axis, q.shape[1 + axis]
+    spec.windows(size, axis)  # raises where the image is too small
+    if spec.spreads:
+        q = q.repeat_interleave(spec.spread[axis], dim)
+        at = torch.arange(q.shape[dim], device=q.device) % spec.spread[axis]
+        there = at == spec.phase[axis] if spec.phase is not None else None
+    elif spec.padding != (0, 0):
+        i = torch.arange(-spec.padding[axis], size + spec.padding[axis], device=q.device)
+        at = BORDERS[spec.border or "replicate"](i, size)
+        q, there = q.index_select(dim, at), at == i if spec.border is None else None
+    else:
+        first, parts = spec.section[2 * axis : 2 * axis + 2]
+        places = slice(first, size - (parts - 1 - first), spec.stride[axis])
+        return q[:, places] if axis == 0 else q[:, :, places]
+    return q if there is None else q * there.reshape(-1, *[1] * (3 - dim))
 
 
 class ImageInput(Layer):
@@ -301,11 +312,8 @@ class ImageInput(Layer):
     def _moved(self, q: Tensor) -> Tensor:
         """The integers [N, H, W, C] padded, cropped or enlarged."""
         for spec in self.config.moves or ():
-            for axis in (0, 1):
-                at, there = _places(spec, q.shape[1 + axis], axis, q.device)
-                q = q.index_select(1 + axis, at)
-                q = q if there is None else q * (there[:, None] if axis else there[:, None, None])
-        return q
+            q = _moved_along(_moved_along(q, spec, 0), spec, 1)
+        return q.contiguous()
 
     def check_channels(self, sent: Sequence[Channels]) -> Channels:
         return Channels(self.source.numel(), image=True)

@@ -24,8 +24,9 @@ import torch
 
 from .limits import MAX_EXTENT, MAX_POOL_WINDOWS, MAX_SUM
 
-BORDERS: dict[str, Callable[[int, int], int]] = {  # which of n pixels stands at place i, at most n outside
-    "replicate": lambda i, n: min(max(i, 0), n - 1),
+# Which of n pixels stands at place i, at most n outside but for the first; of integers and of tensors of them.
+BORDERS: dict[str, Callable[[Any, int], Any]] = {
+    "replicate": lambda i, n: (abs(i) - abs(i - (n - 1)) + n - 1) // 2,
     "reflect": lambda i, n: n - 1 - abs(n - 1 - abs(i)),
     "circular": lambda i, n: i % n,
 }
@@ -113,9 +114,13 @@ class PoolSpec:
 
     @property
     def moves(self) -> bool:
-        """Whether all windows are of one pixel or none, whatever the size of the input."""
-        alone = self.section[1::2] == self.kernel and self.padding == (0, 0) and not self.ceil_mode
-        return self.kernel == (1, 1) or alone
+        """Whether it only says where pixels go: it spreads them, or puts a border round them, or cuts one off."""
+        plain = (self.stride, self.section) == ((1, 1), (0, 1, 0, 1))
+        if self.spreads:
+            return plain and self.padding == (0, 0) and not self.ceil_mode
+        if self.padding != (0, 0):
+            return plain and self.kernel == (1, 1) and not self.ceil_mode
+        return self.section[1::2] == self.kernel and not self.ceil_mode
 
     @property
     def leaves_zeros(self) -> bool:
@@ -168,7 +173,7 @@ class PoolSpec:
         raise ValueError(f"no sections of this pool have values of at most {limit}")
 
 
-def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with a cache: a network asks for the same few windows at every call.
 
     torch.compile traces through the function itself; it would warn of the cache.
@@ -181,7 +186,7 @@ def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@remembered
+@_remembered
 def _windows(spec: PoolSpec, size: int, axis: int) -> tuple[int, ...]:
     values = _whole_windows(spec, size, axis)
     part, parts = spec.section[2 * axis : 2 * axis + 2]
@@ -198,7 +203,7 @@ def _divisors(spec: PoolSpec, height: int, width: int) -> set[int]:
     return {h * w for h in set(rows[2::3]) for w in set(cols[2::3])}
 
 
-@remembered
+@_remembered
 def _common_multiple(spec: PoolSpec, height: int, width: int) -> int:
     return lcm(*_divisors(spec, height, width))
 
