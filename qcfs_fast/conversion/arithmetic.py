@@ -52,7 +52,7 @@ class Arithmetic(Weighted):
                 self._check_no_flattened_map(c)
             a, b = (self._mixed(c, torch.ones(d.channels, 1, dtype=torch.float64)) if c.channels == 1 else c for c, d in ((a, b), (b, a)))
         if a.channels != b.channels or a.vector != b.vector:
-            raise self.fail(f"adds values of {a.channels} and {b.channels} channels, which do not fit")
+            raise self.fail(f"adds values of {a.channels} and {b.channels} channels")
         return Current(
             a.bias + b.bias, a.products + b.products, a.identities + b.identities, a.vector, a.flattened or b.flattened
         )
