@@ -50,7 +50,8 @@ class Arithmetic(Weighted):
             # One channel goes to all of the other value.
             for c in (a, b):
                 self._check_no_flattened_map(c)
-            a, b = (self._mixed(c, torch.ones(d.channels, 1, dtype=torch.float64)) if c.channels == 1 else c for c, d in ((a, b), (b, a)))
+            wide = torch.ones(max(a.channels, b.channels), 1, dtype=torch.float64)
+            a, b = (self._mixed(c, wide) if c.channels == 1 else c for c in (a, b))
         if a.channels != b.channels or a.vector != b.vector:
             raise self.fail(f"adds values of {a.channels} and {b.channels} channels")
         return Current(
