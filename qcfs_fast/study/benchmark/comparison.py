@@ -238,17 +238,23 @@ def plots(data: Mapping[str, Any], folder: Path, suffixes: Sequence[str] = (".pn
     return written
 
 
-def _panels(plt: Any, titles: Sequence[str], what: str, height: float = 3.9) -> tuple[Any, list[Any]]:
-    """A figure of panels side by side, with room for the conditions below."""
+def _panels(plt: Any, titles: Sequence[str], what: str, height: float = 3.4) -> tuple[Any, list[Any]]:
+    """A figure of panels, three in a row, with room for the conditions below."""
+    columns = min(3, len(titles))
+    rows = -(-len(titles) // columns)
     figure, axes = plt.subplots(
-        1, len(titles), figsize=(max(5.2, 3.7 * len(titles)), height), squeeze=False, layout="constrained"
+        rows, columns, figsize=(max(5.2, 3.7 * columns), 0.5 + height * rows), squeeze=False, layout="constrained"
     )
-    figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
-    for axis, text in zip(axes[0], titles, strict=True):
+    figure.get_layout_engine().set(rect=(0, 0.035 / rows, 1, 1 - 0.035 / rows))
+    panels = list(axes.flat)
+    for axis in panels[len(titles) :]:
+        axis.remove()
+    for axis, text in zip(panels, titles, strict=False):
         axis.set_title(text)
         axis.grid(axis="y")
-    axes[0][0].set_ylabel(what)
-    return figure, list(axes[0])
+    for row in axes:
+        row[0].set_ylabel(what)
+    return figure, panels[: len(titles)]
 
 
 def _curves(axis: Any, points: Mapping[str, Sequence[tuple[float, float]]]) -> None:
