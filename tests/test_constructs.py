@@ -362,6 +362,9 @@ SPATIAL = {
     "bilinear, to the size of another": lambda n, x: n.relu_b(
         n.wide(torch.cat([y := spikes_of(n, x), F.interpolate(n.smaller(y), size=y.shape[-2:], mode="bilinear")], 1))
     ),
+    "to the size of another, a layer, and beside it": lambda n, x: n.relu_b(
+        n.wide(torch.cat([y := spikes_of(n, x), n.relu_d(n.d(F.interpolate(n.smaller(y), size=y.shape[-2:])))], 1))
+    ),
     "bilinear of a pointwise layer": lambda n, x: n.relu_b(
         n.b(F.interpolate(n.c(spikes_of(n, x)), scale_factor=2, mode="bilinear", align_corners=False))
     ),

@@ -152,7 +152,6 @@ class Spatial(Ends):
             if x.vector or x.map or x.batch_only:
                 raise self.fail("moves pixels of a flattened image. Remedy: pad, crop or resize it before")
             return replace(x, moves=(*x.moves, spec))
-
         if isinstance(x, Current) and not x.vector:
             x = self._bias_as_spikes(x) if spec.leaves_zeros else x
             if not _pointwise(x) and spec.spreads and x.products and all(_steps_by_one(p) for p in x.products):
@@ -172,8 +171,7 @@ class Spatial(Ends):
             raise self.fail("pads with something else than zeros or pixels, which is no spike. Remedy: pad with zeros")
         if not whole(pad):
             raise self._shape_needed("pads by a size that is not known")
-        computed = any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:])
-        if computed and any(pad) and not self._meets_others():
+        if len(self.node.all_input_nodes) > 1 and any(pad) and not self._meets_others():
             raise self.fail(
                 "pads by the sizes of maps, and is put beside none: the pad holds for one size of images alone. "
                 "Remedy: pad by numbers"
@@ -245,14 +243,15 @@ class Spatial(Ends):
     ) -> Any:
         everywhere = self._has_one_pixel(x)  # which goes everywhere
         linear = mode == ("linear" if self.line else "bilinear") and not align_corners and not everywhere
+        computed = len(self.node.all_input_nodes) > 1  # the size
         smooth = mode in ("bilinear", "bicubic") and not antialias and not everywhere
-        if isinstance(x, Answer) or (smooth and not self._goes_on()):
+        if isinstance(x, Answer) or ((smooth or computed) and not self._goes_on()):
             return self._resized(x, mode, size, scale_factor, align_corners)
         mode = "nearest" if everywhere else mode
         factors: list[Any] = []
         if scale_factor is not None:
             factors = [*scale_factor] if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
-        elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
+        elif computed:
             own, wanted = self._map_size(x), self._pair(size, 1)
             if not whole(own):
                 raise self._shape_needed("resizes to a size that is not known")
@@ -292,7 +291,7 @@ class Spatial(Ends):
         """Whether a value is a map of one pixel, whatever the size of images."""
 
         def single(p: Part) -> bool:
-            return p.node in self.single or any(q.output == (1, 1) for q in p.pools)
+            return p.pools[-1].output == (1, 1) if p.pools else p.node in self.single
 
         if isinstance(x, Signal):
             return all(map(single, x.parts))
@@ -303,12 +302,17 @@ class Spatial(Ends):
         )
 
     def _meets_others(self) -> bool:
-        """Whether a map of a computed size is added to others or put beside them: they must then fit each other."""
+        """Whether a map of a computed size, or what keeps its size, is added to others or put beside them.
+
+        They must then fit each other, so images of another size are refused if the computed size was another.
+        """
+        shapes = self.shapes or {}
         found = list(self.node.users)
         for node in found:  # which grows
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-            if name in ("pad", "contiguous"):
-                found += node.users
+            alike = len(node.all_input_nodes) == 1 and shapes.get(node, ())[1:] == shapes.get(self.node, ())[1:]
+            if name == "pad" or (alike and node.op != "output"):
+                found += [n for n in node.users if n not in found]
             elif name not in ("cat", "concat", "add", "iadd", "add_", "sub", "isub", "sub_"):
                 return False
         return True
