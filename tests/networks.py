@@ -154,14 +154,14 @@ class UNet(nn.Module):
         self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 10, 3, 2, 1)
         self.up = nn.ConvTranspose2d(10, 8, 2, 2)
         self.d = nn.Conv2d(16, 7, 3, padding=1, padding_mode="reflect")
-        self.e, self.out = nn.Conv2d(13, 6, 3, padding=1), nn.Conv2d(6, 2, 1)
+        self.e, self.out = nn.Conv2d(13, 6, 3, padding=1), nn.Conv2d(6, 5, 1)
 
     def forward(self, x):
         fine = torch.relu(self.a(x))
         middle = torch.relu(self.b(fine))
         y = torch.relu(self.d(torch.cat([middle, self.up(torch.relu(self.c(middle)))], 1)))
         y = F.interpolate(y, scale_factor=2, mode="bilinear")
-        return self.out(torch.relu(self.e(torch.cat([fine, y], 1)))).flatten(1)
+        return self.out(torch.relu(self.e(torch.cat([fine, y], 1)))).mean((2, 3))
 
 
 SHAPES = {

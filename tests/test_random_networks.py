@@ -85,7 +85,7 @@ def plans(draw):
             out, stride = channels, 2
         if kind in MOVES:
             out = channels
-            if not 2 <= MOVES[kind][1](size) <= 9:
+            if not 2 <= MOVES[kind][1](size) <= 9 or (kind in ("reflected", "circular") and size < 3):
                 continue
         if kind == "concatenation":
             out = channels + values[other][0]
