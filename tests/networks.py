@@ -174,7 +174,7 @@ def randomize(model, seed=0):
     """Random but lively parameters, BatchNorm statistics included."""
     g = torch.Generator().manual_seed(seed)
     for m in model.modules():
-        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+        if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             fan = m.weight[0].numel()
             m.weight.data = torch.randn(m.weight.shape, generator=g) * (2 / fan) ** 0.5
             if m.bias is not None:
