@@ -147,21 +147,21 @@ class SpikesOut(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """Down, and up again by a transposed layer and by bilinear pixels, beside what was there; a border of pixels."""
+    """Down, and up again by a transposed layer beside what was there, and by bilinear pixels; a border of pixels."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, 2, 1), nn.Conv2d(8, 10, 3, 2, 1)
         self.up = nn.ConvTranspose2d(10, 8, 2, 2)
         self.d = nn.Conv2d(16, 7, 3, padding=1, padding_mode="reflect")
-        self.e, self.out = nn.Conv2d(13, 6, 3, padding=1), nn.Conv2d(6, 5, 1)
+        self.e, self.out = nn.Conv2d(7, 6, 3, padding=1), nn.Conv2d(6, 5, 1)
 
     def forward(self, x):
         fine = torch.relu(self.a(x))
         middle = torch.relu(self.b(fine))
         y = torch.relu(self.d(torch.cat([middle, self.up(torch.relu(self.c(middle)))], 1)))
         y = F.interpolate(y, scale_factor=2, mode="bilinear")
-        return self.out(torch.relu(self.e(torch.cat([fine, y], 1)))).mean((2, 3))
+        return self.out(torch.relu(self.e(y) + fine)).mean((2, 3))
 
 
 SHAPES = {
