@@ -2,9 +2,9 @@
 
 Between two activations a network is linear, so every value there is a Signal or a Current (values.py). Convolution and
 linear layers turn a Signal into a Current, BatchNorm and scalar factors rescale one, addition joins them, an activation
-turns a Current into the Signal of a new spiking layer. A layer that follows a Current becomes one with it, where that
-is exact at borders as well. What does not fit (two padded 3x3 convolutions in a row, a product of two activations)
-raises ConversionError with the module path and a remedy.
+turns a Current into the Signal of a new spiking layer. A layer that follows a Current becomes one with it where that
+is exact at borders as well, and elsewhere tap by tap. What does not fit (a product of two activations, say) raises
+ConversionError with the module path and a remedy.
 
 Lowering has a method for each kind of operation, in a file for each kind:
 
@@ -35,6 +35,7 @@ from ..errors import ConversionError
 from ..model.graph import (
     ADD_FUNCTIONS,
     REPLACEABLE,
+    called,
     evaluating,
     is_normalize,
     layer_rank,
@@ -157,10 +158,7 @@ class Lowering(Reshaping):
             x = args[0] if args else kwargs["input"]
             squeezed = self.squeeze(x, step[1]) if step[0] == "squeeze" and not isinstance(x, Answer) else None
             return self._tail(x, *step) if squeezed is None else squeezed
-        resizes = node.target is F.interpolate or (
-            node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.Upsample)
-        )
-        for value in () if resizes else (*args, *kwargs.values()):
+        for value in () if self._is_resize(node) else (*args, *kwargs.values()):
             if isinstance(value, Answer):
                 raise self._not_the_end(value)
         if relu_ceiling(self.gm, node) is not None:
@@ -183,9 +181,8 @@ class Lowering(Reshaping):
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
         if handler is None and getattr(node.target, "__name__", "") == "stochastic_depth":
             handler = Lowering.stochastic_depth
-        called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         for names, why in _NO_FUNCTION.items():
-            if handler is None and called in names.split():
+            if handler is None and called(node) in names.split():
                 raise self.fail(f"has no spiking counterpart: {why}")
         if handler is None and not (unknown and step is not None):
             raise self.fail(

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from ..model.graph import tail_step
+from ..model.graph import called, tail_step
 from ..network.schema import Geometry
 from ..operators.geometry import POINTWISE
 from ..operators.windows import BORDERS, PoolSpec
@@ -309,22 +309,23 @@ class Spatial(Ends):
         shapes = self.shapes or {}
         found = list(self.node.users)
         for node in found:  # which grows
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
             alike = len(node.all_input_nodes) == 1 and shapes.get(node, ())[1:] == shapes.get(self.node, ())[1:]
-            if name == "pad" or (alike and node.op != "output"):
+            if called(node) == "pad" or (alike and node.op != "output"):
                 found += [n for n in node.users if n not in found]
-            elif name not in ("cat", "concat", "add", "iadd", "add_", "sub", "isub", "sub_"):
+            elif called(node) not in ("cat", "concat", "add", "iadd", "add_", "sub", "isub", "sub_"):
                 return False
         return True
+
+    def _is_resize(self, node: fx.Node) -> bool:
+        return node.target is F.interpolate or (
+            node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.Upsample)
+        )
 
     def _goes_on(self) -> bool:
         """Whether a layer follows this node, and not only what a tail can do."""
         found = list(self.node.users)
         for node in found:  # which grows
-            resizes = node.target is F.interpolate or (
-                node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), torch.nn.Upsample)
-            )
-            if node.op != "output" and not resizes and tail_step(self.gm, node) is None:
+            if node.op != "output" and not self._is_resize(node) and tail_step(self.gm, node) is None:
                 return True
             found += [n for n in node.users if n not in found]
         return False

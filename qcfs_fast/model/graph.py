@@ -231,9 +231,13 @@ def describe(node: fx.Node) -> str:
     """How an error names a node: its module path, or the function and the module that calls it."""
     if node.op == "call_module":
         return str(node.target)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     where = owner_path(node) or "the model's own forward"
-    return f"{name} in {where}"
+    return f"{called(node)} in {where}"
+
+
+def called(node: fx.Node) -> str:
+    """The name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", node.target))
 
 
 def call_sites(gm: fx.GraphModule) -> Iterator[tuple[str, fx.Node, Any]]:

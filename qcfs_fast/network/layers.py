@@ -272,6 +272,7 @@ def _moved_along(q: Tensor, spec: PoolSpec, axis: int) -> Tensor:
         at = torch.arange(q.shape[dim], device=q.device) % spec.spread[axis]
         there = at == spec.phase[axis] if spec.phase is not None else None
     elif spec.padding != (0, 0):
+        # Without a border the nearest pixel stands in the padding, times zero.
         i = torch.arange(-spec.padding[axis], size + spec.padding[axis], device=q.device)
         at = BORDERS[spec.border or "replicate"](i, size)
         q, there = q.index_select(dim, at), at == i if spec.border is None else None
