@@ -11,6 +11,7 @@
 # make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
 # make docs   the documentation as a site, in site/              make gallery  run the notebooks of docs/gallery, keep outputs
 # make cuda-report  registers, spills and instructions of the CUDA kernels (where nvcc was found)
+# make lock   hashes of the versions in constraints.txt, into requirements/
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell 
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo docs gallery test test-slow quick fuzz soak test-triton test-arm64 check format bench readme-figures figures-write study-latency cuda-report clean
+.PHONY: demo docs gallery test test-slow quick fuzz soak test-triton test-arm64 check format bench readme-figures figures-write study-latency cuda-report lock clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -103,13 +104,13 @@ study-latency: $(VENV)/.installed $(VENV)/.tools $(VENV)/.peers
 	cp build/study/results.json docs/studies/shipped.json
 	$(PY) -P tools/write_accuracy.py shipped
 
-docs: $(VENV)/.torch
-	$(PIP) install -c constraints.txt 'mkdocs-material>=9.7' 'mkdocstrings[python]>=1' 'mkdocs-jupyter>=0.26'
+docs: $(VENV)/.torch requirements/docs.txt
+	$(PIP) $(LOCKED) -r requirements/docs.txt
 	$(VENV)/bin/mkdocs build --strict
 
 # What the notebooks write stays beside their copies.
-gallery: $(VENV)/.installed
-	$(PIP) install -c constraints.txt nbconvert ipykernel
+gallery: $(VENV)/.installed requirements/docs.txt
+	$(PIP) $(LOCKED) -r requirements/docs.txt
 	rm -rf build/gallery && mkdir -p build && cp -r docs/gallery build/gallery
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" jupyter nbconvert --to notebook --output-dir docs/gallery \
 	    --execute --ExecutePreprocessor.record_timing=False build/gallery/*.ipynb
@@ -131,36 +132,59 @@ format: $(VENV)/.tools
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# torch first and pinned: left to a range, pip takes the newest build with several GB of CUDA packages.
-$(VENV)/.torch: constraints.txt
+# Nothing is installed whose hash requirements/ lacks.
+LOCKED = install --no-deps --require-hashes
+
+# torch first and pinned: left to a range, pip takes the newest build with several GB of CUDA packages. The second of its
+# lines finds something to do only for a build that needs NVIDIA's libraries: it pins them itself.
+$(VENV)/.torch: requirements/build.txt requirements/torch.txt
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(LOCKED) -r requirements/build.txt -r requirements/torch.txt
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt --no-deps torchvision
 	touch $@
 
-# As users get it: the source distribution, from it the wheel in an isolated build without torch, and that is installed.
+BUILD_PIP := $(VENV)/build/bin/python -m pip --quiet --disable-pip-version-check
+$(VENV)/build/.installed: $(VENV)/.torch
+	$(PYTHON) -m venv $(VENV)/build
+	$(BUILD_PIP) $(LOCKED) -r requirements/build.txt
+	touch $@
+
+# As users get it: the source distribution, from it the wheel in an environment without torch, and that is installed.
 # tests/test_packaging.py looks into both. pip takes a wheel of the version that is installed only by force.
 DIST := $(VENV)/dist
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+$(VENV)/.installed: $(VENV)/build/.installed requirements/demo.txt $(SOURCES)
 	rm -rf $(DIST)
-	$(PIP) install -c constraints.txt setuptools
 	$(PY) -c "import setuptools.build_meta as b; b.build_sdist('$(DIST)')" >/dev/null
-	$(PIP) wheel --no-deps --wheel-dir $(DIST) $(DIST)/*.tar.gz
+	PATH="$(CURDIR)/$(VENV)/build/bin:$$PATH" $(BUILD_PIP) wheel --no-deps --no-build-isolation --check-build-dependencies \
+	    --wheel-dir $(DIST) $(DIST)/*.tar.gz
+	$(PIP) $(LOCKED) -r requirements/demo.txt
 	$(PIP) install --no-deps --force-reinstall $(DIST)/*.whl
-	$(PIP) install -c constraints.txt "$$(echo $(DIST)/*.whl)[demo]"
+	$(PIP) install --no-index "$$(echo $(DIST)/*.whl)[demo]"
 	touch $@
 
 $(VENV)/sanitized/.installed: $(VENV)/.tools $(SOURCES)
-	CMAKE_ARGS=-DQCFS_FAST_SANITIZE=address,undefined QCFS_FAST_CUDA=off \
-	    $(PIP) install --no-deps --upgrade --target $(VENV)/sanitized .
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" CMAKE_ARGS=-DQCFS_FAST_SANITIZE=address,undefined QCFS_FAST_CUDA=off \
+	    $(PIP) install --no-deps --no-build-isolation --upgrade --target $(VENV)/sanitized .
 	touch $@
 
 # Their own requirements (torchaudio, tensorboard, ...) are not needed for the neurons measured here.
-$(VENV)/.peers: $(VENV)/.torch
-	$(PIP) install -c constraints.txt loguru matplotlib scipy
-	$(PIP) install -c constraints.txt --no-deps spikingjelly snntorch
+$(VENV)/.peers: $(VENV)/.torch requirements/demo.txt requirements/peers.txt
+	$(PIP) $(LOCKED) -r requirements/demo.txt -r requirements/peers.txt
 	touch $@
 
-$(VENV)/.tools: $(VENV)/.torch
-	$(PIP) install -c constraints.txt pytest pytest-benchmark pytest-xdist hypothesis pillow triton ruff mypy clang-format cmake ninja pybind11 setuptools
+$(VENV)/.tools: $(VENV)/.torch requirements/demo.txt requirements/tools.txt
+	$(PIP) $(LOCKED) -r requirements/demo.txt -r requirements/tools.txt
 	touch $@
+
+# Hashes of the index at hand, for every platform. PyTorch's CPU build (Python 3.11, Linux, x86_64) lies on its own index.
+# Pages and notebooks take what is newest when this runs.
+UV_COMPILE := $(VENV)/bin/uv pip compile - -c constraints.txt --universal --python-version 3.11 --generate-hashes \
+    --no-annotate --custom-compile-command 'make lock' --quiet --output-file
+CPU_TORCH := --hash=sha256:6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+lock:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install uv==0.13.9
+	for step in build torch demo tools peers; do \
+	    sed -n "/^# $$step:/,/^#/p" constraints.txt | $(UV_COMPILE) requirements/$$step.txt --no-deps || exit 1; done
+	sed -i.bak 's/^torch==.*/&\n    $(CPU_TORCH) \\/' requirements/torch.txt && rm requirements/torch.txt.bak
+	printf '%s\n' mkdocs-material 'mkdocstrings[python]' mkdocs-jupyter nbconvert ipykernel | $(UV_COMPILE) requirements/docs.txt

@@ -55,17 +55,23 @@ def plain(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_what_make_installs_is_pinned():
-    """By name, with all that comes along. Pages and notebooks, which nothing here reads, take what is newest."""
-    text = (SOURCE / "constraints.txt").read_text()
-    pins = dict(line.split("==") for line in text.splitlines() if not line.startswith("#"))
-    assert list(map(plain, pins)) == list(pins)
-    lines = re.findall(r"\$\(PIP\) install -c constraints.txt (.*)", (SOURCE / "Makefile").read_text())
-    asked = {word for line in lines for word in line.split() if re.fullmatch(r"[a-z][\w-]*", word)}
-    assert {"torch", "pytest", "ruff"} <= asked
-    assert asked - {"nbconvert", "ipykernel"} <= set(pins)
+def test_what_make_installs_is_pinned_and_hashed():
+    """With all that comes along."""
+    sections = re.split(r"^# (\w+): .*\n", (SOURCE / "constraints.txt").read_text(), flags=re.M)[1:]
+    pins = {}
+    for step, text in zip(sections[::2], sections[1::2], strict=True):
+        versions = dict(line.split("==") for line in text.splitlines())
+        locked = re.split(r"^(\S+)==(\S+)", (SOURCE / f"requirements/{step}.txt").read_text(), flags=re.M)[1:]
+        assert dict(zip(locked[::3], locked[1::3], strict=True)) == versions, f"make lock has not followed: {step}"
+        assert all(re.search(r"--hash=sha256:[0-9a-f]{64}\b", hashes) for hashes in locked[2::3])
+        pins |= versions
+    assert {"torch", "pytest", "ruff"} <= set(pins) and list(map(plain, pins)) == list(pins)
+    makefile = (SOURCE / "Makefile").read_text().replace("\\\n", "")
+    for line in re.findall(r"PIP\) (?:install|wheel)\b.*", makefile):  # LOCKED is what takes hashes
+        other = "uv==|triton-|-c constraints.txt torch$"
+        assert re.search(rf"--no-index|--no-deps .*({re.escape('$(DIST)/*')}|\.$)|{other}", line), line
     looked_into = 0
-    for name in set(pins) - {"spikingjelly", "snntorch"}:  # installed without what they bring along
+    for name in set(pins) - {"spikingjelly", "snntorch", "torchvision"}:  # installed without what they bring along
         with contextlib.suppress(metadata.PackageNotFoundError):
             found = metadata.distribution(name)
             if found.version.partition("+")[0] == pins[name]:
