@@ -4,7 +4,8 @@
 #             builds the native module with the sanitizers of addresses and of undefined behaviour, for g++
 # make soak   an hour of networks made, called in many ways and dropped: memory must not grow; MINUTES says otherwise
 # make format rewrite files as `make check` wants them               make bench  compare latencies (10 minutes)
-# make test-slow   what is left: builds under sanitizers, for arm64 and of CUDA; emulated and interpreted GPU kernels
+# make test-slow   what is left: builds under sanitizers, for arm64 and of CUDA; emulated and interpreted GPU kernels;
+#             trainings and processes that take more than ten seconds
 # make readme-figures  measure what the README shows, and write its table and pictures (half an hour)
 # make study-latency   time the network that ships, and write the README's three numbers (five minutes)
 # make test-triton VERSION=3.3.0   its tests with that Triton in place of the pinned one
@@ -30,7 +31,7 @@ demo: $(VENV)/.installed
 	cd $(VENV) && bin/python -m qcfs_fast demo --output ../demo-output
 
 TESTS := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest tests -n 2 --dist loadfile --no-loadscope-reorder
-SLOW := slow and (native or triton or cuda)
+SLOW := slow and (long or native or triton or cuda)
 test: $(VENV)/.installed $(VENV)/.tools
 	$(TESTS) -m 'not ($(SLOW))' $(PYTEST_ARGS)
 

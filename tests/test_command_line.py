@@ -408,6 +408,7 @@ def test_eval_goes_on_after(how, place, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_eval_in_two_processes(place, tmp_path):
     """One process is killed, two go on: the counts are those of one that ran through."""
     folder, right = place

@@ -134,7 +134,11 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", slow_but(["resnet18"], FAMILIES))
+LARGE = ["vgg11", "resnet50", "wide_resnet50_2"]  # others have their layers
+SMALL = [name for name in FAMILIES if name not in LARGE]
+
+
+@pytest.mark.parametrize("name", slow_but(["resnet18"], SMALL) + slow_but([], LARGE, pytest.mark.long))
 def test_torchvision_families(name, record_property):
     size, options = FAMILIES[name]
     torch.manual_seed(0)

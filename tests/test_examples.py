@@ -118,6 +118,7 @@ def test_mean_iou():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_segmentation(capsys):
     pytest.importorskip("sklearn")
     example("segmentation").main(["--train", "1000", "--test", "40", "--epochs", "8", "--steps", "1", "8"])
@@ -156,6 +157,7 @@ def test_average_precision():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_detection(capsys):
     pytest.importorskip("sklearn")
     example("detection").main(["--train", "1800", "--test", "40", "--epochs", "12", "--steps", "1", "32"])

@@ -66,6 +66,7 @@ def test_one_obstacle_is_one_line():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_zoo_is_tried_and_resumed(tmp_path, capsys, monkeypatch):
     page = tmp_path / "zoo.md"
     arguments = ["zoo", "--check", "--output", str(page), "squeezenet1_1", "efficientnet_b0"]

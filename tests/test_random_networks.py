@@ -201,7 +201,7 @@ def run(snn, x, T):
     return snn(x, T)[None] if snn.neuron.mode == "sum" else snn(x, T, per_step=True)
 
 
-@pytest.mark.parametrize("graphs", [125, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("graphs", [125, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_random_networks_on_a_grid_convert_exactly(graphs):
     seen, spikes, sites, ties = Counter(), 0, 0, 0
 

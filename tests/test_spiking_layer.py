@@ -184,6 +184,7 @@ def test_16_bit_weights_with_the_largest_scale(engine):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_many_layers_agree_between_engines():
     """Beyond what the slow oracle can afford: larger layers, all engines against each other."""
     spikes = neurons = 0
@@ -217,6 +218,7 @@ def _wide_layer(rng):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("O", "size"), [(8, (2, 112, 64, 64)), (600, (40, 14, 14, 64)), (9, (1, 2, 3000, 64))])
 def test_layers_larger_than_a_wave(O, size):
     """Samples and rows in turns, weights beyond the cache, strips of wide rows: as each sample alone, T = 8."""

@@ -136,6 +136,7 @@ torch.save(model.state_dict(), sys.argv[1] + "/end.pt")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
     def start(folder):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -346,6 +347,7 @@ def test_train_refuses(folder, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_several_processes(folder):
     """Two processes of torchrun: gradients are averaged, one of them writes, and the run goes on by itself."""
     run = folder / "run"

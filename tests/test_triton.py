@@ -86,7 +86,8 @@ def test_the_interpreter_runs():
         assert backend.describe_gpu()["in use"] == "triton"
 
 
-@pytest.mark.parametrize("part", slow_but([0], range(4)))
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
 def test_random_layers(part, launched):
     evidence = Evidence()
     for seed in range(100 * part, 100 * part + 12):
@@ -276,6 +277,7 @@ def test_more_rows_than_a_launch_can_count():
 # ----------------------------------------------------------------------------------- the other operators
 
 
+@pytest.mark.slow
 def test_first_layer(launched):
     evidence = Evidence()
     for seed in range(16):
@@ -360,7 +362,7 @@ POOLS = (
 )
 
 
-@pytest.mark.parametrize("spec", POOLS)
+@pytest.mark.parametrize("spec", slow_but(POOLS[:1], POOLS))
 def test_pooling(spec, launched):
     rows, cols = spec.windows(5, 0), spec.windows(7, 1)
     multiple = lcm(*spec.divisors())

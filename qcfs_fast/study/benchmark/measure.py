@@ -49,6 +49,7 @@ class Effort:
     min_rounds: the fewest readings, however slow the contender is.
     reading: a reading takes at least about so many seconds; a shorter call is repeated within it, up to 50 times.
     lead: about so many seconds of calls go unread before a reading, up to 50 of them; none where one call takes longer.
+        At most a two-hundredth of `seconds`.
     """
 
     rounds: int = 15
@@ -64,7 +65,8 @@ class Effort:
 
     def calls_of(self, once: float) -> tuple[int, int]:
         """Calls before a reading, and within it."""
-        unread, read = (min(50, int(seconds / max(once, 1e-6))) for seconds in (self.lead, self.reading))
+        lead = min(self.lead, self.seconds / 200)
+        unread, read = (min(50, int(seconds / max(once, 1e-6))) for seconds in (lead, self.reading))
         return unread, max(1, read)
 
 
