@@ -16,7 +16,7 @@ from torch import nn
 
 import qcfs_fast
 from qcfs_fast import backend
-from qcfs_fast.model.graph import symbolic_trace
+from qcfs_fast.model.tracing import symbolic_trace
 
 KINDS = [networks.Small, networks.Branches, networks.Groups, networks.Image]
 

@@ -21,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 from ..errors import ConversionError
 from ..model.qcfs import is_qcfs
+from ..model.tracing import refuse_other_trace, symbolic_trace, unwrapped
 from ..network.layers import (
     DIGITS,
     IMAGE,
@@ -139,6 +140,7 @@ def convert(
         raise ValueError(f"convert: weight_bits must be 8, 16 or 24, got {weight_bits!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     if isinstance(model, SNN):
         raise TypeError("convert: this network is converted already; convert the trained model instead")
     limit = max(T, 32) if max_T is None else max_T
@@ -163,6 +165,8 @@ def convert(
     snn = builder.build(shape, progress and data is not None)
     if check:
         usable = usable_shape(model, image, shape or input_shape)
+        if not isinstance(model, fx.GraphModule):
+            refuse_other_trace(model, symbolic_trace(model), usable)
         if usable is not None:
             self_check(model, snn, usable, step_bias, builder.errors)
     return snn

@@ -32,20 +32,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import (
-    ADD_FUNCTIONS,
-    REPLACEABLE,
-    called,
-    evaluating,
-    is_normalize,
-    layer_rank,
-    parameter,
-    refuse_hooks,
-    relu_ceiling,
-    symbolic_trace,
-    tail_step,
-)
+from ..model.graph import ADD_FUNCTIONS, REPLACEABLE, called, layer_rank, relu_ceiling, tail_step
 from ..model.qcfs import is_qcfs, thresholds
+from ..model.tracing import evaluating, is_normalize, parameter, refuse_hooks, symbolic_trace
 from .reshaping import Reshaping
 from .shapes import LAST_SHAPE, propagate_shapes
 from .symbolic import ShapeNeededError, Unknown, one_current

@@ -13,18 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import (
-    REPLACEABLE,
-    call_sites,
-    describe,
-    layer_rank,
-    made_parameters_kept,
-    owner_path,
-    refuse_hooks,
-    relu_ceiling,
-    symbolic_trace,
-)
+from ..model.graph import REPLACEABLE, call_sites, describe, layer_rank, owner_path, relu_ceiling
 from ..model.qcfs import QCFS
+from ..model.tracing import made_parameters_kept, refuse_hooks, refuse_other_trace, symbolic_trace, unwrapped
 from .lowering import lower
 from .shapes import LAST_SHAPE
 from .symbolic import ShapeNeededError
@@ -83,11 +74,18 @@ def prepare(
     if others := [c for c in replace if c not in REPLACEABLE]:
         names = ", ".join(f"nn.{c.__name__}" for c in REPLACEABLE)
         raise ValueError(f"prepare: replace takes the classes {names}; got {others[0]!r}")
+    model = unwrapped(model)
     training = model.training
     with made_parameters_kept(model):
         own = copy.deepcopy(model)
     _rectify(own, replace)
     gm = symbolic_trace(own)
+    different: ConversionError | None = None  # said behind what lowering finds, which is more precise
+    if check and gm is not own:
+        try:
+            refuse_other_trace(own, gm)
+        except ConversionError as error:
+            different = error
     _refuse_functions(gm, replace)
     QCFS(levels, threshold)  # validates both before anything is changed
     taken = {name for name, _ in gm.named_modules()}
@@ -113,6 +111,8 @@ def prepare(
     if check:
         with contextlib.suppress(ShapeNeededError):  # calibration or training will show the model an image
             lower(gm)
+    if different is not None:
+        raise different
     if not any(True for _ in call_sites(gm)):
         unlike = [(n, type(m).__name__) for n, m in gm.named_modules() if isinstance(m, tuple(REPLACEABLE))]
         also = "".join(f", or replace={{nn.{kind}}} ({n} is one)" for n, kind in unlike[:1])
@@ -200,6 +200,8 @@ def _site_path(gm: fx.GraphModule, node: fx.Node, taken: set[str], name: str) ->
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> None:
+    if node.op == "call_module":
+        refuse_hooks(gm.get_submodule(str(node.target)), str(node.target))
     gm.add_submodule(path, module)
     x = node.args[0] if node.args else node.kwargs["input"]
     with gm.graph.inserting_after(node):

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..model.graph import (
-    evaluating,
-    is_normalize,
-    made_parameters_kept,
-    symbolic_trace,
-    without_values,
-)
+from ..model.tracing import evaluating, is_normalize, made_parameters_kept, symbolic_trace, without_values
 from .values import (
     Image,
 )

@@ -20,11 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import ConversionError
-from ..model.graph import (
-    call_sites,
-    describe,
-    reads_lines,
-)
+from ..model.graph import call_sites, describe, reads_lines
 from ..network.layers import INPUT, constant_name
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec

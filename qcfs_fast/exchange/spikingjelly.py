@@ -26,8 +26,8 @@ from torch import Tensor, fx, nn
 
 from ..conversion.builder import convert
 from ..errors import ConversionError
-from ..model.graph import symbolic_trace
 from ..model.qcfs import QCFS
+from ..model.tracing import symbolic_trace
 from ..network.snn import SNN
 from .nir import to_nir
 from .simulators import Simulation, in_simulator

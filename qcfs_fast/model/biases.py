@@ -38,9 +38,10 @@ from tqdm import tqdm
 
 from ..errors import ConversionError
 from .calibration import images_of
-from .graph import call_sites, evaluating, symbolic_trace
+from .graph import call_sites
 from .neurons import plain
 from .qcfs import over_channels, qcfs
+from .tracing import evaluating, symbolic_trace
 
 TRIED = 4  # corrections: that of the rule, its half, its quarter, ...
 

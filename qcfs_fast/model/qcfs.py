@@ -6,6 +6,7 @@ of integrate-and-fire neurons reproduces it: Bu et al., ICLR 2022, section 4.2.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -85,6 +86,27 @@ def is_qcfs(module: nn.Module) -> bool:
     # Looked up in the dictionaries: while torch.fx traces, getattr returns proxies.
     thresh = module._parameters.get("thresh", module._buffers.get("thresh"))
     return thresh is not None and isinstance(module.__dict__.get("L"), int)
+
+
+def refuse_other_formula(module: Any, name: str) -> None:
+    """ConversionError where the forward of an activation that is not of this package is no QCFS of its thresholds."""
+    theta = module.thresh.detach().reshape(-1)
+    if type(module) is QCFS or not bool(theta.isfinite().all() and (theta > 0).all()):
+        return
+    inside = torch.tensor([0.25, 0.75])  # of a step: not where the staircase jumps
+    steps = (torch.arange(-2, module.L + 2)[:: 1 + module.L // 64, None] + inside).flatten() / module.L
+    for shape in ((len(steps), len(theta), 1, 1), (len(steps), len(theta))):  # it may know the rank of what it takes
+        x = (steps.to(theta)[:, None] * theta).reshape(shape)
+        with contextlib.suppress(Exception), torch.no_grad():
+            found = module(x)
+            break
+    else:
+        return
+    if not torch.allclose(found, qcfs(x, over_channels(theta, x), module.L), 1e-3):
+        raise ConversionError(
+            f"{name}: has a thresh and levels L, and its forward computes something else than QCFS of them, "
+            "thresh / L * floor(x L / thresh + 1/2), cut to 0 and thresh. Remedy: qcfs_fast.QCFS in its place"
+        )
 
 
 def thresholds(module: Any, name: str, channels: int) -> torch.Tensor:

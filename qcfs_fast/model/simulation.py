@@ -23,9 +23,10 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .graph import call_sites, evaluating, made_parameters_kept, reads_lines, symbolic_trace, without_tails
+from .graph import call_sites, reads_lines, without_tails
 from .neurons import LOOKS_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
 from .qcfs import is_qcfs, over_channels
+from .tracing import evaluating, made_parameters_kept, symbolic_trace
 
 BLOCK = 1 << 22  # weights of a linear layer converted at once
 

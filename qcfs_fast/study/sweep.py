@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..conversion.builder import convert
 from ..errors import ConversionError
 from ..files import update_json
-from ..model.graph import symbolic_trace
+from ..model.tracing import symbolic_trace
 from ..network.snn import SNN
 from ..operators.neuron import Neuron
 from .benchmark.contenders import Contenders

@@ -17,7 +17,7 @@ from torch import nn
 import qcfs_fast
 from qcfs_fast import QCFS, backend
 from qcfs_fast.conversion import lowering, shapes
-from qcfs_fast.model.graph import symbolic_trace
+from qcfs_fast.model.tracing import symbolic_trace
 from qcfs_fast.network import loading
 
 SHARED = 128

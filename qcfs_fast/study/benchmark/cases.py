@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from ...conversion.builder import convert
 from ...conversion.preparation import prepare
 from ...model.calibration import calibrate
-from ...model.graph import symbolic_trace
 from ...model.qcfs import QCFS
 from ...model.simulation import simulate
+from ...model.tracing import symbolic_trace
 from ...network.layers import Layer, SpikingLayer
 from ...network.recording import trace
 from ...network.snn import SNN

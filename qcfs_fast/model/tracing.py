@@ -1,0 +1,347 @@
+"""From a torch module to a torch.fx graph whose leaves are layers and activations.
+
+A forward that asks for sizes gets answers: it is run without values (on the meta device) for images of usual sizes, and
+where all of them give one answer, that is what the trace goes on with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import operator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim.swa_utils import AveragedModel
+from torch.utils import _pytree as pytree
+
+from ..errors import ConversionError
+from .inplace import changes_in_place, read_results
+from .qcfs import is_qcfs, refuse_other_formula
+
+# While torch.fx traces, it replaces methods of nn.Module for the whole process. So traces go one after another, and
+# another thread that uses a module meanwhile gets what it would get without a trace.
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, then in the mode it had. No other thread traces meanwhile: it might see either mode."""
+    with _one_at_a_time:
+        was_training = model.training
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(was_training)
+
+
+_OTHER_BRANCH = (
+    "the forward asks for the size of its images, and these take another branch than all usual sizes (28 to 1024 "
+    "pixels), which was traced. Remedy: leave the branch of your images, as a subclass whose forward has no other"
+)
+
+
+class Proxy(fx.Proxy):
+    """What a forward works on while it is traced. Where it asks for a number, it gets the one that all sizes share."""
+
+    tracer: _Tracer
+    __array_ufunc__ = None  # a number of numpy leaves arithmetic to this class
+
+    def __len__(self) -> int:
+        return int(self.tracer.number(self.node, len))
+
+    def __index__(self) -> int:
+        return int(self.tracer.number(self.node, operator.index))
+
+    def __int__(self) -> int:
+        return self.__index__()
+
+    def __float__(self) -> float:
+        return float(self.tracer.number(self.node, float))
+
+    def _in_place(function: Any) -> Any:  # noqa: N805 # torch.fx takes y += z for y = y + z
+        return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    __iadd__, __isub__, __imul__, __itruediv__ = map(
+        _in_place, (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    )
+    __ifloordiv__, __imod__, __ipow__ = map(_in_place, (operator.ifloordiv, operator.imod, operator.ipow))
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.own = set(model.modules())
+        self.thread = threading.get_ident()
+        self.failed_in = ""  # the innermost module whose forward raised
+        self.shadow: nn.Module | None = None  # the model without values
+        self.torn = ""  # a question on sizes that images of two sizes answer differently
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread or m not in self.own:  # or made by a forward, as nn.Flatten()(x)
+            return forward(*args, **kwargs)
+        if (inner := _wrapped(m)) is not None:
+            return inner(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or self.path_of_module(m)
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The parts of a tuple, of as many as all sizes give."""
+        return (operator.getitem(obj, i) for i in range(self.number(obj.node, len)))
+
+    def number(self, node: fx.Node, of: Callable[[Any], Any]) -> Any:
+        """`of` the node's value, which must be one for all images: its number, or how many parts it has."""
+        answers = {
+            of(value)
+            for values in (self._answers(node, batch) for batch in (2, 3))
+            for value in values.values()
+            if not (of is not len and isinstance(value, torch.Tensor))
+        }
+        if len(answers) != 1:
+            raise TypeError(f"{node} has no one {of.__name__} for all images")
+        return answers.pop()
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The way that a branch takes, where it asks for shapes alone: images of many sizes must agree on it.
+
+        The graph asserts that it is taken, for sizes that were not tried.
+        """
+        answers = {shape: a for shape, a in self._answers(obj.node).items() if isinstance(a, bool)}
+        if len(set(answers.values())) != 1:
+            sizes = " and ".join(
+                str(list(next(s for s, a in answers.items() if a is way))) for way in set(answers.values())
+            )
+            self.torn = f"images of {sizes} take different branches of it" if answers else ""
+            return bool(super().to_bool(obj))
+        (answer,) = set(answers.values())
+        as_said = self.create_proxy("call_function", operator.eq, (obj, answer), {})
+        self.create_proxy("call_function", torch._assert, (as_said, _OTHER_BRANCH), {})
+        return answer
+
+    def _answers(self, asked: fx.Node, batch: int = 2) -> dict[tuple[int, ...], Any]:
+        """What a node is for images of usual shapes that the model takes, found without values."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        graph.graph_copy(self.graph, copied)
+        graph.output(copied[asked])
+        found: dict[tuple[int, ...], Any] = {}
+        with contextlib.suppress(Exception), made_parameters_kept(self.root), torch.no_grad():
+            self.shadow = self.shadow or without_values(self.root)
+            run = fx.Interpreter(fx.GraphModule(self.shadow, graph)).run
+            for shape in _usual_shapes(self.root):
+                with contextlib.suppress(Exception), torch.device("meta"):  # whatever a model raises on other shapes
+                    found[shape] = run(torch.empty((batch, *shape)))
+        return found
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_qcfs(m) or is_normalize(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _usual_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    """Shapes of images that the first layer may take."""
+    first: Any = next((m for m in model.modules() if hasattr(m, "in_channels") or hasattr(m, "in_features")), None)
+    if isinstance(first, nn.Linear):
+        yield (first.in_features,)
+    channels = {3, 1} if isinstance(first, nn.Linear) or first is None else {first.in_channels}
+    for c in channels:
+        for side in (224, 32, 28, 97, 512, 64, 128, 256, 300, 1024):
+            yield (c, side) if isinstance(first, nn.Conv1d) else (c, side, side)
+
+
+def _wrapped(m: nn.Module) -> nn.Module | None:
+    """The network inside of what runs it on several devices, compiled, or as an average over the training."""
+    if isinstance(m, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+        return m.module
+    return m._orig_mod if isinstance(m, OptimizedModule) else None
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own network: without DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
+    while (inner := _wrapped(model)) is not None:
+        refuse_hooks(model, "the model itself")
+        model = inner
+    return model
+
+
+def refuse_other_trace(model: nn.Module, gm: fx.GraphModule, shape: Sequence[int] | None = None) -> None:
+    """ConversionError where a model computes something else than the graph that was traced of it, on a random image.
+
+    A forward can ask whether it is given a tensor, and PyTorch can do what torch.fx does not see.
+
+    Args:
+        shape: of an image; default the first usual one that the model takes. Where it takes none nothing is compared.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    shapes = sorted(_usual_shapes(model), key=lambda s: math.prod(s)) if shape is None else [shape]
+    with evaluating(model), evaluating(gm), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for tried in shapes:
+            x = torch.randn((2, *tried), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+            with contextlib.suppress(Exception):  # whatever a model raises on an image that does not fit
+                meant = pytree.tree_leaves(model(x.clone()))
+                break
+        else:
+            return
+        try:
+            found = pytree.tree_leaves(gm(x.clone()))
+        except Exception as error:
+            raise ConversionError(f"what torch.fx traced of the model fails where the model runs ({error})") from error
+    for a, b in zip(meant, found, strict=True):
+        if torch.is_tensor(a) and torch.is_tensor(b) and a.shape == b.shape:
+            a, b = (t.double().nan_to_num() for t in (a, b))
+            same = bool((a - b).abs().mean() <= 1e-3 * a.abs().mean())
+        else:
+            same = type(a) is type(b) and not torch.is_tensor(a) and a == b
+        if not same:
+            raise ConversionError(
+                "the model computes something else than what torch.fx traced of it. Usual causes are a forward that "
+                "asks for the type of a value (isinstance(x, Tensor)) or draws random numbers, and hooks on all "
+                "modules. Remedy: write that part without asking; check=False leaves this check out"
+            )
+
+
+def without_values(module: nn.Module) -> Any:
+    """A copy whose tensors are on the meta device: they have shapes alone."""
+    tensors = [*module.parameters(), *module.buffers()]
+    own = {id(t): nn.Parameter(t.to("meta"), False) if isinstance(t, nn.Parameter) else t.to("meta") for t in tensors}
+    return copy.deepcopy(module, own)
+
+
+def is_normalize(m: nn.Module) -> bool:
+    """Whether a module is torchvision's Normalize, whose forward asks what its input is."""
+    return type(m).__name__ == "Normalize" and type(m).__module__.startswith("torchvision.transforms")
+
+
+def symbolic_trace(model: nn.Module) -> fx.GraphModule:
+    """Trace in eval mode (the path inference takes); the result shares the model's parameters."""
+    model = unwrapped(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(model, fx.GraphModule):
+        if not changes_in_place(model.graph, modules):
+            return model
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(model.graph, {}))
+        read_results(graph, modules)
+        return fx.GraphModule(model, graph)
+    refuse_hooks(model, "the model itself")
+    tracer = _Tracer(model)
+    try:
+        with evaluating(model):
+            graph = tracer.trace(model)
+    except Exception as error:  # a model's own code can raise anything when run on proxies
+        where = tracer.failed_in or "the model's own forward"
+        if tracer.torn:
+            raise ConversionError(
+                f"{where}: asks for the size of its input, and {tracer.torn}, of which only one can be converted. "
+                "Remedy: leave the branch of your images, as a subclass whose forward has no other"
+            ) from error
+        raise ConversionError(
+            f"{where}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
+            "control flow that depends on tensor values by modules, or move it out of the model"
+        ) from error
+    _drop_indices(graph)
+    read_results(graph, modules)
+    for node in graph.nodes:
+        if node.op == "call_module" and is_qcfs(modules[node.target]):
+            refuse_other_formula(modules[node.target], node.target)
+    return fx.GraphModule(tracer.root, graph)
+
+
+def _drop_indices(graph: fx.Graph) -> None:
+    """x.max(dim), of which the values are read and not the indices, becomes x.amax(dim)."""
+    for node in list(graph.nodes):
+        asked = [v for v in (node.args[1:2], node.kwargs.get("dim")) if v not in ((), None)]
+        if node.target not in (torch.max, "max") or not asked or isinstance(asked[0], fx.Node):
+            continue
+        parts = [(u.target, *u.args[1:]) in ((operator.getitem, 0), (getattr, "values")) for u in node.users]
+        unread = [u.op != "output" and not u.users for u in node.users]  # as the indices in `values, _ = x.max(1)`
+        if any(parts) and all(map(operator.or_, parts, unread)):
+            node.target = "amax" if node.op == "call_method" else torch.amax
+            for user in list(node.users):
+                user.replace_all_uses_with(node)
+                graph.erase_node(user)
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook belongs to this package, or makes a parameter of others, as weight_norm and pruning do."""
+    return getattr(hook, "__module__", "").startswith(__name__.partition(".")[0]) or makes_parameter(hook) is not None
+
+
+def refuse_hooks(module: nn.Module, name: str) -> None:
+    """ConversionError where a module has hooks or a forward of its own, which the converted network would not run."""
+    if "forward" in vars(module) and _wrapped(module) is None:
+        raise ConversionError(
+            f"{name}: its forward was replaced on the object, which the converted network would not run. Remedy: give "
+            "the class that forward (of a module of your own, not of torch.nn), or put the original back"
+        )
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if not _is_ours(hook):
+            what = getattr(hook, "__qualname__", type(hook).__name__)
+            raise ConversionError(
+                f"{name}: has a forward hook ({what}), which the converted network would not run. Remedy: remove it "
+                "(handle.remove()), or do its work in the forward of a module"
+            )
+
+
+def makes_parameter(hook: Any) -> str | None:
+    """The parameter that a pre-hook of torch makes of others before each forward; None where it makes none."""
+    if isinstance(hook, WeightNorm | SpectralNorm):
+        return str(hook.name)
+    return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else None
+
+
+@contextlib.contextmanager
+def made_parameters_kept(model: nn.Module) -> Iterator[None]:
+    """What such hooks made is detached meanwhile, so that it can be copied, and put back after whatever runs makes."""
+    hooks = [(m, hook) for m in model.modules() for hook in m._forward_pre_hooks.values()]
+    made = [(m, name, getattr(m, name)) for m, hook in hooks if (name := makes_parameter(hook))]
+    for m, name, value in made:
+        setattr(m, name, value.detach())
+    try:
+        yield
+    finally:
+        for m, name, value in made:
+            setattr(m, name, value)
+
+
+def parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter as the next forward will see it.
+
+    Under torch's hook-based weight_norm, spectral_norm and pruning the attribute is what the last forward made, which
+    may have been before the weights were loaded.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if makes_parameter(hook) != name:
+            continue
+        if isinstance(hook, WeightNorm):
+            return hook.compute_weight(module)
+        if isinstance(hook, SpectralNorm):
+            return hook.compute_weight(module, do_power_iteration=False)
+        assert isinstance(hook, BasePruningMethod)
+        return hook.apply_mask(module)
+    found: torch.Tensor | None = getattr(module, name)
+    return found
