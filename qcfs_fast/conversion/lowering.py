@@ -97,6 +97,8 @@ class Lowering(Reshaping):
                 if node.op == "call_module":
                     refuse_hooks(self.gm.get_submodule(str(node.target)), str(node.target))
                 self.values[node] = self._execute(node)
+                if self._depends_on_size(node):
+                    self.sized.add(node)
             except ShapeNeededError:
                 raise
             except ConversionError as error:
@@ -180,6 +182,12 @@ class Lowering(Reshaping):
             )
         if handler is None or (unknown and handler not in _OF_ANYTHING):
             return Unknown()
+        mean = handler is Lowering.divide and self._is_of_whole_maps(args[0])  # whose pool asks for the size itself
+        if self._asks_for_sizes() and handler not in _OF_SIZES and not mean:
+            raise self.fail(
+                "is given a number made of the size of maps, which is another one in images of another size. Remedy: "
+                "write the number, in a model for images of one size"
+            )
         try:
             return handler(self, *args, **kwargs)
         except TypeError as error:
@@ -406,6 +414,13 @@ _OF_JOINED = (
 )
 # What is looked at even where a value is unknown: sizes have an answer, a product of two values is an obstacle.
 _OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)
+
+
+# What may be told the size of maps: it stays true in other sizes, or the method asks whether it does.
+_OF_SIZES = (
+    *(Lowering.view, Lowering.getitem, Lowering.pad, Lowering.upsample, Lowering.avg_pool, Lowering.max_pool),
+    *(Lowering.flatten, Lowering.to),
+)
 
 
 def _all_of(obstacles: list[ConversionError]) -> ConversionError:

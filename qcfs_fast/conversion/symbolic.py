@@ -12,6 +12,7 @@ height is added here.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import ConversionError
-from ..model.graph import call_sites, describe, reads_lines
+from ..model.graph import call_sites, called, describe, reads_lines
 from ..network.layers import INPUT, constant_name
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
@@ -93,6 +94,10 @@ def zeros(channels: int) -> Tensor:
     return torch.zeros(channels, dtype=torch.float64)
 
 
+def _asks_for_shape(node: fx.Node) -> bool:
+    return called(node) == "size" or (node.target is getattr and node.args[1] == "shape")
+
+
 class Symbolic:
     """One pass over the graph. `shapes` maps nodes to the shapes of their values without the batch, if known.
 
@@ -110,6 +115,7 @@ class Symbolic:
         self.result = Lowered(Image((), (), ()))
         self.image: Image | None = None
         self.single: set[str] = set()  # layers whose maps have one pixel, whatever the size of images
+        self.sized: set[fx.Node] = set()  # numbers that are another one in images of another size
         self.constants: dict[Any, Part] = {}  # neurons that always fire, by the maps that they cover
 
     def fail(self, why: str) -> ConversionError:
@@ -122,6 +128,33 @@ class Symbolic:
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
         return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Laid, Row, Answer, Unknown))
+
+    def _depends_on_size(self, node: fx.Node) -> bool:
+        """Whether a node is a number, or several, that images of another size would change."""
+        if not self._is_constant(self.values[node]) or isinstance(self.values[node], bool) or not node.all_input_nodes:
+            return False
+        source = node.all_input_nodes[0]
+        if _asks_for_shape(node):
+            return node.target is getattr or len(node.args) < 2 or self._is_of_pixels(source, node.args[1])
+        if node.target is operator.getitem and _asks_for_shape(source) and source in self.sized:
+            return self._is_of_pixels(source.all_input_nodes[0], node.args[1])
+        return self.sized.intersection(node.all_input_nodes) != set()
+
+    def _is_of_pixels(self, x: fx.Node, dim: Any) -> bool:
+        """Whether a dimension of a map is its height or its width."""
+        rank = 1 + len((self.shapes or {}).get(x, ()))
+        return rank > 2 and not (isinstance(dim, int) and dim % rank < 2)
+
+    def _asks_for_sizes(self) -> bool:
+        """Whether an argument of the node being executed holds for images of one size alone."""
+        return self.sized.intersection(self.node.all_input_nodes) != set()
+
+    @staticmethod
+    def _is_of_whole_maps(x: Any) -> bool:
+        """Whether a value has one pixel because its pools take maps as a whole."""
+        signals = x.identities if isinstance(x, Current) else [x] if isinstance(x, Signal) else []
+        parts = [p for s in signals for p in s.parts] + [p.part for p in getattr(x, "products", ())]
+        return bool(parts) and all(p.pools and p.pools[-1].output == (1, 1) for p in parts)
 
     def _is_unknown(self, x: Any) -> bool:
         values = x.values() if isinstance(x, dict) else x
