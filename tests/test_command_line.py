@@ -18,6 +18,7 @@ import torchvision_models  # noqa: F401 - makes torchvision importable here
 
 import qcfs_fast
 from qcfs_fast.study import command_line, evaluation, zoo
+from qcfs_fast.study.batch import Job
 from qcfs_fast.study.datasets import open_data
 
 COMMANDS = ("demo", "info", "selftest", "convert", "inspect", "export", "eval", "profile", "bench", "compare")
@@ -486,6 +487,16 @@ def test_a_folder_is_numbered_and_normalised_as_the_file_says(sorted_images, tmp
     assert "has no folder for" in err
 
 
+def test_predict_many_normalises_as_the_file_says(sorted_images, tmp_path):
+    snn, folder = sorted_images
+    snn.save(tmp_path / "net.safetensors", SAID)
+    snn = qcfs_fast.load(tmp_path / "net.safetensors")
+    for asked, want in (((None, None), ([0.5], [0.2, 0.3, 0.4])), (((0.1,), None), ((0.1,), [0.2, 0.3, 0.4]))):
+        job = Job(str(tmp_path / "net.safetensors"), str(folder / "images"), "parts", 4, 14, *asked, None, None)
+        data = job.images(snn)
+        assert torch.equal(data.batch([3])[0], open_data(folder / "images", 14, *want).batch([3])[0])
+
+
 def test_folders_that_do_not_match_the_network(sorted_images, tmp_path, capsys):
     snn, folder = sorted_images
     net = tmp_path / "net.safetensors"
@@ -505,7 +516,7 @@ def test_folders_that_do_not_match_the_network(sorted_images, tmp_path, capsys):
     for command in ("eval", "profile"):
         code, out, err = run(capsys, command, net, images, "--size", 14, "--quiet")
         assert (code, out) == (1, "")
-        assert "'zebra', one of 1 such folders, is no class of the network" in err
+        assert "the folder 'zebra' is no class of the network, which has 'owl', 'ant'" in err
         assert "Rename it, or take it away" in err
     assert not list(tmp_path.glob("*.eval"))
 

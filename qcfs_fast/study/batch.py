@@ -201,7 +201,8 @@ def predict_many(
         workers: actors at work. Each has a processor of its own, or `gpus` of a GPU.
         gpus: GPUs of a worker; 0.5 lets two of them share one.
         chunk: images of a part, predicted in one call.
-        size, mean, std: of a folder's or Parquet's images, as of ``qcfs-fast eval``.
+        size: side of a folder's or Parquet's images.
+        mean, std: as of ``qcfs-fast eval``: by default as the network's file says.
         T, neuron: default the network's.
 
     Returns:

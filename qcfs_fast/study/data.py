@@ -153,11 +153,12 @@ class Folder:
         number = {name: i for i, name in enumerate(classes)}
         unknown = [name for name in self.classes if name not in number]
         if unknown:
+            others = f" (nor are {len(unknown) - 1} others)" if len(unknown) > 1 else ""
             raise ValueError(
-                f"{self.path}: {unknown[0]!r}, one of {len(unknown)} such folders, is no class of the network. It has "
+                f"{self.path}: the folder {unknown[0]!r} is no class of the network{others}, which has "
                 f"{', '.join(map(repr, classes[:10]))}{', ...' * (len(classes) > 10)}. Rename it, or take it away"
             )
-        missing = sorted(set(classes) - set(self.classes), key=number.__getitem__)
+        missing = sorted(number.keys() - self.classes, key=number.__getitem__)
         self.files = [(file, number[self.classes[label]]) for file, label in self.files]
         self.classes = list(classes)
         return missing
