@@ -19,10 +19,8 @@ from ..network.snn import SNN
 from .data import Dataset
 
 
-def checked_classes(values: Any, outputs: int) -> list[str] | None:
-    """Class names; FormatError unless there are as many as outputs. None where nothing is said."""
-    if values is None:
-        return None
+def checked_classes(values: Any, outputs: int) -> list[str]:
+    """Class names; FormatError unless there are as many as outputs, all different."""
     names = isinstance(values, list | tuple) and all(isinstance(v, str) and v for v in values)
     fits = names and len(values) == len(set(values)) == outputs
     count = f"{len(values)}: " if names else ""

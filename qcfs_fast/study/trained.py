@@ -103,7 +103,8 @@ def _check(about: Trained) -> None:
         whole("shape", value, 1 << 14)
     if not isinstance(about.width, float | int) or not 0 < about.width <= 64:
         raise ValueError(f"width must be in (0, 64], got {about.width!r}")
-    checked_classes(about.names, about.classes)
+    if about.names is not None:
+        checked_classes(about.names, about.classes)
     for name in ("mean", "std"):
         checked_numbers(name, getattr(about, name), about.shape[0])
     if not isinstance(about.network, str) or not re.fullmatch(r"[\w-]+", about.network):

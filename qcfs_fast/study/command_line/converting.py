@@ -74,10 +74,12 @@ def _classes(text: str) -> int | list[str]:
         return positive(text)
     path = Path(text)
     try:
-        names = class_folders(folder_of(path, "train")) if path.is_dir() else path.read_text("utf-8").splitlines()
+        if path.is_dir():
+            names = class_folders(folder_of(path, "train"))
+        else:
+            names = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"neither a number nor a file or folder of names: {error}") from error
-    names = [name.strip() for name in names if name.strip()]
     if not names or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{path} must hold class names, each of them once; it holds {len(names)}")
     return names
