@@ -65,6 +65,33 @@ def test_one_obstacle_is_one_line():
         qcfs_fast.prepare(model)
 
 
+class Gated(nn.Module):
+    """What a function could not make may be a constant: a product with it is no attention, and not judged."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.a, self.b, self.gate = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), gate
+
+    def forward(self, x):
+        return self.b(self.gate(torch.relu(self.a(x))))
+
+
+def test_a_product_with_what_is_unknown_is_not_judged():
+    for gate in (lambda y: y * (y > 0), lambda y: torch.zeros_like(y) * y, lambda y: y / y.std()):
+        with pytest.raises(ConversionError) as caught:
+            qcfs_fast.prepare(Gated(gate))
+        (line,) = str(caught.value).splitlines()
+        assert "has no spiking counterpart. Supported" in line
+    with pytest.raises(ConversionError, match="multiplies two activations"):
+        qcfs_fast.prepare(Gated(lambda y: y * y))
+
+
+def test_a_place_is_listed_once():
+    with pytest.raises(ConversionError, match=r"^abs in the model's own forward: has no spiking counterpart") as caught:
+        qcfs_fast.prepare(Gated(lambda y: y.abs() + (2 * y).abs() + (3 * y).abs()))
+    assert [len(places) for _, places in caught.value.obstacles] == [1]
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_zoo_is_tried_and_resumed(tmp_path, capsys, monkeypatch):

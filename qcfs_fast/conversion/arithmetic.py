@@ -169,8 +169,24 @@ class Arithmetic(Weighted):
     def keep(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return x
 
-    def dropout(self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    def dropout(
+        self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool | None = None
+    ) -> Any:
+        """A dropout that is off; torch.dropout calls its `training` so: `train`."""
+        if p and (training if train is None else train):
+            raise self.fail(
+                "drops values at random in eval mode too, as its `training` is True (F.dropout's default). Remedy: "
+                "training=self.training, or nn.Dropout"
+            )
         return x
 
+    def alpha_dropout(self, x: Any, p: float = 0.5, training: bool = False, inplace: bool = False) -> Any:
+        return self.dropout(x, p, training)
+
     def stochastic_depth(self, x: Any, p: float, mode: str, training: bool = True) -> Any:
-        return x
+        return self.dropout(x, p, training)
+
+    def drop_block(
+        self, x: Any, p: float, block_size: int, inplace: bool = False, eps: float = 1e-6, training: bool = True
+    ) -> Any:
+        return self.dropout(x, p, training)

@@ -3,7 +3,7 @@
 A value is an Image, a Signal, a Current, or one of their relatives (values.py). An operation asks for it as the
 signals that a layer may read (`_sources`), or as a current that a neuron may integrate (`_current`). Each raises
 ConversionError, with the place in the model, where the value is no such thing. A size that is not known is a Size,
-which any arithmetic leaves one.
+and what is computed with it remains one.
 
 A network of lines, [N, C, L], is one of maps that are one pixel high: where a model names one number, that of the
 height is added here.
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from ..errors import ConversionError
 from ..model.graph import (
@@ -52,8 +53,14 @@ class ShapeNeededError(ConversionError):
     """Lowering cannot go on without the shape of the images."""
 
 
+@dataclass(frozen=True)
 class Unknown:
-    """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again."""
+    """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again.
+
+    `activation`: a module made it, so it depends on the image; what a function was to make may be a constant.
+    """
+
+    activation: bool
 
 
 def one_current(x: Any) -> Any:
@@ -61,17 +68,17 @@ def one_current(x: Any) -> Any:
 
 
 class Size:
-    """A size that is not a number here: that of the batch, or any while the shape of the images is not known."""
+    """A size that is not a number here: that of the batch, or any while the shape of the images is not known.
 
-    def _with(self, other: Any) -> Size:
-        return self
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _with
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _with  # type: ignore[assignment] # asserted: who knows
-    __hash__ = object.__hash__
+    So is what Python computes with it.
+    """
 
     def __repr__(self) -> str:
         return "N"
+
+
+def has_size(x: Any) -> bool:
+    return any(isinstance(v, Size) for v in pytree.tree_leaves(x))
 
 
 def whole(sizes: Sequence[Any]) -> bool:
@@ -127,9 +134,11 @@ class Symbolic:
             return all(map(self._is_constant, x.values()))
         return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Laid, Row, Answer, Unknown))
 
-    def _is_unknown(self, x: Any) -> bool:
-        values = x.values() if isinstance(x, dict) else x
-        return any(map(self._is_unknown, values)) if isinstance(x, (tuple, list, dict)) else isinstance(x, Unknown)
+    @staticmethod
+    def _unknown(x: Any) -> Unknown | None:
+        """What is unknown among arguments, if any is."""
+        found = [v for v in pytree.tree_leaves(x) if isinstance(v, Unknown)]
+        return Unknown(all(v.activation for v in found)) if found else None
 
     def _read_image(self, x: Image, channels: int | None) -> Signal:
         """The image as the one analog Part; all layers that read it must agree on its channels."""
