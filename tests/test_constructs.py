@@ -214,12 +214,30 @@ IMAGES = {
     "added to spikes beside it": lambda n, x: n.relu_f(
         torch.cat([x, y := spikes_of(n, x)], 1) * 0.5 + torch.cat([n.b(y), n.b(y)[:, :3]], 1)
     ),
+    "a channel twice": lambda n, x: n.relu_b(n.twice(torch.cat([x[:, :1], x, x[:, 1:]], 1))),
+    "twice, and cut": lambda n, x: n.relu_a(n.a(torch.cat([x, x * 2], 1)[:, :3])),
+    "reversed, and cut": lambda n, x: n.relu_a(n.a(torch.cat([x[:, 1:], x[:, :1]], 1)[:, [1, 0, 0]])),
     "flattened": lambda n, x: n.relu_e(n.flat((x - n.mean).div(n.std).flatten(1))),
+    "flattened, with a number for each feature": lambda n, x: n.relu_e(
+        n.flat(n.each(((x - n.mean) / n.std).flatten(1)))
+    ),
+    "flattened, with an activation for each": lambda n, x: n.relu_f(n.each(x.flatten(1))),
+    "a flattened map with a number for each feature": lambda n, x: n.relu_e(
+        n.flat_map(n.each_of_map(F.avg_pool2d(spikes_of(n, x), 2).flatten(1)))
+    ),
+    "a flattened layer with a number for each feature": lambda n, x: n.relu_e(
+        n.flat_map(n.relu_f(n.each_of_map(F.avg_pool2d(n.b(spikes_of(n, x)), 2).flatten(1))))
+    ),
 }
 
 
 def image(wiring):
     extra = {"aside": nn.Conv2d(3, 8, 1), "twice": nn.Conv2d(6, 8, 3, padding=1)}
+    extra |= {
+        "each": nn.BatchNorm1d(144).eval(),
+        "each_of_map": nn.BatchNorm1d(96).eval(),
+        "flat_map": nn.Linear(96, 8),
+    }
     extra |= {"flat": nn.Linear(144, 8), "relu_e": QCFS(4), "relu_f": QCFS(4), "beside": nn.Conv2d(11, 8, 3, padding=1)}
     numbers = {"mean": [0.5, -0.25, 1.0], "std": [0.5, 2.0, 0.25]}
     extra |= {name: torch.tensor(v).reshape(3, 1, 1) for name, v in numbers.items()}
@@ -283,6 +301,14 @@ def test_an_image_with_a_border_of_zeros_is_normalised_before_it():
 @pytest.mark.parametrize("wiring", IMAGES)
 def test_the_image_is_normalised_by_the_model(wiring, tmp_path):
     exact(image(wiring), tmp_path)
+
+
+def test_a_flattened_map_of_many_features_is_told_the_way():
+    net = Net(
+        lambda n, x: n.norm(n.relu_a(n.a(x)).flatten(1)), norm=nn.BatchNorm1d(8 * 32 * 32).eval(), shape=(3, 32, 32)
+    )
+    with pytest.raises(qcfs_fast.ConversionError, match="norm: has a number for each of 8192 features.*Remedy"):
+        qcfs_fast.convert(net.eval(), input_shape=(3, 32, 32))
 
 
 def test_bytes_are_images_where_the_model_scales_them(tmp_path):

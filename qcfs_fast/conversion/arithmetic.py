@@ -153,7 +153,7 @@ class Arithmetic(Weighted):
                 source=sum((t.source for t in tensors), ()),
                 scale=sum((t.scale for t in tensors), ()),
                 shift=sum((t.shift for t in tensors), ()),
-                width=max(t.width for t in tensors),
+                width=max(t.channels for t in tensors),
             )
         tensors = [self._read_image(t, None) if isinstance(t, Image) else t for t in tensors]
         if dim % self._rank(tensors[0]) != 1 or not all(isinstance(t, Signal | Current | Joined) for t in tensors):

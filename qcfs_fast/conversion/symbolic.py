@@ -276,11 +276,11 @@ class Symbolic:
         )
 
     def _channels(self, x: Any) -> int:
-        if isinstance(x, Image) and not x.source:
-            known = self._shape(x)[1]
-            if not isinstance(known, int):
+        if isinstance(x, Image) and not x.source:  # it is whole
+            shape = self._image_shape()
+            if shape is None:
                 raise self._shape_needed("takes channels of the image, whose shape is not known")
-            return known
+            return shape[0]
         if not isinstance(x, Image | Signal | Current | Joined):
             raise self.fail("takes parts of what is no map of spikes or of currents")
         return len(x.source) if isinstance(x, Image) else x.channels
@@ -288,11 +288,10 @@ class Symbolic:
     def _selected(self, x: Any, index: Sequence[int]) -> Any:
         """Some channels of a value."""
         if isinstance(x, Image) and not x.batch_only and not x.vector and not x.map:
-            n = self._channels(x)
-            whole = self._whole_image(x, n)
+            whole = self._whole_image(x, self._channels(x))
             source = tuple(whole.source[i] for i in index)
             scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
-            return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
+            return replace(x, source=source, scale=scale, shift=shift, width=whole.channels)
         if not isinstance(x, Signal | Current | Joined) or x.vector or getattr(x, "flattened", False):
             raise self.fail(
                 "takes parts of a flattened value, which has no spiking counterpart; take channels of a map"

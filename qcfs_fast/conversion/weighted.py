@@ -26,11 +26,15 @@ from .values import (
     Joined,
     Product,
     Row,
+    Signal,
     affine,
     composable,
     composed,
     dealt,
 )
+
+
+MOST_FEATURES = 4096  # that are looked at one by one: their weight has the square of it
 
 
 class Weighted(Symbolic):
@@ -119,6 +123,20 @@ class Weighted(Symbolic):
             out_bias = out_bias + weight.double().reshape(out, x.channels, -1).sum(2) @ x.bias
         return Current(out_bias, tuple(products), (), True)
 
+    def _is_flattened(self, x: Any, features: int) -> bool:
+        """Whether a value is a flattened map of more features than channels."""
+        flat = getattr(x, "vector", False) or getattr(x, "flattened", False)
+        return flat and isinstance(x, Signal | Current) and x.channels < features
+
+    def _features(self, x: Any, features: int) -> Any:
+        """The features of a flattened image or map, each a current of its own."""
+        if features > MOST_FEATURES:
+            raise self.fail(
+                f"has a number for each of {features} features of a flattened map. Remedy: a BatchNorm of the map, with "
+                "one for each channel, before flatten"
+            )
+        return self.linear(x, torch.eye(features))
+
     def matmul(self, x: Any, weight: Any) -> Any:
         """A linear layer whose weight is [features, outputs]."""
         if self._is_constant(x) or not isinstance(weight, Tensor) or weight.dim() != 2:
@@ -144,6 +162,8 @@ class Weighted(Symbolic):
         if not bool(torch.isfinite(scale).all()):
             raise self.fail("BatchNorm statistics are not finite; train or reset them")
         why_not = "BatchNorm of a value it does not fit"
+        if getattr(x, "map", ()) or self._is_flattened(x, mean.numel()):
+            x = self._features(x, mean.numel())
         current = x if isinstance(x, Joined) else self._current(x, mean.numel(), why_not)
         if current.channels != mean.numel():
             raise self.fail(why_not)
