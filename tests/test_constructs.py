@@ -244,6 +244,53 @@ def image(wiring):
     return Net(IMAGES[wiring], **extra)
 
 
+VECTORS = {  # features of linear layers, and images that are vectors
+    "some features of a layer": lambda n, x: n.relu_b(n.l(x)[:, 1:9]),
+    "some features of spikes": lambda n, x: n.relu_b(n.m(n.relu_a(n.l(x))[:, [7, 1, 0, 1, 2, 3, 4, 6]])),
+    "halves, without a layer": lambda n, x: n.relu_b((y := n.relu_a(n.l(x)))[:, :8] - 0.5 * y.narrow(1, 8, 8)),
+    "a feature at the output": lambda n, x: n.relu_a(n.l(x))[:, 2:5],
+    "layers side by side": lambda n, x: n.relu_b(torch.cat([n.l(x), n.o(x)], 1)),
+    "a layer beside its spikes": lambda n, x: n.relu_b(torch.cat([y := n.relu_a(n.o(x)), n.m(y)], -1)),
+    "heads side by side": lambda n, x: torch.cat([n.m(y := n.relu_a(n.o(x))), n.m(-y)], 1),
+    "spikes beside the image": lambda n, x: n.relu_b(n.p(torch.cat([n.relu_a(n.o(x)), x], 1))),
+    "the image normalised": lambda n, x: n.relu_a(n.l((x - n.mean) / n.std)),
+    "BatchNorm of the image": lambda n, x: n.relu_a(n.l(n.norm(x))),
+    "flattened as it is": lambda n, x: n.relu_a(n.l(torch.flatten(x, 1))),
+    "some features of the image": lambda n, x: n.relu_a(n.m(x[:, 3:11])),
+}
+
+
+@pytest.mark.parametrize("wiring", VECTORS)
+def test_vectors(wiring, tmp_path):
+    extra = {"l": nn.Linear(12, 16), "m": nn.Linear(8, 8), "o": nn.Linear(12, 8), "p": nn.Linear(20, 8)}
+    extra |= {
+        "norm": nn.BatchNorm1d(12).eval(),
+        "mean": torch.arange(12) / 16,
+        "std": 2.0 ** (torch.arange(12) % 3 - 1),
+    }
+    net = Net(
+        VECTORS[wiring], shape=(12,), head=wiring not in ("a feature at the output", "heads side by side"), **extra
+    )
+    exact(net, tmp_path, shape=(12,))
+
+
+FEATURES = {
+    "a mean of a layer": lambda n, x: n.out(n.b(spikes_of(n, x)).mean((2, 3))),
+    "a mean of laid pixels": lambda n, x: n.out(n.b(spikes_of(n, x)).flatten(2).mean(2)),
+    "some means": lambda n, x: n.relu_b(n.b(spikes_of(n, x)).sum((2, 3))[:, 2:6]),
+    "some of a flattened layer": lambda n, x: n.relu_b(n.map(n.b(spikes_of(n, x)).flatten(1))[:, 1:]),
+    "the image beside spikes, flattened": lambda n, x: n.relu_f(torch.cat([spikes_of(n, x), x], 1).flatten(1)),
+    "a layer of that": lambda n, x: n.relu_f(n.both(torch.cat([spikes_of(n, x), x], 1).flatten(1))),
+    "BatchNorm of the image, flattened": lambda n, x: n.relu_f(n.flat(n.norm(x).flatten(1))),
+}
+
+
+@pytest.mark.parametrize("wiring", FEATURES)
+def test_maps_that_become_vectors(wiring, tmp_path):
+    extra = {"out": nn.Linear(8, 5), "map": nn.Linear(384, 8), "both": nn.Linear(11 * 48, 8), "flat": nn.Linear(144, 8)}
+    exact(Net(FEATURES[wiring], head=False, norm=nn.BatchNorm2d(3), relu_f=QCFS(4), **extra), tmp_path)
+
+
 MOVED_IMAGES = {
     "zeros": lambda n, x: n.relu_a(n.a(F.pad(x, (0, 1, 2, 0)))),
     "zeros of a normalised image": lambda n, x: n.relu_a(n.a(F.pad((x - n.mean) / n.std, (0, 1, 0, 1)))),
@@ -307,7 +354,7 @@ def test_a_flattened_map_of_many_features_is_told_the_way():
     net = Net(
         lambda n, x: n.norm(n.relu_a(n.a(x)).flatten(1)), norm=nn.BatchNorm1d(8 * 32 * 32).eval(), shape=(3, 32, 32)
     )
-    with pytest.raises(qcfs_fast.ConversionError, match="norm: has a number for each of 8192 features.*Remedy"):
+    with pytest.raises(qcfs_fast.ConversionError, match=r"norm: has a number for each of 8192 features.*Remedy"):
         qcfs_fast.convert(net.eval(), input_shape=(3, 32, 32))
 
 

@@ -137,11 +137,18 @@ class Lowering(Reshaping):
         if not self._takes_joined(node):
             args, kwargs = (fx.node.map_aggregate(v, one_current) for v in (args, kwargs))
         if node.op == "placeholder":
+            if str(node.target).startswith("*"):
+                if node.users:
+                    raise self.fail(
+                        f"is what forward takes as {node.target}, of which torch.fx knows nothing. Remedy: a forward "
+                        "that names its one input"
+                    )
+                return None
             if any(isinstance(v, Image) for v in self.values.values()):
                 if node.args:  # a further argument with a default
                     return node.args[0]
                 raise self.fail("a network with several inputs is not supported; convert the part behind one input")
-            return Image((), (), (), line=self.line)
+            return Image((), (), (), vector=len(self._image_shape() or ()) == 1, line=self.line)
         rank = layer_rank(self.gm, node)
         if rank is not None and rank != self._rank(None) - 2:
             raise self.fail(_OTHER_RANK[rank])
@@ -176,7 +183,7 @@ class Lowering(Reshaping):
         for names, why in _NO_FUNCTION.items():
             if handler is None and called(node) in names.split():
                 raise self.fail(f"has no spiking counterpart: {why}")
-        if handler is None and not (unknown and step is not None):
+        if handler is None and not (unknown and (step is not None or not unknown.activation)):
             raise self.fail(
                 "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "
                 "add, concat and QCFS. Remedy: replace it, or convert only the part of the model without it"
@@ -251,6 +258,8 @@ class Lowering(Reshaping):
             return self.shuffle(x, m.groups)
         if isinstance(m, nn.Flatten):
             return self.flatten(x, m.start_dim, m.end_dim)
+        if isinstance(m, nn.Unflatten):
+            return self.unflatten(x, m.dim, m.unflattened_size)
         if isinstance(m, nn.AvgPool1d | nn.AvgPool2d):
             divisor: Any = getattr(m, "divisor_override", None)  # a pool over lines has none
             return self.avg_pool(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor)
@@ -326,6 +335,7 @@ FUNCTIONS: dict[Any, Handler] = {
     torch.cat: Lowering.concat,
     torch.concat: Lowering.concat,
     torch.flatten: Lowering.flatten,
+    torch.unflatten: Lowering.unflatten,
     torch.unsqueeze: Lowering.unsqueeze,
     torch.reshape: Lowering.view,
     torch.permute: Lowering.permute,
@@ -370,6 +380,7 @@ METHODS: dict[str, Handler] = {
     **dict.fromkeys(("mul", "mul_", "multiply"), Lowering.scale),
     **dict.fromkeys(("div", "div_", "divide"), Lowering.divide),
     "flatten": Lowering.flatten,
+    "unflatten": Lowering.unflatten,
     "view": Lowering.view,
     "reshape": Lowering.view,
     "size": Lowering.size,
@@ -411,7 +422,7 @@ _KNOWN_MODULES = (
     nn.Conv2d,
     nn.Linear,
     *_BATCH_NORMS,
-    nn.Flatten,
+    *(nn.Flatten, nn.Unflatten),
     nn.ChannelShuffle,
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.MaxPool2d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConstantPad1d, nn.ConstantPad2d),

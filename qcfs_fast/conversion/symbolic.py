@@ -176,7 +176,7 @@ class Symbolic:
         if isinstance(x, Image):
             x = self._read_image(x, channels)
         x = self._summand(x, why_not)
-        if any(s.vector and s.index is not None for s in x.identities):
+        if any(s.vector and s.index is not None and not self._has_one_pixel(s) for s in x.identities):
             raise self.fail("reorders or drops channels and flattens them, with no layer behind; put one there")
         return without_choices(x)
 
@@ -285,16 +285,36 @@ class Symbolic:
             raise self.fail("takes parts of what is no map of spikes or of currents")
         return len(x.source) if isinstance(x, Image) else x.channels
 
+    def _has_one_pixel(self, x: Any) -> bool:
+        """Whether a value is a vector of a layer's own features, or a map of one pixel, whatever the size of images."""
+
+        def single(p: Part) -> bool:
+            return p.pools[-1].output == (1, 1) if p.pools else p.node in self.single
+
+        if isinstance(x, Joined):
+            return all(map(self._has_one_pixel, x.currents))
+        if isinstance(x, Signal):
+            return all(single(p) or (p.is_image and x.vector) for p in x.parts)
+        if isinstance(x, Current) and x.flattened and x.size == (1, 1):
+            return True
+        return (
+            isinstance(x, Current)
+            and all(p.vector or (p.geometry[:8] == POINTWISE[:8] and single(p.part)) for p in x.products)
+            and all(self._has_one_pixel(s) for s in x.identities)
+        )
+
     def _selected(self, x: Any, index: Sequence[int]) -> Any:
         """Some channels of a value."""
-        if isinstance(x, Image) and not x.batch_only and not x.vector and not x.map:
+        if isinstance(x, Image) and not x.batch_only and not x.map:
             whole = self._whole_image(x, self._channels(x))
             source = tuple(whole.source[i] for i in index)
             scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
             return replace(x, source=source, scale=scale, shift=shift, width=whole.channels)
-        if not isinstance(x, Signal | Current | Joined) or x.vector or getattr(x, "flattened", False):
+        if not isinstance(x, Signal | Current | Joined) or (self._is_flat(x) and not self._has_one_pixel(x)):
             raise self.fail(
-                "takes parts of a flattened value, which has no spiking counterpart; take channels of a map"
+                "takes some features of a flattened map or image, which has no spiking counterpart. Remedy: take "
+                "channels of the map before it is flattened, or all features, with a linear layer's weight of zero for "
+                "those left out"
             )
         if not index:
             raise self.fail("takes no channels at all")
@@ -307,11 +327,13 @@ class Symbolic:
             return (Size(), *known)
         return tuple(Size() for _ in range(self._rank(x)))
 
+    @staticmethod
+    def _is_flat(x: Any) -> bool:
+        return bool(getattr(x, "vector", False) or getattr(x, "flattened", False) or getattr(x, "map", ()))
+
     def _rank(self, x: Any) -> int:
         """The dimensions of a map or a vector, the batch among them."""
-        if getattr(x, "vector", False) or getattr(x, "flattened", False):
-            return 2
-        return 3 if self.line else 4
+        return 2 if self._is_flat(x) else 3 if self.line else 4
 
     def _map_size(self, x: Any) -> tuple[Any, Any]:
         """Height and width of a map."""
