@@ -168,6 +168,10 @@ def test_arithmetic_between_layers(wiring, tmp_path):
 
 
 REFUSED = {
+    "the size of the batch": (
+        lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)) / y.shape[0]),
+        "size of the batch.*Remedy",
+    ),
     "a constant for each pixel": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) + torch.ones(8, 6)), "Remedy: one number"),
     "a constant for each column": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) * torch.ones(6)), "Remedy: one number"),
     "maximum of negative spikes": (lambda n, x: n.relu_b(n.c(n.pool(-spikes_of(n, x)))), "maximum.*negative.*Remedy"),
@@ -277,6 +281,9 @@ def test_vectors(wiring, tmp_path):
 FEATURES = {
     "a mean of a layer": lambda n, x: n.out(n.b(spikes_of(n, x)).mean((2, 3))),
     "a mean of laid pixels": lambda n, x: n.out(n.b(spikes_of(n, x)).flatten(2).mean(2)),
+    "means side by side": lambda n, x: n.norm_16(
+        torch.cat([n.b(y := spikes_of(n, x)).mean((2, 3)), n.d(y).sum((2, 3))], 1)
+    ),
     "some means": lambda n, x: n.relu_b(n.b(spikes_of(n, x)).sum((2, 3))[:, 2:6]),
     "some of a flattened layer": lambda n, x: n.relu_b(n.map(n.b(spikes_of(n, x)).flatten(1))[:, 1:]),
     "the image beside spikes, flattened": lambda n, x: n.relu_f(torch.cat([spikes_of(n, x), x], 1).flatten(1)),
@@ -288,7 +295,8 @@ FEATURES = {
 @pytest.mark.parametrize("wiring", FEATURES)
 def test_maps_that_become_vectors(wiring, tmp_path):
     extra = {"out": nn.Linear(8, 5), "map": nn.Linear(384, 8), "both": nn.Linear(11 * 48, 8), "flat": nn.Linear(144, 8)}
-    exact(Net(FEATURES[wiring], head=False, norm=nn.BatchNorm2d(3), relu_f=QCFS(4), **extra), tmp_path)
+    extra |= {"norm": nn.BatchNorm2d(3), "norm_16": nn.BatchNorm1d(16), "relu_f": QCFS(4)}
+    exact(Net(FEATURES[wiring], head=False, **extra), tmp_path)
 
 
 MOVED_IMAGES = {

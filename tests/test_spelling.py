@@ -177,6 +177,7 @@ SAME = {
     "by a power of a size": lambda net, x: net.b((y := net.a(x).relu()).flatten(1) / (y.size(1) ** -0.5 * 2)),
     "by a root of a size": lambda net, x: net.b((y := net.a(x).relu()).flatten(1) * (2 / math.sqrt(y.size(1)))),
     "by other arithmetic": lambda net, x: net.b((y := net.a(x).relu()).flatten(1) * (-(6 // -y.size(1)) - 9 % y.ndim)),
+    "by a rectified product": lambda net, x: net.b(net.a(x).relu().flatten(1) * torch.relu(net.one * net.one)),
     "by a rectified constant": lambda net, x: net.b(net.a(x).relu().flatten(1) * F.relu(net.one)),
 }
 

@@ -127,6 +127,10 @@ class Arithmetic(Weighted):
     def _by_channel(self, x: Any, value: Any) -> Tensor:
         """A constant as float64 [1] or [channels of x]."""
         if isinstance(value, Size):
+            if self.shapes is not None:
+                raise self.fail(
+                    "computes with the size of the batch, which is no part of an image. Remedy: leave it out"
+                )
             raise self._shape_needed("computes with a size that is not known")
         if not isinstance(value, (int, float, Tensor)):
             raise self.fail("computes with a constant that is neither a number nor a tensor")

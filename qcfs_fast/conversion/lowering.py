@@ -141,7 +141,7 @@ class Lowering(Reshaping):
                 if node.users:
                     raise self.fail(
                         f"is what forward takes as {node.target}, of which torch.fx knows nothing. Remedy: a forward "
-                        "that names its one input"
+                        "whose one argument has a name"
                     )
                 return None
             if any(isinstance(v, Image) for v in self.values.values()):
@@ -163,7 +163,8 @@ class Lowering(Reshaping):
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
         if handler is None and node.op == "call_function":
             handler = _OF_TORCHVISION.get(called(node))
-        if node.all_input_nodes and self._is_constant((args, kwargs)) and handler not in _DROPOUTS:
+        judged = handler in _DROPOUTS or node in self.sites
+        if node.all_input_nodes and self._is_constant((args, kwargs)) and not judged:
             return self._constant(args, kwargs)
         step = tail_step(self.gm, node)
         if step is not None and not unknown:

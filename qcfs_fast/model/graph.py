@@ -305,7 +305,7 @@ def relu_ceiling(gm: nn.Module, node: fx.Node) -> float | None:
     if node.op == "call_function" and node.target is F.relu6:
         return 6.0
     given = _given(gm, node, RECTIFIERS)
-    if given is None or _is_of_a_parameter(node):
+    if given is None or _is_constant(node):
         return None
     high = given.pop("max", None)
     return _ceiling(high) if all(v == 0 for v in given.values()) else None
@@ -343,10 +343,15 @@ def _number(gm: nn.Module, value: Any, name: str) -> float | None:
     return float(value) if number else float("nan")
 
 
-def _is_of_a_parameter(node: fx.Node) -> bool:
-    while len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return node.op == "get_attr"
+def _is_constant(node: fx.Node) -> bool:
+    """Whether no input leads to a node."""
+    found = [node]
+    while found:
+        source = found.pop()
+        if source.op == "placeholder":
+            return False
+        found += source.all_input_nodes
+    return True
 
 
 def _join_cuts(root: nn.Module, graph: fx.Graph) -> None:
