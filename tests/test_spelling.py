@@ -754,3 +754,14 @@ def test_batch_norms_of_several_processes():
         snn, x = converted(net)
         found.append(snn(x))
     assert torch.equal(*found)
+
+
+def test_lines_that_are_flattened_before_an_activation():
+    layers = (nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    torch.manual_seed(0)
+    x = networks.images((2, 24), 6)
+    prepared = qcfs_fast.prepare(nn.Sequential(*layers, nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval(), levels=4)
+    snn = qcfs_fast.convert(qcfs_fast.calibrate(prepared, [x], progress=False), T=4)
+    answer = qcfs_fast.simulate(prepared, x, 4)[-1]
+    assert answer.abs().max() > 0.1
+    torch.testing.assert_close(snn(x).double(), answer, rtol=1e-3, atol=1e-3)
