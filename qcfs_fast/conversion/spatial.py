@@ -308,20 +308,6 @@ class Spatial(Ends):
             x = x if kernel == (1, 1) else self._pooled(x, PoolSpec("avg", kernel))
         return x
 
-    def _has_one_pixel(self, x: Any) -> bool:
-        """Whether a value is a map of one pixel, whatever the size of images."""
-
-        def single(p: Part) -> bool:
-            return p.pools[-1].output == (1, 1) if p.pools else p.node in self.single
-
-        if isinstance(x, Signal):
-            return all(map(single, x.parts))
-        return (
-            isinstance(x, Current)
-            and all(p.geometry[:8] == POINTWISE[:8] and single(p.part) for p in x.products)
-            and all(self._has_one_pixel(s) for s in x.identities)
-        )
-
     def _meets_others(self) -> bool:
         """Whether a map of a computed size, or what keeps its size, is added to others or put beside them.
 
