@@ -101,6 +101,7 @@ def prepare(
             node.target = "mean" if node.op == "call_method" else torch.mean
         elif max_pool == "avg" and _is_max_pool(gm, node) and len(node.all_input_nodes) > 1:  # told the size of a map
             node.target = F.avg_pool1d if layer_rank(gm, node) == 1 else F.avg_pool2d
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("dilation", "return_indices")}
         elif max_pool == "avg" and (pool := _average_pool(gm, node)) is not None:
             _replace(gm, node, _site_path(gm, node, taken, "pool"), pool)
     gm.graph.lint()
@@ -202,8 +203,6 @@ def _site_path(gm: fx.GraphModule, node: fx.Node, taken: set[str], name: str) ->
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> None:
-    if node.op == "call_module":
-        refuse_hooks(gm.get_submodule(str(node.target)), str(node.target))
     gm.add_submodule(path, module)
     x = node.args[0] if node.args else node.kwargs["input"]
     with gm.graph.inserting_after(node):

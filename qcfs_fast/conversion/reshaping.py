@@ -13,7 +13,7 @@ from torch import Tensor
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .spatial import Spatial
-from .symbolic import is_rest, one_current, shown, whole, zeros
+from .symbolic import has_size, is_rest, one_current, shown, whole, zeros
 from .values import (
     Current,
     Grouped,
@@ -222,6 +222,8 @@ class Reshaping(Spatial):
                 return replace(x, source=(channel,), scale=x.scale or (1.0,), shift=x.shift or (0.0,), batch_only=True)
         rank = self._rank(None)
         if isinstance(index, tuple) and isinstance(x, Image | Signal | Current | Joined):
+            if any(has_size([s.start, s.stop, s.step]) for s in index if isinstance(s, slice)):
+                raise self._shape_needed("takes parts up to a size that is not known")
             if Ellipsis in index:
                 at = index.index(Ellipsis)
                 index = (*index[:at], *[slice(None)] * (1 + rank - len(index)), *index[at + 1 :])

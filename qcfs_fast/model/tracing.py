@@ -11,7 +11,7 @@ import copy
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -242,6 +242,7 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     if isinstance(model, fx.GraphModule):
+        _refuse_leaves(model.graph, modules)
         if not changes_in_place(model.graph, modules):
             return model
         graph = fx.Graph()
@@ -264,13 +265,21 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
             f"{where}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
             "control flow that depends on tensor values by modules, or move it out of the model"
         ) from error
+    _refuse_leaves(graph, modules)
     _drop_indices(graph)
     read_results(graph, modules)
     join_cuts(tracer.root, graph)
-    for node in graph.nodes:
-        if node.op == "call_module" and is_qcfs(modules[node.target]):
-            refuse_other_formula(modules[node.target], node.target)
     return fx.GraphModule(tracer.root, graph)
+
+
+def _refuse_leaves(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """ConversionError where a layer or an activation is not what its class says."""
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module, name = modules[node.target], node.target
+            refuse_hooks(module, name)
+            if is_qcfs(module):
+                refuse_other_formula(module, name)
 
 
 def _drop_indices(graph: fx.Graph) -> None:
