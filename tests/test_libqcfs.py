@@ -178,6 +178,54 @@ def test_what_the_command_cannot_write(installed, tmp_path):
     call(program, path, tmp_path / "x.npy", "--out", "/dev/stdout")
 
 
+def npy(header, values=b"", version=1):
+    """A file with this text as its header."""
+    length = len(header).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + header.encode() + values
+
+
+def test_arrays_that_the_command_does_not_take(installed, tmp_path):
+    """A sentence with the file's name and what to do, code 1, and little memory, whatever the header promises."""
+    program, (path, _, x) = installed / "bin" / "qcfs-run", next(iter(cases()))
+    array = tmp_path / "x.npy"
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+    def run(data):
+        array.write_bytes(data)
+        return subprocess.run([program, path, array], capture_output=True, text=True, timeout=60, preexec_fn=limited)
+
+    shape = tuple(x.shape)
+    sound, values = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}", x.numpy().tobytes()
+    for version in (1, 2, 3):
+        done = run(npy(sound + " \n", values, version))
+        assert done.returncode == 0, done.stderr
+    whole = npy(sound, values)
+    start = len(whole) - len(values)
+    damaged = [whole[:length] for length in (*range(start), start + 1, len(whole) - 1)]
+    damaged += [npy(sound[:length], values) for length in range(len(sound))]
+    damaged += [npy(sound.replace(str(shape), other), values) for other in SHAPES_THAT_ARE_NONE]
+    damaged += [npy(sound.replace("<f4", other), values) for other in (">f4", "<f2", "|O", "<i8", "")]
+    damaged += [npy(sound.replace("False", other), values) for other in ("True", "", "None")]
+    damaged += [npy(sound, values, 0), npy(sound, values, 4), npy(" " * (1 << 21), values, 2)]
+    for data in damaged:
+        done = run(data)
+        assert done.returncode == 1, data[:100]
+        assert done.stderr.startswith(f"qcfs-run: {array} holds no array of images ("), done.stderr
+        assert "write it with numpy.save(" in done.stderr
+    done = run(npy(sound.replace(str(shape), "(1, 1, 1)"), values))
+    assert (done.returncode, done.stderr.startswith(f"qcfs-run: {array}: ")) == (1, True)
+    from_pipe = subprocess.run([program, path, "/dev/stdin"], input=whole, capture_output=True, timeout=60)
+    assert from_pipe.returncode == 0
+
+
+SHAPES_THAT_ARE_NONE = (
+    "(16777216, 2048, 1)", "(16777216, 4096, 1)", "(16777217, 0)", "(99999999999999999999, 3)", "(1", "(1,", "1)", "",
+    "(1 2, 3)", "(1; 2)", "(-1, 3, 8, 8)", "(1.5,)", "[1, 3, 8, 8]", "(1L, 3L)", "None", "(3, ",
+)  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------- through ctypes
 
 
