@@ -732,7 +732,7 @@ std::vector<int> known_peaks(const Graph& graph) {
 
 std::int64_t max_steps(const Graph& graph, const NeuronMode& neuron) {
   const auto settle = [&](bool condition, const Node& node, const char* what) {
-    require(condition, Fault::argument, "layer " + node.name + what);
+    require(condition, Fault::argument, [&] { return "layer " + node.name + what; });
   };
   std::int64_t most = unbounded_steps;
   bool layers = false;
@@ -756,9 +756,10 @@ std::int64_t max_steps(const Graph& graph, const NeuronMode& neuron) {
     }
   }
   if (neuron.mode == Mode::sum) most = std::min(most, max_count);
-  require(!neuron.looks_ahead() || !layers || most >= neuron.window, Fault::argument,
-          "a window of " + std::to_string(neuron.window) + " steps is beyond the overflow bound of " +
-              std::to_string(most) + " steps");
+  require(!neuron.looks_ahead() || !layers || most >= neuron.window, Fault::argument, [&] {
+    return "a window of " + std::to_string(neuron.window) + " steps is beyond the overflow bound of " +
+           std::to_string(most) + " steps";
+  });
   return most;
 }
 
