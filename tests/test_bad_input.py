@@ -150,7 +150,7 @@ CASES = [
      ConversionError, "cannot be traced by torch.fx.*Remedy"),
     (lambda: Sum(lambda s, x: s.b(s.act(s.a(x))[:, :, None])), ConversionError, "indexes a tensor"),
     (lambda: Sum(lambda s, x: s.act(torch.cat([s.a(x).flatten(1), s.act(s.a(x)).flatten(1)], 1))),
-     ConversionError, "concatenates flattened values.*Remedy"),
+     ConversionError, "concatenates flattened maps.*Remedy"),
     (lambda: Sum(lambda s, x: s.b(x.mean())), ConversionError, "mean"),
     (lambda: Sum(lambda s, x: s.act(s.a(x)).view(2, 3, -1)), ConversionError, "only flattening"),
     (lambda: Sum(lambda s, x: s.act2(s.b(s.act(s.a(x))) + s.a(x) + nn.functional.conv2d(x, s.a.weight, None, 1, 2, 2))),

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torchvision_models  # noqa: F401 - makes torchvision importable here
 
 import qcfs_fast
 from qcfs_fast.study import command_line, evaluation, zoo
+from qcfs_fast.study.batch import Job
 from qcfs_fast.study.datasets import open_data
 
 COMMANDS = ("demo", "info", "selftest", "convert", "inspect", "export", "eval", "profile", "bench", "compare")
@@ -177,6 +179,39 @@ def test_convert_torchvision(tmp_path, capsys):
     assert code == 0, err
 
 
+def test_convert_stores_classes_and_normalisation(tmp_path, capsys):
+    torch.save(authors_state(trained(networks.TheirResNet(20))), tmp_path / "net.pth")
+    names = ["tom cat", *(f"c{i}" for i in range(9, 0, -1))]
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n\n")
+    for name in names:
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+    net = tmp_path / "net.safetensors"
+    common = ["convert", tmp_path / "net.pth", "--output", net, "--json"]
+    for given, want in ((tmp_path / "names.txt", names), (tmp_path / "images", sorted(names))):
+        code, _, err = run(capsys, *common, "--classes", given, "--mean", 0.5, "--std", 0.2, 0.25, 1)
+        assert code == 0, err
+        said = {"source": "net.pth", "mean": [0.5], "std": [0.2, 0.25, 1.0], "classes": want}
+        assert qcfs_fast.load(net).metadata == said
+    _, out, _ = run(capsys, "inspect", net)
+    assert f"classes: {json.dumps(want)}\n" in out
+    assert "std: [0.2, 0.25, 1.0]\n" in out
+    (tmp_path / "few.txt").write_text("a\nb\n")
+    (tmp_path / "twice.txt").write_text("a\na\n")
+    net.unlink()
+    for options, wrong, message in (
+        (["--classes", tmp_path / "few.txt"], 1, "classes must be 10 different names, one per output, got 2: "),
+        (["--mean", 0.5, 0.5], 1, "mean must be one number per channel, 3 or 1 for all"),
+        (["--std", 0], 1, "std must be one positive number per channel"),
+        (["--classes", tmp_path / "twice.txt"], 2, "each of them once"),
+        (["--classes", tmp_path / "net.pth"], 2, "neither a number nor a file or folder of names"),
+        (["--classes", tmp_path / "none"], 2, "neither a number nor a file or folder of names"),
+        (["--classes", 0], 2, "must be at least 1"),
+    ):
+        code, out, err = run(capsys, *common, *options)
+        assert (code, out, message in err) == (wrong, "", True), err
+    assert not net.exists()
+
+
 def test_convert_with_a_mode(tmp_path, capsys):
     model = trained(networks.TheirResNet(20))
     torch.save(authors_state(model), tmp_path / "net.pth")
@@ -318,6 +353,18 @@ def test_eval_in_every_mode(place, tmp_path, capsys):
         assert line.split()[1:] == [f"{r / IMAGES:.2%}" for r in by_mode]
 
 
+def test_recordings_are_used_as_they_are(recordings, tmp_path, capsys):
+    """A stored normalisation is for images; counts of events have none."""
+    folder, snn, _, _ = recordings
+    snn.save(tmp_path / "net.safetensors", {"mean": [0.5], "std": [0.1]})
+    found = [
+        run(capsys, "eval", place / "net.safetensors", folder / "events.npz", "--steps", 2, "--quiet", "--json")
+        for place in (folder, tmp_path)
+    ]
+    assert found[0] == found[1]
+    assert found[0][0] == 0
+
+
 def test_profile_of_recordings(recordings, capsys):
     folder, snn, events, _ = recordings
     files = ["profile", folder / "net.safetensors", folder / "events.npz", "--quiet", "--json"]
@@ -360,6 +407,8 @@ def test_eval_of_a_folder_of_images(tmp_path, place, capsys):
         path = tmp_path / ("cat", "dog")[i % 2] / f"{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    for empty in ("eel", "fox", "gnu"):
+        (tmp_path / empty).mkdir()
     data = open_data(tmp_path, size=14)
     x, y = data.batch(range(10))
     assert x.shape == (10, 3, 14, 14)
@@ -371,6 +420,137 @@ def test_eval_of_a_folder_of_images(tmp_path, place, capsys):
     )  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["accuracy"][0]["right"] == int((snn(x, T=4).argmax(1) == y).sum())
+
+
+NAMES = ["owl", "ant", "elk", "bee", "cow"]  # in the order of the outputs, which is not that of a folder
+
+
+@pytest.fixture(scope="module")
+def sorted_images(tmp_path_factory):
+    """A network, images as it reads them, and a folder in which each lies under the name of the network's answer."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("sorted")
+    model = qcfs_fast.prepare(networks.randomize(networks.Small()), levels=4)
+    base = torch.randn((40, 3, 2, 2), generator=torch.Generator().manual_seed(0))
+    pixels = (torch.nn.functional.interpolate(base, 16) * 90 + 128).clamp(0, 255).byte()
+    # As docs/command-line.md says: the shorter side is 8/7 of --size, here 14, and the centre is cut out.
+    x = (pixels[..., 1:15, 1:15] / 255 - 0.5) / torch.tensor([0.2, 0.3, 0.4]).reshape(3, 1, 1)
+    qcfs_fast.calibrate(model, [x], progress=False)
+    with torch.no_grad():  # else all answers are one
+        [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1].bias -= model(x).mean(0)
+    snn = qcfs_fast.convert(model, T=4)
+    answers = snn(x).argmax(1)
+    kept = (answers != NAMES.index("bee")).nonzero().flatten()
+    pixels, answers = pixels[kept], answers[kept].tolist()
+    assert len(set(answers)) >= 3
+    for i, answer in enumerate(answers):
+        path = folder / "images" / NAMES[answer] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[i].permute(1, 2, 0).numpy()).save(path)
+    np.savez(folder / "images.npz", images=pixels[..., 1:15, 1:15].numpy(), labels=np.array(answers))
+    return snn, folder
+
+
+SAID = {"classes": NAMES, "mean": [0.5], "std": [0.2, 0.3, 0.4]}
+
+
+def accuracy_of(capsys, net, data, *options):
+    """The share of right answers at T = 4, and what stands on stderr; None where the command fails."""
+    files = [net, data, "--size", 14, "--steps", 4, "--quiet", "--json", *options]
+    code, out, err = run(capsys, "eval", *files)
+    return (json.loads(out)["accuracy"][0]["accuracy"] if code == 0 else None), err
+
+
+def test_a_folder_is_numbered_and_normalised_as_the_file_says(sorted_images, tmp_path, capsys):
+    snn, folder = sorted_images
+    net, images = tmp_path / "net.safetensors", folder / "images"
+    snn.save(net, SAID)
+    missing = set(NAMES) - {p.name for p in images.iterdir()}
+    right, err = accuracy_of(capsys, net, images)
+    assert right == 1
+    assert f"has no folder for {len(missing)} of 5 classes: " in err
+    assert all(name in err for name in missing)
+    assert accuracy_of(capsys, net, folder / "images.npz") == (1, "")
+    for data in (images, folder / "images.npz"):  # what is asked for wins
+        assert accuracy_of(capsys, net, data, "--mean", 0.9)[0] < 1
+        assert accuracy_of(capsys, net, data, "--std", 9)[0] < 1
+    snn.save(net, {"classes": NAMES})
+    assert accuracy_of(capsys, net, images)[0] < 1  # ImageNet's
+    assert accuracy_of(capsys, net, images, "--mean", 0.5, "--std", 0.2, 0.3, 0.4)[0] == 1
+    snn.save(net, {**SAID, "classes": sorted(NAMES)})
+    assert accuracy_of(capsys, net, images)[0] < 1
+    snn.save(net, SAID)
+    files = [net, images, "--size", 14, "-T", 4, "--quiet"]
+    code, out, err = run(capsys, "profile", *files, "--json")
+    assert (code, json.loads(out)["accuracy_by_step"][-1]) == (0, 1)
+    assert "has no folder for" in err
+
+
+def test_predict_many_normalises_as_the_file_says(sorted_images, tmp_path):
+    snn, folder = sorted_images
+    snn.save(tmp_path / "net.safetensors", SAID)
+    snn = qcfs_fast.load(tmp_path / "net.safetensors")
+    for asked, want in (((None, None), ([0.5], [0.2, 0.3, 0.4])), (((0.1,), None), ((0.1,), [0.2, 0.3, 0.4]))):
+        job = Job(str(tmp_path / "net.safetensors"), str(folder / "images"), "parts", 4, 14, *asked, None, None)
+        data = job.images(snn)
+        assert torch.equal(data.batch([3])[0], open_data(folder / "images", 14, *want).batch([3])[0])
+
+
+def test_folders_that_do_not_match_the_network(sorted_images, tmp_path, capsys):
+    snn, folder = sorted_images
+    net = tmp_path / "net.safetensors"
+    images = tmp_path / "images"
+    shutil.copytree(folder / "images", images)
+    for name in NAMES:
+        (images / name).mkdir(exist_ok=True)
+    snn.save(net)
+    assert accuracy_of(capsys, net, images)[0] is not None
+    (images / "zebra").mkdir()
+    for command in ("eval", "profile"):
+        code, out, err = run(capsys, command, net, images, "--size", 14, "--quiet")
+        assert (code, out) == (1, "")
+        assert "has 6 class folders for 5 outputs" in err
+        assert "convert --classes" in err
+    snn.save(net, SAID)
+    for command in ("eval", "profile"):
+        code, out, err = run(capsys, command, net, images, "--size", 14, "--quiet")
+        assert (code, out) == (1, "")
+        assert "the folder 'zebra' is no class of the network, which has 'owl', 'ant'" in err
+        assert "Rename it, or take it away" in err
+    assert not list(tmp_path.glob("*.eval"))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"classes": NAMES[:4]}, "classes must be 5 different names, one per output, got 4: "),
+        ({"classes": [*NAMES[:4], "owl"]}, "classes must be 5 different names"),
+        ({"classes": [*NAMES[:4], ["x"]]}, "classes must be 5 different names"),
+        ({"classes": {"owl": 0}}, "classes must be 5 different names"),
+        ({"classes": 5}, "classes must be 5 different names, one per output, got 5"),
+        ({"mean": [0.5, 0.5]}, "mean must be one number per channel, 3 or 1 for all, got [0.5, 0.5]"),
+        ({"mean": []}, "mean must be"),
+        ({"mean": "0.5"}, "mean must be"),
+        ({"mean": [True]}, "mean must be"),
+        ({"mean": [10**400]}, "mean must be"),
+        ({"std": [0.0]}, "std must be one positive number per channel"),
+        ({"std": [0.2, 0.3, -0.4]}, "std must be"),
+        ({"std": {}}, "std must be"),
+    ],
+)
+def test_metadata_that_is_not_of_this_network(said, message, sorted_images, tmp_path, capsys):
+    snn, folder = sorted_images
+    net = tmp_path / "net.safetensors"
+    snn.save(net, {**SAID, **said})
+    right, err = accuracy_of(capsys, net, folder / "images")
+    assert right is None
+    assert f"{net}: in its metadata, {message}" in err
+    assert "mend snn.metadata" in err
+    if "classes" in said:  # which arrays with labels do not need
+        assert accuracy_of(capsys, net, folder / "images.npz")[0] == 1
+    else:
+        assert accuracy_of(capsys, net, folder / "images", "--mean", 0.5, "--std", 0.2, 0.3, 0.4)[0] == 1
 
 
 def interrupted(arguments, state, how):

@@ -168,6 +168,10 @@ def test_arithmetic_between_layers(wiring, tmp_path):
 
 
 REFUSED = {
+    "the size of the batch": (
+        lambda n, x: n.relu_b(n.b(y := spikes_of(n, x)) / y.shape[0]),
+        "size of the batch.*Remedy",
+    ),
     "a constant for each pixel": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) + torch.ones(8, 6)), "Remedy: one number"),
     "a constant for each column": (lambda n, x: n.relu_b(n.b(spikes_of(n, x)) * torch.ones(6)), "Remedy: one number"),
     "maximum of negative spikes": (lambda n, x: n.relu_b(n.c(n.pool(-spikes_of(n, x)))), "maximum.*negative.*Remedy"),
@@ -214,16 +218,85 @@ IMAGES = {
     "added to spikes beside it": lambda n, x: n.relu_f(
         torch.cat([x, y := spikes_of(n, x)], 1) * 0.5 + torch.cat([n.b(y), n.b(y)[:, :3]], 1)
     ),
+    "a channel twice": lambda n, x: n.relu_b(n.twice(torch.cat([x[:, :1], x, x[:, 1:]], 1))),
+    "twice, and cut": lambda n, x: n.relu_a(n.a(torch.cat([x, x * 2], 1)[:, :3])),
+    "reversed, and cut": lambda n, x: n.relu_a(n.a(torch.cat([x[:, 1:], x[:, :1]], 1)[:, [1, 0, 0]])),
     "flattened": lambda n, x: n.relu_e(n.flat((x - n.mean).div(n.std).flatten(1))),
+    "flattened, with a number for each feature": lambda n, x: n.relu_e(
+        n.flat(n.each(((x - n.mean) / n.std).flatten(1)))
+    ),
+    "flattened, with an activation for each": lambda n, x: n.relu_f(n.each(x.flatten(1))),
+    "a flattened map with a number for each feature": lambda n, x: n.relu_e(
+        n.flat_map(n.each_of_map(F.avg_pool2d(spikes_of(n, x), 2).flatten(1)))
+    ),
+    "a flattened layer with a number for each feature": lambda n, x: n.relu_e(
+        n.flat_map(n.relu_f(n.each_of_map(F.avg_pool2d(n.b(spikes_of(n, x)), 2).flatten(1))))
+    ),
 }
 
 
 def image(wiring):
     extra = {"aside": nn.Conv2d(3, 8, 1), "twice": nn.Conv2d(6, 8, 3, padding=1)}
+    extra |= {
+        "each": nn.BatchNorm1d(144).eval(),
+        "each_of_map": nn.BatchNorm1d(96).eval(),
+        "flat_map": nn.Linear(96, 8),
+    }
     extra |= {"flat": nn.Linear(144, 8), "relu_e": QCFS(4), "relu_f": QCFS(4), "beside": nn.Conv2d(11, 8, 3, padding=1)}
     numbers = {"mean": [0.5, -0.25, 1.0], "std": [0.5, 2.0, 0.25]}
     extra |= {name: torch.tensor(v).reshape(3, 1, 1) for name, v in numbers.items()}
     return Net(IMAGES[wiring], **extra)
+
+
+VECTORS = {  # features of linear layers, and images that are vectors
+    "some features of a layer": lambda n, x: n.relu_b(n.l(x)[:, 1:9]),
+    "some features of spikes": lambda n, x: n.relu_b(n.m(n.relu_a(n.l(x))[:, [7, 1, 0, 1, 2, 3, 4, 6]])),
+    "halves, without a layer": lambda n, x: n.relu_b((y := n.relu_a(n.l(x)))[:, :8] - 0.5 * y.narrow(1, 8, 8)),
+    "a feature at the output": lambda n, x: n.relu_a(n.l(x))[:, 2:5],
+    "layers side by side": lambda n, x: n.relu_b(torch.cat([n.l(x), n.o(x)], 1)),
+    "a layer beside its spikes": lambda n, x: n.relu_b(torch.cat([y := n.relu_a(n.o(x)), n.m(y)], -1)),
+    "heads side by side": lambda n, x: torch.cat([n.m(y := n.relu_a(n.o(x))), n.m(-y)], 1),
+    "spikes beside the image": lambda n, x: n.relu_b(n.p(torch.cat([n.relu_a(n.o(x)), x], 1))),
+    "the image normalised": lambda n, x: n.relu_a(n.l((x - n.mean) / n.std)),
+    "BatchNorm of the image": lambda n, x: n.relu_a(n.l(n.norm(x))),
+    "flattened as it is": lambda n, x: n.relu_a(n.l(torch.flatten(x, 1))),
+    "some features of the image": lambda n, x: n.relu_a(n.m(x[:, 3:11])),
+}
+
+
+@pytest.mark.parametrize("wiring", VECTORS)
+def test_vectors(wiring, tmp_path):
+    extra = {"l": nn.Linear(12, 16), "m": nn.Linear(8, 8), "o": nn.Linear(12, 8), "p": nn.Linear(20, 8)}
+    extra |= {
+        "norm": nn.BatchNorm1d(12).eval(),
+        "mean": torch.arange(12) / 16,
+        "std": 2.0 ** (torch.arange(12) % 3 - 1),
+    }
+    net = Net(
+        VECTORS[wiring], shape=(12,), head=wiring not in ("a feature at the output", "heads side by side"), **extra
+    )
+    exact(net, tmp_path, shape=(12,))
+
+
+FEATURES = {
+    "a mean of a layer": lambda n, x: n.out(n.b(spikes_of(n, x)).mean((2, 3))),
+    "a mean of laid pixels": lambda n, x: n.out(n.b(spikes_of(n, x)).flatten(2).mean(2)),
+    "means side by side": lambda n, x: n.norm_16(
+        torch.cat([n.b(y := spikes_of(n, x)).mean((2, 3)), n.d(y).sum((2, 3))], 1)
+    ),
+    "some means": lambda n, x: n.relu_b(n.b(spikes_of(n, x)).sum((2, 3))[:, 2:6]),
+    "some of a flattened layer": lambda n, x: n.relu_b(n.map(n.b(spikes_of(n, x)).flatten(1))[:, 1:]),
+    "the image beside spikes, flattened": lambda n, x: n.relu_f(torch.cat([spikes_of(n, x), x], 1).flatten(1)),
+    "a layer of that": lambda n, x: n.relu_f(n.both(torch.cat([spikes_of(n, x), x], 1).flatten(1))),
+    "BatchNorm of the image, flattened": lambda n, x: n.relu_f(n.flat(n.norm(x).flatten(1))),
+}
+
+
+@pytest.mark.parametrize("wiring", FEATURES)
+def test_maps_that_become_vectors(wiring, tmp_path):
+    extra = {"out": nn.Linear(8, 5), "map": nn.Linear(384, 8), "both": nn.Linear(11 * 48, 8), "flat": nn.Linear(144, 8)}
+    extra |= {"norm": nn.BatchNorm2d(3), "norm_16": nn.BatchNorm1d(16), "relu_f": QCFS(4)}
+    exact(Net(FEATURES[wiring], head=False, **extra), tmp_path)
 
 
 MOVED_IMAGES = {
@@ -283,6 +356,14 @@ def test_an_image_with_a_border_of_zeros_is_normalised_before_it():
 @pytest.mark.parametrize("wiring", IMAGES)
 def test_the_image_is_normalised_by_the_model(wiring, tmp_path):
     exact(image(wiring), tmp_path)
+
+
+def test_a_flattened_map_of_many_features_is_told_the_way():
+    net = Net(
+        lambda n, x: n.norm(n.relu_a(n.a(x)).flatten(1)), norm=nn.BatchNorm1d(8 * 32 * 32).eval(), shape=(3, 32, 32)
+    )
+    with pytest.raises(qcfs_fast.ConversionError, match=r"norm: has a number for each of 8192 features.*Remedy"):
+        qcfs_fast.convert(net.eval(), input_shape=(3, 32, 32))
 
 
 def test_bytes_are_images_where_the_model_scales_them(tmp_path):

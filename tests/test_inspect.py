@@ -54,6 +54,18 @@ def test_nothing_is_run(saved, monkeypatch, capsys):
     assert "SpikingLayer" in capsys.readouterr().out
 
 
+def test_long_metadata_is_cut(saved, capsys):
+    snn, path = saved
+    names = [f"class {i}" for i in range(1000)]
+    snn.save(path, metadata={"classes": names})
+    assert command_line.main(["inspect", str(path)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("classes: "))
+    assert line.endswith(" ... (whole with --json)")
+    assert len(line) < 500
+    assert command_line.main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["metadata"] == {"classes": names}
+
+
 def test_metadata(saved, capsys):
     snn, path = saved
     snn.save(path, metadata={"dataset": "digits", "accuracy": 0.9})

@@ -65,6 +65,88 @@ def test_one_obstacle_is_one_line():
         qcfs_fast.prepare(model)
 
 
+class Vectors(nn.Module):
+    """A linear layer, ReLU, and `wiring` of what follows."""
+
+    def __init__(self, wiring, first=None):
+        super().__init__()
+        self.first, self.wiring, self.second = first or nn.Linear(12, 8), wiring, nn.Conv2d(2, 3, 1)
+        self.map, self.unflat, self.up = (
+            nn.Conv2d(1, 8, 1),
+            nn.Unflatten(1, (2, 2, 2)),
+            nn.ConvTranspose2d(8, 2, (2, 2)),
+        )
+
+    def forward(self, x):
+        return self.wiring(self, torch.relu(self.first(x)))
+
+
+class Unnamed(Vectors):
+    def forward(self, *args):
+        return super().forward(args[0])
+
+
+class Unread(Vectors):
+    def forward(self, x, *args, **options):
+        return super().forward(x)
+
+
+def refused(model, shape=(12,)):
+    with pytest.raises(ConversionError) as caught:
+        qcfs_fast.convert(qcfs_fast.prepare(model.eval(), check=False), input_shape=shape)
+    return str(caught.value)
+
+
+def test_what_makes_a_map_of_a_vector_is_told_the_way():
+    for wiring in (lambda n, y: n.second(y.view(-1, 2, 2, 2)), lambda n, y: n.second(n.unflat(y))):
+        assert "makes a map of a vector's features" in refused(Vectors(wiring))
+    qcfs_fast.prepare(Vectors(lambda n, y: n.second(n.up(y)), nn.Conv2d(3, 8, 1)))  # the remedy
+    flat = refused(Vectors(lambda n, y: y, nn.Sequential(nn.Unflatten(1, (1, 4, 3)), nn.Conv2d(1, 8, 1))))
+    assert "makes a map [N, 1, 4, 3] of an image that is a vector. Remedy" in flat
+
+
+def test_features_of_a_flattened_map_are_not_taken_apart():
+    model = Vectors(lambda n, y: y.flatten(1)[:, :4], nn.Conv2d(3, 8, 1))
+    assert "takes some features of a flattened map or image" in refused(model, (3, 4, 4))
+    both = Vectors(lambda n, y: torch.cat([n.up(y).flatten(1), n.up(y).flatten(1)], 1), nn.Conv2d(3, 8, 1))
+    assert "concatenates flattened maps with no activation in between" in refused(both, (3, 4, 4))
+
+
+def test_an_input_without_a_name():
+    assert refused(Unnamed(lambda n, y: y)).startswith(
+        "*args in the model's own forward: is what forward takes as *args"
+    )
+    prepared = qcfs_fast.prepare(Unread(lambda n, y: y).eval())
+    assert qcfs_fast.convert(prepared, input_shape=(12,))(torch.rand(2, 12)).shape == (2, 8)
+
+
+class Gated(nn.Module):
+    """What a function could not make may be a constant: a product with it is no attention, and not judged."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.a, self.b, self.gate = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), gate
+
+    def forward(self, x):
+        return self.b(self.gate(torch.relu(self.a(x))))
+
+
+def test_a_product_with_what_is_unknown_is_not_judged():
+    for gate in (lambda y: y * (y > 0).float(), lambda y: torch.zeros_like(y) * y, lambda y: y / y.std()):
+        with pytest.raises(ConversionError) as caught:
+            qcfs_fast.prepare(Gated(gate))
+        (line,) = str(caught.value).splitlines()
+        assert "has no spiking counterpart. Supported" in line
+    with pytest.raises(ConversionError, match="multiplies two activations"):
+        qcfs_fast.prepare(Gated(lambda y: y * y))
+
+
+def test_a_place_is_listed_once():
+    with pytest.raises(ConversionError, match=r"^abs in the model's own forward: has no spiking counterpart") as caught:
+        qcfs_fast.prepare(Gated(lambda y: y.abs() + (2 * y).abs() + (3 * y).abs()))
+    assert [len(places) for _, places in caught.value.obstacles] == [1]
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_zoo_is_tried_and_resumed(tmp_path, capsys, monkeypatch):

@@ -1,15 +1,21 @@
 """One network in many spellings: each converts to the same integers as the plain spelling, or is refused by name."""
 
+import importlib
+import math
+
 import networks
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+import torchvision_models  # noqa: F401 - makes torchvision importable here
 from torch import nn
 
 import qcfs_fast
 from qcfs_fast import QCFS, ConversionError
 
+ops = importlib.import_module("torchvision.ops")
+stochastic_depth = importlib.import_module("torchvision.ops.stochastic_depth")
 pytestmark = pytest.mark.filterwarnings("ignore:convert. no threshold")
 SHAPE = (1, 10, 8)
 
@@ -24,6 +30,7 @@ class Net(nn.Module):
         self.spelling = flatten or (lambda y: torch.flatten(y, 1))
         self.activation = activate or torch.relu
         self.first = first or (lambda net, x: net.a(x))
+        self.one = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
         y = self.activation(self.first(self, x))
@@ -97,6 +104,23 @@ CLAMPED = {
     "torch.clamp_min": lambda y: torch.clamp_min(y, min=0),
     "leaky_relu without a slope": lambda y: F.leaky_relu(y, 0.0),
     "named slope": lambda y: F.leaky_relu(y, negative_slope=0),
+    "leaky_relu_": lambda y: F.leaky_relu_(y, 0.0),
+    "Threshold": nn.Threshold(0, 0),
+    "threshold": lambda y: F.threshold(y, 0, value=0.0),
+    "threshold_": lambda y: torch.threshold_(y, 0, 0),
+    "torch.threshold": lambda y: torch.threshold(y, 0, 0),
+    "clamp_": lambda y: torch.clamp_(y, 0),
+    "clip_": lambda y: torch.clip_(y, min=0),
+    "clamp_min_": lambda y: torch.clamp_min_(y, 0),
+    "hardtanh_": lambda y: F.hardtanh_(y, 0.0, 1e9),
+    "RReLU": nn.RReLU(0, 0),
+    "rrelu": lambda y: F.rrelu(y, 0, upper=0),
+    "maximum": lambda y: torch.maximum(y, torch.zeros(())),
+    "maximum of a named zero": lambda y: y.maximum(other=torch.tensor([0.0])),
+    "max": lambda y: torch.max(y, torch.tensor(0)),
+    "fmax": lambda y: torch.fmax(y, torch.tensor(0.0)),
+    "clamp by a tensor": lambda y: y.clamp(min=torch.tensor(0.0)),
+    "twice": lambda y: torch.relu(y).clamp(-1).clamp_min(0).relu(),
 }
 
 
@@ -107,8 +131,40 @@ def test_more_rectifiers(how, plain):
 
 
 def test_slopes_are_refused():
-    for activate in (F.leaky_relu, lambda y: F.leaky_relu(y, 0.1), lambda y: y.clamp_min(0.5)):
+    slopes = (F.leaky_relu, lambda y: F.leaky_relu(y, 0.1), F.rrelu, nn.RReLU(-0.1, 0.1))
+    bounds = (lambda y: y.clamp_min(0.5), nn.Threshold(0, -1), lambda y: F.threshold(y, 0.5, 0), F.hardtanh)
+    others = (lambda y: torch.maximum(y, torch.ones(())), lambda y: y.max(torch.zeros(4, 1, 1)))
+    for activate in (*slopes, *bounds, *others):
         with pytest.raises(ConversionError, match="no spiking counterpart"):
+            qcfs_fast.prepare(Net(activate=activate).eval())
+
+
+CUT = {
+    "clamp behind relu": lambda y: torch.relu(y).clamp(max=0.5),
+    "clamp behind clamp": lambda y: y.clamp(min=0).clamp(max=0.5),
+    "clamp_max": lambda y: torch.clamp_max(F.hardtanh(y, 0, 4), 0.5),
+    "minimum": lambda y: torch.minimum(y.relu(), torch.tensor(0.5)),
+    "cut before": lambda y: torch.clip(F.hardtanh_(y, 0, 0.5), -1, 2),
+    "a module": nn.Sequential(nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 0.5)),
+}
+
+
+@pytest.mark.parametrize("how", CUT)
+def test_a_cut_behind_a_relu_is_its_ceiling(how):
+    clamped = Net(activate=lambda y: y.clamp(0, 0.5)).eval()
+    model = Net(activate=CUT[how]).eval()
+    prepared = qcfs_fast.prepare(model)
+    sites = [m for m in prepared.modules() if isinstance(m, QCFS)]
+    assert [m.ceiling for m in sites] == [0.5, float("inf")]
+    (snn, x), (meant, _) = converted(model), converted(clamped)
+    assert torch.equal(model(x), clamped(x))
+    assert not torch.equal(model(x), Net().eval()(x))
+    assert torch.equal(snn(x), meant(x))
+
+
+def test_other_cuts_are_refused():
+    for activate in (lambda y: y.clamp(max=0.5), lambda y: torch.relu(y).clamp(max=-1), lambda y: y.relu().clamp(1, 2)):
+        with pytest.raises(ConversionError, match=r"clamp in .* has no spiking counterpart"):
             qcfs_fast.prepare(Net(activate=activate))
 
 
@@ -117,7 +173,64 @@ SAME = {
     "narrowed": lambda net, x: net.b(net.a(x).relu().narrow(1, 0, 4).flatten(1)),
     "float()": lambda net, x: net.b(net.a(x.float()).relu().flatten(1)),
     "to(dtype)": lambda net, x: net.b(net.a(x.to(torch.float32)).relu().to(net.b.weight.device).flatten(1)),
+    "by a computed size": lambda net, x: net.b((y := net.a(x).relu()).flatten(1) * (8 / (2 * y.shape[1]))),
+    "by a power of a size": lambda net, x: net.b((y := net.a(x).relu()).flatten(1) / (y.size(1) ** -0.5 * 2)),
+    "by a root of a size": lambda net, x: net.b((y := net.a(x).relu()).flatten(1) * (2 / math.sqrt(y.size(1)))),
+    "by other arithmetic": lambda net, x: net.b((y := net.a(x).relu()).flatten(1) * (-(6 // -y.size(1)) - 9 % y.ndim)),
+    "by a rectified product": lambda net, x: net.b(net.a(x).relu().flatten(1) * torch.relu(net.one * net.one)),
+    "by a rectified constant": lambda net, x: net.b(net.a(x).relu().flatten(1) * F.relu(net.one)),
 }
+
+
+class Dropping(Net):
+    def __init__(self, drop):
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, x):
+        return self.c(torch.relu(self.b(self.drop(self, torch.relu(self.a(x))).flatten(1))))
+
+
+DROPOUTS = {
+    "dropout3d": lambda net, y: F.dropout3d(y, training=net.training),
+    "torch.dropout": lambda net, y: torch.dropout(y, 0.5, net.training),
+    "torch.dropout by name": lambda net, y: torch.dropout(y, p=0.5, train=net.training),
+    "torch.feature_dropout": lambda net, y: torch.feature_dropout(y, 0.5, train=net.training),
+    "torch.alpha_dropout": lambda net, y: torch.alpha_dropout(y, 0.5, net.training),
+    "torch.feature_alpha_dropout": lambda net, y: torch.feature_alpha_dropout(y, 0.5, net.training),
+    "alpha_dropout": lambda net, y: F.alpha_dropout(y, 0.5),  # the one that is off by default
+    "stochastic_depth": lambda net, y: stochastic_depth.stochastic_depth(y, 0.5, "row", net.training),
+    "drop_block2d": lambda net, y: ops.drop_block.drop_block2d(y, 0.5, 3, training=net.training),
+    "of nothing": lambda net, y: F.dropout(y, 0.0),
+}
+
+
+@pytest.mark.parametrize("how", DROPOUTS)
+def test_dropouts_are_off(how, plain):
+    snn, x = converted(Dropping(DROPOUTS[how]))
+    assert torch.equal(snn(x), plain)
+
+
+def test_modules_that_drop_are_off(plain):
+    for drop in (nn.Dropout3d(), nn.FeatureAlphaDropout(), nn.AlphaDropout(), ops.DropBlock2d(0.5, 3)):
+        snn, x = converted(Net(activate=nn.Sequential(nn.ReLU(), drop)))
+        assert torch.equal(snn(x), plain)
+
+
+ALWAYS = {
+    "the default": lambda net, y: F.dropout(y, 0.5),
+    "dropout2d": lambda net, y: F.dropout2d(y),
+    "torch.dropout": lambda net, y: torch.dropout(y, 0.5, True),
+    "alpha_dropout": lambda net, y: F.alpha_dropout(y, 0.5, True),
+    "drop_block2d": lambda net, y: ops.drop_block.drop_block2d(y, 0.5, 3),
+    "of a weight": lambda net, y: y * F.dropout(net.a.bias[:, None, None], 0.5),
+}
+
+
+@pytest.mark.parametrize("how", ALWAYS)
+def test_dropouts_that_are_never_off_are_refused(how):
+    with pytest.raises(ConversionError, match=r"drops values at random in eval mode too.*training=self\.training"):
+        qcfs_fast.prepare(Dropping(ALWAYS[how]).eval())
 
 
 @pytest.mark.parametrize("how", SAME)
@@ -641,3 +754,14 @@ def test_batch_norms_of_several_processes():
         snn, x = converted(net)
         found.append(snn(x))
     assert torch.equal(*found)
+
+
+def test_lines_that_are_flattened_before_an_activation():
+    layers = (nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    torch.manual_seed(0)
+    x = networks.images((2, 24), 6)
+    prepared = qcfs_fast.prepare(nn.Sequential(*layers, nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval(), levels=4)
+    snn = qcfs_fast.convert(qcfs_fast.calibrate(prepared, [x], progress=False), T=4)
+    answer = qcfs_fast.simulate(prepared, x, 4)[-1]
+    assert answer.abs().max() > 0.1
+    torch.testing.assert_close(snn(x).double(), answer, rtol=1e-3, atol=1e-3)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ import qcfs_fast
 from qcfs_fast import QCFS
 from qcfs_fast.study import training
 from qcfs_fast.study.command_line import main
-from qcfs_fast.study.data import Arrays
+from qcfs_fast.study.data import MEAN, STD, Arrays, batches
+from qcfs_fast.study.datasets import open_data
 from qcfs_fast.study.networks import SMALL, small_network
 from qcfs_fast.study.trained import Trained, load_trained, save_trained, trained_about
 from qcfs_fast.study.training import Epoch, Recipe, train
@@ -261,6 +263,10 @@ def test_a_trained_file_goes_round(tmp_path, capsys):
         ("shape", [1, -3, 3], "shape must be an integer from 1"),
         ("width", 1e9, "width must be in"),
         ("network", "../x", "network must be a name"),
+        ("names", ["a", "b"], "classes must be 3 different names"),
+        ("names", "abc", "classes must be 3 different names"),
+        ("mean", [0.1, 0.2], "mean must be one number"),
+        ("std", [0], "std must be one positive number"),
         ("extra", 1, "other fields"),
     ],
 )
@@ -314,6 +320,7 @@ def test_train_then_study(folder, capsys):
     assert all(len(line) <= 80 for line in out[:4])
     _, about = load_trained(folder / "run" / "model.safetensors")
     assert (about.classes, about.shape, about.epochs, about.data) == (2, (3, 32, 32), 3, "data")
+    assert (about.names, about.mean, about.std) == (("blue", "red"), MEAN, STD)
     assert "--width 0.25" in about.recipe
     assert main([*arguments, "--json"]) == 0  # goes on from the end: nothing is left to do
     assert json.loads(capsys.readouterr().out)["log"][-1]["test_accuracy"] == about.accuracy
@@ -329,6 +336,39 @@ def test_train_then_study(folder, capsys):
         "latency.png",
         "study.html",
     }
+
+
+def test_classes_go_from_train_to_eval(folder, capsys):
+    """What train knows stands in its file and in that of convert; folders are numbered by name, before any training."""
+    data, run, net = folder / "data", str(folder / "run"), str(folder / "net.safetensors")
+    options = ["--network", "cifar-resnet20", "--width", "0.25", "--epochs", "1", "--size", "32", "--threshold", "2"]
+    arguments = ["train", str(data), *options, "--output", run, "--quiet"]
+    (data / "val" / "green").mkdir()
+    assert main(arguments) == 1
+    assert "the folder 'green' is no class of the network, which has 'blue', 'red'" in capsys.readouterr().err
+    (data / "val" / "green").rmdir()
+    (data / "val" / "blue").rename(folder / "blue")
+    assert main([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "has no folder for 1 of 2 classes: blue" in err
+    assert main(["convert", run + "/model.safetensors", "--output", net]) == 0
+    said = qcfs_fast.load(net).metadata
+    assert (said["classes"], said["mean"], said["std"]) == (["blue", "red"], list(MEAN), list(STD))
+    capsys.readouterr()
+    model, about = load_trained(folder / "run" / "model.safetensors")
+    assert main(["eval", net, str(data), "--steps", "32", "--quiet", "--json"]) == 0
+    reds, _ = next(batches(open_data(data, 32), 5))
+    right = int((qcfs_fast.load(net)(reds, 32).argmax(1) == 1).sum())  # not 0, as if it were the only class
+    assert json.loads(capsys.readouterr().out)["accuracy"][0]["right"] == right
+    assert json.loads(out)["log"][-1]["test_accuracy"] == int((model(reds).argmax(1) == 1).sum()) / 5
+    (data / "val" / "green").mkdir()
+    study = ["study", run + "/model.safetensors", str(data), "--output", str(folder / "study"), "--quiet"]
+    assert main(study) == 1
+    assert "the folder 'green' is no class" in capsys.readouterr().err
+    save_trained(folder / "run" / "model.safetensors", model, replace(about, names=None))  # as before files had names
+    (data / "val" / "blue").mkdir()
+    assert main(study) == 1
+    assert "has 3 class folders for 2 outputs" in capsys.readouterr().err
 
 
 def test_train_refuses(folder, capsys):

@@ -104,6 +104,7 @@ class Arithmetic(Weighted):
         """x * scale + shift."""
         if isinstance(x, Unknown):
             return x
+        x = self._by_feature(x, max(v.numel() if isinstance(v, Tensor) else 1 for v in (scale, shift)))
         scale, shift = self._by_channel(x, scale), self._by_channel(x, shift)
         if isinstance(x, Laid | Row) and scale.numel() == shift.numel() == 1:
             return replace(x, value=self._affine(x.value, float(scale), float(shift)))
@@ -126,6 +127,10 @@ class Arithmetic(Weighted):
     def _by_channel(self, x: Any, value: Any) -> Tensor:
         """A constant as float64 [1] or [channels of x]."""
         if isinstance(value, Size):
+            if self.shapes is not None:
+                raise self.fail(
+                    "computes with the size of the batch, which is no part of an image. Remedy: leave it out"
+                )
             raise self._shape_needed("computes with a size that is not known")
         if not isinstance(value, (int, float, Tensor)):
             raise self.fail("computes with a constant that is neither a number nor a tensor")
@@ -138,6 +143,8 @@ class Arithmetic(Weighted):
         shape = (*([1] * (rank - t.dim())), *t.shape)
         channels = (len(x.source) if isinstance(x, Image) else x.channels) or t.numel()
         if len(shape) != rank or shape[1] != channels or t.numel() != channels:
+            if isinstance(x, Image) and self.shapes is None:
+                raise self._shape_needed("computes with a constant for values of the image, whose shape is not known")
             raise self.fail(
                 f"computes with a constant of shape {list(t.shape)}, which differs between pixels or does not fit "
                 f"{channels} channels. Remedy: one number, or one for each channel ({[channels, *[1] * (rank - 2)]})"
@@ -153,14 +160,20 @@ class Arithmetic(Weighted):
                 source=sum((t.source for t in tensors), ()),
                 scale=sum((t.scale for t in tensors), ()),
                 shift=sum((t.shift for t in tensors), ()),
-                width=max(t.width for t in tensors),
+                width=max(t.channels for t in tensors),
             )
-        tensors = [self._read_image(t, None) if isinstance(t, Image) else t for t in tensors]
+        vector = any(getattr(t, "vector", False) for t in tensors)
+        tensors = [
+            self._read_image(replace(t, vector=vector), None) if isinstance(t, Image) and not t.map else t
+            for t in tensors
+        ]
         if dim % self._rank(tensors[0]) != 1 or not all(isinstance(t, Signal | Current | Joined) for t in tensors):
             raise self.fail("concatenates values not along the channels. Remedy: torch.cat(values, 1)")
         if any(isinstance(t, Current | Joined) for t in tensors):
-            if any(t.vector or getattr(t, "flattened", False) for t in tensors):
-                raise self.fail("concatenates flattened values with no activation in between. Remedy: put one before")
+            if len({t.vector for t in tensors}) != 1 or any(
+                self._is_flat(t) and not self._has_one_pixel(t) for t in tensors
+            ):
+                raise self.fail("concatenates flattened maps with no activation in between. Remedy: put one before")
             return joined([t if isinstance(t, Joined) else self._current(t, None, "") for t in tensors])
         if len({t.vector for t in tensors}) != 1:
             raise self.fail("concatenates feature maps and flattened values")
@@ -169,8 +182,24 @@ class Arithmetic(Weighted):
     def keep(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return x
 
-    def dropout(self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    def dropout(
+        self, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool | None = None
+    ) -> Any:
+        """A dropout that is off; torch.dropout calls its `training` so: `train`."""
+        if p and (training if train is None else train):
+            raise self.fail(
+                "drops values at random in eval mode too, as its `training` is True (F.dropout's default). Remedy: "
+                "training=self.training, or nn.Dropout"
+            )
         return x
 
+    def alpha_dropout(self, x: Any, p: float = 0.5, training: bool = False, inplace: bool = False) -> Any:
+        return self.dropout(x, p, training)
+
     def stochastic_depth(self, x: Any, p: float, mode: str, training: bool = True) -> Any:
-        return x
+        return self.dropout(x, p, training)
+
+    def drop_block(
+        self, x: Any, p: float, block_size: int, inplace: bool = False, eps: float = 1e-6, training: bool = True
+    ) -> Any:
+        return self.dropout(x, p, training)

@@ -37,7 +37,7 @@ from ..model.qcfs import is_qcfs, thresholds
 from ..model.tracing import evaluating, is_normalize, parameter, refuse_hooks, symbolic_trace
 from .reshaping import Reshaping
 from .shapes import LAST_SHAPE, propagate_shapes
-from .symbolic import ShapeNeededError, Unknown, one_current
+from .symbolic import ShapeNeededError, Size, Unknown, has_size, one_current
 from .values import (
     Activation,
     Answer,
@@ -97,11 +97,13 @@ class Lowering(Reshaping):
                 if node.op == "call_module":
                     refuse_hooks(self.gm.get_submodule(str(node.target)), str(node.target))
                 self.values[node] = self._execute(node)
+                if self._depends_on_size(node):
+                    self.sized.add(node)
             except ShapeNeededError:
                 raise
             except ConversionError as error:
                 obstacles.append(error)
-                self.values[node] = Unknown()
+                self.values[node] = Unknown(node.op == "call_module")
         if obstacles:
             raise _all_of(obstacles)
         if not self.result.outputs:
@@ -126,15 +128,22 @@ class Lowering(Reshaping):
         if not self._takes_joined(node):
             args, kwargs = (fx.node.map_aggregate(v, one_current) for v in (args, kwargs))
         if node.op == "placeholder":
+            if str(node.target).startswith("*"):
+                if node.users:
+                    raise self.fail(
+                        f"is what forward takes as {node.target}, of which torch.fx knows nothing. Remedy: a forward "
+                        "whose one argument has a name"
+                    )
+                return None
             if any(isinstance(v, Image) for v in self.values.values()):
                 if node.args:  # a further argument with a default
                     return node.args[0]
                 raise self.fail("a network with several inputs is not supported; convert the part behind one input")
-            return Image((), (), (), line=self.line)
+            return Image((), (), (), vector=len(self._image_shape() or ()) == 1, line=self.line)
         rank = layer_rank(self.gm, node)
         if rank is not None and rank != self._rank(None) - 2:
             raise self.fail(_OTHER_RANK[rank])
-        unknown = self._is_unknown(args) or self._is_unknown(tuple(kwargs.values()))
+        unknown = self._unknown((args, kwargs))
         if node.op == "output":
             return None if unknown else self._output(args[0])
         if node.op == "get_attr":
@@ -142,8 +151,14 @@ class Lowering(Reshaping):
             for name in str(node.target).split("."):
                 value = getattr(value, name)
             return value
+        handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
+        if handler is None and node.op == "call_function":
+            handler = _OF_TORCHVISION.get(called(node))
+        judged = handler in _DROPOUTS or node in self.sites
+        if node.all_input_nodes and self._is_constant((args, kwargs)) and not judged:
+            return self._constant(args, kwargs)
         step = tail_step(self.gm, node)
-        if step is not None and not unknown and not (self._is_constant(args) and self._is_constant(kwargs)):
+        if step is not None and not unknown:
             x = args[0] if args else kwargs["input"]
             squeezed = self.squeeze(x, step[1]) if step[0] == "squeeze" and not isinstance(x, Answer) else None
             return self._tail(x, *step) if squeezed is None else squeezed
@@ -155,35 +170,45 @@ class Lowering(Reshaping):
         if node.op == "call_module":
             m = self.gm.get_submodule(str(node.target))
             if unknown and (step is not None or is_qcfs(m) or isinstance(m, _KNOWN_MODULES)):
-                return self._fired_unknown(m)
+                return self._fired_unknown(m) or unknown
             return self._module(m, args, kwargs)
-        if node.target is torch._assert and self.shapes is None:
-            return None  # it may ask for sizes
-        if self._is_constant(args) and self._is_constant(kwargs) and "call_" in node.op and node.all_input_nodes:
-            try:
-                with torch.no_grad():
-                    if callable(node.target):
-                        return node.target(*args, **kwargs)
-                    return getattr(args[0], node.target)(*args[1:], **kwargs)
-            except Exception as error:  # whatever a function raises on a size that is not known
-                raise self.fail(f"cannot be computed without an image ({error})") from error
-        handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
-        if handler is None and getattr(node.target, "__name__", "") == "stochastic_depth":
-            handler = Lowering.stochastic_depth
         for names, why in _NO_FUNCTION.items():
             if handler is None and called(node) in names.split():
                 raise self.fail(f"has no spiking counterpart: {why}")
-        if handler is None and not (unknown and step is not None):
+        if handler is None and not (unknown and (step is not None or not unknown.activation)):
             raise self.fail(
                 "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "
                 "add, concat and QCFS. Remedy: replace it, or convert only the part of the model without it"
             )
-        if handler is None or (unknown and handler not in _OF_ANYTHING):
-            return Unknown()
+        if handler is None or (unknown and handler not in (_OF_ACTIVATIONS if unknown.activation else _OF_ANYTHING)):
+            return unknown
+        mean = handler is Lowering.divide and self._is_of_whole_maps(args[0])  # whose pool asks for the size itself
+        if self._asks_for_sizes() and handler not in _OF_SIZES and not mean:
+            raise self.fail(
+                "is given a number made of the size of maps, which is another one in images of another size. Remedy: "
+                "write the number, in a model for images of one size"
+            )
         try:
             return handler(self, *args, **kwargs)
         except TypeError as error:
             raise self.fail(f"is called in a way that is not known here ({error})") from error
+
+    def _constant(self, args: tuple, kwargs: dict) -> Any:
+        """What a node makes of parameters, numbers and sizes."""
+        target: Any = self.node.target
+        if target is torch._assert and self.shapes is None:
+            return None  # it may ask for sizes
+        if self.node.op == "call_module":
+            target = self.gm.get_submodule(target)
+        elif any(isinstance(v, Size) for v in args) and getattr(target, "__module__", "") in ("math", "_operator"):
+            return Size()
+        try:
+            with torch.no_grad():
+                return target(*args, **kwargs) if callable(target) else getattr(args[0], target)(*args[1:], **kwargs)
+        except Exception as error:  # whatever a function raises on a size that is not known
+            if self.shapes is None and has_size((args, kwargs)):
+                raise self._shape_needed("computes with a size that is not known") from error
+            raise self.fail(f"cannot be computed without an image ({error})") from error
 
     def _not_the_end(self, value: Answer) -> ConversionError:
         """Why nothing may work on a tail."""
@@ -231,6 +256,8 @@ class Lowering(Reshaping):
             return self.shuffle(x, m.groups)
         if isinstance(m, nn.Flatten):
             return self.flatten(x, m.start_dim, m.end_dim)
+        if isinstance(m, nn.Unflatten):
+            return self.unflatten(x, m.dim, m.unflattened_size)
         if isinstance(m, nn.AvgPool1d | nn.AvgPool2d):
             divisor: Any = getattr(m, "divisor_override", None)  # a pool over lines has none
             return self.avg_pool(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor)
@@ -256,11 +283,11 @@ class Lowering(Reshaping):
             x, padding = self.pad(x, m._reversed_padding_repeated_twice, m.padding_mode), 0
         return self.conv(x, weight, bias, m.stride, padding, m.dilation, m.groups)
 
-    def _fired_unknown(self, m: nn.Module) -> Signal | Unknown:
+    def _fired_unknown(self, m: nn.Module) -> Signal | None:
         """What a module makes of an unknown value: an activation's spikes are known again, if their shape is."""
         shape = (self.shapes or {}).get(self.node)
         if not is_qcfs(m) or not shape:
-            return Unknown()
+            return None
         return Signal((Part(str(self.node.target), torch.ones(shape[0], dtype=torch.float64)),), len(shape) == 1)
 
     def fire(self, x: Any, m: Any) -> Signal:
@@ -306,6 +333,7 @@ FUNCTIONS: dict[Any, Handler] = {
     torch.cat: Lowering.concat,
     torch.concat: Lowering.concat,
     torch.flatten: Lowering.flatten,
+    torch.unflatten: Lowering.unflatten,
     torch.unsqueeze: Lowering.unsqueeze,
     torch.reshape: Lowering.view,
     torch.permute: Lowering.permute,
@@ -324,11 +352,10 @@ FUNCTIONS: dict[Any, Handler] = {
     **dict.fromkeys((torch.conv1d, F.conv1d, torch.conv2d, F.conv2d), Lowering.conv),
     F.linear: Lowering.linear,
     F.batch_norm: Lowering.batch_norm,
-    F.dropout: Lowering.dropout,
-    F.dropout1d: Lowering.dropout,
-    F.dropout2d: Lowering.dropout,
-    F.alpha_dropout: Lowering.dropout,
-    F.feature_alpha_dropout: Lowering.dropout,
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), Lowering.dropout),
+    **dict.fromkeys((torch.dropout, torch.feature_dropout), Lowering.dropout),
+    **dict.fromkeys((torch.alpha_dropout, torch.feature_alpha_dropout), Lowering.dropout),
+    **dict.fromkeys((F.alpha_dropout, F.feature_alpha_dropout), Lowering.alpha_dropout),
     **dict.fromkeys((F.avg_pool1d, torch.avg_pool1d, F.avg_pool2d), Lowering.avg_pool),
     **dict.fromkeys((F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d), Lowering.adaptive_pool),
     F.adaptive_avg_pool2d: Lowering.adaptive_pool,
@@ -351,6 +378,7 @@ METHODS: dict[str, Handler] = {
     **dict.fromkeys(("mul", "mul_", "multiply"), Lowering.scale),
     **dict.fromkeys(("div", "div_", "divide"), Lowering.divide),
     "flatten": Lowering.flatten,
+    "unflatten": Lowering.unflatten,
     "view": Lowering.view,
     "reshape": Lowering.view,
     "size": Lowering.size,
@@ -382,14 +410,17 @@ _BORDER_MODULES: dict[str, Any] = {
     "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d),
     "circular": (nn.CircularPad1d, nn.CircularPad2d),
 }
-_PASSING_MODULES = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.Identity)
+_PASSING_MODULES = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    nn.Identity,
+)
 _KNOWN_MODULES = (
     *_PASSING_MODULES,
     nn.Conv1d,
     nn.Conv2d,
     nn.Linear,
     *_BATCH_NORMS,
-    nn.Flatten,
+    *(nn.Flatten, nn.Unflatten),
     nn.ChannelShuffle,
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.MaxPool2d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConstantPad1d, nn.ConstantPad2d),
@@ -398,14 +429,27 @@ _KNOWN_MODULES = (
     nn.PixelShuffle,
     nn.PixelUnshuffle,
 )
+_OF_TORCHVISION: dict[str, Handler] = {
+    "stochastic_depth": Lowering.stochastic_depth,
+    **dict.fromkeys(("drop_block2d", "drop_block3d"), Lowering.drop_block),
+}
+_DROPOUTS = (Lowering.dropout, Lowering.alpha_dropout, Lowering.stochastic_depth, Lowering.drop_block)
 # What takes currents side by side one by one.
 _OF_JOINED = (
     *(Lowering.batch_norm, Lowering.concat, Lowering.scale, Lowering.divide, Lowering.negate),
-    *(Lowering.keep, Lowering.dropout, Lowering.getitem, Lowering.split, Lowering.chunk, Lowering.index_select),
+    *(Lowering.keep, *_DROPOUTS, Lowering.getitem, Lowering.split, Lowering.chunk, Lowering.index_select),
     *(Lowering.narrow, Lowering.to),
 )
-# What is looked at even where a value is unknown: sizes have an answer, a product of two values is an obstacle.
-_OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, Lowering.scale, Lowering.divide)
+# What is looked at even where a value is unknown: sizes have an answer, a product of two activations is an obstacle.
+_OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, *_DROPOUTS)
+_OF_ACTIVATIONS = (*_OF_ANYTHING, Lowering.scale, Lowering.divide)
+
+
+# What may be told the size of maps: it stays true in other sizes, or the method asks whether it does.
+_OF_SIZES = (
+    *(Lowering.view, Lowering.getitem, Lowering.pad, Lowering.upsample, Lowering.avg_pool, Lowering.max_pool),
+    *(Lowering.flatten, Lowering.to),
+)
 
 
 def _all_of(obstacles: list[ConversionError]) -> ConversionError:
@@ -413,13 +457,14 @@ def _all_of(obstacles: list[ConversionError]) -> ConversionError:
     places: dict[str, list[str]] = {}
     for error in obstacles:
         place, _, why = str(error).partition(": ")
-        places.setdefault(why, []).append(place)
+        found = places.setdefault(why, [])
+        found += [place] if place not in found else []
     lines = []
     for why, found in places.items():
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         lines.append(f"{', '.join(found[:3])}{more}: {why}")
     if len(lines) > 1:
-        lines = [f"{len(obstacles)} obstacles", *(f"  {line}" for line in lines)]
+        lines = [f"{sum(map(len, places.values()))} obstacles", *(f"  {line}" for line in lines)]
     raised = ConversionError("\n".join(lines))
     raised.obstacles = tuple((why, tuple(found)) for why, found in places.items())
     return raised

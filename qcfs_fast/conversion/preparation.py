@@ -99,6 +99,8 @@ def prepare(
             _replace(gm, node, _site_path(gm, node, taken, "relu"), qcfs)
         elif max_pool == "avg" and node.op != "call_module" and node.target in ("amax", torch.amax):
             node.target = "mean" if node.op == "call_method" else torch.mean
+        elif max_pool == "avg" and _is_max_pool(gm, node) and len(node.all_input_nodes) > 1:  # told the size of a map
+            node.target = F.avg_pool1d if layer_rank(gm, node) == 1 else F.avg_pool2d
         elif max_pool == "avg" and (pool := _average_pool(gm, node)) is not None:
             _replace(gm, node, _site_path(gm, node, taken, "pool"), pool)
     gm.graph.lint()

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .spatial import Spatial
-from .symbolic import is_rest, one_current, shown, whole
+from .symbolic import is_rest, one_current, shown, whole, zeros
 from .values import (
     Current,
     Grouped,
@@ -21,6 +22,7 @@ from .values import (
     Laid,
     Row,
     Signal,
+    composed,
 )
 
 
@@ -45,10 +47,12 @@ class Reshaping(Spatial):
             return Laid(x, self._map_size(x))
         if start_dim != 1 or end_dim % rank != rank - 1:
             raise self.fail("flattens other dimensions than all after the batch; use flatten(x, 1)")
+        if isinstance(x, Signal | Current):
+            x = self._read_by_layers(x)
         if isinstance(x, Current):
             flat = tuple(replace(s, vector=True) for s in x.identities) if not x.products else x.identities
             return x if x.vector else replace(x, flattened=True, size=self._map_size(x), identities=flat)
-        if isinstance(x, Image):
+        if isinstance(x, Image) and not x.vector:
             if self.shapes is None:
                 raise self._shape_needed("flattens the image, whose shape is not known")
             shape = self.shapes[self.node.all_input_nodes[0]]
@@ -56,6 +60,15 @@ class Reshaping(Spatial):
                 raise self.fail(f"flattens images {list(shape)}. Remedy: give the network vectors, [N, features]")
             return replace(x, map=shape)
         return replace(x, vector=True)
+
+    def _read_by_layers(self, x: Signal | Current) -> Signal | Current:
+        """A map with the image in it as the output of a 1x1 convolution of ones: only maps of spikes are flattened."""
+        current = self._summand(x, "")
+        if x.vector or not any(p.is_image for s in current.identities for p in s.parts):
+            return x
+        n = current.channels
+        ones = torch.eye(n, dtype=torch.float64)[:, :, None, None]
+        return composed(current, ones, POINTWISE, zeros(n), "image")
 
     def view(self, x: Any, *shape: Any) -> Any:
         """Only [N, features] and [N, C, H, W] as they are: what mixes samples or pixels has no spiking counterpart."""
@@ -77,10 +90,29 @@ class Reshaping(Spatial):
             return self.flatten(x, 1)
         if whole(asked[1:]) and asked[1:] == list(own[1:]):
             return x
+        if len(own) == 2 and len(asked) > 2:
+            self._refuse_map(x, asked)
         raise self.fail(
             f"reshapes {shown(own)} to {shown(asked)}; only flattening to [N, features] is supported. Remedy: "
             "flatten(x, 1), or keep the shape"
         )
+
+    def _refuse_map(self, x: Any, asked: list[Any]) -> None:
+        """ConversionError where the features of a vector become a map."""
+        if isinstance(x, Image):
+            raise self.fail(
+                f"makes a map {shown(['N', *asked[1:]])} of an image that is a vector. Remedy: leave it out of the "
+                "model, and give the network such images"
+            )
+        raise self.fail(
+            "makes a map of a vector's features, which has no spiking counterpart. Remedy: maps of one pixel up to "
+            "there, and nn.ConvTranspose2d(features, channels, (height, width)) in place of the linear layer"
+        )
+
+    def unflatten(self, x: Any, dim: int, sizes: Sequence[int]) -> Any:
+        own = self._shape(x)
+        dim %= len(own)
+        return self.view(x, *own[:dim], *sizes, *own[dim + 1 :])
 
     def _regrouped(self, x: Any, own: Sequence[Any], asked: list[Any]) -> Any:
         """A reshape that takes the channels apart, or puts them together again."""
@@ -225,7 +257,8 @@ class Reshaping(Spatial):
         if not over or over[0] < 2 or (isinstance(x, Laid) and keepdim):
             raise self.fail("takes a mean or maximum over other dimensions than those of pixels")
         if isinstance(x, Laid):
-            return self.flatten(self._pooled(x.value, PoolSpec(kind, output=(1, 1), size=self._known(x.size))), 1)
+            pooled = self._pooled(x.value, PoolSpec(kind, output=(1, 1), size=self._known(x.size)))
+            return self._without(pooled, range(2, self._rank(x.value)))
         pooled = self.adaptive_pool(x, [None if i not in over else 1 for i in (2, 3)] if rank == 4 else 1, kind)
         return pooled if keepdim else self._without(pooled, over)
 
@@ -249,7 +282,8 @@ class Reshaping(Spatial):
     def _without(self, x: Any, dims: Sequence[int]) -> Any:
         """A map without its dimensions of pixels that are in `dims`, in which it has one pixel."""
         if len(dims) == self._rank(x) - 2:
-            return self.flatten(x, 1)
+            flat = self.flatten(x, 1)
+            return replace(flat, size=(1, 1)) if isinstance(flat, Current) else flat
         size = self._map_size(x)  # as it was before
         return Laid(x, (1, size[1]) if 2 in dims else (size[0], 1))
 

@@ -41,12 +41,13 @@ class ShapeRecorder(fx.Interpreter):
 def propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
     """Run the graph on a batch of 1 without values: a copy of it whose tensors are on the meta device."""
     with made_parameters_kept(gm), torch.no_grad():
-        recorder = ShapeRecorder(without_values(gm))
+        copied = without_values(gm)
+        recorder = ShapeRecorder(copied)
         first = next(iter((*gm.parameters(), *gm.buffers())), None)
         with torch.device("meta"):
             recorder.run(torch.empty((1, *input_shape), dtype=None if first is None else first.dtype))
-    by_name = {node.name: node for node in gm.graph.nodes}
-    return {by_name[node.name]: shape for node, shape in recorder.shapes.items()}
+    own = dict(zip(copied.graph.nodes, gm.graph.nodes, strict=True))  # names may differ
+    return {own[node]: shape for node, shape in recorder.shapes.items()}
 
 
 def usable_shape(model: nn.Module, image: Image, known: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -112,11 +112,24 @@ class Spatial(Ends):
         divisor_override: int | None = None,
     ) -> Signal | Current:
         kernel, padding = self._pair(kernel_size, 1), self._pair(padding, 0)
+        if self._is_whole_map(kernel):
+            return self._pooled(x, PoolSpec("avg", output=(1, 1)))
         stride = self._pair(stride, 1) if stride else kernel
         if kernel == (1, 1) == (divisor_override or 1, 1) and padding == (0, 0):
             return self._strided(x, stride)
         window = (kernel, stride, padding, bool(ceil_mode), bool(count_include_pad), divisor_override)
         return self._pooled(x, PoolSpec("avg", *window))
+
+    def _is_whole_map(self, kernel: tuple[int, int]) -> bool:
+        """Whether a pool takes maps as a whole because it was told their size (F.avg_pool2d(x, x.size(3)))."""
+        if not self._asks_for_sizes():
+            return False
+        if kernel != self._map_size(None):
+            raise self.fail(
+                "pools windows that are made of the size of maps, and not the whole map. Remedy: write their size as a "
+                "number, or AdaptiveAvgPool2d"
+            )
+        return True
 
     def adaptive_pool(self, x: Any, output_size: Any, kind: str = "avg") -> Signal | Current:
         asked = output_size if isinstance(output_size, (tuple, list)) else [output_size]
@@ -141,6 +154,8 @@ class Spatial(Ends):
         if return_indices or self._pair(dilation, 1) != (1, 1):
             raise self.fail("max pooling with dilation or indices is not supported")
         kernel, padding = self._pair(kernel_size, 1), self._pair(padding, 0)
+        if self._is_whole_map(kernel):
+            return self._pooled(x, PoolSpec("max", output=(1, 1)))
         stride = self._pair(stride, 1) if stride else kernel
         if kernel == (1, 1) and padding == (0, 0):
             return self._strided(x, stride)
@@ -205,6 +220,12 @@ class Spatial(Ends):
     def _sliced(self, x: Any, rows: slice, cols: slice) -> Any:
         """x[:, :, rows, cols]."""
         crops, strides = [], []
+        index: Any = self.node.args[1]
+        asked = [s for s in index if isinstance(s, slice)] if self._asks_for_sizes() else []
+        if self.sized.intersection(n for s in asked for n in (s.start, s.step) if isinstance(n, fx.Node)):
+            raise self.fail(
+                "cuts pixels from a place, or at a distance, that is made of the size of maps. Remedy: write a number"
+            )
         for s, size in zip((rows, cols), self._map_size(x), strict=True):
             start, stop, step = s.start or 0, s.stop, s.step or 1
             if not whole([start, step, stop or 0]):
@@ -286,20 +307,6 @@ class Spatial(Ends):
         for kernel in (spread, even):
             x = x if kernel == (1, 1) else self._pooled(x, PoolSpec("avg", kernel))
         return x
-
-    def _has_one_pixel(self, x: Any) -> bool:
-        """Whether a value is a map of one pixel, whatever the size of images."""
-
-        def single(p: Part) -> bool:
-            return p.pools[-1].output == (1, 1) if p.pools else p.node in self.single
-
-        if isinstance(x, Signal):
-            return all(map(single, x.parts))
-        return (
-            isinstance(x, Current)
-            and all(p.geometry[:8] == POINTWISE[:8] and single(p.part) for p in x.products)
-            and all(self._has_one_pixel(s) for s in x.identities)
-        )
 
     def _meets_others(self) -> bool:
         """Whether a map of a computed size, or what keeps its size, is added to others or put beside them.

@@ -3,7 +3,7 @@
 A value is an Image, a Signal, a Current, or one of their relatives (values.py). An operation asks for it as the
 signals that a layer may read (`_sources`), or as a current that a neuron may integrate (`_current`). Each raises
 ConversionError, with the place in the model, where the value is no such thing. A size that is not known is a Size,
-which any arithmetic leaves one.
+and what is computed with it remains one.
 
 A network of lines, [N, C, L], is one of maps that are one pixel high: where a model names one number, that of the
 height is added here.
@@ -12,15 +12,17 @@ height is added here.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from ..errors import ConversionError
-from ..model.graph import call_sites, describe, reads_lines
+from ..model.graph import call_sites, called, describe, reads_lines
 from ..network.layers import INPUT, constant_name
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
@@ -48,8 +50,14 @@ class ShapeNeededError(ConversionError):
     """Lowering cannot go on without the shape of the images."""
 
 
+@dataclass(frozen=True)
 class Unknown:
-    """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again."""
+    """What an obstacle left behind: nothing that works on it is judged, until an activation makes spikes again.
+
+    `activation`: a module made it, so it depends on the image; what a function was to make may be a constant.
+    """
+
+    activation: bool
 
 
 def one_current(x: Any) -> Any:
@@ -57,17 +65,17 @@ def one_current(x: Any) -> Any:
 
 
 class Size:
-    """A size that is not a number here: that of the batch, or any while the shape of the images is not known."""
+    """A size that is not a number here: that of the batch, or any while the shape of the images is not known.
 
-    def _with(self, other: Any) -> Size:
-        return self
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _with
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _with  # type: ignore[assignment] # asserted: who knows
-    __hash__ = object.__hash__
+    So is what Python computes with it.
+    """
 
     def __repr__(self) -> str:
         return "N"
+
+
+def has_size(x: Any) -> bool:
+    return any(isinstance(v, Size) for v in pytree.tree_leaves(x))
 
 
 def whole(sizes: Sequence[Any]) -> bool:
@@ -93,6 +101,10 @@ def zeros(channels: int) -> Tensor:
     return torch.zeros(channels, dtype=torch.float64)
 
 
+def _asks_for_shape(node: fx.Node) -> bool:
+    return called(node) == "size" or (node.target is getattr and node.args[1] == "shape")
+
+
 class Symbolic:
     """One pass over the graph. `shapes` maps nodes to the shapes of their values without the batch, if known.
 
@@ -110,6 +122,7 @@ class Symbolic:
         self.result = Lowered(Image((), (), ()))
         self.image: Image | None = None
         self.single: set[str] = set()  # layers whose maps have one pixel, whatever the size of images
+        self.sized: set[fx.Node] = set()  # numbers that are another one in images of another size
         self.constants: dict[Any, Part] = {}  # neurons that always fire, by the maps that they cover
 
     def fail(self, why: str) -> ConversionError:
@@ -123,9 +136,38 @@ class Symbolic:
             return all(map(self._is_constant, x.values()))
         return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Laid, Row, Answer, Unknown))
 
-    def _is_unknown(self, x: Any) -> bool:
-        values = x.values() if isinstance(x, dict) else x
-        return any(map(self._is_unknown, values)) if isinstance(x, (tuple, list, dict)) else isinstance(x, Unknown)
+    def _depends_on_size(self, node: fx.Node) -> bool:
+        """Whether a node is a number, or several, that images of another size would change."""
+        if not self._is_constant(self.values[node]) or isinstance(self.values[node], bool) or not node.all_input_nodes:
+            return False
+        source = node.all_input_nodes[0]
+        if _asks_for_shape(node):
+            return node.target is getattr or len(node.args) < 2 or self._is_of_pixels(source, node.args[1])
+        if node.target is operator.getitem and _asks_for_shape(source) and source in self.sized:
+            return self._is_of_pixels(source.all_input_nodes[0], node.args[1])
+        return self.sized.intersection(node.all_input_nodes) != set()
+
+    def _is_of_pixels(self, x: fx.Node, dim: Any) -> bool:
+        """Whether a dimension of a map is its height or its width."""
+        rank = 1 + len((self.shapes or {}).get(x, ()))
+        return rank > 2 and not (isinstance(dim, int) and dim % rank < 2)
+
+    def _asks_for_sizes(self) -> bool:
+        """Whether an argument of the node being executed holds for images of one size alone."""
+        return self.sized.intersection(self.node.all_input_nodes) != set()
+
+    @staticmethod
+    def _is_of_whole_maps(x: Any) -> bool:
+        """Whether a value has one pixel because its pools take maps as a whole."""
+        signals = x.identities if isinstance(x, Current) else [x] if isinstance(x, Signal) else []
+        parts = [p for s in signals for p in s.parts] + [p.part for p in getattr(x, "products", ())]
+        return bool(parts) and all(p.pools and p.pools[-1].output == (1, 1) for p in parts)
+
+    @staticmethod
+    def _unknown(x: Any) -> Unknown | None:
+        """What is unknown among arguments, if any is."""
+        found = [v for v in pytree.tree_leaves(x) if isinstance(v, Unknown)]
+        return Unknown(all(v.activation for v in found)) if found else None
 
     def _read_image(self, x: Image, channels: int | None) -> Signal:
         """The image as the one analog Part; all layers that read it must agree on its channels."""
@@ -163,7 +205,7 @@ class Symbolic:
         if isinstance(x, Image):
             x = self._read_image(x, channels)
         x = self._summand(x, why_not)
-        if any(s.vector and s.index is not None for s in x.identities):
+        if any(s.vector and s.index is not None and not self._has_one_pixel(s) for s in x.identities):
             raise self.fail("reorders or drops channels and flattens them, with no layer behind; put one there")
         return without_choices(x)
 
@@ -263,26 +305,45 @@ class Symbolic:
         )
 
     def _channels(self, x: Any) -> int:
-        if isinstance(x, Image) and not x.source:
-            known = self._shape(x)[1]
-            if not isinstance(known, int):
+        if isinstance(x, Image) and not x.source:  # it is whole
+            shape = self._image_shape()
+            if shape is None:
                 raise self._shape_needed("takes channels of the image, whose shape is not known")
-            return known
+            return shape[0]
         if not isinstance(x, Image | Signal | Current | Joined):
             raise self.fail("takes parts of what is no map of spikes or of currents")
         return len(x.source) if isinstance(x, Image) else x.channels
 
+    def _has_one_pixel(self, x: Any) -> bool:
+        """Whether a value is a vector of a layer's own features, or a map of one pixel, whatever the size of images."""
+
+        def single(p: Part) -> bool:
+            return p.pools[-1].output == (1, 1) if p.pools else p.node in self.single
+
+        if isinstance(x, Joined):
+            return all(map(self._has_one_pixel, x.currents))
+        if isinstance(x, Signal):
+            return all(single(p) or (p.is_image and x.vector) for p in x.parts)
+        if isinstance(x, Current) and x.flattened and x.size == (1, 1):
+            return True
+        return (
+            isinstance(x, Current)
+            and all(p.vector or (p.geometry[:8] == POINTWISE[:8] and single(p.part)) for p in x.products)
+            and all(self._has_one_pixel(s) for s in x.identities)
+        )
+
     def _selected(self, x: Any, index: Sequence[int]) -> Any:
         """Some channels of a value."""
-        if isinstance(x, Image) and not x.batch_only and not x.vector and not x.map:
-            n = self._channels(x)
-            whole = self._whole_image(x, n)
+        if isinstance(x, Image) and not x.batch_only and not x.map:
+            whole = self._whole_image(x, self._channels(x))
             source = tuple(whole.source[i] for i in index)
             scale, shift = (tuple(v[i] for i in index) for v in (whole.scale, whole.shift))
-            return replace(x, source=source, scale=scale, shift=shift, width=max(x.width, n))
-        if not isinstance(x, Signal | Current | Joined) or x.vector or getattr(x, "flattened", False):
+            return replace(x, source=source, scale=scale, shift=shift, width=whole.channels)
+        if not isinstance(x, Signal | Current | Joined) or (self._is_flat(x) and not self._has_one_pixel(x)):
             raise self.fail(
-                "takes parts of a flattened value, which has no spiking counterpart; take channels of a map"
+                "takes some features of a flattened map or image, which has no spiking counterpart. Remedy: take "
+                "channels of the map before it is flattened, or all features, with a linear layer's weight of zero for "
+                "those left out"
             )
         if not index:
             raise self.fail("takes no channels at all")
@@ -295,11 +356,13 @@ class Symbolic:
             return (Size(), *known)
         return tuple(Size() for _ in range(self._rank(x)))
 
+    @staticmethod
+    def _is_flat(x: Any) -> bool:
+        return bool(getattr(x, "vector", False) or getattr(x, "flattened", False) or getattr(x, "map", ()))
+
     def _rank(self, x: Any) -> int:
         """The dimensions of a map or a vector, the batch among them."""
-        if getattr(x, "vector", False) or getattr(x, "flattened", False):
-            return 2
-        return 3 if self.line else 4
+        return 2 if self._is_flat(x) else 3 if self.line else 4
 
     def _map_size(self, x: Any) -> tuple[Any, Any]:
         """Height and width of a map."""

@@ -206,6 +206,10 @@ class Joined:
     def vector(self) -> bool:
         return self.currents[0].vector
 
+    @property
+    def flattened(self) -> bool:
+        return self.currents[0].flattened
+
 
 @dataclass
 class FireNode:

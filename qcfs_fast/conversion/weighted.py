@@ -32,6 +32,8 @@ from .values import (
     dealt,
 )
 
+MOST_FEATURES = 4096  # that are looked at one by one: their weight has the square of it
+
 
 class Weighted(Symbolic):
     """Convolution, linear layer and BatchNorm."""
@@ -105,6 +107,8 @@ class Weighted(Symbolic):
             replace(x, vector=True) if isinstance(x, Image) else x, "is a linear layer", features
         ):
             if not signal.vector:
+                if self.shapes is None and signal.parts[0].is_image:
+                    raise self._shape_needed("is a linear layer on the image, which may be a map")
                 raise self.fail("is a linear layer on a feature map; flatten it first")
             if features % signal.channels:
                 raise self.fail(f"expects {features} features, gets a multiple of {signal.channels}")
@@ -118,6 +122,19 @@ class Weighted(Symbolic):
         if isinstance(x, Current):
             out_bias = out_bias + weight.double().reshape(out, x.channels, -1).sum(2) @ x.bias
         return Current(out_bias, tuple(products), (), True)
+
+    def _by_feature(self, x: Any, numbers: int) -> Any:
+        """A flattened image or map as a current for each of its features, where there are numbers for them."""
+        if not self._is_flat(x) or isinstance(x, Joined) or numbers == 1:
+            return x
+        if x.vector if isinstance(x, Image) else numbers <= x.channels:
+            return x
+        if numbers > MOST_FEATURES:
+            raise self.fail(
+                f"has a number for each of {numbers} features of a flattened map. Remedy: a BatchNorm of the map, or "
+                "numbers for its channels, before flatten"
+            )
+        return self.linear(x, torch.eye(numbers))
 
     def matmul(self, x: Any, weight: Any) -> Any:
         """A linear layer whose weight is [features, outputs]."""
@@ -144,6 +161,7 @@ class Weighted(Symbolic):
         if not bool(torch.isfinite(scale).all()):
             raise self.fail("BatchNorm statistics are not finite; train or reset them")
         why_not = "BatchNorm of a value it does not fit"
+        x = self._by_feature(x, mean.numel())
         current = x if isinstance(x, Joined) else self._current(x, mean.numel(), why_not)
         if current.channels != mean.numel():
             raise self.fail(why_not)

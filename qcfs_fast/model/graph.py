@@ -67,43 +67,107 @@ def reads_lines(gm: fx.GraphModule) -> bool:
 
 IMAGE = "input"
 """The name of the image among the nodes of a network."""
-RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
-RELU_METHODS = {"relu", "relu_"}
-BOUNDED_BELOW = {torch.clamp_min, "clamp_min", "clamp_min_"}
-CLAMPS = {torch.clamp, torch.clip, F.hardtanh, "clamp", "clamp_", "clip", "clip_"}
+_CLAMPS: dict[Any, tuple[str, ...]] = dict.fromkeys(
+    (torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clamp_", "clip", "clip_"), ("min", "max")
+)
+RECTIFIERS: dict[Any, tuple[str, ...]] = {
+    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), ()),
+    **_CLAMPS,
+    **dict.fromkeys((torch.clamp_min, torch.clamp_min_, "clamp_min", "clamp_min_"), ("min",)),
+    **dict.fromkeys((torch.maximum, torch.fmax, torch.max, "maximum", "fmax", "max"), ("other",)),
+    **dict.fromkeys((nn.Hardtanh, F.hardtanh, F.hardtanh_), ("min_val", "max_val")),  # ReLU6 is one
+    **dict.fromkeys((nn.LeakyReLU, F.leaky_relu, F.leaky_relu_), ("negative_slope",)),
+    **dict.fromkeys((nn.RReLU, F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_), ("lower", "upper")),
+    **dict.fromkeys((nn.Threshold, F.threshold, torch.threshold, torch.threshold_), ("threshold", "value")),
+}
+"""Spellings of max(x, 0) by what stands behind x: that is 0, but for a ceiling `max`."""
+CUTS: dict[Any, tuple[str, ...]] = {
+    **_CLAMPS,
+    **dict.fromkeys((nn.Hardtanh, F.hardtanh, F.hardtanh_), ("min_val", "max_val")),
+    **dict.fromkeys((torch.clamp_max, torch.clamp_max_, "clamp_max", "clamp_max_"), ("max",)),
+    **dict.fromkeys((torch.minimum, torch.fmin, torch.min, "minimum", "fmin", "min"), ("other",)),
+}
+"""Spellings of min(x, ceiling), for x of 0 and more."""
+_LEFT_OUT = {"min_val": -1.0, "max_val": 1.0, "negative_slope": 0.01, "lower": 1 / 8, "upper": 1 / 3}
 ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
 """x + y in all its spellings; the methods are add and add_."""
 
 
-def relu_ceiling(gm: fx.GraphModule, node: fx.Node) -> float | None:
+def relu_ceiling(gm: nn.Module, node: fx.Node) -> float | None:
     """Where a node is max(x, 0) in one of its spellings: the value at which it is cut (6 for ReLU6), or infinity.
 
-    None for every other node.
+    None for every other node, and where x is a constant, of which no neuron is needed.
     """
-    unbounded = float("inf")
-    if node.op == "call_module":
-        m = gm.get_submodule(str(node.target))
-        if isinstance(m, nn.Hardtanh):  # ReLU6 is one
-            return float(m.max_val) if m.min_val == 0 < m.max_val else None
-        if isinstance(m, nn.LeakyReLU):
-            return unbounded if m.negative_slope == 0 else None
-        return unbounded if isinstance(m, nn.ReLU) else None
     if node.op == "call_function" and node.target is F.relu6:
         return 6.0
-    if node.op != "get_attr" and node.target in BOUNDED_BELOW | {F.leaky_relu}:
-        bound = [*node.args[1:], *(v for k, v in node.kwargs.items() if k in ("min", "negative_slope"))]
-        return unbounded if bound[:1] == [0] else None
-    if node.target in CLAMPS and node.op != "get_attr":
-        bounds = dict(zip(("min", "max"), node.args[1:], strict=False))
-        bounds |= {k.removesuffix("_val"): v for k, v in node.kwargs.items()}
-        if node.target is F.hardtanh:
-            bounds = {"min": -1.0, "max": 1.0, **bounds}
-        low, high = bounds.get("min"), bounds.get("max")
-        if not isinstance(low, int | float) or low != 0 or not isinstance(high, int | float | None):
-            return None
-        return unbounded if high is None else float(high) if high > 0 else None
-    named = RELU_FUNCTIONS if node.op == "call_function" else RELU_METHODS if node.op == "call_method" else ()
-    return unbounded if node.target in named else None
+    given = _given(gm, node, RECTIFIERS)
+    if given is None or _is_constant(node):
+        return None
+    high = given.pop("max", None)
+    return _ceiling(high) if all(v == 0 for v in given.values()) else None
+
+
+def _ceiling(high: float | None) -> float | None:
+    return float("inf") if high is None else high if high > 0 else None
+
+
+def _given(gm: nn.Module, node: fx.Node, table: dict[Any, tuple[str, ...]]) -> dict[str, float | None] | None:
+    """What a call in `table` is given behind x, as numbers: not a number where it is none."""
+    names: tuple[str, ...] | None = None
+    if node.op == "call_module":
+        m = gm.get_submodule(str(node.target))
+        names = next((table[kind] for kind in type(m).__mro__ if kind in table), None)
+        found = {name: getattr(m, name) for name in names or ()}
+    elif node.op in ("call_function", "call_method"):
+        names = table.get(node.target)
+        given = {**dict(zip(names or (), node.args[1:], strict=False)), **node.kwargs}
+        found = {name: given.get(name, _LEFT_OUT.get(name)) for name in names or ()}
+    if names is None:
+        return None
+    return {name.removesuffix("_val"): _number(gm, v, name) for name, v in found.items()}
+
+
+def _number(gm: nn.Module, value: Any, name: str) -> float | None:
+    """An argument as a number: a constant tensor's, if it has one. None stays."""
+    if isinstance(value, fx.Node) and value.op == "get_attr":
+        held = operator.attrgetter(str(value.target))(gm)
+        fixed = isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter) and held.numel() == 1
+        return float(held) if fixed else float("nan")
+    if value is None and name != "other":
+        return None
+    number = isinstance(value, int | float) and name != "other"  # x.max(0) is over a dimension
+    return float(value) if number else float("nan")
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether no input leads to a node."""
+    found = [node]
+    while found:
+        source = found.pop()
+        if source.op == "placeholder":
+            return False
+        found += source.all_input_nodes
+    return True
+
+
+def join_cuts(root: nn.Module, graph: fx.Graph) -> None:
+    """relu(x).clamp(max=c) becomes x.clamp(0, c): one neuron, and not one behind another."""
+    for node in list(graph.nodes):
+        inner = node.args[0] if node.args else None
+        given = _given(root, node, CUTS)
+        if given is None or not isinstance(inner, fx.Node) or (below := relu_ceiling(root, inner)) is None:
+            continue
+        cut = _ceiling(given.get("max", given.get("other")))
+        if cut is None or not (given.get("min") or 0) <= 0:
+            continue
+        x = inner.args[0] if inner.args else inner.kwargs["input"]
+        with graph.inserting_after(node):
+            new = graph.call_function(torch.clamp, (x, 0.0, min(cut, below)))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+        if not inner.users:
+            graph.erase_node(inner)
 
 
 REPLACEABLE: dict[type[nn.Module], Any] = {  # other activations, and their functional forms

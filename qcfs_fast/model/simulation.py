@@ -93,7 +93,7 @@ class _Layer(nn.Module):
                 currents = currents - self.bias.reshape(self.steps, 1, -1, *([1] * (x.dim() - 2)))
             self.fired = fire(currents, theta, self.mode, self.window, self.iterations)
         spikes = self.fired.spikes if self.forced is None else self.forced
-        if spikes.dim() == 5 and spikes.flatten(2).shape == currents.shape:  # the model flattened a map before it
+        if spikes.dim() > 3 and spikes.flatten(2).shape == currents.shape:  # the model flattened a map before it
             spikes = spikes.flatten(2)
         if spikes.shape != currents.shape:
             raise ValueError(

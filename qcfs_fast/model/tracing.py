@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from ..errors import ConversionError
+from .graph import join_cuts
 from .inplace import changes_in_place, read_results
 from .qcfs import is_qcfs, refuse_other_formula
 
@@ -265,6 +266,7 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
         ) from error
     _drop_indices(graph)
     read_results(graph, modules)
+    join_cuts(tracer.root, graph)
     for node in graph.nodes:
         if node.op == "call_module" and is_qcfs(modules[node.target]):
             refuse_other_formula(modules[node.target], node.target)

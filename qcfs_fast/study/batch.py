@@ -29,6 +29,8 @@ from torch import Tensor
 
 from ..files import write_text_atomically, written_atomically
 from ..network.loading import load
+from ..network.snn import SNN
+from .about_images import normalise
 from .data import MEAN, STD, Dataset, Folder, batch_count, batch_range
 from .datasets import open_data
 
@@ -133,12 +135,16 @@ class Job:
     T: int | None
     neuron: str | None
 
-    def images(self) -> Dataset:
+    def images(self, snn: SNN) -> Dataset:
         path = Path(self.data)
         parquet = path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet")))
+        data: Dataset
         if parquet:
-            return ParquetImages(path, self.size, self.mean, self.std)
-        return open_data(path, self.size, self.mean, self.std, labelled=False)
+            data = ParquetImages(path, self.size, self.mean, self.std)
+        else:
+            data = open_data(path, self.size, self.mean, self.std, labelled=False)
+        normalise(data, snn, Path(self.network), self.mean, self.std)
+        return data
 
     def part(self, number: int) -> Path:
         return Path(self.output) / f"part-{number:06d}.parquet"
@@ -149,8 +155,8 @@ class _Worker:
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
-        self.job, self.data = job, job.images()
         self.predictor = Predictor(job.network, job.T, job.neuron)
+        self.job, self.data = job, job.images(self.predictor.snn)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         done = [self._part(int(number)) for number in batch["chunk"]]
@@ -195,7 +201,8 @@ def predict_many(
         workers: actors at work. Each has a processor of its own, or `gpus` of a GPU.
         gpus: GPUs of a worker; 0.5 lets two of them share one.
         chunk: images of a part, predicted in one call.
-        size, mean, std: of a folder's or Parquet's images, as of ``qcfs-fast eval``.
+        size: side of a folder's or Parquet's images.
+        mean, std: as of ``qcfs-fast eval``: by default as the network's file says.
         T, neuron: default the network's.
 
     Returns:
@@ -215,8 +222,7 @@ def predict_many(
     data_path = str(Path(data).resolve()) if Path(data).exists() else str(data)  # or a data set by name
     numbers = (None if mean is None else tuple(mean), None if std is None else tuple(std))
     job = Job(network_path, data_path, output_path, chunk, size, *numbers, T, neuron)
-    load(network)  # damage is reported before anything starts
-    images = job.images()
+    images = job.images(load(network))  # damage is reported before anything starts
     _settle(job, len(images))
     missing = [n for n in range(batch_count(images, chunk)) if not job.part(n).exists()]
     if not missing:

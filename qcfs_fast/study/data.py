@@ -110,8 +110,13 @@ class Npz(Arrays):
         super().__init__(path, images, labels, mean, std)
 
 
+def class_folders(path: Path) -> list[str]:
+    """The names of a folder's subfolders, in alphabetical order."""
+    return sorted(p.name for p in path.iterdir() if p.is_dir())
+
+
 class Folder:
-    """A folder with one subfolder of images per class; classes are numbered in alphabetical order.
+    """A folder with one subfolder of images per class; classes are numbered in alphabetical order, or by `number_as`.
 
     Each image is resized so that its shorter side is 8/7 of `size`, cropped to the central square, scaled to 0..1 and
     normalised, by ImageNet's mean and standard deviation unless others are given.
@@ -122,7 +127,7 @@ class Folder:
     def __init__(self, path: Path, size: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
         self.path, self.size, self.labelled = path, size, True
         self.mean, self.std = mean or MEAN, std or STD
-        self.classes = sorted(p.name for p in path.iterdir() if p.is_dir())
+        self.classes = class_folders(path)
         self.files = [
             (file, label)
             for label, name in enumerate(self.classes)
@@ -131,6 +136,32 @@ class Folder:
         ]
         if not self.files:
             raise ValueError(f"{path}: has no images in class subfolders (such as {path / 'cat' / '1.jpg'})")
+
+    def number_as(self, classes: Sequence[str] | None, outputs: int) -> list[str]:
+        """Number the classes as a network does, by their names; without names, each output must have its folder.
+
+        Returns the names that have no folder. Raises ValueError where a folder's number cannot be known.
+        """
+        if classes is None:
+            if len(self.classes) != outputs:
+                raise ValueError(
+                    f"{self.path}: has {len(self.classes)} class folders for {outputs} outputs of the network, whose "
+                    "file does not name its classes. Give a folder (it may be empty) per class, or store the names: "
+                    "qcfs-fast convert --classes, or snn.save(path, metadata={'classes': [...]})"
+                )
+            return []
+        number = {name: i for i, name in enumerate(classes)}
+        unknown = [name for name in self.classes if name not in number]
+        if unknown:
+            others = f" (nor are {len(unknown) - 1} others)" if len(unknown) > 1 else ""
+            raise ValueError(
+                f"{self.path}: the folder {unknown[0]!r} is no class of the network{others}, which has "
+                f"{', '.join(map(repr, classes[:10]))}{', ...' * (len(classes) > 10)}. Rename it, or take it away"
+            )
+        missing = sorted(number.keys() - self.classes, key=number.__getitem__)
+        self.files = [(file, number[self.classes[label]]) for file, label in self.files]
+        self.classes = list(classes)
+        return missing
 
     def __len__(self) -> int:
         return len(self.files)

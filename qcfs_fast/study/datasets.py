@@ -178,6 +178,12 @@ def open_named(name: str, split: str, folder: Path | None = None) -> Arrays:
     return Arrays(Path(name), images, labels, named.mean, named.std, named.shape[1])
 
 
+def folder_of(path: Path, split: str) -> Path:
+    """The part of a folder with the images to train ("train") or to test on; the folder itself where it has none."""
+    parts = [path / name for name in (("train",) if split == "train" else ("test", "val"))]
+    return next((part for part in parts if part.is_dir()), path)
+
+
 def open_data(
     path: Path,
     size: int = 224,
@@ -200,8 +206,7 @@ def open_data(
     if str(path) in NAMED:
         return open_named(str(path), split)
     if path.is_dir():
-        parts = [path / name for name in (("train",) if split == "train" else ("test", "val"))]
-        return Folder(next((part for part in parts if part.is_dir()), path), size, mean, std)
+        return Folder(folder_of(path, split), size, mean, std)
     if not path.exists():
         raise FileNotFoundError(
             f"no data at {path}; give a folder of class subfolders, an .npz file, or one of {', '.join(NAMED)}"

@@ -16,7 +16,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class Study:
         output.mkdir(parents=True, exist_ok=True)
         subject = {
             "format": FORMAT,
-            "network": asdict(about),
+            "network": about.facts(),
             "weights": _fingerprint(model),
             "data": str(tests.path.name),
             "images": self.images,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import FormatError
 from ..files import write_tensors_atomically
+from .about_images import checked_classes, checked_numbers
 from .networks import SMALL, small_network
 from .zoo import load_state, prepared_torchvision, read_state
 
@@ -37,6 +38,11 @@ class Trained:
     seed: int = 0
     accuracy: float | None = None  # of the ANN on the test images
     recipe: str = ""  # the command, or the arguments of the training
+    names: tuple[str, ...] | None = None  # of the classes, in the order of the outputs
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data; without names where there are none, as before files had any."""
+        return {k: v for k, v in asdict(self).items() if k != "names" or v is not None}
 
     def build(self, threshold: float = 8.0) -> nn.Module:
         """The network with random weights, in training mode."""
@@ -54,7 +60,7 @@ METADATA = "qcfs_fast_trained"
 def save_trained(path: Path, model: nn.Module, about: Trained) -> None:
     """Write a network's state dict with what it is."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_tensors_atomically(path, tensors, {METADATA: json.dumps(asdict(about))})
+    write_tensors_atomically(path, tensors, {METADATA: json.dumps(about.facts())})
 
 
 def trained_about(path: Path) -> Trained | None:
@@ -97,6 +103,10 @@ def _check(about: Trained) -> None:
         whole("shape", value, 1 << 14)
     if not isinstance(about.width, float | int) or not 0 < about.width <= 64:
         raise ValueError(f"width must be in (0, 64], got {about.width!r}")
+    if about.names is not None:
+        checked_classes(about.names, about.classes)
+    for name in ("mean", "std"):
+        checked_numbers(name, getattr(about, name), about.shape[0])
     if not isinstance(about.network, str) or not re.fullmatch(r"[\w-]+", about.network):
         raise ValueError(f"network must be a name, got {about.network!r}")
 

@@ -6,6 +6,7 @@ to a file that loads and saves to the same bytes, and runs, native and reference
 states.
 """
 
+import copy
 import functools
 import json
 import math
@@ -101,11 +102,11 @@ def alter_tree(rng, tree):
     if way == 0:
         del tree[key]
     elif way == 1 and isinstance(tree, list):
-        tree.insert(key, tree[rng.integers(len(tree))])
+        tree.insert(key, copy.deepcopy(tree[rng.integers(len(tree))]))
     elif way == 2 and isinstance(tree[key], int):
         tree[key] += int(rng.choice([-1, 1]))
     else:
-        tree[key] = VALUES[rng.integers(len(VALUES))]
+        tree[key] = copy.deepcopy(VALUES[rng.integers(len(VALUES))])
 
 
 def damaged(rng, data):

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import ConversionError, FormatError
 from ...operators.neuron import Neuron
+from ..data import Dataset, Folder
 
 EXIT_CODES = (
     "exit codes: 0 done; 1 it could not be done, for the reason printed; 2 the command was not understood; "
@@ -79,8 +80,17 @@ def add_image_options(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--size", type=positive, help="side of a folder's images in pixels (default: the network's, or 224)"
     )
-    made.add_argument("--mean", type=float, nargs="+", help="per channel; folders: ImageNet's by default")
-    made.add_argument("--std", type=float, nargs="+", help="per channel; folders: ImageNet's by default")
+    usual = "per channel (default: as the network's file says; else of a data set its own, of a folder ImageNet's)"
+    made.add_argument("--mean", type=float, nargs="+", help=usual)
+    made.add_argument("--std", type=float, nargs="+", help=usual)
+
+
+def number_classes(data: Dataset, classes: Sequence[str] | None, outputs: int) -> None:
+    """Number a folder's classes as the network does, and say which of them it lacks."""
+    missing = data.number_as(classes, outputs) if isinstance(data, Folder) else []
+    if missing:
+        names = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
+        print(f"qcfs-fast: {data.path} has no folder for {len(missing)} of {outputs} classes: {names}", file=sys.stderr)
 
 
 def add_window_options(made: argparse.ArgumentParser) -> None:

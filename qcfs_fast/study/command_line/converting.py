@@ -17,8 +17,9 @@ from ...conversion.builder import convert
 from ...model.calibration import calibrate
 from ...operators.neuron import MODES, Neuron
 from .. import zoo, zoo_table
-from ..data import batches
-from ..datasets import open_data
+from ..about_images import checked_classes, checked_numbers, outputs_of
+from ..data import batches, class_folders
+from ..datasets import folder_of, open_data
 from ..trained import load_trained, trained_about
 from .common import add_image_options, add_window_options, asked_neurons, command, positive
 
@@ -37,7 +38,13 @@ def add_convert(commands: Any) -> None:
     c.add_argument("--output", type=Path, required=True, help="file to write (safetensors)")
     c.add_argument("--checkpoint", type=Path, help="state_dict for a torchvision name, QCFS-trained or plain")
     c.add_argument("--weights", help="torchvision's own weights, such as DEFAULT (downloads)")
-    c.add_argument("--classes", type=positive, help="outputs of the network (default: as in the checkpoint, or 1000)")
+    c.add_argument(
+        "--classes",
+        type=_classes,
+        metavar="NAMES",
+        help="names to store: a file with one per line, or a folder with a subfolder per class; or how many outputs "
+        "(default: as in the checkpoint, or 1000)",
+    )
     c.add_argument("--levels", type=positive, default=8, help="L of the training (default 8)")
     c.add_argument("--max-pool", choices=("avg", "keep"), default="avg", help="see qcfs_fast.prepare")
     c.add_argument(
@@ -59,6 +66,23 @@ def add_convert(commands: Any) -> None:
     c.add_argument("--input-shape", type=positive, nargs=3, metavar=("C", "H", "W"), help="see qcfs_fast.convert")
     c.add_argument("--quiet", action="store_true", help="no progress bars")
     add_image_options(c)
+
+
+def _classes(text: str) -> int | list[str]:
+    """How many classes, or their names in the order of the outputs."""
+    if text.isdecimal():
+        return positive(text)
+    path = Path(text)
+    try:
+        if path.is_dir():
+            names = class_folders(folder_of(path, "train"))
+        else:
+            names = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"neither a number nor a file or folder of names: {error}") from error
+    if not names or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{path} must hold class names, each of them once; it holds {len(names)}")
+    return names
 
 
 def add_zoo(commands: Any) -> None:
@@ -118,8 +142,10 @@ def _convert(o: argparse.Namespace) -> int:
     if not o.output.parent.is_dir():
         raise FileNotFoundError(f"the folder {o.output.parent} does not exist; create it first")
     about = trained_about(source) if is_file else None
+    names = o.classes if isinstance(o.classes, list) else about.names if about else None
     if about is not None:
         model = load_trained(source)[0]
+        o.mean, o.std = o.mean or about.mean, o.std or about.std
     elif is_file:
         model = zoo.authors_network(zoo.read_state(source), o.levels)
     else:
@@ -131,7 +157,8 @@ def _convert(o: argparse.Namespace) -> int:
                 "state_dict of its QCFS-trained form, or --calibrate with images to set thresholds from (or "
                 '"random", to try latencies only)'
             )
-        model = zoo.prepared_torchvision(o.source, o.classes, o.weights, state, o.levels, o.max_pool)
+        classes = o.classes if names is None else len(names)
+        model = zoo.prepared_torchvision(o.source, classes, o.weights, state, o.levels, o.max_pool)
     if o.calibrate is not None:
         calibrate(model, _calibration_batches(o, 3), progress=not o.quiet)
     size = o.size or (about.shape[-1] if about else 224)
@@ -154,6 +181,10 @@ def _convert(o: argparse.Namespace) -> int:
     snn.metadata = {"source": source.name}
     if about is not None:
         snn.metadata |= {"network": about.network, "trained by": about.recipe, "accuracy of the ANN": about.accuracy}
+    channels = snn.layers["input"].config.channels
+    said: dict[str, Any] = {name: checked_numbers(name, getattr(o, name), channels) for name in ("mean", "std")}
+    said["classes"] = None if names is None else checked_classes(names, outputs_of(snn))
+    snn.metadata |= {name: values for name, values in said.items() if values is not None}
     snn.save(o.output)
     if o.json:
         shape = None if snn.input_shape is None else list(snn.input_shape)

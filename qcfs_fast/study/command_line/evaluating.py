@@ -11,11 +11,12 @@ from typing import Any
 from ...network.loading import load
 from ...network.snn import SNN
 from ...operators.neuron import MODES
-from ..data import Dataset, batches, check_steps
+from ..about_images import normalise, outputs_of, stored
+from ..data import Dataset, Folder, batches, check_steps
 from ..datasets import open_data
 from ..evaluation import evaluate
 from ..profiling.measure import profile
-from .common import add_image_options, add_window_options, asked_neurons, command, positive, stopped
+from .common import add_image_options, add_window_options, asked_neurons, command, number_classes, positive, stopped
 
 
 def add_eval(commands: Any) -> None:
@@ -47,10 +48,14 @@ def add_eval(commands: Any) -> None:
     add_image_options(c)
 
 
-def _size(o: argparse.Namespace, snn: SNN) -> int:
-    """Side to which a folder's images are cut: as asked, or as the network's own images."""
+def _images(o: argparse.Namespace, snn: SNN, labelled: bool = True) -> Dataset:
+    """The data that is named, cut, normalised and numbered as asked, or else as the network's own images."""
     own = snn.input_shape[-1] if snn.input_shape is not None and len(snn.input_shape) == 3 else 224
-    return int(o.size or own)
+    data = open_data(o.data, o.size or own, o.mean, o.std, labelled)
+    normalise(data, snn, o.network, o.mean, o.std)
+    if isinstance(data, Folder):
+        number_classes(data, stored(snn, o.network, "classes"), outputs_of(snn))
+    return data
 
 
 def _default_steps(data: Dataset) -> list[int]:
@@ -62,7 +67,7 @@ def _default_steps(data: Dataset) -> list[int]:
 def _eval(o: argparse.Namespace) -> int:
     snn = load(o.network)  # a damaged file is reported before the data is read
     own = snn.neuron
-    data = open_data(o.data, _size(o, snn), o.mean, o.std)
+    data = _images(o, snn)
     neurons = asked_neurons(o, o.neuron or [own.mode], own)
     steps = o.steps or _default_steps(data)
     try:
@@ -110,7 +115,7 @@ def add_profile(commands: Any) -> None:
 
 def _profile(o: argparse.Namespace) -> int:
     snn = load(o.network)
-    data = open_data(o.data, _size(o, snn), o.mean, o.std, labelled=False)
+    data = _images(o, snn, labelled=False)
     if o.T is not None:
         check_steps(data, o.T)
     parts = ((x if data.steps is None else x[: o.T], y) for x, y in batches(data, o.batch, o.images))

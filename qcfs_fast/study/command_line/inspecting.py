@@ -76,5 +76,9 @@ def text_of(facts: dict[str, Any]) -> str:
         f"T = {facts['T']}, at most {facts['max_T']}; {facts['weight_bits']}-bit weights; neurons: {facts['neuron']}"
         + ("" if shape is None else f"; settled for images of {shape}"),
     ]
-    about = [f"{name}: {json.dumps(value)}" for name, value in facts["metadata"].items()]
+    about = [f"{name}: {_short(json.dumps(value))}" for name, value in facts["metadata"].items()]
     return "\n".join([*head, *about, "", *table])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 400 else f"{text[:400]} ... (whole with --json)"

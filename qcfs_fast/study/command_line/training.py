@@ -21,7 +21,7 @@ from ..datasets import NAMED, open_data
 from ..networks import SMALL
 from ..sweep import Plan, Study
 from ..trained import Trained, load_trained, save_trained
-from .common import add_window_options, asked_neurons, command, positive, stopped
+from .common import add_window_options, asked_neurons, command, number_classes, positive, stopped
 
 
 def add_train(commands: Any) -> None:
@@ -68,6 +68,7 @@ def _train(o: argparse.Namespace) -> int:
         raise ValueError(f"--threshold must be a positive number, got {o.threshold}")
     images, tests = (open_data(o.data, o.size, split=split) for split in ("train", "test"))
     about = _about(o, images)
+    number_classes(tests, about.names, about.classes)
     recipe = training.Recipe(
         about.epochs, o.batch, o.rate, o.decay, _augmentations(o, images), o.seed, o.workers,
         mixed=o.mixed, compiled=o.compile,
@@ -109,11 +110,11 @@ def _arguments(o: argparse.Namespace) -> dict[str, Any]:
 
 
 def _about(o: argparse.Namespace, images: Dataset) -> Trained:
-    named = NAMED.get(str(o.data))
+    named, names = NAMED.get(str(o.data)), None
     if named is not None:
         classes, shape = named.classes, named.shape
     elif isinstance(images, Folder):
-        classes, shape = len(images.classes), (3, o.size, o.size)
+        classes, shape, names = len(images.classes), (3, o.size, o.size), tuple(images.classes)
     else:
         raise ValueError(f"{o.data}: train takes a folder with train/ and val/, or one of {', '.join(NAMED)}")
     if o.network not in SMALL and shape[0] != 3:
@@ -123,6 +124,7 @@ def _about(o: argparse.Namespace, images: Dataset) -> Trained:
         o.network, o.data.name, classes, shape, o.levels, o.width, o.max_pool,
         tuple(images.mean) if images.mean else None, tuple(images.std) if images.std else None,
         o.epochs or (300 if named else 120), o.seed, recipe=" ".join(["qcfs-fast train", o.data.name, *given]),
+        names=names,
     )  # fmt: skip
 
 
@@ -196,6 +198,7 @@ def _study(o: argparse.Namespace) -> int:
     model, about = load_trained(o.network)
     size = about.shape[-1]
     tests = open_data(o.data, size, about.mean, about.std)
+    number_classes(tests, about.names, about.classes)
     named = str(o.data) in NAMED or o.data.is_dir()
     rounding = open_data(o.data, size, about.mean, about.std, split="train") if named and 8 in o.bits else None
     plan = Plan(
