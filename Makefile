@@ -2,6 +2,7 @@
 # make check  format, lint and types, without a change               make quick  those of the inner loop (2 minutes)
 # make fuzz   odd calls, files and models, ten minutes of each: SECONDS or CASES, KINDS and SEED say otherwise; SANITIZE=1
 #             builds the native module with the sanitizers of addresses and of undefined behaviour, for g++
+# make fuzz-native   libFuzzer on files that libqcfs reads, ten minutes or SECONDS, under the same sanitizers, by clang++
 # make soak   an hour of networks made, called in many ways and dropped: memory must not grow; MINUTES says otherwise
 # make format rewrite files as `make check` wants them               make bench  compare latencies (10 minutes)
 # make test-slow   what is left: builds under sanitizers, for arm64 and of CUDA; emulated and interpreted GPU kernels;
@@ -23,7 +24,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell 
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo docs gallery test test-slow quick fuzz soak test-triton test-arm64 check format bench readme-figures figures-write study-latency cuda-report lock clean
+.PHONY: demo docs gallery test test-slow quick fuzz fuzz-native soak test-triton test-arm64 check format bench readme-figures figures-write study-latency cuda-report lock clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -51,6 +52,16 @@ FUZZ_ENV = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-f
 endif
 fuzz: $(VENV)/.installed $(VENV)/.tools $(FUZZ_NEEDS)
 	cd tests && $(FUZZ_ENV) ../$(PY) -W ignore -m fuzz $(KINDS) $(if $(CASES),--cases $(CASES),--seconds $(or $(SECONDS),600)) --seed $(or $(SEED),0)
+
+# Portable kernels alone: the reader is what is asked. Debian: clang, libclang-rt-dev.
+LIBFUZZER := $(VENV)/libfuzzer
+fuzz-native: $(VENV)/.tools
+	export PATH="$(CURDIR)/$(VENV)/bin:$$PATH" && \
+	    cmake -S . -B $(LIBFUZZER) -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DQCFS_FAST_CUDA=off \
+	    -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=portable -DQCFS_FAST_LIBQCFS=ON \
+	    -DQCFS_FAST_SANITIZE=fuzzer,address,undefined && cmake --build $(LIBFUZZER) --target hostile_files
+	mkdir -p $(LIBFUZZER)/found
+	cd $(LIBFUZZER) && ./hostile_files -max_total_time=$(or $(SECONDS),600) -timeout=60 found $(CURDIR)/tests/native/corpus
 
 soak: $(VENV)/.installed $(VENV)/.tools
 	cd tests && ../$(PY) -W ignore soak.py --minutes $(or $(MINUTES),60)

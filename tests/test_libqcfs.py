@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import platform
 import random
 import re
 import resource
@@ -14,6 +15,7 @@ import networks
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
 
 import qcfs_fast
@@ -178,6 +180,54 @@ def test_what_the_command_cannot_write(installed, tmp_path):
     call(program, path, tmp_path / "x.npy", "--out", "/dev/stdout")
 
 
+def npy(header, values=b"", version=1):
+    """A file with this text as its header."""
+    length = len(header).to_bytes(2 if version == 1 else 4, "little")
+    return b"\x93NUMPY" + bytes([version, 0]) + length + header.encode() + values
+
+
+def test_arrays_that_the_command_does_not_take(installed, tmp_path):
+    """A sentence with the file's name and what to do, code 1, and little memory, whatever the header promises."""
+    program, (path, _, x) = installed / "bin" / "qcfs-run", next(iter(cases()))
+    array = tmp_path / "x.npy"
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+    def run(data):
+        array.write_bytes(data)
+        return subprocess.run([program, path, array], capture_output=True, text=True, timeout=60, preexec_fn=limited)
+
+    shape = tuple(x.shape)
+    sound, values = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}", x.numpy().tobytes()
+    for version in (1, 2, 3):
+        done = run(npy(sound + " \n", values, version))
+        assert done.returncode == 0, done.stderr
+    whole = npy(sound, values)
+    start = len(whole) - len(values)
+    damaged = [whole[:length] for length in (*range(start), start + 1, len(whole) - 1)]
+    damaged += [npy(sound[:length], values) for length in range(len(sound))]
+    damaged += [npy(sound.replace(str(shape), other), values) for other in SHAPES_THAT_ARE_NONE]
+    damaged += [npy(sound.replace("<f4", other), values) for other in (">f4", "<f2", "|O", "<i8", "")]
+    damaged += [npy(sound.replace("False", other), values) for other in ("True", "", "None")]
+    damaged += [npy(sound, values, 0), npy(sound, values, 4), npy(" " * (1 << 21), values, 2)]
+    for data in damaged:
+        done = run(data)
+        assert done.returncode == 1, data[:100]
+        assert done.stderr.startswith(f"qcfs-run: {array} holds no array of images ("), done.stderr
+        assert "write it with numpy.save(" in done.stderr
+    done = run(npy(sound.replace(str(shape), "(1, 1, 1)"), values))
+    assert (done.returncode, done.stderr.startswith(f"qcfs-run: {array}: ")) == (1, True)
+    from_pipe = subprocess.run([program, path, "/dev/stdin"], input=whole, capture_output=True, timeout=60)
+    assert from_pipe.returncode == 0
+
+
+SHAPES_THAT_ARE_NONE = (
+    "(16777216, 2048, 1)", "(16777216, 4096, 1)", "(16777217, 0)", "(99999999999999999999, 3)", "(1", "(1,", "1)", "",
+    "(1 2, 3)", "(1; 2)", "(-1, 3, 8, 8)", "(1.5,)", "[1, 3, 8, 8]", "(1L, 3L)", "None", "(3, ",
+)  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------- through ctypes
 
 
@@ -300,6 +350,84 @@ def test_streams(library, kind, neuron, tmp_path):
         expected.reset()
     library._c.qcfs_stream_free(stream)
     library.free(network)
+
+
+def test_what_a_stream_refuses_leaves_it_as_it_was(library, tmp_path):
+    """Too little `max_bytes` is refused before it runs. tests/native/allocations.cpp ends a run in its middle."""
+    snn, x = networks.converted(networks.Small, T=4, max_T=32)
+    network, stream, expected = library.load(saved(snn, tmp_path)), ctypes.c_void_p(), snn.stream()
+    library.check("qcfs_stream_new", network, ctypes.byref(stream))
+    library._c.qcfs_stream_steps.restype = ctypes.c_int64
+    assert torch.equal(library.run(network, x, stream, steps=2), expected(x, steps=2))
+    out = torch.empty(3, 5)
+    for options in (Options(max_bytes=1), Options(steps=-1), Options(steps=1000)):
+        arguments = (None, ctypes.byref(options), ctypes.c_void_p(out.data_ptr()), ctypes.c_size_t(15))
+        with pytest.raises(ValueError, match=rf"^{6 if options.max_bytes else 1} "):
+            library.check("qcfs_stream_run", stream, *arguments)
+        assert library._c.qcfs_stream_steps(stream) == 2
+    assert torch.equal(library.run(network, x, stream, steps=2), expected(x, steps=2))
+    library._c.qcfs_stream_free(stream)
+    library.free(network)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="counts in glibc's malloc")
+def test_later_runs_allocate_nothing(installed, tmp_path):
+    """From the second call at a shape on, whatever the engine; and a run that finds no memory resets its stream."""
+    (library,) = installed.glob("lib*/libqcfs.a")
+    program = tmp_path / "allocations"
+    source = SOURCE / "tests" / "native" / "allocations.cpp"
+    options = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE / 'csrc'}")
+    call(os.environ.get("CXX", "c++"), *options, source, library, "-lpthread", "-o", program)
+    files = [*DATA, *sorted((SOURCE / "tests" / "native" / "corpus").iterdir())]
+    for kind in (networks.Image, networks.Groups, networks.UNet):  # the last two answer with maps
+        snn, x = networks.converted(kind, T=4)
+        snn.input_shape = tuple(x.shape[1:])
+        files.append(tmp_path / kind.__name__)
+        snn.save(files[-1])
+    lines = call(program, *files).decode().splitlines()
+    assert len(lines) == len(files)
+    engines = set()
+    for line in lines:
+        calls, allocated, names = re.fullmatch(r"calls (\d+) allocated (\d+) engines(.*)", line).groups()
+        assert (int(calls) >= 16, int(allocated)) == (True, 0)
+        engines |= set(names.split())
+    assert engines == {"events", "dense", "table", "grouped", "depthwise"}
+
+
+def test_reasons_of_what_only_python_loads(library, tmp_path):
+    """Several outputs, a tail, text that is none, nesting without end: what it is, and what to do."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 1))
+    snn = qcfs_fast.convert(networks.lively(networks.randomize(model), (1, 6, 6)), T=2)
+    text, tensors = snn.saved()
+    header = json.loads(text)
+    header.pop("crc32", None)
+
+    def refusal(change, text="{}"):
+        altered = json.loads(json.dumps(header))
+        change(altered)
+        library.load(save(tensors, {"qcfs_fast": json.dumps(altered).replace('"HERE"', text)}))
+
+    with pytest.raises(ValueError, match=r"^3 ends with a function of its logits \(tail\)"):
+        refusal(lambda h: h.update(tail=[["sigmoid"]]))
+    with pytest.raises(ValueError, match=r"^3 JSON: values nested deeper than 64 \(make the metadata flatter"):
+        refusal(lambda h: h.update(metadata={"a": "HERE"}), "[" * 80 + "]" * 80)
+    with pytest.raises(ValueError, match=r"^3 JSON: half of a surrogate pair, which is no text \(rename"):
+        refusal(lambda h: h.update(metadata={"a": "HERE"}), r'"\ud800"')
+    several = qcfs_fast.convert(
+        networks.lively(networks.randomize(TwoOutputs()), (1, 6, 6)), T=2, input_shape=(1, 6, 6)
+    )
+    with pytest.raises(ValueError, match=r"^3 has 2 outputs; libqcfs runs networks with one output\. Remedy: convert"):
+        library.load(saved(several, tmp_path))
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        return self.b(x), self.c(x)
 
 
 def test_refusals(library):

@@ -30,22 +30,24 @@ int largest_input(const ConvIf& a, const Product& p) {
   return largest;
 }
 
-LinearAsImage::LinearAsImage(const ConvIf& from)
-    : a(from), products(from.products, from.products + from.product_count) {
-  if (is_linear(a)) {
-    a.out_h = a.batch;
-    a.batch = 1;
-    for (Product& p : products) {
-      p.x.height = a.out_h;
-      p.g.stride_h = p.g.stride_w = p.g.dilation_h = p.g.dilation_w = 1;
-    }
+LinearAsImage::LinearAsImage(const ConvIf& from) : a(from) {
+  a.product_count = std::min(from.product_count, max_products);    // conv_if refuses more
+  std::copy_n(from.products, a.product_count, products);
+  a.products = products;
+  if (!is_linear(a)) return;
+  a.out_h = a.batch;
+  a.batch = 1;
+  for (int i = 0; i < a.product_count; ++i) {
+    Product& p = products[i];
+    p.x.height = a.out_h;
+    p.g.stride_h = p.g.stride_w = p.g.dilation_h = p.g.dilation_w = 1;
   }
-  a.products = products.data();
 }
 
 void single_step_counts_as_masks(LinearAsImage& layer) {
   if (layer.a.steps != 1) return;
-  for (Product& p : layer.products) {
+  for (int i = 0; i < layer.a.product_count; ++i) {
+    Product& p = layer.products[i];
     if (largest_input(layer.a, p) <= 1) p.x.coding = Coding::mask;
   }
 }

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "core/contract.h"
 #include "cpu/layout.h"
@@ -31,7 +30,7 @@ struct LinearAsImage {
   LinearAsImage& operator=(const LinearAsImage&) = delete;
 
   ConvIf a;
-  std::vector<Product> products;    // those of `a`
+  Product products[max_products];    // those of `a`
 };
 
 // At T = 1 masks and counts look alike, and single steps come as counts. Counts that are spikes become masks, whose
@@ -50,24 +49,25 @@ constexpr std::int64_t max_wave_bytes = 16 << 20;    // lists or planes of a wav
 constexpr std::int64_t max_waiting_bytes = 256
                                            << 10;    // sums of a tile that wait in the second-level cache for a chunk
 
-// Cuts a layer into waves of at most max_wave_bytes, or one row; bytes(row0, row1) are those of one sample.
-template <typename Bytes>
-std::vector<Wave> cut_waves(const ConvIf& a, const Bytes& bytes) {
-  std::vector<Wave> waves;
+// Runs run(wave), a Status, on the waves of a layer until one is not ok. A wave has at most max_wave_bytes, or one row;
+// bytes(row0, row1) are those of one sample.
+template <typename Bytes, typename Run>
+Status run_waves(const ConvIf& a, const Bytes& bytes, const Run& run) {
+  std::int64_t samples = 1, rows = a.out_h;
   const std::int64_t sample = bytes(0, a.out_h);
   if (sample <= max_wave_bytes) {
-    const std::int64_t samples = std::max<std::int64_t>(1, max_wave_bytes / std::max<std::int64_t>(1, sample));
-    for (std::int64_t n = 0; n < a.batch; n += samples) {
-      waves.push_back({n, std::min(a.batch, n + samples), 0, a.out_h});
+    samples = std::max<std::int64_t>(1, max_wave_bytes / std::max<std::int64_t>(1, sample));
+  } else {
+    rows = std::max<std::int64_t>(1, a.out_h * max_wave_bytes / sample);
+    while (rows > 1 && bytes(0, rows) > max_wave_bytes) --rows;
+  }
+  for (std::int64_t n = 0; n < a.batch; n += samples) {
+    for (std::int64_t r = 0; r < a.out_h; r += rows) {
+      const Status s = run({n, std::min(a.batch, n + samples), r, std::min(a.out_h, r + rows)});
+      if (s != Status::ok) return s;
     }
-    return waves;
   }
-  std::int64_t rows = std::max<std::int64_t>(1, a.out_h * max_wave_bytes / sample);
-  while (rows > 1 && bytes(0, rows) > max_wave_bytes) --rows;
-  for (std::int64_t n = 0; n < a.batch; ++n) {
-    for (std::int64_t r = 0; r < a.out_h; r += rows) waves.push_back({n, n + 1, r, std::min(a.out_h, r + rows)});
-  }
-  return waves;
+  return Status::ok;
 }
 
 }    // namespace qcfs::cpu

@@ -76,7 +76,7 @@ qcfs_status guarded(qcfs_error* error, const Body& body) noexcept {
 }
 
 void given(const void* pointer, const char* name) {
-  require(pointer != nullptr, Fault::argument, std::string(name) + " is NULL");
+  require(pointer != nullptr, Fault::argument, [&] { return std::string(name) + " is NULL"; });
 }
 
 std::vector<char> bytes_of(const char* path) {
@@ -103,17 +103,19 @@ struct Call {
        std::int64_t default_steps) {
     if (given_options != nullptr) options = *given_options;
     const qcfs::network::Graph& graph = network.graph();
-    require(images.channels == graph.image().channels, Fault::shape,
-            "the images have " + std::to_string(images.channels) + " channels, the network takes " +
-                std::to_string(graph.image().channels));
+    require(images.channels == graph.image().channels, Fault::shape, [&] {
+      return "the images have " + std::to_string(images.channels) + " channels, the network takes " +
+             std::to_string(graph.image().channels);
+    });
     require(images.steps >= 0 && options.steps >= 0 && options.threads >= 0, Fault::argument,
             "steps and threads must not be negative");
     const bool varying = images.steps > 0;
     const std::int64_t T = options.steps > 0 ? options.steps : varying ? images.steps : default_steps;
-    require(!varying || T == images.steps, Fault::argument,
-            "the images have " + std::to_string(images.steps) + " steps, but steps=" + std::to_string(T));
-    request = {images.batch,          images.height, images.width, T,    graph.neuron,
-               options.per_step != 0, options.skip,  varying,      false};
+    require(!varying || T == images.steps, Fault::argument, [&] {
+      return "the images have " + std::to_string(images.steps) + " steps, but steps=" + std::to_string(T);
+    });
+    request = {images.batch,          images.height, images.width, T,     graph.neuron,
+               options.per_step != 0, options.skip,  varying,      false, true};
     const std::int64_t row = images.width, channel = images.height * row, sample = images.channels * channel;
     image = {images.data, images.batch * sample, sample, channel, row, 1};
   }
@@ -157,28 +159,10 @@ qcfs_shape shape_of(const Plan& plan, const qcfs::network::Graph& graph) {
   return shape;
 }
 
-// Runs run(to) with a place for the plan's answer [images, OH, OW, O] and arranges that as the network gives it.
-template <typename Run>
-void arranged(const Plan& plan, const qcfs::network::Graph& graph, float* out, const Run& run) {
-  const std::int64_t pixels = plan.out_h * plan.out_w, O = plan.out_channels;
-  if (pixels == 1 || graph.answer().vector) {
-    run(out);
-    return;
-  }
-  std::vector<float> maps(static_cast<std::size_t>(plan.out_count()));
-  run(maps.data());
-  for (std::int64_t image = 0; image < plan.answers * plan.request.batch; ++image) {
-    for (std::int64_t p = 0; p < pixels; ++p) {
-      for (std::int64_t c = 0; c < O; ++c) {
-        out[(image * O + c) * pixels + p] = maps[static_cast<std::size_t>((image * pixels + p) * O + c)];
-      }
-    }
-  }
-}
-
 void check_count(const Plan& plan, const float* out, std::size_t count) {
-  require(count == static_cast<std::size_t>(plan.out_count()), Fault::shape,
-          "out has room for " + std::to_string(count) + " floats, the answer has " + std::to_string(plan.out_count()));
+  require(count == static_cast<std::size_t>(plan.out_count()), Fault::shape, [&] {
+    return "out has room for " + std::to_string(count) + " floats, the answer has " + std::to_string(plan.out_count());
+  });
   if (count > 0) given(out, "out");
 }
 
@@ -254,7 +238,7 @@ qcfs_status qcfs_run(const qcfs_network* network, const qcfs_images* images, con
     const Call call(n, *images, options, n.graph().T);
     const std::shared_ptr<const Plan> plan = n.prepare(call.request, call.max_bytes());
     check_count(*plan, out, count);
-    arranged(*plan, n.graph(), out, [&](float* to) { n.run(*plan, call.image, call.kernels(network->isa), to); });
+    n.run(*plan, call.image, call.kernels(network->isa), out);
   });
 }
 
@@ -289,13 +273,14 @@ qcfs_status qcfs_stream_run(qcfs_stream* stream, const qcfs_images* images, cons
     Call call(n, images != nullptr ? *images : again, options, 1);
     call.request.going_on = true;
     const std::int64_t most = max_steps(n.graph(), n.graph().neuron);
-    require(call.request.T <= most - s.steps(), Fault::argument,
-            "step " + std::to_string(s.steps()) + " + " + std::to_string(call.request.T) +
-                " is beyond this network's bound of " + std::to_string(most) + " steps; reset the stream");
+    require(call.request.T <= most - s.steps(), Fault::argument, [&] {
+      return "step " + std::to_string(s.steps()) + " + " + std::to_string(call.request.T) +
+             " is beyond this network's bound of " + std::to_string(most) + " steps; reset the stream";
+    });
     s.check(call.request, images == nullptr);
     const std::shared_ptr<const Plan> plan = n.prepare(call.request, call.max_bytes());
     check_count(*plan, out, count);
-    arranged(*plan, n.graph(), out, [&](float* to) { s.run(*plan, call.image, call.kernels(stream->isa), to); });
+    s.run(*plan, call.image, call.kernels(stream->isa), out);
   });
 }
 

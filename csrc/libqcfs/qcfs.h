@@ -5,8 +5,12 @@
    qcfs_fast in Python.
 
    Every function that can fail returns a status and, where `error` is not NULL, writes a sentence into it. Nothing is
-   printed, and no C++ exception leaves the library. All memory belongs to networks and streams, but that with threads >
-   1 the process has one pool of threads, which it keeps. */
+   printed, and no C++ exception leaves the library. All memory belongs to networks and streams, but for the kernels'
+   workspace, which belongs to the thread that calls, and one pool of threads that the process keeps where threads > 1.
+
+   The first call at a shape, and with a set of options, settles what it needs. Later ones in the same thread allocate
+   nothing at all, with two exceptions. A layer takes its engine by the firing rate of its input: where other images
+   bring another engine, its weights are packed and the workspace may grow. And a network remembers 16 shapes. */
 #ifndef QCFS_H
 #define QCFS_H
 
@@ -86,8 +90,8 @@ QCFS_API void qcfs_free(qcfs_network* network);
 /* The text of `neuron` lives as long as the library. */
 QCFS_API qcfs_status qcfs_describe(const qcfs_network* network, qcfs_info* info, qcfs_error* error);
 
-/* The shape of the answer to such images, whose `data` may be NULL. It also prepares the network for them: the next run
-   with the same images and options allocates nothing but packed weights, at its first time. */
+/* The shape of the answer to such images, whose `data` may be NULL. It also settles their shape for the runs that
+   follow, which then at their first time only take memory and pack weights. */
 QCFS_API qcfs_status qcfs_answer_shape(const qcfs_network* network, const qcfs_images* images,
                                        const qcfs_options* options, qcfs_shape* shape, qcfs_error* error);
 
@@ -98,8 +102,9 @@ QCFS_API qcfs_status qcfs_run(const qcfs_network* network, const qcfs_images* im
 QCFS_API qcfs_status qcfs_stream_new(const qcfs_network* network, qcfs_stream** stream, qcfs_error* error);
 QCFS_API void qcfs_stream_free(qcfs_stream* stream);
 /* Runs further steps: `images` may be NULL for those of the call before. The answer is the mean over all steps since
-   the start; its shape is that of qcfs_answer_shape. After QCFS_NO_MEMORY or QCFS_INTERNAL the stream has been reset;
-   after any other failure it is as it was. */
+   the start; its shape is that of qcfs_answer_shape. What is refused leaves the stream as it was, `max_bytes` too.
+   Where memory ends in the middle of a run (QCFS_NO_MEMORY too), or after QCFS_INTERNAL, it has been reset:
+   qcfs_stream_steps is 0. */
 QCFS_API qcfs_status qcfs_stream_run(qcfs_stream* stream, const qcfs_images* images, const qcfs_options* options,
                                      float* out, size_t count, qcfs_error* error);
 /* Steps since the start or the last reset. */

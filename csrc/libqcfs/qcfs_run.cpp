@@ -1,5 +1,6 @@
 // qcfs-run NETWORK IMAGE.npy: runs a saved network on images from a numpy file and prints the answers, one line for
 // each image. Uses nothing but qcfs.h, so it is also an example of that.
+#include <algorithm>
 #include <cerrno>
 #include <csignal>
 #include <cstdint>
@@ -7,7 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <iterator>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <system_error>
@@ -38,59 +41,100 @@ struct Array {
   std::vector<float> values;
 };
 
-// What follows `name` in the dictionary of a npy header.
-std::string field(const std::string& header, const std::string& name) {
-  const std::size_t at = header.find("'" + name + "':");
-  if (at == std::string::npos) fail("the npy header lacks " + name);
-  return header.substr(header.find_first_not_of(' ', at + name.size() + 3));
-}
+// Reads an array that numpy.save wrote. The file may be anything, and a pipe: what its header says is read as strictly
+// as Python reads it, and memory is taken for values that are there, not for those that the header promises.
+class NpyReader {
+ public:
+  explicit NpyReader(const char* path) : path_(path), file_(std::fopen(path, "rb"), std::fclose) {
+    if (file_ == nullptr) fail(path_ + " cannot be opened: " + std::strerror(errno));
+  }
 
-template <typename T>
-void read_values(std::FILE* file, std::vector<float>& to) {
-  std::vector<T> raw(to.size());
-  if (std::fread(raw.data(), sizeof(T), raw.size(), file) != raw.size()) fail("the npy file is cut off");
-  for (std::size_t i = 0; i < raw.size(); ++i) to[i] = static_cast<float>(raw[i]);
-}
+  Array read() {
+    const std::string header = read_header();
+    if (field(header, "fortran_order").rfind("False", 0) != 0) refuse("it is not in C order");
+    Array found;
+    const std::uint64_t count = read_shape(field(header, "shape"), found.shape);
+    const std::string type = field(header, "descr").substr(0, 5);
+    if (type == "'<f4'") {
+      read_values<float>(count, found.values);
+    } else if (type == "'<f8'") {
+      read_values<double>(count, found.values);
+    } else if (type == "'|u1'") {
+      read_values<std::uint8_t>(count, found.values);
+    } else {
+      refuse("it must be float32, float64 or uint8, and is " + type);
+    }
+    return found;
+  }
 
-Array read_npy(const char* path) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path, "rb"), std::fclose);
-  if (file == nullptr) fail(std::string(path) + " cannot be opened");
-  unsigned char start[12];
-  if (std::fread(start, 1, 10, file.get()) != 10 || std::memcmp(start, "\x93NUMPY", 6) != 0) {
-    fail(std::string(path) + " is no npy file");
+ private:
+  [[noreturn]] void refuse(const std::string& why) const {
+    fail(path_ + " holds no array of images (" + why +
+         "); write it with numpy.save(path, numpy.ascontiguousarray(images, numpy.float32))");
   }
-  std::size_t length = start[8] + 256u * start[9];
-  if (start[6] >= 2) {    // four bytes of length
-    if (std::fread(start + 10, 1, 2, file.get()) != 2) fail("the npy file is cut off");
-    length += 65536u * start[10] + 16777216u * start[11];
+
+  void read_bytes(void* to, std::size_t count) {
+    if (std::fread(to, 1, count, file_.get()) != count) refuse("its header is cut off");
   }
-  if (length > (1u << 20)) fail("the npy header is too long");
-  std::string header(length, '\0');
-  if (std::fread(header.data(), 1, length, file.get()) != length) fail("the npy file is cut off");
-  if (field(header, "fortran_order").rfind("False", 0) != 0) fail("the array must be in C order");
-  Array found;
-  std::uint64_t count = 1;
-  const std::string shape = field(header, "shape");
-  for (const char* at = shape.c_str() + 1; *at >= '0' && *at <= '9';) {
-    char* end = nullptr;
-    const unsigned long long size = std::strtoull(at, &end, 10);
-    if (size > (1u << 24) || (count *= size) > (std::uint64_t{1} << 36)) fail("the array is too large");
-    found.shape.push_back(static_cast<std::int64_t>(size));
-    at = end + std::strspn(end, ", ");
+
+  // The text of a dictionary.
+  std::string read_header() {
+    unsigned char start[12] = {};
+    if (std::fread(start, 1, 10, file_.get()) != 10 || std::memcmp(start, "\x93NUMPY", 6) != 0) {
+      refuse("it is no npy file");
+    }
+    if (start[6] < 1 || start[6] > 3) refuse("its version of the npy format is " + std::to_string(start[6]));
+    if (start[6] >= 2) read_bytes(start + 10, 2);    // four bytes of length
+    const std::size_t length = start[8] + 256u * start[9] + 65536u * start[10] + 16777216u * start[11];
+    if (length > (1u << 20)) refuse("its header is too long");
+    std::string header(length, '\0');
+    read_bytes(header.data(), length);
+    const std::size_t last = header.find_last_not_of(" \n");
+    if (header[0] != '{' || last == std::string::npos || header[last] != '}') refuse("its header is cut off");
+    return header;
   }
-  found.values.resize(count);
-  const std::string type = field(header, "descr").substr(0, 5);
-  if (type == "'<f4'") {
-    read_values<float>(file.get(), found.values);
-  } else if (type == "'<f8'") {
-    read_values<double>(file.get(), found.values);
-  } else if (type == "'|u1'") {
-    read_values<std::uint8_t>(file.get(), found.values);
-  } else {
-    fail("the array must be float32, float64 or uint8, it is " + type);
+
+  // What follows `name` in the dictionary.
+  std::string field(const std::string& header, const std::string& name) const {
+    const std::size_t at = header.find("'" + name + "':");
+    if (at == std::string::npos) refuse("its header lacks " + name);
+    return header.substr(header.find_first_not_of(' ', at + name.size() + 3));    // a } at least
   }
-  return found;
-}
+
+  // A tuple of sizes, as (2, 3) or (2,); their product.
+  std::uint64_t read_shape(const std::string& text, std::vector<std::int64_t>& shape) const {
+    std::uint64_t count = 1;
+    const char* at = text.c_str();
+    bool sound = *at++ == '(';
+    while (sound && *at >= '0' && *at <= '9') {
+      char* end = nullptr;
+      const unsigned long long size = std::strtoull(at, &end, 10);
+      if (size > (1u << 24) || (count *= size) > (std::uint64_t{1} << 36)) refuse("it is too large");
+      shape.push_back(static_cast<std::int64_t>(size));
+      sound = *end == ',' || *end == ')';
+      at = end + std::strspn(end, ", ");
+    }
+    if (!sound || *at != ')') refuse("its shape is damaged");
+    return count;
+  }
+
+  template <typename T>
+  void read_values(std::uint64_t count, std::vector<float>& to) {
+    T part[1 << 13];
+    while (to.size() < count) {
+      const std::size_t wanted = static_cast<std::size_t>(std::min<std::uint64_t>(count - to.size(), std::size(part)));
+      const std::size_t found = std::fread(part, sizeof(T), wanted, file_.get());
+      for (std::size_t i = 0; i < found; ++i) to.push_back(static_cast<float>(part[i]));
+      if (found < wanted) {
+        refuse("its header promises " + std::to_string(count) + " values, and " + std::to_string(to.size()) +
+               " follow");
+      }
+    }
+  }
+
+  const std::string path_;
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file_;
+};
 
 // Beside its place and then renamed, so that no reader meets half of a file; into a pipe or a device as it is.
 void write_npy(const char* path, const qcfs_shape& shape, const std::vector<float>& values) {
@@ -133,13 +177,13 @@ void write_npy(const char* path, const qcfs_shape& shape, const std::vector<floa
 }
 
 // The images as the library takes them: with a batch, and vectors as maps of one pixel.
-qcfs_images images_of(const Array& array, const qcfs_info& info) {
+qcfs_images images_of(const Array& array, const qcfs_info& info, const std::string& path) {
   std::vector<std::int64_t> shape = array.shape;
   const std::size_t rank = info.is_vector ? 2 : 4;
   if (shape.size() == rank - 1) shape.insert(shape.begin(), 1);
   if (shape.size() != rank && shape.size() != rank + 1) {
-    fail("the images have " + std::to_string(array.shape.size()) + " axes, the network takes " + std::to_string(rank) +
-         ", or one more in front for time");
+    fail(path + ": the images have " + std::to_string(array.shape.size()) + " axes, the network takes " +
+         std::to_string(rank) + ", or one more in front for time");
   }
   qcfs_images images{};
   images.data = array.values.data();
@@ -173,7 +217,7 @@ std::int64_t whole(const char* text) {
 
 }    // namespace
 
-int main(int count, char** arguments) {
+int main(int count, char** arguments) try {
 #ifdef SIGXFSZ
   std::signal(SIGXFSZ, SIG_IGN);    // past a limit on a file's size, writing fails and says why
 #endif
@@ -211,6 +255,9 @@ int main(int count, char** arguments) {
   const auto check = [&error](qcfs_status status) {
     if (status != QCFS_OK) fail(error.text);
   };
+  const auto check_images = [&](qcfs_status status) {
+    if (status != QCFS_OK) fail(std::string(files[1]) + ": " + error.text);
+  };
   qcfs_network* network = nullptr;
   qcfs_info info;
   check(qcfs_load_file(files[0], &network, &error));
@@ -221,12 +268,12 @@ int main(int count, char** arguments) {
                 static_cast<long long>(info.layers), info.weight_bits, info.neuron, static_cast<long long>(info.steps),
                 static_cast<long long>(info.max_steps));
   } else {
-    const Array array = read_npy(files[1]);
-    const qcfs_images images = images_of(array, info);
+    const Array array = NpyReader(files[1]).read();
+    const qcfs_images images = images_of(array, info, files[1]);
     qcfs_shape shape;
-    check(qcfs_answer_shape(network, &images, &options, &shape, &error));
+    check_images(qcfs_answer_shape(network, &images, &options, &shape, &error));
     std::vector<float> answers(shape.count);
-    check(qcfs_run(network, &images, &options, answers.data(), answers.size(), &error));
+    check_images(qcfs_run(network, &images, &options, answers.data(), answers.size(), &error));
     if (out != nullptr) {
       write_npy(out, shape, answers);
     } else {
@@ -236,4 +283,6 @@ int main(int count, char** arguments) {
   qcfs_free(network);
   if (std::fflush(stdout) != 0) fail(std::string("the answers cannot be written: ") + std::strerror(errno));
   return 0;
+} catch (const std::bad_alloc&) {
+  fail("no memory; run fewer images at a time");
 }

@@ -334,6 +334,8 @@ ImageInput read_image(const Fields& config, NodeTensors& tensors) {
                tensors.per_channel("scale", Dtype::f32, channels),
                tensors.per_channel("shift", Dtype::f32, channels),
                {}};
+  a.line = config.has("line") && config.flag("line");
+  check(!a.line || !a.vector, "an image is a line or a vector");
   check(channels > 0 && all_values(a.source, [&](std::int64_t c) { return 0 <= c && c < a.channels; }),
         "source is damaged");
   if (!config.has("moves")) return a;
@@ -675,6 +677,20 @@ void read_details(const Fields& all, Node& node) {
                                  ", but its weights allow " + std::to_string(bound) + "; the file was altered");
 }
 
+// How many numbers a form of outputs has. It says how Python puts answers together, and here there is one, number 0.
+std::size_t numbers_of(const Json& form) {
+  if (is_whole(form, 0, 0)) return 1;
+  check(form.is(Json::Kind::array) && form.items.size() == 2, "outputs are damaged");
+  const std::string& kind = form.items[0].string;
+  const Json& inside = form.items[1];
+  check(inside.is(kind == "dict" ? Json::Kind::object : Json::Kind::array), "outputs are damaged");
+  check(kind == "tuple" || kind == "list" || kind == "dict", "outputs are damaged");
+  std::size_t numbers = 0;
+  for (const Json& part : inside.items) numbers += numbers_of(part);
+  for (const Json::Member& part : inside.members) numbers += numbers_of(part.value);
+  return numbers;
+}
+
 void check_peaks(const Graph& graph) {
   const std::vector<int> sent = known_peaks(graph);
   for (const Node& node : graph.nodes) {
@@ -716,7 +732,7 @@ std::vector<int> known_peaks(const Graph& graph) {
 
 std::int64_t max_steps(const Graph& graph, const NeuronMode& neuron) {
   const auto settle = [&](bool condition, const Node& node, const char* what) {
-    require(condition, Fault::argument, "layer " + node.name + what);
+    require(condition, Fault::argument, [&] { return "layer " + node.name + what; });
   };
   std::int64_t most = unbounded_steps;
   bool layers = false;
@@ -740,9 +756,10 @@ std::int64_t max_steps(const Graph& graph, const NeuronMode& neuron) {
     }
   }
   if (neuron.mode == Mode::sum) most = std::min(most, max_count);
-  require(!neuron.looks_ahead() || !layers || most >= neuron.window, Fault::argument,
-          "a window of " + std::to_string(neuron.window) + " steps is beyond the overflow bound of " +
-              std::to_string(most) + " steps");
+  require(!neuron.looks_ahead() || !layers || most >= neuron.window, Fault::argument, [&] {
+    return "a window of " + std::to_string(neuron.window) + " steps is beyond the overflow bound of " +
+           std::to_string(most) + " steps";
+  });
   return most;
 }
 
@@ -765,6 +782,13 @@ Graph read_graph(const std::string& header, const Tensors& tensors) {
   for (const Json& node : f.list("graph")) graph.nodes.push_back(read_node(node, graph, tensors, unclaimed));
   check(unclaimed.empty(), "unknown tensor " + (unclaimed.empty() ? "" : *unclaimed.begin()));
   check(!graph.nodes.empty(), "the graph is missing");
+  const auto outputs = std::count_if(graph.nodes.begin(), graph.nodes.end(),
+                                     [](const Node& node) { return std::holds_alternative<Answer>(node.layer); });
+  check(outputs < 2, "has " + std::to_string(outputs) +
+                         " outputs; libqcfs runs networks with one output. Remedy: convert and save a model that "
+                         "returns one of them alone");
+  check(!f.has("outputs") || f.null("outputs") || numbers_of(*json.find("outputs")) > 0, "outputs are damaged");
+  if (f.has("metadata")) f.at("metadata", Json::Kind::object);
   for (std::size_t i = 0; i < graph.nodes.size(); ++i) {
     const bool last = i + 1 == graph.nodes.size();
     check(std::holds_alternative<Answer>(graph.nodes[i].layer) == last,
@@ -781,6 +805,7 @@ Graph read_graph(const std::string& header, const Tensors& tensors) {
   const std::vector<std::int64_t>& shape = graph.input_shape;
   check(f.null("input_shape") || (shape.size() == (graph.image().vector ? 1 : 3) && shape[0] == graph.image().channels),
         "input_shape is none that the image input takes");
+  check(!graph.image().line || f.null("input_shape") || shape[1] == 1, "input_shape is no line, [C, 1, L]");
   try {
     check(graph.T <= max_steps(graph, graph.neuron), "T=" + std::to_string(graph.T) + " is beyond the overflow bound");
   } catch (const Error& error) {

@@ -38,6 +38,7 @@ struct ImageInput {
   int bits;
   Tensor source, scale, shift;
   std::vector<PoolSpec> moves;    // what pads, crops or enlarges it
+  bool line = false;              // the caller gives maps of one row
 };
 
 // The convolution of the image.

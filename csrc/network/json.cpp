@@ -50,7 +50,7 @@ class Parser {
   }
 
   Json value(int depth) {
-    check(depth < max_depth, "too deep");
+    check(depth < max_depth, "values nested deeper than 64 (make the metadata flatter, and save again)");
     skip_space();
     Json found;
     switch (peek()) {
@@ -165,9 +165,10 @@ class Parser {
   std::uint32_t escaped_code() {
     const std::uint32_t code = four_hex_digits();
     if (code < 0xd800 || code > 0xdfff) return code;
-    check(code < 0xdc00 && word("\\u"), "half of a surrogate pair");
+    constexpr const char* half = "half of a surrogate pair, which is no text (rename what holds it, and save again)";
+    check(code < 0xdc00 && word("\\u"), half);
     const std::uint32_t low = four_hex_digits();
-    check(low >= 0xdc00 && low <= 0xdfff, "half of a surrogate pair");
+    check(low >= 0xdc00 && low <= 0xdfff, half);
     return 0x10000 + ((code - 0xd800) << 10) + (low - 0xdc00);
   }
 

@@ -99,8 +99,9 @@ void Stream::run(const Plan& plan, const Image& image, const cpu::Options& optio
   try {
     network_->run(plan, image, options, out, nullptr, kept_.get(), steps_);
   } catch (const Error& error) {
-    if (error.fault != Fault::not_finite) reset();
-    throw;
+    if (error.fault == Fault::not_finite) throw;
+    reset();
+    throw Error(error.fault, std::string(error.what()) + "; the stream has been reset");
   } catch (...) {
     reset();
     throw;

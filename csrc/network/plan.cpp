@@ -777,7 +777,9 @@ class Builder {
                     static_cast<int>(terms.size()),
                     a.offset.as<double>(),
                     nullptr};
-    const bool going_on = r_.going_on;
+    const bool going_on = r_.going_on, turned = r_.channel_first && !a.vector && plan_.out_h * plan_.out_w > 1;
+    const std::int64_t image = plan_.out_h * plan_.out_w * O;
+    const Slot maps = turned ? take_integers(answers * N * image) : 0;    // float32, as large
     step([=, terms = std::move(terms), slots = std::move(slots)](const Frame& f) {
       // Of a run that goes on, each answer stands for another number of steps: they are read out one by one.
       const std::int64_t calls = going_on ? answers : 1;
@@ -789,13 +791,16 @@ class Builder {
         }
         Readout one = readout;
         one.terms = now;
-        one.out = f.out + i * N * one.out_h * one.out_w * one.out_channels;
+        one.out = (turned ? f.at<float>(maps) : f.out) + i * N * image;
         if (going_on) {
           one.images = N;
           one.steps = f.before + T - answers + 1 + i;
         }
         const Status status = cpu::readout(one, f.options);
         if (status != Status::ok) return status;
+      }
+      for (std::int64_t i = 0; turned && i < answers * N * image; ++i) {
+        f.out[i - i % image + i % O * (image / O) + i % image / O] = f.at<float>(maps)[i];
       }
       return Status::ok;
     });

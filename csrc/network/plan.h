@@ -38,11 +38,12 @@ struct Request {
   std::int64_t skip = 0;    // steps left out of the answer
   bool varying = false;     // one image for each step
   bool going_on = false;
+  bool channel_first = false;    // an answer that is a map comes as [.., O, OH, OW]
 
   bool operator==(const Request& other) const {
-    return std::tie(batch, height, width, T, neuron, per_step, skip, varying, going_on) ==
+    return std::tie(batch, height, width, T, neuron, per_step, skip, varying, going_on, channel_first) ==
            std::tie(other.batch, other.height, other.width, other.T, other.neuron, other.per_step, other.skip,
-                    other.varying, other.going_on);
+                    other.varying, other.going_on, other.channel_first);
   }
 };
 

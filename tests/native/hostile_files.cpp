@@ -5,8 +5,8 @@
 //
 // Three kinds of damage, after which a file is damaged again or handed over: bytes anywhere; numbers and words of the
 // header, which is where sizes stand, with its length put right again; parts of the header repeated or left out. With
-// Clang, -DQCFS_FAST_SANITIZE=fuzzer,address,undefined makes a libFuzzer target of the same file, which begins with
-// tests/native/corpus (made by tests/fuzz/corpus.py).
+// Clang, -DQCFS_FAST_SANITIZE=fuzzer,address,undefined makes a libFuzzer target of the same file; `make fuzz-native`
+// builds it and lets it begin with tests/native/corpus (made by tests/fuzz/corpus.py).
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>

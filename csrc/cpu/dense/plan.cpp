@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cassert>
-#include <vector>
 
 #include "cpu/tasks.h"
 
@@ -77,27 +76,49 @@ void place_planes(const KernelSet& k, DenseLayer& layer, Arena& arena) {
   }
 }
 
+// Bytes of the weights for k.dense.depth inputs; of a chunk, at most; and how many times such inputs fill one.
+struct ChunkSize {
+  ChunkSize(const KernelSet& k, const DenseLayer& layer)
+      : unit(k.dense.depth * k.dense.columns),
+        limit(layer.panel_bytes > max_whole_panel_bytes ? chunk_bytes : max_whole_panel_bytes),
+        blocks(std::max<std::int64_t>(1, limit / unit)) {}
+
+  std::int64_t unit, limit, blocks;
+};
+
 // The segments of a layer in the order of the packed weights; chunk c is segments [chunk[c], chunk[c + 1]), of products
 // of one scale.
 struct Segments {
-  std::vector<Segment> all;
-  std::vector<int> chunk;
-  std::vector<std::int32_t> factor;
+  Segment* all;
+  int* chunk;
+  std::int32_t* factor;
 };
 
-void cut_segments(const KernelSet& k, const DenseLayer& layer, Segments& out) {
+// A chunk begins at a product or at a segment.
+Segments place_segments(const KernelSet& k, const DenseLayer& layer, Arena& arena) {
+  std::int64_t segments = 0;
+  for (int i = 0; i < layer.a->product_count; ++i) {
+    const Product& p = layer.a->products[i];
+    for (std::int64_t run = 0; run < tap_runs(p.g); ++run) {
+      const std::int64_t inputs = ceil_div(tap_run(p.g, run).count * p.x.channels, k.dense.depth);
+      segments += p.g.kernel_h * ceil_div(inputs, ChunkSize(k, layer).blocks);
+    }
+  }
+  const std::int64_t chunks = layer.a->product_count + segments;
+  return {arena.take<Segment>(segments), arena.take<int>(chunks + 1), arena.take<std::int32_t>(chunks)};
+}
+
+void cut_segments(const KernelSet& k, DenseLayer& layer, const Segments& out) {
   const ConvIf& a = *layer.a;
-  const std::int64_t unit = k.dense.depth * k.dense.columns;    // bytes of weights for k.dense.depth inputs
-  const std::int64_t limit = layer.panel_bytes > max_whole_panel_bytes ? chunk_bytes : max_whole_panel_bytes;
-  out.chunk.assign(1, 0);
-  out.factor.assign(1, 1);
-  out.all.clear();
+  const ChunkSize size(k, layer);
+  int segments = 0, chunks = 0;
   std::int64_t filled = 0;    // bytes of the current chunk
   const auto next_chunk = [&](std::int32_t factor) {
-    out.chunk.push_back(static_cast<int>(out.all.size()));
-    out.factor.push_back(factor);
+    out.chunk[chunks] = segments;
+    out.factor[chunks++] = factor;
     filled = 0;
   };
+  next_chunk(1);
   for (int i = 0; i < a.product_count; ++i) {
     if (i > 0 && a.products[i].scale != a.products[i - 1].scale) {
       next_chunk(a.products[i - 1].scale / a.products[i].scale);
@@ -114,17 +135,20 @@ void cut_segments(const KernelSet& k, const DenseLayer& layer, Segments& out) {
                                      (h / g.stride_h * layer.plane_w + w / g.stride_w) * channels;
         const std::int64_t depth = round_up(run.count * channels, k.dense.depth);
         for (std::int64_t first = 0; first < depth;) {
-          const std::int64_t blocks =
-              std::min((depth - first) / k.dense.depth, std::max<std::int64_t>(1, limit / unit));
-          if (filled > 0 && filled + blocks * unit > limit) next_chunk(1);
-          out.all.push_back({inputs + first, channels, d.step_bytes, d.sample_bytes, blocks});
-          filled += blocks * unit;
+          const std::int64_t blocks = std::min((depth - first) / k.dense.depth, size.blocks);
+          if (filled > 0 && filled + blocks * size.unit > size.limit) next_chunk(1);
+          out.all[segments++] = {inputs + first, channels, d.step_bytes, d.sample_bytes, blocks};
+          filled += blocks * size.unit;
           first += blocks * k.dense.depth;
         }
       }
     }
   }
-  out.chunk.push_back(static_cast<int>(out.all.size()));
+  out.chunk[chunks] = segments;
+  layer.segments = out.all;
+  layer.chunk = out.chunk;
+  layer.factor = out.factor;
+  layer.chunks = chunks;
 }
 
 void expand_wave(const KernelSet& k, const DenseLayer& layer, int threads) {
@@ -192,24 +216,19 @@ Status run_dense(const KernelSet& k, const LinearAsImage& owner, int threads) {
     layer.wave = {0, 1, row0, row1};
     return bytes_of([&](Arena& arena) { place_planes(k, layer, arena); });
   };
-  Segments segments;
-  for (const Wave& wave : cut_waves(a, bytes)) {
+  return run_waves(a, bytes, [&](const Wave& wave) {
     layer.wave = wave;
-    Status s = place_in_call_workspace([&](Arena& arena) {
+    Segments segments{};
+    const Status s = place_in_call_workspace([&](Arena& arena) {
       layer.neurons = pad_neurons(a, arena);
       place_planes(k, layer, arena);
+      segments = place_segments(k, layer, arena);
     });
     if (s != Status::ok) return s;
     cut_segments(k, layer, segments);
-    layer.segments = segments.all.data();
-    layer.chunk = segments.chunk.data();
-    layer.factor = segments.factor.data();
-    layer.chunks = static_cast<int>(segments.chunk.size()) - 1;
     expand_wave(k, layer, threads);
-    s = fire_wave(k, layer, threads);
-    if (s != Status::ok) return s;
-  }
-  return Status::ok;
+    return fire_wave(k, layer, threads);
+  });
 }
 
 }    // namespace qcfs::cpu

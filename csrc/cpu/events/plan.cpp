@@ -248,20 +248,18 @@ Status run_events(const KernelSet& k, const LinearAsImage& owner, int threads) {
     const std::int64_t lists = bytes_of([&](Arena& arena) { place_lists(layer, false, arena); });
     return lists + (per_tile ? 0 : merged_bytes(layer, row1 - row0, a.out_w));
   };
-  for (const Wave& wave : cut_waves(a, bytes)) {
+  return run_waves(a, bytes, [&](const Wave& wave) {
     layer.wave = wave;
     MergedRows merged;
-    Status s = place_in_call_workspace([&](Arena& arena) {
+    const Status s = place_in_call_workspace([&](Arena& arena) {
       layer.neurons = pad_neurons(a, arena);
       place_lists(layer, false, arena);
       if (!per_tile) merged = MergedRows(layer, samples_of(wave) * rows_of(wave), a.out_w, arena);
     });
     if (s != Status::ok) return s;
     list_wave(k, layer, threads);
-    s = per_tile ? fire_merging_per_tile(k, layer, threads) : fire_merging_per_wave(k, layer, merged, threads);
-    if (s != Status::ok) return s;
-  }
-  return Status::ok;
+    return per_tile ? fire_merging_per_tile(k, layer, threads) : fire_merging_per_wave(k, layer, merged, threads);
+  });
 }
 
 Status run_grouped(const KernelSet& k, const LinearAsImage& owner, int threads) {
@@ -271,21 +269,19 @@ Status run_grouped(const KernelSet& k, const LinearAsImage& owner, int threads) 
     layer.wave = {0, 1, row0, row1};
     return bytes_of([&](Arena& arena) { place_lists(layer, true, arena); });
   };
-  for (const Wave& wave : cut_waves(a, bytes)) {
+  return run_waves(a, bytes, [&](const Wave& wave) {
     layer.wave = wave;
-    Status s = place_in_call_workspace([&](Arena& arena) {
+    const Status s = place_in_call_workspace([&](Arena& arena) {
       layer.neurons = pad_neurons(a, arena);
       place_lists(layer, true, arena);
     });
     if (s != Status::ok) return s;
     list_wave(k, layer, threads);
     const RowCut cut = cut_rows(rows_of(wave), samples_of(wave), threads);
-    s = run_with_workspace(
+    return run_with_workspace(
         samples_of(wave) * cut.spans, threads, k.fire_grouped_workspace(a),
         [&](std::int64_t i, void* workspace) { k.fire_grouped(layer, row_span(cut, wave, i), workspace); });
-    if (s != Status::ok) return s;
-  }
-  return Status::ok;
+  });
 }
 
 Status run_depthwise(const KernelSet& k, const ConvIf& a, int threads) {
