@@ -113,7 +113,7 @@ def update_json(path: str | os.PathLike[str], changed: Callable[[Any], Any]) -> 
     return made
 
 
-def read_json(path: Path, kind: str, fits: Callable[[Any], bool]) -> Any:
+def read_json(path: Path, kind: str, fits: Callable[[Any], object]) -> Any:
     """The content of a file; ValueError that names it and the remedy where `fits` is false of it, or fails."""
     with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -679,6 +679,10 @@ def test_eval_errors(place, tmp_path, capsys):
     np.savez(tmp_path / "keys.npz", x=x, y=np.zeros(4, int))
     np.savez(tmp_path / "labels.npz", images=x, labels=np.zeros(3, int))
     np.savez(tmp_path / "objects.npz", images=np.array([{}], dtype=object), labels=np.zeros(1, int))
+    np.savez(tmp_path / "none.npz", images=x[:0], labels=np.zeros(0, int))
+    np.savez(tmp_path / "scalars.npz", images=np.float32(3), labels=np.int64(3))
+    for name, label in (("below", -1), ("above", 5), ("far", 1 << 62)):
+        np.savez(tmp_path / f"{name}.npz", images=x, labels=np.array([0, 1, label, 4]))
     np.savez(tmp_path / "channels.npz", images=x[:, :2], labels=np.zeros(4, int))
     cases = [
         (tmp_path / "absent.safetensors", folder / "data.npz", "no file"),
@@ -690,6 +694,15 @@ def test_eval_errors(place, tmp_path, capsys):
         (net, tmp_path / "keys.npz", "has no array images or labels, only x, y"),
         (net, tmp_path / "labels.npz", "labels must be 4 integers"),
         (net, tmp_path / "objects.npz", "not a complete .npz file"),
+        (net, tmp_path / "none.npz", "none.npz: its array images, of shape [0, 3, 10, 12], holds no image"),
+        (net, tmp_path / "scalars.npz", "scalars.npz: its array images, of shape [], holds no image"),
+        (
+            net,
+            tmp_path / "below.npz",
+            "below.npz: labels run from -1 to 4, but the network has 5 classes, counted from 0 to 4; mend the labels",
+        ),
+        (net, tmp_path / "above.npz", "labels run from 0 to 5"),
+        (net, tmp_path / "far.npz", f"labels run from 0 to {1 << 62}"),
         (
             net,
             tmp_path / "channels.npz",

@@ -261,6 +261,8 @@ class SNN(nn.Module):
                 raise ValueError(f"the input has {x.shape[0]} steps, but T={steps}")
             if neuron.steps(steps) > steps:
                 raise ValueError(f"neuron {neuron}: the input must have at least {neuron.window} steps, got {steps}")
+        if not isinstance(per_step, bool):
+            raise TypeError(f"per_step must be True or False, got {per_step!r}")
         if isinstance(skip, bool) or not isinstance(skip, int):
             raise TypeError(f"skip must be an int (time steps), got {skip!r}")
         if not 0 <= skip < steps:

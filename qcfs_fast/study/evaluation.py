@@ -33,7 +33,7 @@ from ..network.loading import load
 from ..network.schema import is_int
 from ..network.snn import SNN
 from ..operators.neuron import Neuron
-from .data import Dataset, batch_count, batch_range, check_steps
+from .data import Dataset, batch_count, batch_range, check_labels, check_steps
 
 # ------------------------------------------------------------------------------------------------- state
 
@@ -243,14 +243,15 @@ def _check(snn: SNN, data: Dataset, T: int) -> None:
     check_steps(data, snn.neuron.steps(T))
 
 
-def _right(snn: SNN, x: Tensor, labels: Tensor, steps: Sequence[int], over_time: bool) -> list[int]:
+def _right(snn: SNN, x: Tensor, labels: Tensor, steps: Sequence[int], data: Dataset) -> list[int]:
     """Right answers by T."""
     if snn.neuron.mode == "sum":
         answers = [snn(x, T) for T in steps]
     else:
         T = snn.neuron.steps(max(steps))
-        running = snn(x[:T] if over_time else x, T, per_step=True)
+        running = snn(x if data.steps is None else x[:T], T, per_step=True)
         answers = [running[t - 1] for t in steps]
+    check_labels(labels, answers[0].shape[1], str(data.path))
     return [int((answer.argmax(1).cpu() == labels).sum()) for answer in answers]
 
 
@@ -274,7 +275,7 @@ def _work(
         for number in mine:
             x, y = data.batch(batch_range(data, number, batch))
             x = x.to(place)
-            right = [r for snn in networks for r in _right(snn, x, y, steps, data.steps is not None)]
+            right = [r for snn in networks for r in _right(snn, x, y, steps, data)]
             kept.own.right = [a + b for a, b in zip(kept.own.right, right, strict=True)]
             kept.own.seen += len(y)
             kept.own.batches.append(number)

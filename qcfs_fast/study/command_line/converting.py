@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...conversion.builder import convert
+from ...files import require_folder_of
 from ...model.calibration import calibrate
 from ...operators.neuron import MODES, Neuron
 from .. import zoo, zoo_table
@@ -109,8 +110,7 @@ def _zoo(o: argparse.Namespace) -> int:
     unknown = [n for n in o.names if n not in every and not n.startswith("timm:")]
     if unknown:
         raise ValueError(f"torchvision has no classifier {unknown[0]!r}; known: {', '.join(every)}")
-    if not o.output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {o.output.parent} does not exist; create it first")
+    require_folder_of(o.output)
     results = zoo_table.check_zoo(o.output, o.names or every, lambda line: print(line, file=sys.stderr, flush=True))
     print(json.dumps(results, indent=2) if o.json else f"wrote {o.output}")
     return 0
@@ -139,8 +139,7 @@ def _convert(o: argparse.Namespace) -> int:
         raise ValueError(
             "--checkpoint goes with a torchvision name; a file alone is written by train, or the authors' own"
         )
-    if not o.output.parent.is_dir():
-        raise FileNotFoundError(f"the folder {o.output.parent} does not exist; create it first")
+    require_folder_of(o.output)
     about = trained_about(source) if is_file else None
     names = o.classes if isinstance(o.classes, list) else about.names if about else None
     if about is not None:
