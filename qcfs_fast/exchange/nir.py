@@ -54,11 +54,13 @@ from ..network.layers import (
     EncodingLayer,
     ImageInput,
     Readout,
+    Run,
     SpikePool,
     SpikingLayer,
     pieces,
 )
 from ..network.loading import load
+from ..network.rehearsal import rehearsed
 from ..network.schema import Geometry
 from ..network.snn import SNN
 from ..operators.geometry import POINTWISE, convolution_size
@@ -116,9 +118,7 @@ def to_nir(snn: SNN, input_shape: Sequence[int] | None = None, neurons: str = "i
     if shape is None:
         raise ValueError("to_nir: NIR graphs have sizes; give input_shape=[C, H, W]")
     shape = tuple(int(d) for d in shape)
-    if len(shape) != (1 if first.vector else 3) or shape[0] != first.channels or min(shape) < 1:
-        wanted = f"[{first.channels}]" if first.vector else f"[{first.channels}, H, W]"
-        raise ValueError(f"to_nir: input_shape must be {wanted}, got {list(shape)}")
+    rehearsed(list(snn.layers.items()), shape, Run(snn.T, snn.neuron))
     return _Writer(snn, shape, neurons).graph()
 
 

@@ -22,6 +22,7 @@ from ..operators.neuron import Neuron
 from . import anytime, saving, tail
 from .executor import Executor
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, Run, SpikingLayer, Values
+from .rehearsal import rehearsed
 from .stream import Stream
 from .tail import checked_form
 
@@ -422,6 +423,7 @@ class SNN(nn.Module):
         Raises:
             FileNotFoundError: the folder does not exist.
             TypeError, ValueError: JSON has no such value, or would give another one back.
+            FormatError: ``qcfs_fast.load`` would refuse the file.
         """
         saving.save(path, *self.saved(metadata))
 
@@ -429,7 +431,14 @@ class SNN(nn.Module):
         """The header and the tensors of a file, of which loading.py makes the network again."""
         about = saving.checked_metadata(self.metadata if metadata is None else metadata)
         tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
-        return self._header(tail=self.tail if any(self._tails) else (), metadata=about), tensors
+        if self.input_shape is not None:
+            try:
+                rehearsed(self._program, self.input_shape, Run(self.T, self._neuron))
+            except FormatError as error:
+                raise FormatError(f"{error}; set another snn.input_shape, or None, which leaves it open") from error
+        header = self._header(tail=self.tail if any(self._tails) else (), metadata=about)
+        saving.parsed(header)
+        return header, tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SNN:
         """As of any module, with its hooks; a pickle has none (loading.py)."""
