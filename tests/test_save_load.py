@@ -291,7 +291,8 @@ TEXTS = {
     "a name in metadata": (lambda h: h.update(metadata={LONE: 1}), "'metadata' holds"),
     "a field": (lambda h: h.update({LONE: 1}), r"'\\ud800' holds '\\ud800', half of a character"),
     **{
-        f"{depth} levels of {field}": (lambda h, f=field, d=depth: h.update({f: nested(d)}), f"'{field}' is nested deeper")
+        f"{depth} levels of {field}": (
+            lambda h, f=field, d=depth: h.update({f: nested(d)}), f"'{field}' is nested deeper")
         for field in ("later", "metadata", "tail", "details") for depth in (63, 940)
     },
 }  # fmt: skip

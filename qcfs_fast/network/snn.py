@@ -23,6 +23,7 @@ from . import anytime, saving, tail
 from .executor import Executor
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, Run, SpikingLayer, Values
 from .rehearsal import rehearsed
+from .schema import printable
 from .stream import Stream
 from .tail import checked_form
 
@@ -30,8 +31,13 @@ from .tail import checked_form
 class Branch(nn.Module):
     """A level of the module tree of the model: it only holds nodes, so that print(snn) shows the names of the model."""
 
+    def __repr__(self) -> str:
+        shown = object.__new__(type(self))
+        shown.__dict__.update(self.__dict__, _modules={printable(name): m for name, m in self._modules.items()})
+        return nn.Module.__repr__(shown)
 
-class SNN(nn.Module):
+
+class SNN(Branch):
     """A spiking network that runs all T time steps of a layer in one call.
 
     Made by :func:`qcfs_fast.convert` or :func:`qcfs_fast.load`; has buffers only and stays in eval mode. A call
@@ -393,7 +399,13 @@ class SNN(nn.Module):
             bits = f"{d['weight_bits_used']:.1f}"
             exact = "all" if d["lossless"] == d["channels"] else f"{d['lossless']}/{d['channels']}"
             rows.append(
-                (name, f"theta/{d['threshold_min']}..{d['threshold_max']}", bits, exact, f"<= {self._bounds[name]}")
+                (
+                    printable(name),
+                    f"theta/{d['threshold_min']}..{d['threshold_max']}",
+                    bits,
+                    exact,
+                    f"<= {self._bounds[name]}",
+                )
             )
         widths = [max(len(r[i]) for r in rows) for i in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
@@ -401,8 +413,8 @@ class SNN(nn.Module):
         bound = f"No integer can overflow for T <= {self.max_T}{mode}, whatever the input."
         shape = "" if self.input_shape is None else f" Settled for images of shape {list(self.input_shape)}."
         few = [
-            f"{name}: {d['few_units']} channels have a threshold of few units, so quiet inputs beside a loud one are "
-            "rounded coarsely; weight_bits=24 has finer ones."
+            f"{printable(name)}: {d['few_units']} channels have a threshold of few units, so quiet inputs beside a "
+            "loud one are rounded coarsely; weight_bits=24 has finer ones."
             for name, d in self.details.items()
             if d.get("few_units")
         ]

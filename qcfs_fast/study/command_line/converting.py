@@ -16,6 +16,7 @@ from torch import Tensor
 from ...conversion.builder import convert
 from ...files import require_folder_of
 from ...model.calibration import calibrate
+from ...network.schema import printable
 from ...operators.neuron import MODES, Neuron
 from .. import zoo, zoo_table
 from ..about_images import checked_classes, checked_numbers, outputs_of
@@ -111,7 +112,9 @@ def _zoo(o: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"torchvision has no classifier {unknown[0]!r}; known: {', '.join(every)}")
     require_folder_of(o.output)
-    results = zoo_table.check_zoo(o.output, o.names or every, lambda line: print(line, file=sys.stderr, flush=True))
+    results = zoo_table.check_zoo(
+        o.output, o.names or every, lambda line: print(printable(line), file=sys.stderr, flush=True)
+    )
     print(json.dumps(results, indent=2) if o.json else f"wrote {o.output}")
     return 0
 
@@ -176,7 +179,7 @@ def _convert(o: argparse.Namespace) -> int:
             progress=not o.quiet,
         )
     for warning in caught:
-        print(f"qcfs-fast: warning: {warning.message}", file=sys.stderr)
+        print(f"qcfs-fast: warning: {printable(str(warning.message))}", file=sys.stderr)
     snn.metadata = {"source": source.name}
     if about is not None:
         snn.metadata |= {"network": about.network, "trained by": about.recipe, "accuracy of the ANN": about.accuracy}
