@@ -135,41 +135,27 @@ def sole_user(folder: Path, option: str) -> Iterator[None]:
         BlockingIOError: another process, which is named, holds the folder.
     """
     was_empty = folder.is_dir() and not any(folder.iterdir())
-    path = folder / ".qcfs-fast.lock"
-    while (lock := _locked(folder, path, option)) is None:
-        pass
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # before it is let go: who waits for it looks whether it is still there
-        os.close(lock)
-        if not was_empty:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-
-
-def _locked(folder: Path, path: Path, option: str) -> int | None:
-    """The handle of a folder's lock; None where another process has just taken the lock or the folder away."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), os.stat(path)):
+    path = folder / ".qcfs-fast.lock"
+    with open(path, "ab+", buffering=0, opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW, 0o666)) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError  # its holder has just ended, and taken it away
+        except BlockingIOError as error:
+            lock.seek(0)
+            who = lock.read(200).decode(errors="replace") or "another process"
+            raise BlockingIOError(f"{folder}: {who} works in it; wait for its end, or give another {option}") from error
+        try:
             with contextlib.suppress(OSError):  # of a full disk; the lock holds without a name
-                os.ftruncate(lock, 0)
-                os.write(lock, f"process {os.getpid()} on {platform.node()}".encode())
-            return lock
-    except FileNotFoundError:
-        pass
-    except BlockingIOError as error:
-        holder = os.read(lock, 200).decode(errors="replace") or "another process"
-        os.close(lock)
-        raise BlockingIOError(f"{folder}: {holder} works in it; wait for its end, or give another {option}") from error
-    os.close(lock)
-    return None
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if not was_empty:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def remove_written(folder: Path, names: str) -> None:

@@ -20,19 +20,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_text_atomically, written_atomically
-from ..network.layers import (
-    DIGITS,
-    INPUT,
-    EncodingLayer,
-    ImageInput,
-    Layer,
-    Readout,
-    Run,
-    SpikePool,
-    SpikingLayer,
-    signs,
-)
-from ..network.rehearsal import rehearsed
+from ..network.layers import DIGITS, INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikePool, SpikingLayer, signs
 from ..network.snn import SNN
 from ..operators.geometry import POINTWISE, convolution_size
 from ..operators.neuron import MODES
@@ -103,7 +91,7 @@ class _Settling:
         asked = (channels,) if first.config.vector else input_shape or snn.input_shape
         if asked is None:
             raise ValueError("the network takes images of any size; give input_shape=(C, H, W)")
-        shape, _ = rehearsed(list(snn.layers.items()), asked, Run(snn.T, snn.neuron))
+        shape = snn.image_shape(asked)
         height, width = (1, 1, *shape[1:])[-2:]
         self._T = snn.T
         self._item = 2 if snn.neuron.mode == "signed" else 1  # bytes of a value

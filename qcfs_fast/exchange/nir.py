@@ -54,13 +54,11 @@ from ..network.layers import (
     EncodingLayer,
     ImageInput,
     Readout,
-    Run,
     SpikePool,
     SpikingLayer,
     pieces,
 )
 from ..network.loading import load
-from ..network.rehearsal import rehearsed
 from ..network.schema import Geometry
 from ..network.snn import SNN
 from ..operators.geometry import POINTWISE, convolution_size
@@ -118,7 +116,7 @@ def to_nir(snn: SNN, input_shape: Sequence[int] | None = None, neurons: str = "i
     if shape is None:
         raise ValueError("to_nir: NIR graphs have sizes; give input_shape=[C, H, W]")
     shape = tuple(int(d) for d in shape)
-    rehearsed(list(snn.layers.items()), shape, Run(snn.T, snn.neuron))
+    snn.image_shape(shape)
     return _Writer(snn, shape, neurons).graph()
 
 

@@ -65,18 +65,21 @@ def parsed(header: str) -> Any:
     except (TypeError, ValueError, RecursionError) as error:  # also of an integer of thousands of digits
         raise FormatError(f"the graph in the file's metadata is damaged ({error})") from error
     for name, value in found.items() if isinstance(found, dict) else ():
-        level = [name, value]
-        for _ in range(MAX_NESTING - 1):  # the header itself is the first
-            texts = "".join(text for text in level if isinstance(text, str))
-            lists = [[*v, *v.values()] if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
-            level = [v for values in lists for v in values]
-            try:
-                texts.encode()
-            except UnicodeEncodeError as error:
-                lone = texts[error.start : error.end]
-                raise FormatError(f"{name!a} holds {lone!a}, half of a character; no text may have one") from None
-        require(not level, f"{name!a} is nested deeper than {MAX_NESTING} levels")
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+            deep = _levels(value) >= MAX_NESTING  # the header itself is one
+        except UnicodeEncodeError as error:
+            lone = error.object[error.start : error.end]
+            raise FormatError(f"{name!a} holds {lone!a}, half of a character; no text may have one") from None
+        except RecursionError:
+            deep = True
+        require(not deep, f"{name!a} is nested deeper than {MAX_NESTING} levels")
     return found
+
+
+def _levels(value: Any) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_levels, inside), default=0)
 
 
 def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

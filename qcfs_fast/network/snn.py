@@ -126,6 +126,10 @@ class SNN(Branch):
         """The shape of an image as that of a map: a line (C, L) is one of (C, 1, L)."""
         return None if shape is None else (shape[0], 1, *shape[1:]) if self.line and len(shape) == 2 else tuple(shape)
 
+    def image_shape(self, shape: Any) -> list[int]:
+        """The shape of an image as the model has it; FormatError where the network cannot run on one (rehearsal.py)."""
+        return rehearsed(self._program, shape, Run(self.T, self._neuron))[0]
+
     def refuse_several_outputs(self, what: str) -> None:
         """ValueError where the network has several outputs, which `what` does not know."""
         if self.outputs is not None:
@@ -445,7 +449,7 @@ class SNN(Branch):
         tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
         if self.input_shape is not None:
             try:
-                rehearsed(self._program, self.input_shape, Run(self.T, self._neuron))
+                self.image_shape(self.input_shape)
             except FormatError as error:
                 raise FormatError(f"{error}; set another snn.input_shape, or None, which leaves it open") from error
         header = self._header(tail=self.tail if any(self._tails) else (), metadata=about)
