@@ -402,15 +402,8 @@ class SNN(Branch):
         for name, d in self.details.items():
             bits = f"{d['weight_bits_used']:.1f}"
             exact = "all" if d["lossless"] == d["channels"] else f"{d['lossless']}/{d['channels']}"
-            rows.append(
-                (
-                    printable(name),
-                    f"theta/{d['threshold_min']}..{d['threshold_max']}",
-                    bits,
-                    exact,
-                    f"<= {self._bounds[name]}",
-                )
-            )
+            unit = f"theta/{d['threshold_min']}..{d['threshold_max']}"
+            rows.append((printable(name), unit, bits, exact, f"<= {self._bounds[name]}"))
         widths = [max(len(r[i]) for r in rows) for i in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         mode = "" if self._neuron.mode == "plain" else f" in {self._neuron} mode"
