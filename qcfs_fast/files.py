@@ -1,6 +1,7 @@
 """The one way this package writes a file: beside its target, synchronised, then renamed.
 
-Whoever reads the file, also after a loss of power, sees the old one or the new one, never half of one.
+Whoever reads the file, also after a loss of power, sees the old one or the new one, never half of one. Processes that
+add to one file take turns (`update_json`). A folder in which one process alone can work has one user (`sole_user`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterator
@@ -39,8 +42,7 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield path
         return
     path = Path(os.path.realpath(path))  # a link stays a link; the file it leads to is replaced
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"the folder {path.parent} does not exist; create it first")
+    require_folder_of(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     with _named(path, temporary):
         try:
@@ -56,6 +58,12 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
+
+
+def require_folder_of(path: Path) -> None:
+    """FileNotFoundError where a file cannot be written because its folder does not exist."""
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.parent} does not exist; create it first")
 
 
 @contextlib.contextmanager
@@ -103,6 +111,59 @@ def update_json(path: str | os.PathLike[str], changed: Callable[[Any], Any]) -> 
     finally:
         os.close(folder)
     return made
+
+
+def read_json(path: Path, kind: str, fits: Callable[[Any], object]) -> Any:
+    """The content of a file; ValueError that names it and the remedy where `fits` is false of it, or fails."""
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if fits(found):
+            return found
+    raise ValueError(f"{path}: is no {kind}; remove the file to start anew, or name another place")
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path, option: str) -> Iterator[None]:
+    """Make a folder, and hold it: while the block runs, no other process gets it. A killed process holds nothing.
+
+    At the end the folder is taken away if nothing is in it, unless it was there before and empty.
+
+    Args:
+        option: by which the user names another folder.
+
+    Raises:
+        BlockingIOError: another process, which is named, holds the folder.
+    """
+    was_empty = folder.is_dir() and not any(folder.iterdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".qcfs-fast.lock"
+    with open(path, "ab+", buffering=0, opener=lambda p, flags: os.open(p, flags | os.O_NOFOLLOW, 0o666)) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise BlockingIOError  # its holder has just ended, and taken it away
+        except BlockingIOError as error:
+            lock.seek(0)
+            who = lock.read(200).decode(errors="replace") or "another process"
+            raise BlockingIOError(f"{folder}: {who} works in it; wait for its end, or give another {option}") from error
+        try:
+            with contextlib.suppress(OSError):  # of a full disk; the lock holds without a name
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if not was_empty:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def remove_written(folder: Path, names: str) -> None:
+    """Remove the files of a folder whose names match a pattern, and what a killed process left of such; no others."""
+    pattern = re.compile(rf"({names})(\.[0-9a-f]{{16}}\.part)?")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def replace_between(path: str | os.PathLike[str], marks: tuple[str, str], text: str) -> None:

@@ -88,6 +88,12 @@ def test_time_steps(snn, T, error, message):
     assert snn.T == 4
 
 
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_per_step_is_a_truth_value(snn, value):
+    with pytest.raises(TypeError, match="per_step must be True or False, got"):
+        snn(torch.zeros(1, 3, 10, 12), per_step=value)
+
+
 def test_requires_grad_is_fine_without_grad_mode(snn):
     with torch.no_grad():
         assert snn(torch.zeros(1, 3, 8, 8, requires_grad=True)).shape == (1, 2)

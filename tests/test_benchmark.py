@@ -236,13 +236,19 @@ def test_results_are_replaced_and_kept_apart(results, tiny):
     with pytest.raises(ValueError, match=r"other conditions \(threads differ\)"):
         Results(other, CPU)
     for text, message in (
-        ("{", "no JSON"),
-        ("{}", "not a result file"),
+        ("{", "is no result file of qcfs-fast bench; remove"),
+        ("{}", "is no result file"),
         ('{"format": "qcfs_fast benchmark"}', "version"),
+        ('{"format": "qcfs_fast benchmark", "version": 1}', "is no result file"),
     ):
         other.write_text(text)
         with pytest.raises(ValueError, match=message):
             read(other)
+
+
+def test_results_go_to_a_folder_that_exists(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the folder .*none does not exist; create it first"):
+        Results(tmp_path / "none" / "r.json", CPU)
 
 
 def test_slow_and_failing_contenders_are_listed():

@@ -17,6 +17,7 @@ import torch
 import torchvision_models  # noqa: F401 - makes torchvision importable here
 
 import qcfs_fast
+from qcfs_fast import files
 from qcfs_fast.study import command_line, evaluation, zoo
 from qcfs_fast.study.batch import Job
 from qcfs_fast.study.datasets import open_data
@@ -587,6 +588,53 @@ def test_eval_goes_on_after(how, place, tmp_path, capsys):
     assert not (tmp_path / "state").exists()
 
 
+def test_eval_removes_its_own_files_alone(place, tmp_path, capsys, monkeypatch):
+    """Also where the state lies in a folder of other things, anew, and of a run that a dead process left."""
+    folder, right = place
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis.json").write_text("{}")
+    arguments = ["eval", folder / "net.safetensors", folder / "data.npz", "--steps", *STEPS, "--json", "--state", "."]
+    for more in ([], ["--restart"], ["--batch", 2]):
+        code, out, err = run(capsys, *arguments, *more)
+        assert (code, counts(out)) == (0, (right, IMAGES, 0)), err
+        assert os.listdir() == ["thesis.json"]
+        (tmp_path / "0.json.0123456789abcdef.part").write_text("half")
+    (tmp_path / "7.json").write_text("mine")
+    code, _, err = run(capsys, *arguments, "--restart")
+    assert (code, err) == (1, "qcfs-fast: error: 7.json: is no state of an evaluation; remove the file to start anew, "
+        "or name another place\n")  # fmt: skip
+    assert (tmp_path / "7.json").read_text() == "mine"
+
+
+def test_two_evals_of_one_state(place, tmp_path, capsys):
+    """The second names the first, which is not disturbed."""
+    folder, _ = place
+    with files.sole_user(tmp_path / "state", "--state"):
+        arguments = ["eval", folder / "net.safetensors", folder / "data.npz", "--state", tmp_path / "state"]
+        for more in ([], ["--restart"]):
+            code, _, err = run(capsys, *arguments, *more)
+            assert code == 1
+            assert err.startswith(f"qcfs-fast: error: {tmp_path / 'state'}: process {os.getpid()} on ")
+            assert err.endswith("wait for its end, or give another --state\n")
+
+
+STATE = {"fingerprint": {"neurons": ["plain"], "steps": [1]}, "batches": [0], "seen": 1, "right": [1]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{broken", "[1]", '{"a": 1}', "[" * 2000, json.dumps({**STATE, "right": [1, 2]}),
+     json.dumps({**STATE, "batches": 7}), json.dumps({**STATE, "seen": "x"})],
+)  # fmt: skip
+def test_a_damaged_state_is_refused(text, place, tmp_path, capsys):
+    folder, _ = place
+    (tmp_path / "0.json").write_text(text)
+    code, _, err = run(capsys, "eval", folder / "net.safetensors", folder / "data.npz", "--state", tmp_path)
+    assert code == 1
+    assert err.startswith(f"qcfs-fast: error: {tmp_path / '0.json'}: is no state of an evaluation; remove the file")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_eval_in_two_processes(place, tmp_path):
@@ -631,6 +679,10 @@ def test_eval_errors(place, tmp_path, capsys):
     np.savez(tmp_path / "keys.npz", x=x, y=np.zeros(4, int))
     np.savez(tmp_path / "labels.npz", images=x, labels=np.zeros(3, int))
     np.savez(tmp_path / "objects.npz", images=np.array([{}], dtype=object), labels=np.zeros(1, int))
+    np.savez(tmp_path / "none.npz", images=x[:0], labels=np.zeros(0, int))
+    np.savez(tmp_path / "scalars.npz", images=np.float32(3), labels=np.int64(3))
+    for name, label in (("below", -1), ("above", 5), ("far", 1 << 62)):
+        np.savez(tmp_path / f"{name}.npz", images=x, labels=np.array([0, 1, label, 4]))
     np.savez(tmp_path / "channels.npz", images=x[:, :2], labels=np.zeros(4, int))
     cases = [
         (tmp_path / "absent.safetensors", folder / "data.npz", "no file"),
@@ -642,6 +694,15 @@ def test_eval_errors(place, tmp_path, capsys):
         (net, tmp_path / "keys.npz", "has no array images or labels, only x, y"),
         (net, tmp_path / "labels.npz", "labels must be 4 integers"),
         (net, tmp_path / "objects.npz", "not a complete .npz file"),
+        (net, tmp_path / "none.npz", "none.npz: its array images, of shape [0, 3, 10, 12], holds no image"),
+        (net, tmp_path / "scalars.npz", "scalars.npz: its array images, of shape [], holds no image"),
+        (
+            net,
+            tmp_path / "below.npz",
+            "below.npz: labels run from -1 to 4, but the network has 5 classes, counted from 0 to 4; mend the labels",
+        ),
+        (net, tmp_path / "above.npz", "labels run from 0 to 5"),
+        (net, tmp_path / "far.npz", f"labels run from 0 to {1 << 62}"),
         (
             net,
             tmp_path / "channels.npz",

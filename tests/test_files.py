@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from qcfs_fast import files
 from qcfs_fast.files import write_text_atomically, written_atomically
 
 
@@ -80,3 +81,60 @@ def test_processes_that_add_to_one_file_lose_nothing(tmp_path):
     assert [process.wait(120) for process in adding] == [0, 0]
     assert len(json.loads(path.read_text())) == 80
     assert os.listdir(tmp_path) == ["results.json"]
+
+
+# ------------------------------------------------------------------------------------- folders with one user
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from qcfs_fast.files import sole_user
+with sole_user(Path(sys.argv[1]), "--state"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_user_until_that_one_is_dead(tmp_path):
+    folder = tmp_path / "state"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, cwd=tmp_path)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(BlockingIOError, match=rf"state: process {holder.pid} on .* works in it.*another --state"),
+            files.sole_user(folder, "--state"),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert os.listdir(folder)  # the dead one's lock, which bars nobody
+    with files.sole_user(folder, "--state"):
+        (folder / "mine").write_text("")
+    assert os.listdir(folder) == ["mine"]
+    (folder / "mine").unlink()
+    with files.sole_user(folder, "--state"):
+        pass
+    assert os.listdir(folder) == []  # it was there before
+    folder.rmdir()
+    with files.sole_user(folder, "--state"):
+        pass
+    assert not folder.exists()
+
+
+def test_a_lock_follows_no_link(tmp_path):
+    (tmp_path / "precious").write_text("data")
+    (tmp_path / ".qcfs-fast.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"qcfs-fast\.lock"), files.sole_user(tmp_path, "--state"):
+        pass
+    assert (tmp_path / "precious").read_text() == "data"
+
+
+def test_what_others_wrote_is_never_removed(tmp_path):
+    own = ["0.json", "12.json", f"3.json.{'0a' * 8}.part"]
+    others = ["a.json", "0.json.bak", "0.json.part", "thesis.tex"]
+    for name in own + others:
+        (tmp_path / name).write_text("")
+    (tmp_path / "7.json").mkdir()
+    files.remove_written(tmp_path, r"[0-9]+\.json")
+    assert sorted(os.listdir(tmp_path)) == sorted(["7.json", *others])

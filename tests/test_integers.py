@@ -1,5 +1,6 @@
 """integer_program: the C file beside the header gives the network's bytes, and the .npz file holds the same program."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from qcfs_fast.study import shipped
 from qcfs_fast.study.command_line import main
 from qcfs_fast.study.data import batches
 
+NIR = importlib.util.find_spec("nir")
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
 LISTS = ("products", "residuals", "terms")
@@ -43,6 +45,28 @@ def check(snn, x, folder):
 @pytest.mark.parametrize("kind", networks.SHAPES)
 def test_c_gives_the_bytes_of_every_network(kind, tmp_path):
     check(*networks.converted(kind), tmp_path)
+
+
+@needs_compiler
+def test_c_gives_the_bytes_of_a_network_of_lines(tmp_path):
+    model = nn.Sequential(
+        nn.Conv1d(2, 4, 3, stride=2), nn.ReLU(), nn.Conv1d(4, 3, 3), nn.ReLU(), nn.MaxPool1d(2),
+        nn.Flatten(), nn.Linear(24, 2),
+    )  # fmt: skip
+    model, x = networks.lively(networks.randomize(model), (2, 40)), networks.images((2, 40), 3)
+    snn = qcfs_fast.convert(model, T=3, input_shape=(2, 40), progress=False)
+    assert 0 < qcfs_fast.profile(snn, [x], progress=False).totals["rate"] < 1
+    check(snn, x, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(3, 10**6, 10**6), (3, -1, 5), (3, 0, 5), (3, 2**40, 1), ("a", 1, 2), (3, 10), 3])
+def test_shapes_that_no_memory_holds_or_no_image_has(shape):
+    snn, _ = networks.converted(networks.Small, T=2)
+    for made in (integer_program, qcfs_fast.to_nir) if NIR and not isinstance(shape, int) else (integer_program,):
+        with pytest.raises(
+            ValueError, match=r"is none that the image input takes|cannot run on an image|invalid literal"
+        ):
+            made(snn, shape)
 
 
 @needs_compiler
@@ -151,7 +175,7 @@ def test_what_cannot_be_settled_is_refused(tmp_path, capsys):
     snn.input_shape = None
     with pytest.raises(ValueError, match="give input_shape"):
         integer_program(snn)
-    with pytest.raises(ValueError, match="expected an input of shape"):
+    with pytest.raises(ValueError, match=r"which is \[3, H, W\]"):
         integer_program(snn, (4, 8, 8))
     with pytest.raises(ValueError, match="name the header"):
         integer_program(snn, (3, 8, 8)).c_header(tmp_path / "network.c")

@@ -168,6 +168,15 @@ def test_the_zoo_is_tried_and_resumed(tmp_path, capsys, monkeypatch):
     assert "no classifier 'nosuchnet'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["{broken", '{"a": 3}', "[1]", '{"a": {"obstacles": 7}}'])
+def test_results_of_the_zoo_that_are_none(text, tmp_path, capsys):
+    (tmp_path / "zoo.json").write_text(text)
+    assert command_line.main(["zoo", "--check", "--output", str(tmp_path / "zoo.md"), "squeezenet1_1"]) == 1
+    assert capsys.readouterr().err.startswith(
+        f"qcfs-fast: error: {tmp_path / 'zoo.json'}: is no result of zoo --check; remove the file to start anew"
+    )
+
+
 def test_the_zoo_lists_names(capsys):
     assert command_line.main(["zoo"]) == 0
     assert capsys.readouterr().out.split() == zoo.classifiers()

@@ -48,6 +48,18 @@ def test_an_empty_image(shape):
             OPS.quantize_input(torch.ones(shape), source, scale, shift)
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_none_in_the_place_of_a_tensor(reference):
+    rng = np.random.default_rng(0)
+    operands = operators.image(rng, False)
+    with backend.force(reference=reference):
+        for name in ("gain", "weight"):
+            with pytest.raises(TypeError, match=rf"conv2d_current: {name} must be a tensor, got None"):
+                OPS.conv2d_current(*{**operands, name: None}.values())
+        with pytest.raises(TypeError, match="quantize_input: x must be a tensor, got None"):
+            OPS.quantize_input(None, torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.zeros(1))
+
+
 def test_bounds_that_cross():
     """The upper one holds, as torch.clamp has it, in every backend."""
     rng = np.random.default_rng(0)

@@ -288,6 +288,77 @@ def test_altered_tensors(saved, fault):
         qcfs_fast.load(saved[0])
 
 
+def nested(depth):
+    """A value whose innermost list is so many levels below it."""
+    found = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+LONE = "\ud800"
+TEXTS = {
+    "a layer": (lambda h: node(h, "SpikingLayer")["config"].update(layers=[LONE]), "'graph' holds"),
+    "metadata": (lambda h: h.update(metadata={"note": ["x", {"y": LONE}]}), "'metadata' holds"),
+    "a name in metadata": (lambda h: h.update(metadata={LONE: 1}), "'metadata' holds"),
+    "a field": (lambda h: h.update({LONE: 1}), r"'\\ud800' holds '\\ud800', half of a character"),
+    **{
+        f"{depth} levels of {field}": (
+            lambda h, f=field, d=depth: h.update({f: nested(d)}), f"'{field}' is nested deeper")
+        for field in ("later", "metadata", "tail", "details") for depth in (63, 940)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", TEXTS)
+def test_texts_and_nesting(saved, fault):
+    change, message = TEXTS[fault]
+    rewrite(saved[0], change_header=change)
+    with pytest.raises(FormatError, match=message):
+        qcfs_fast.load(saved[0])
+    with pytest.raises((native.module.NetworkError, MemoryError)):
+        native.module.Network(*saving.read(saved[0]))
+
+
+def test_the_deepest_that_both_readers_take(saved):
+    path, snn, x = saved
+    rewrite(path, change_header=lambda h: h.update(metadata={"a": nested(60)}, later=nested(62)))
+    again = qcfs_fast.load(path)
+    assert torch.equal(again(x), snn(x))
+    assert again.metadata == {"a": nested(60)}
+    native.module.Network(*saving.read(path))
+    with pytest.raises(FormatError, match="'metadata' is nested deeper than 64 levels"):
+        again.save(path, metadata={"a": nested(62)})
+    with pytest.raises(ValueError, match="metadata is nested deeper than 64 levels"):
+        again.save(path, metadata={"a": nested(5000)})
+    with pytest.raises(FormatError, match=r"'metadata' holds '\\ud800'"):
+        again.save(path, metadata={"a": LONE})
+    qcfs_fast.load(path)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, -1, 5), "abc", (3, 2**70, 1), (4, 10, 12), (3, 10), 7, (3, 1, 1), (3, 10**6, 10**6)]
+)
+def test_nothing_is_saved_that_cannot_be_loaded(saved, shape):
+    path, snn, _ = saved
+    before = path.read_bytes()
+    snn.input_shape = shape
+    try:
+        with pytest.raises(FormatError, match=r"set another snn\.input_shape, or None, which leaves it open"):
+            snn.save(path)
+    finally:
+        snn.input_shape = None
+    assert path.read_bytes() == before
+    snn.save(path)
+    qcfs_fast.load(path)
+
+
+@pytest.mark.parametrize("path", [".", "/dev/zero"])
+def test_what_is_no_regular_file(path):
+    with pytest.raises(FileNotFoundError, match=f"load: {path} is no regular file"):
+        qcfs_fast.load(path)
+
+
 def test_fields_of_a_later_version_are_ignored(saved):
     path, snn, x = saved
     rewrite(path, change_header=lambda h: h["neuron"].update(later=1))

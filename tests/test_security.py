@@ -8,8 +8,10 @@ import resource
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from networks import lively, randomize
@@ -20,7 +22,7 @@ from qcfs_fast import FormatError
 from qcfs_fast.backend import native
 from qcfs_fast.network import loading, saving
 from qcfs_fast.operators.limits import MAX_HELD
-from qcfs_fast.study import datasets, training, zoo
+from qcfs_fast.study import command_line, datasets, training, zoo
 
 OFFLINE = """
 import socket
@@ -132,6 +134,38 @@ def test_a_small_file_cannot_ask_for_the_same_gigabytes_often(neuron, pixel):
     for make in (loading.network_of, native.module.Network):
         assert refusal(make, width) is None
         assert "would wait for their readers" in refusal(make, width + 1)
+
+
+EVIL = "b\x1b[31m\nforged  row\x9b\u202e\x07"
+SHOWN = r"b\x1b[31m\nforged  row\x9b\u202e\x07"
+
+
+def test_names_reach_a_terminal_as_text(tmp_path, capsys):
+    """No table gets another row, and no escape is obeyed; what programs read has the names as they are."""
+    names = {"a": nn.Conv2d(1, 2, 3), "b": nn.ReLU(), "c": nn.Conv2d(2, 2, 1), "d": nn.ReLU(), "p": nn.MaxPool2d(2)}
+    layers = OrderedDict({**names, "f": nn.Flatten(), "e": nn.Linear(18, 2)})
+    model = lively(randomize(nn.Sequential(layers)), (1, 8, 8))
+    text, tensors = qcfs_fast.convert(model, T=2, input_shape=(1, 8, 8), progress=False).saved()
+    renamed = {name.replace("b/", f"{EVIL}/"): t for name, t in tensors.items()}
+    snn = loading.network_of(text.replace('"b"', json.dumps(EVIL)), renamed)
+    assert EVIL in snn.layers
+    net, data = tmp_path / "net", tmp_path / "data.npz"
+    snn.save(net, metadata={EVIL: EVIL})
+    np.savez(data, images=np.ones((2, 1, 8, 8), np.float32))
+    profiled = qcfs_fast.profile(qcfs_fast.load(net), torch.ones(2, 1, 8, 8), progress=False)
+    texts = [str(snn), repr(snn.layers["d"]), snn.report(), profiled.table()]
+    for command in (["inspect", net], ["profile", net, data, "--quiet"]):
+        assert command_line.main(list(map(str, command))) == 0
+        texts.append(capsys.readouterr().out)
+    assert command_line.main(["profile", str(net), str(data), "--quiet", "--raster-layer", "none"]) == 1
+    texts.append(capsys.readouterr().err)
+    for text in texts[:1] + texts[2:]:
+        assert SHOWN in text
+    for text in texts:
+        assert all(line.isprintable() for line in text.split("\n"))
+        assert "\nforged" not in text
+    assert command_line.main(["inspect", str(net), "--json"]) == 0
+    assert EVIL in {node["name"] for node in json.loads(capsys.readouterr().out)["nodes"]}
 
 
 class Hostile:

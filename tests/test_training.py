@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcfs_fast
-from qcfs_fast import QCFS
+from qcfs_fast import QCFS, files
 from qcfs_fast.study import training
 from qcfs_fast.study.command_line import main
 from qcfs_fast.study.data import MEAN, STD, Arrays, batches
@@ -182,6 +182,20 @@ def test_a_state_of_another_training_is_refused(tmp_path):
         train(network(), bars(40), Recipe(epochs=1, batch=20), output=tmp_path, progress=False)
 
 
+def test_a_damaged_state_is_refused(tmp_path):
+    recipe = Recipe(epochs=1, batch=20)
+    train(network(), bars(40), recipe, output=tmp_path, progress=False)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    damaged = [{k: v for k, v in state.items() if k != lost} for lost in ("epoch", "optimizer", "facts")]
+    damaged += [{**state, **part} for part in (
+        {"log": 7}, {"log": [7]}, {"model": {}}, {"schedule": {}}, {"epoch": 3}, {"sums": [0.0]}, {"batch": "x"},
+    )]  # fmt: skip
+    for kept in [*damaged, [1], 7]:
+        torch.save(kept, tmp_path / "state.pt")
+        with pytest.raises(ValueError, match=r"state\.pt: is no state of a training \(.*remove it to start anew"):
+            train(network(), bars(40), recipe, output=tmp_path, progress=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -307,6 +321,25 @@ def folder(tmp_path):
                 pixels[..., channel] += 130
                 Image.fromarray(pixels).save(tmp_path / "data" / split / kind / f"{i}.png")
     return tmp_path
+
+
+def test_restart_removes_its_own_files_alone(folder, capsys):
+    options = ["--network", "cifar-resnet20", "--width", "0.25", "--epochs", "1", "--batch", "8", "--size", "32"]
+    out = folder / "run"
+    arguments = ["train", str(folder / "data"), *options, "--threshold", "2", "--output", str(out), "--quiet"]
+    assert main(arguments) == 0
+    written = {"state.pt", "log.jsonl", "model.safetensors", "training.png"}
+    assert {p.name for p in out.iterdir()} == written
+    (out / "thesis.tex").write_text("mine")
+    with files.sole_user(out, "--output"):
+        assert main([*arguments, "--restart"]) == 1
+        assert "works in it; wait for its end, or give another --output" in capsys.readouterr().err
+    assert main([*arguments, "--restart", "--threshold", "0"]) == 1
+    assert {p.name for p in out.iterdir()} == written | {"thesis.tex"}
+    before = (out / "state.pt").stat().st_mtime_ns
+    assert main([*arguments, "--restart"]) == 0
+    assert {p.name for p in out.iterdir()} == written | {"thesis.tex"}
+    assert (out / "state.pt").stat().st_mtime_ns != before
 
 
 def test_train_then_study(folder, capsys):

@@ -88,10 +88,11 @@ class _Settling:
         channels = first.config.channels
         if first.config.moves:
             raise ValueError(f"{INPUT} pads, crops or enlarges the image; convert a model that is given it so")
-        shape = (channels,) if first.config.vector else snn.as_map(input_shape or snn.input_shape) or ()
-        if not shape:
+        asked = (channels,) if first.config.vector else input_shape or snn.input_shape
+        if asked is None:
             raise ValueError("the network takes images of any size; give input_shape=(C, H, W)")
-        height, width = shape[1:] if len(shape) == 3 else (1, 1)
+        shape = snn.image_shape(asked)
+        height, width = (1, 1, *shape[1:])[-2:]
         self._T = snn.T
         self._item = 2 if snn.neuron.mode == "signed" else 1  # bytes of a value
         self._maps: dict[str, list[int]] = {}
@@ -112,7 +113,7 @@ class _Settling:
         self.program = Program(facts)
         for name in ("source", "scale", "shift"):
             self._array(f"qcfs_{name}", first.buffer(name).to(torch.int32 if name == "source" else torch.float32))
-        # Shapes follow from a run, and so do the messages for those that do not fit.
+        # Sizes of maps follow from a run.
         snn.run(torch.zeros(1, *shape), watch=self._visit)
         self._place()
 

@@ -116,9 +116,7 @@ def to_nir(snn: SNN, input_shape: Sequence[int] | None = None, neurons: str = "i
     if shape is None:
         raise ValueError("to_nir: NIR graphs have sizes; give input_shape=[C, H, W]")
     shape = tuple(int(d) for d in shape)
-    if len(shape) != (1 if first.vector else 3) or shape[0] != first.channels or min(shape) < 1:
-        wanted = f"[{first.channels}]" if first.vector else f"[{first.channels}, H, W]"
-        raise ValueError(f"to_nir: input_shape must be {wanted}, got {list(shape)}")
+    snn.image_shape(shape)
     return _Writer(snn, shape, neurons).graph()
 
 

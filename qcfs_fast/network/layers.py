@@ -48,6 +48,7 @@ from .schema import (
     TensorKind,
     check_weight,
     per_channel,
+    printable,
     require,
 )
 from .state import State
@@ -174,6 +175,9 @@ class Layer(nn.Module):
     if TYPE_CHECKING:  # buffers by name
 
         def __getattr__(self, name: str) -> Any: ...
+
+    def __repr__(self) -> str:
+        return printable(super().__repr__())  # names of other nodes, and of layers of the model
 
     def check(self) -> None:
         """Raises FormatError where the numbers of the tensors are none that this layer can have."""

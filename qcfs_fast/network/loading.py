@@ -2,28 +2,24 @@
 
 saving.py reads the container and compares its checksum. The header is checked here; each node checks its own fields and
 tensors when it is made (schema.py). Then comes what nodes ask of each other: kinds, channels, peaks. Where the file
-states the shape of the images, all that a run on one would ask is asked too. The bound on T that rules out overflow is
-computed again from the integers.
+states the shape of the images, all that a run on one would ask is asked too (rehearsal.py). The bound on T that rules
+out overflow is computed again from the integers.
 """
 
 from __future__ import annotations
 
 import copyreg
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import FormatError
-from ..operators.limits import MAX_HELD, MAX_STATED, MAX_SUM
+from ..operators.limits import MAX_SUM
 from ..operators.neuron import Neuron
 from .layers import (
     IMAGE,
@@ -36,9 +32,9 @@ from .layers import (
     SpikeConcat,
     SpikePool,
     SpikingLayer,
-    signs,
 )
-from .saving import FORMAT_VERSION, checked_metadata, read
+from .rehearsal import rehearsed
+from .saving import FORMAT_VERSION, checked_metadata, parsed, read
 from .schema import is_int, require, whole
 from .snn import SNN, check_graph
 
@@ -50,7 +46,7 @@ def load(path: Any) -> SNN:
     """Read a network written by ``snn.save(path)``.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, or a folder or a device.
         FormatError: the file is truncated, altered, of another kind or of a newer version.
     """
     return opened(Path(path))[0]
@@ -59,7 +55,7 @@ def load(path: Any) -> SNN:
 def opened(path: Path) -> tuple[SNN, str]:
     """The network of a file, and the header's text; raises what `load` does."""
     if not path.is_file():
-        raise FileNotFoundError(f"load: no file {path}")
+        raise FileNotFoundError(f"load: {path} is no regular file" if path.exists() else f"load: no file {path}")
     try:
         header, tensors = read(path)
         return network_of(header, tensors), header
@@ -73,10 +69,7 @@ def network_of(header: str, tensors: Mapping[str, Tensor]) -> SNN:
     Raises:
         FormatError: whatever is wrong with them.
     """
-    try:
-        fields = json.loads(header)
-    except (TypeError, ValueError, RecursionError) as error:  # also of an integer of thousands of digits
-        raise FormatError(f"the graph in the file's metadata is damaged ({error})") from error
+    fields = parsed(header)
     try:
         for key, t in tensors.items():
             plain = type(t) is Tensor and t.layout is torch.strided and t.is_contiguous()
@@ -130,51 +123,6 @@ def _check_peaks(layers: Sequence[tuple[str, Layer]], sizes: Mapping[str, tuple[
             peaks[name] = found[0] * (spec.largest_value() if known else 1)
 
 
-def _run_without_memory(
-    layers: Sequence[tuple[str, Layer]], shape: Sequence[int], run: Run
-) -> dict[str, tuple[int, int]]:
-    """Run a network on an image of the shape that it states, on tensors that have shapes and no values.
-
-    So everything that an operator asks is asked now, and what it would compute is bound. Returns height and width of
-    what each pool reads.
-    """
-    values: dict[str, Any] = {IMAGE: torch.empty((1, *shape), device="meta")}
-    sizes = {}
-    last = {node: name for name, layer in layers for node in layer.inputs}
-    held = 0
-    for name, layer in layers:
-        twin = copy(layer)
-        twin.__dict__["_buffers"] = {key: t.to("meta") for key, t in layer.tensors()}
-        if isinstance(layer, SpikePool):
-            height, width = signs(values[layer.inputs[0]])[0].shape[2:4]
-            sizes[name] = (height, width)
-        try:
-            with _Bound():
-                values[name] = twin(values, run)
-        except (ValueError, RuntimeError) as error:
-            raise FormatError(f"{name}: cannot run on an image of the shape {list(shape)} stated: {error}") from error
-        held += _bytes_of(values[name])
-        require(held <= MAX_HELD, f"{name}: spikes of more than {MAX_HELD} bytes would wait for their readers")
-        held -= sum(_bytes_of(values[node]) for node in set(layer.inputs) if last[node] == name)
-    return sizes
-
-
-def _bytes_of(value: Any) -> int:
-    """Of what a node sends; the image does not count, of which one run has one."""
-    return sum(t.numel() * t.element_size() for t in signs(value) if isinstance(t, Tensor) and t.dtype is torch.uint8)
-
-
-class _Bound(TorchDispatchMode):
-    """Refuses an operator whose result would take more memory than a file may ask for."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in pytree.tree_leaves(result):
-            if isinstance(t, Tensor) and t.numel() * t.element_size() > MAX_STATED:
-                raise ValueError(f"a node would compute {t.numel() * t.element_size()} bytes, more than {MAX_STATED}")
-        return result
-
-
 @contextmanager
 def _named(node: str) -> Iterator[None]:
     try:
@@ -202,25 +150,15 @@ class _Reader:
         require(h["weight_bits"] in (8, 16, 24), f"weight_bits is {h['weight_bits']!r}, not 8, 16 or 24")
         require(is_int(h["T"], 1), f"T is {h['T']!r}, not a positive integer")
         shape = h["input_shape"]
-        require(
-            shape is None or (isinstance(shape, list) and all(whole(1).fits(d) for d in shape)),
-            "input_shape is damaged",
-        )
         require(isinstance(h["graph"], list) and isinstance(h["details"], dict), "the graph is missing")
         neuron = self._neuron()
         layers = [self._layer(node) for node in h["graph"]]
         require(not self.tensors, f"unknown tensors {sorted(self.tensors)[:3]}")
         check_graph(layers)
         _check_channels(layers)
-        sizes = {}
+        sizes: dict[str, tuple[int, int]] = {}
         if shape is not None:
-            image = layers[0][1].config
-            fits = len(shape) == (1 if image.vector else 3) and shape[0] == image.channels
-            require(fits, f"input_shape {shape} is none that the image input takes")
-            if image.line:
-                require(shape[1] == 1, f"input_shape {shape} is no line")
-                shape = [shape[0], shape[2]]
-            sizes = _run_without_memory(layers, shape, Run(min(h["T"], MAX_SUM), neuron))
+            shape, sizes = rehearsed(layers, shape, Run(min(h["T"], MAX_SUM), neuron))
         _check_peaks(layers, sizes)
         spiking = {n: layer for n, layer in layers if isinstance(layer, (EncodingLayer, SpikingLayer))}
         require(set(spiking) == set(h["details"]), "the layers' details do not match the graph")

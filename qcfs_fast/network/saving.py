@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load as parsed
+from safetensors.torch import load as tensors_of
 from torch import Tensor
 
 from ..errors import FormatError
 from ..files import write_tensors_atomically
 from ..operators.windows import PoolSpec
 from ..version import __version__
+from .schema import require
 
 FORMAT = "qcfs_fast"  # the key of the header in the file's metadata
 # 5 is written where a pool has a border of pixels or leaves masks among zeros, where the image is moved, or a tail adds
 # a dimension; 4 where a pool spreads pixels or there are several outputs; 3 where the network has a tail; otherwise 2,
 # for older programs.
 FORMAT_VERSION = 5
+MAX_NESTING = 64  # of the header's JSON; libqcfs takes no more (csrc/network/json.cpp)
 SEALED = re.compile(r'(.*), "crc32": "([0-9a-f]{8})"}', re.DOTALL)
 
 
@@ -52,9 +54,41 @@ def header_text(fields: Mapping[str, Any]) -> str:
     return json.dumps({"format_version": version, "written_by": __version__, **fields})
 
 
+def parsed(header: str) -> Any:
+    """The fields of a header's text, of which nothing more is known than that it can be read, written and printed.
+
+    Raises:
+        FormatError: it is no JSON, a field is nested too deeply, or a text in it is none that UTF-8 can hold.
+    """
+    try:
+        found = json.loads(header)
+    except (TypeError, ValueError, RecursionError) as error:  # also of an integer of thousands of digits
+        raise FormatError(f"the graph in the file's metadata is damaged ({error})") from error
+    for name, value in found.items() if isinstance(found, dict) else ():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+            deep = _levels(value) >= MAX_NESTING  # the header itself is one
+        except UnicodeEncodeError as error:
+            lone = error.object[error.start : error.end]
+            raise FormatError(f"{name!a} holds {lone!a}, half of a character; no text may have one") from None
+        except RecursionError:
+            deep = True
+        require(not deep, f"{name!a} is nested deeper than {MAX_NESTING} levels")
+    return found
+
+
+def _levels(value: Any) -> int:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_levels, inside), default=0)
+
+
 def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What a user says of a network; ValueError or TypeError where JSON has no such value."""
-    if not isinstance(metadata, Mapping) or json.loads(json.dumps(dict(metadata), allow_nan=False)) != metadata:
+    try:
+        same = isinstance(metadata, Mapping) and json.loads(json.dumps(dict(metadata), allow_nan=False)) == metadata
+    except RecursionError:
+        raise ValueError(f"metadata is nested deeper than {MAX_NESTING} levels") from None
+    if not same:
         raise ValueError("metadata must be a dict of what JSON has: names, texts, numbers, lists and dicts of them")
     return dict(metadata)
 
@@ -90,7 +124,7 @@ def read(path: Path) -> tuple[str, dict[str, Tensor]]:
     """
     data = path.read_bytes()  # of a mapped file, what is written into it later would change the network, or end us
     try:
-        tensors = parsed(data)
+        tensors = tensors_of(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     except (SafetensorError, ValueError, TypeError, RuntimeError, KeyError) as error:  # also of types torch has not
         raise FormatError(f"not a complete safetensors file ({error}); copy it again from its source") from error

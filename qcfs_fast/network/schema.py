@@ -27,6 +27,11 @@ def require(condition: bool, message: str) -> None:
         raise FormatError(message)
 
 
+def printable(text: str) -> str:
+    """A text of others, such as a name, as one line that a terminal shows and does not obey: an escape is \\x1b."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def is_int(x: Any, least: int) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and x >= least
 

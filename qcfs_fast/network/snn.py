@@ -22,6 +22,8 @@ from ..operators.neuron import Neuron
 from . import anytime, saving, tail
 from .executor import Executor
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, Run, SpikingLayer, Values
+from .rehearsal import rehearsed
+from .schema import printable
 from .stream import Stream
 from .tail import checked_form
 
@@ -29,8 +31,13 @@ from .tail import checked_form
 class Branch(nn.Module):
     """A level of the module tree of the model: it only holds nodes, so that print(snn) shows the names of the model."""
 
+    def __repr__(self) -> str:
+        shown = object.__new__(type(self))
+        shown.__dict__.update(self.__dict__, _modules={printable(name): m for name, m in self._modules.items()})
+        return nn.Module.__repr__(shown)
 
-class SNN(nn.Module):
+
+class SNN(Branch):
     """A spiking network that runs all T time steps of a layer in one call.
 
     Made by :func:`qcfs_fast.convert` or :func:`qcfs_fast.load`; has buffers only and stays in eval mode. A call
@@ -118,6 +125,10 @@ class SNN(nn.Module):
     def as_map(self, shape: Sequence[int] | None) -> tuple[int, ...] | None:
         """The shape of an image as that of a map: a line (C, L) is one of (C, 1, L)."""
         return None if shape is None else (shape[0], 1, *shape[1:]) if self.line and len(shape) == 2 else tuple(shape)
+
+    def image_shape(self, shape: Any) -> list[int]:
+        """The shape of an image as the model has it; FormatError where the network cannot run on one (rehearsal.py)."""
+        return rehearsed(self._program, shape, Run(self.T, self._neuron))[0]
 
     def refuse_several_outputs(self, what: str) -> None:
         """ValueError where the network has several outputs, which `what` does not know."""
@@ -261,6 +272,8 @@ class SNN(nn.Module):
                 raise ValueError(f"the input has {x.shape[0]} steps, but T={steps}")
             if neuron.steps(steps) > steps:
                 raise ValueError(f"neuron {neuron}: the input must have at least {neuron.window} steps, got {steps}")
+        if not isinstance(per_step, bool):
+            raise TypeError(f"per_step must be True or False, got {per_step!r}")
         if isinstance(skip, bool) or not isinstance(skip, int):
             raise TypeError(f"skip must be an int (time steps), got {skip!r}")
         if not 0 <= skip < steps:
@@ -389,17 +402,16 @@ class SNN(nn.Module):
         for name, d in self.details.items():
             bits = f"{d['weight_bits_used']:.1f}"
             exact = "all" if d["lossless"] == d["channels"] else f"{d['lossless']}/{d['channels']}"
-            rows.append(
-                (name, f"theta/{d['threshold_min']}..{d['threshold_max']}", bits, exact, f"<= {self._bounds[name]}")
-            )
+            unit = f"theta/{d['threshold_min']}..{d['threshold_max']}"
+            rows.append((printable(name), unit, bits, exact, f"<= {self._bounds[name]}"))
         widths = [max(len(r[i]) for r in rows) for i in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
         mode = "" if self._neuron.mode == "plain" else f" in {self._neuron} mode"
         bound = f"No integer can overflow for T <= {self.max_T}{mode}, whatever the input."
         shape = "" if self.input_shape is None else f" Settled for images of shape {list(self.input_shape)}."
         few = [
-            f"{name}: {d['few_units']} channels have a threshold of few units, so quiet inputs beside a loud one are "
-            "rounded coarsely; weight_bits=24 has finer ones."
+            f"{printable(name)}: {d['few_units']} channels have a threshold of few units, so quiet inputs beside a "
+            "loud one are rounded coarsely; weight_bits=24 has finer ones."
             for name, d in self.details.items()
             if d.get("few_units")
         ]
@@ -420,6 +432,7 @@ class SNN(nn.Module):
         Raises:
             FileNotFoundError: the folder does not exist.
             TypeError, ValueError: JSON has no such value, or would give another one back.
+            FormatError: ``qcfs_fast.load`` would refuse the file.
         """
         saving.save(path, *self.saved(metadata))
 
@@ -427,7 +440,14 @@ class SNN(nn.Module):
         """The header and the tensors of a file, of which loading.py makes the network again."""
         about = saving.checked_metadata(self.metadata if metadata is None else metadata)
         tensors = {f"{name}/{key}": t for name, layer in self._program for key, t in layer.tensors()}
-        return self._header(tail=self.tail if any(self._tails) else (), metadata=about), tensors
+        if self.input_shape is not None:
+            try:
+                self.image_shape(self.input_shape)
+            except FormatError as error:
+                raise FormatError(f"{error}; set another snn.input_shape, or None, which leaves it open") from error
+        header = self._header(tail=self.tail if any(self._tails) else (), metadata=about)
+        saving.parsed(header)
+        return header, tensors
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SNN:
         """As of any module, with its hooks; a pickle has none (loading.py)."""

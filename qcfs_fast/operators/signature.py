@@ -81,7 +81,15 @@ class Operator:
     def checked(cls, *operands: Any) -> Any:
         """A call with these operands, checked."""
         a = cls(*operands)
-        a.check()
+        try:
+            a.check()
+        except AttributeError as error:  # asked late, so that calls that are right do not wait for it
+            for name, word in cls._words():
+                value = getattr(a, name)
+                for t in value if word == "Tensor[]" else (value,) if word == "Tensor" else ():
+                    if not isinstance(t, Tensor):
+                        raise TypeError(f"qcfs_fast::{cls.name}: {name} must be a tensor, got {t!r}") from error
+            raise
         return a
 
     def check(self) -> None:

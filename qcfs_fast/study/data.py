@@ -107,6 +107,8 @@ class Npz(Arrays):
             raise ValueError(f"{path}: not a complete .npz file ({str(error).splitlines()[0]})") from error
         except Exception as error:  # zipfile has its own exception
             raise ValueError(f"{path}: not a complete .npz file ({error})") from error
+        if images.ndim == 0 or len(images) == 0:
+            raise ValueError(f"{path}: its array images, of shape {list(images.shape)}, holds no image; save some")
         super().__init__(path, images, labels, mean, std)
 
 
@@ -226,6 +228,15 @@ def normalised(x: Tensor, mean: Sequence[float] | None, std: Sequence[float] | N
 
 
 Dataset = Arrays | Folder
+
+
+def check_labels(labels: Tensor, classes: int, where: str) -> None:
+    """ValueError unless every label is the number of a class."""
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"{where}: labels run from {int(labels.min())} to {int(labels.max())}, but the network has {classes} "
+            f"classes, counted from 0 to {classes - 1}; mend the labels"
+        )
 
 
 def check_steps(data: Dataset, T: int) -> None:

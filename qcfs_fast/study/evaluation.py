@@ -3,21 +3,23 @@
     images -> batches 0, 1, 2, ...         fixed by the data and the batch size, whoever works on them
     rank r of w takes every w-th batch     of those not yet done
     after each batch                       the rank's state file is replaced: batches done, images seen, right answers
-    at the end                             sums over all state files; then the state is removed
+    at the end                             sums over all state files; then these are removed, and no other file
 
-A state file is written atomically, so a process killed at any moment leaves the state after some whole batch. The next
-run, with the same or another number of processes, does the remaining batches. One pass of the largest T answers for
-all T (SNN.forward with per_step); sum mode, which has no steps, takes a pass for each T.
+One launch at a time works in a folder of state. A state file is written atomically, so a process killed at any moment
+leaves the state after some whole batch. The next run, with the same or another number of processes, does the remaining
+batches. One pass of the largest T answers for all T (SNN.forward with per_step); sum mode, which has no steps, takes a
+pass for each T.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import write_text_atomically
+from ..files import read_json, remove_written, sole_user, write_text_atomically
 from ..network.loading import load
+from ..network.schema import is_int
 from ..network.snn import SNN
 from ..operators.neuron import Neuron
-from .data import Dataset, batch_count, batch_range, check_steps
+from .data import Dataset, batch_count, batch_range, check_labels, check_steps
 
 # ------------------------------------------------------------------------------------------------- state
 
@@ -44,21 +47,33 @@ class Progress:
     right: list[int]  # by mode, in a mode by T
 
 
+FILES = r"[0-9]+\.json"  # by rank
+
+
+def _is_state(found: Any) -> bool:
+    columns = len(found["fingerprint"]["neurons"]) * len(found["fingerprint"]["steps"])
+    whole = all(is_int(n, 0) for n in (*found["batches"], found["seen"], *found["right"]))
+    return whole and len(found["right"]) == columns
+
+
+def _kept(folder: Path) -> dict[int, Any]:
+    """What stands in the state files of a folder, by rank; ValueError where a file of such a name is none."""
+    own = (path for path in folder.iterdir() if re.fullmatch(FILES, path.name))
+    return {int(path.stem): read_json(path, "state of an evaluation", _is_state) for path in own}
+
+
 class State:
     """A folder of state files, one per process, all of one evaluation."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any], rank: int) -> None:
         self.folder, self.fingerprint, self.rank = folder, fingerprint, rank
-        folder.mkdir(parents=True, exist_ok=True)
-        self.others: dict[int, Progress] = {}
-        for path in folder.glob("*.json"):
-            self.others[int(path.stem)] = self._read(path)
+        folder.mkdir(parents=True, exist_ok=True)  # on another machine than the first process's
+        self.others = {rank: self._read(found) for rank, found in _kept(folder).items()}
         self.before = sorted({b for p in self.others.values() for b in p.batches})  # done by earlier runs
         columns = len(fingerprint["neurons"]) * len(fingerprint["steps"])
         self.own = self.others.pop(rank, Progress([], 0, [0] * columns))
 
-    def _read(self, path: Path) -> Progress:
-        data = json.loads(path.read_text())
+    def _read(self, data: dict[str, Any]) -> Progress:
         differing = [k for k, v in self.fingerprint.items() if data["fingerprint"].get(k) != v]
         if differing:
             raise ValueError(
@@ -75,9 +90,6 @@ class State:
         own = self.own
         state = {"fingerprint": self.fingerprint, "batches": own.batches, "seen": own.seen, "right": own.right}
         write_text_atomically(self.folder / f"{self.rank}.json", json.dumps(state))
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------- processes
@@ -107,9 +119,16 @@ class Processes:
         if self.world > 1:
             torch.distributed.barrier()
 
-    def close(self) -> None:
-        if self.world > 1:
-            torch.distributed.destroy_process_group()
+    @contextlib.contextmanager
+    def alone_in(self, folder: Path, option: str) -> Iterator[None]:
+        """These processes and no others work in a folder, which the first one holds; at the end they part."""
+        try:
+            with sole_user(folder, option) if self.rank == 0 else contextlib.nullcontext():
+                self.wait()
+                yield
+        finally:
+            if self.world > 1:
+                torch.distributed.destroy_process_group()
 
 
 def device_of(name: str, local_rank: int) -> torch.device:
@@ -165,6 +184,7 @@ def evaluate(
 
     Raises:
         ValueError: the data does not fit the network or a mode, or the state belongs to another evaluation.
+        BlockingIOError: another process evaluates with this state.
         KeyboardInterrupt: interrupted; the state holds every finished batch.
     """
     steps = sorted(set(steps))
@@ -176,9 +196,6 @@ def evaluate(
     place = device_of(device, processes.local)
     snn = snn.to(place)
     folder = state or network.with_name(network.name + ".eval")
-    if restart and processes.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    processes.wait()
     fingerprint = {
         "network": hashlib.sha256(network.read_bytes()).hexdigest(),
         "data": [str(data.path.resolve()), len(data)],
@@ -187,7 +204,10 @@ def evaluate(
         "batch": batch,
         "preprocessing": [getattr(data, "size", None), data.mean and list(data.mean), data.std and list(data.std)],
     }
-    try:
+    with processes.alone_in(folder, "--state"):
+        if restart and processes.rank == 0 and _kept(folder):  # which refuses files of others
+            remove_written(folder, FILES)
+        processes.wait()
         kept = State(folder, fingerprint, processes.rank)
         processes.wait()  # everyone has read before anyone writes
         _work([_in_mode(snn, neuron) for neuron in neurons], data, kept, processes, batch, steps, place, progress)
@@ -200,12 +220,10 @@ def evaluate(
         counts = processes.sum(counts)
         if processes.rank:
             return None
-        kept.remove()
+        remove_written(folder, FILES)
         seen, *right = counts
         by_neuron = [right[i : i + len(steps)] for i in range(0, len(right), len(steps))]
         return Accuracy(neurons, steps, by_neuron, seen, resumed)
-    finally:
-        processes.close()
 
 
 def _in_mode(snn: SNN, neuron: Neuron) -> SNN:
@@ -225,14 +243,15 @@ def _check(snn: SNN, data: Dataset, T: int) -> None:
     check_steps(data, snn.neuron.steps(T))
 
 
-def _right(snn: SNN, x: Tensor, labels: Tensor, steps: Sequence[int], over_time: bool) -> list[int]:
+def _right(snn: SNN, x: Tensor, labels: Tensor, steps: Sequence[int], data: Dataset) -> list[int]:
     """Right answers by T."""
     if snn.neuron.mode == "sum":
         answers = [snn(x, T) for T in steps]
     else:
         T = snn.neuron.steps(max(steps))
-        running = snn(x[:T] if over_time else x, T, per_step=True)
+        running = snn(x if data.steps is None else x[:T], T, per_step=True)
         answers = [running[t - 1] for t in steps]
+    check_labels(labels, answers[0].shape[1], str(data.path))
     return [int((answer.argmax(1).cpu() == labels).sum()) for answer in answers]
 
 
@@ -256,7 +275,7 @@ def _work(
         for number in mine:
             x, y = data.batch(batch_range(data, number, batch))
             x = x.to(place)
-            right = [r for snn in networks for r in _right(snn, x, y, steps, data.steps is not None)]
+            right = [r for snn in networks for r in _right(snn, x, y, steps, data)]
             kept.own.right = [a + b for a, b in zip(kept.own.right, right, strict=True)]
             kept.own.seen += len(y)
             kept.own.batches.append(number)

@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from ..conversion.builder import convert
 from ..errors import ConversionError
-from ..files import update_json
+from ..files import read_json, update_json
 from ..model.tracing import symbolic_trace
 from ..network.snn import SNN
 from ..operators.neuron import Neuron
 from .benchmark.contenders import Contenders
 from .benchmark.measure import Clock, Effort, machine, take_turns
-from .data import Dataset, batches
+from .data import Dataset, batches, check_labels
 from .trained import Trained
 
 FORMAT = "qcfs_fast study 1"
@@ -108,12 +108,9 @@ class Study:
             self._read()
 
     def _read(self) -> None:
-        try:
-            kept = json.loads(self.path.read_text())
-            differing = [k for k, v in self.results.items() if not isinstance(v, dict) and kept[k] != v]
-            differing += [k for k in ("network",) if kept[k] != self.results[k]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: is no result of a study; remove it to start anew") from error
+        kept = read_json(self.path, "result of a study", lambda found: self.results.keys() <= found.keys())
+        differing = [k for k, v in self.results.items() if not isinstance(v, dict) and kept[k] != v]
+        differing += [k for k in ("network",) if kept[k] != self.results[k]]
         if differing:
             raise ValueError(
                 f"{self.path}: belongs to a study with another {', '.join(differing)}; give another folder"
@@ -161,7 +158,9 @@ class Study:
                 labels.append(y)
                 for name, dtype in forms.items():
                     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-                        answers[name].append(self.model(x).argmax(1))
+                        scores = self.model(x)
+                    check_labels(y, scores.shape[1], str(self.tests.path))
+                    answers[name].append(scores.argmax(1))
         found = {name: torch.cat(parts) for name, parts in answers.items()}
         truth = torch.cat(labels)
         self.results["ann"] = {

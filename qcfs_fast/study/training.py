@@ -177,6 +177,8 @@ class _Run:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             differing = [k for k, v in self.facts.items() if state["facts"].get(k) != v]
+            if not differing:
+                self._take(state)
         except Exception as error:  # whatever a damaged file raises
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"{path}: is no state of a training ({reason}); remove it to start anew") from error
@@ -185,9 +187,16 @@ class _Run:
                 f"{path}: belongs to a training with another {', '.join(differing)}; give the same arguments, another "
                 "output folder, or start anew with --restart"
             )
+
+    def _take(self, state: dict[str, Any]) -> None:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.epoch, self.batch, self.sums, self.log = (state[k] for k in ("epoch", "batch", "sums", "log"))
+        done = [line["epoch"] for line in self.log]
+        if done != list(range(1, self.epoch + 1)) or self.schedule.last_epoch != self.epoch:
+            raise ValueError("its parts are of different epochs")
+        if self.batch < 0 or len(self.sums) != 3:
+            raise ValueError("its place within the epoch is damaged")
 
 
 def train(

@@ -31,7 +31,7 @@ from ..conversion.builder import convert
 from ..conversion.checking import layer_differences, share
 from ..conversion.preparation import prepare
 from ..errors import ConversionError
-from ..files import update_json, write_text_atomically
+from ..files import read_json, update_json, write_text_atomically
 from ..model.calibration import calibrate
 from .zoo import timm_network, torchvision_models
 
@@ -134,7 +134,7 @@ def _with(found: dict[str, Any], there: dict[str, Any] | None) -> dict[str, Any]
 def check_zoo(page: Path, names: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Try networks, those first of which nothing is known, and write the page and the results beside it."""
     kept = page.with_suffix(".json")
-    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    results = read_json(kept, "result of zoo --check", _page) if kept.exists() else {}
     for i, name in enumerate(names):
         if name in results:
             continue

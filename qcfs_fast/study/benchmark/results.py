@@ -6,14 +6,13 @@ All results in a file come from one machine and one version of the software; oth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...files import update_json
+from ...files import read_json, require_folder_of, update_json
 from .measure import NOT_MEASURED, machine, matrix_peak
 
 FORMAT = "qcfs_fast benchmark"
@@ -24,6 +23,7 @@ class Results:
     """The result file of one machine: opened or begun; each added case is on disk when `add` returns."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
+        require_folder_of(path)
         self.path = path
         here = machine(device)
         if path.exists():
@@ -62,14 +62,14 @@ def on_other_threads(case: Mapping[str, Any]) -> str:
     return "" if count is None else f", {count} thread{'s' if count > 1 else ''}"
 
 
+def _is_ours(found: Any) -> bool:
+    parts = {"machine", "peak", "cases"} <= found.keys() or found.get("version") != FORMAT_VERSION
+    return parts and bool(found["format"] == FORMAT)
+
+
 def read(path: Path) -> dict[str, Any]:
     """A result file, checked for its form."""
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a result file of qcfs-fast bench")
+    data: dict[str, Any] = read_json(path, "result file of qcfs-fast bench", _is_ours)
     if data.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: written in version {data.get('version')} of the result format, need {FORMAT_VERSION}"

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from ...backend.information import info
+from ...errors import ConversionError
+from ...network.schema import printable
 from ..benchmark.cases import NETWORKS
 from ..demo import demo
 from ..selftest import selftest
@@ -131,5 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if options.traceback:
             raise
-        print(f"qcfs-fast: error: {str(error) or type(error).__name__}", file=sys.stderr)
+        text = str(error) or type(error).__name__
+        lines = text.split("\n") if isinstance(error, ConversionError) else [text]  # a line for each obstacle
+        print("qcfs-fast: error: " + "\n".join(map(printable, lines)), file=sys.stderr)
         return 1

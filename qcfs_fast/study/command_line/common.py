@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ...errors import ConversionError, FormatError
+from ...network.schema import printable
 from ...operators.neuron import Neuron
 from ..data import Dataset, Folder
 
@@ -90,7 +91,8 @@ def number_classes(data: Dataset, classes: Sequence[str] | None, outputs: int) -
     missing = data.number_as(classes, outputs) if isinstance(data, Folder) else []
     if missing:
         names = ", ".join(missing[:10]) + ", ..." * (len(missing) > 10)
-        print(f"qcfs-fast: {data.path} has no folder for {len(missing)} of {outputs} classes: {names}", file=sys.stderr)
+        about = f"{data.path} has no folder for {len(missing)} of {outputs} classes: {names}"
+        print(f"qcfs-fast: {printable(about)}", file=sys.stderr)
 
 
 def add_window_options(made: argparse.ArgumentParser) -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ...conversion.builder import convert
+from ...files import require_folder_of
 from ...model.calibration import calibrate
+from ...network.schema import printable
 from ...operators.neuron import MODES, Neuron
 from .. import zoo, zoo_table
 from ..about_images import checked_classes, checked_numbers, outputs_of
@@ -109,9 +111,10 @@ def _zoo(o: argparse.Namespace) -> int:
     unknown = [n for n in o.names if n not in every and not n.startswith("timm:")]
     if unknown:
         raise ValueError(f"torchvision has no classifier {unknown[0]!r}; known: {', '.join(every)}")
-    if not o.output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder {o.output.parent} does not exist; create it first")
-    results = zoo_table.check_zoo(o.output, o.names or every, lambda line: print(line, file=sys.stderr, flush=True))
+    require_folder_of(o.output)
+    results = zoo_table.check_zoo(
+        o.output, o.names or every, lambda line: print(printable(line), file=sys.stderr, flush=True)
+    )
     print(json.dumps(results, indent=2) if o.json else f"wrote {o.output}")
     return 0
 
@@ -139,8 +142,7 @@ def _convert(o: argparse.Namespace) -> int:
         raise ValueError(
             "--checkpoint goes with a torchvision name; a file alone is written by train, or the authors' own"
         )
-    if not o.output.parent.is_dir():
-        raise FileNotFoundError(f"the folder {o.output.parent} does not exist; create it first")
+    require_folder_of(o.output)
     about = trained_about(source) if is_file else None
     names = o.classes if isinstance(o.classes, list) else about.names if about else None
     if about is not None:
@@ -177,7 +179,7 @@ def _convert(o: argparse.Namespace) -> int:
             progress=not o.quiet,
         )
     for warning in caught:
-        print(f"qcfs-fast: warning: {warning.message}", file=sys.stderr)
+        print(f"qcfs-fast: warning: {printable(str(warning.message))}", file=sys.stderr)
     snn.metadata = {"source": source.name}
     if about is not None:
         snn.metadata |= {"network": about.network, "trained by": about.recipe, "accuracy of the ANN": about.accuracy}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...network.loading import opened
+from ...network.schema import printable
 from .common import command
 
 
@@ -66,7 +67,10 @@ def facts_of(path: Path) -> dict[str, Any]:
 def text_of(facts: dict[str, Any]) -> str:
     shape = facts["input_shape"]
     rows = [("node", "type", "integers", "bytes", "")]
-    rows += [(n["name"], n["type"], f"{n['integers']:,}", f"{n['bytes']:,}", n["what"]) for n in facts["nodes"]]
+    rows += [
+        (printable(n["name"]), n["type"], f"{n['integers']:,}", f"{n['bytes']:,}", printable(n["what"]))
+        for n in facts["nodes"]
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     table = [
         f"{a:{widths[0]}}  {b:{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip() for a, b, c, d, e in rows
@@ -77,7 +81,7 @@ def text_of(facts: dict[str, Any]) -> str:
         + ("" if shape is None else f"; settled for images of {shape}"),
     ]
     about = [f"{name}: {_short(json.dumps(value))}" for name, value in facts["metadata"].items()]
-    return "\n".join([*head, *about, "", *table])
+    return "\n".join([*map(printable, (*head, *about)), "", *table])
 
 
 def _short(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ...files import remove_written
 from ...model.calibration import calibrate
 from ...operators.neuron import MODES, Neuron
 from .. import training, zoo
@@ -74,26 +74,25 @@ def _train(o: argparse.Namespace) -> int:
         mixed=o.mixed, compiled=o.compile,
     )  # fmt: skip
     processes = Processes()
-    if o.restart and processes.rank == 0:
-        shutil.rmtree(o.output, ignore_errors=True)
-    processes.wait()
-    torch.manual_seed(o.seed)
-    model = _start(o, about).to(device_of(o.device, processes.local))
-    if o.calibrate and not (o.output / "state.pt").exists():
-        calibrate(model, batches(images, 100, o.calibrate), progress=not o.quiet)
-    facts = {**_arguments(o), "shape": list(about.shape)}
-    show = None if o.json else (lambda line: print(next(training.lines([line])), flush=True))
+    path = o.output / "model.safetensors"
     try:
-        log = training.train(model, images, recipe, tests, o.output, facts, not o.quiet, show)
+        with processes.alone_in(o.output, "--output"):
+            if o.restart and processes.rank == 0:
+                remove_written(o.output, r"state\.pt|log\.jsonl|model\.safetensors|training\.png")
+            processes.wait()
+            torch.manual_seed(o.seed)
+            model = _start(o, about).to(device_of(o.device, processes.local))
+            if o.calibrate and not (o.output / "state.pt").exists():
+                calibrate(model, batches(images, 100, o.calibrate), progress=not o.quiet)
+            facts = {**_arguments(o), "shape": list(about.shape)}
+            show = None if o.json else (lambda line: print(next(training.lines([line])), flush=True))
+            log = training.train(model, images, recipe, tests, o.output, facts, not o.quiet, show)
+            if processes.rank:
+                return 0
+            save_trained(path, model, replace(about, accuracy=log[-1]["test_accuracy"]))
+            training.plot(log, o.output / "training.png", f"{about.network}, L = {about.levels}, {about.data}")
     except KeyboardInterrupt as stop:
         return stopped(stop, "; the same command goes on from the last state")
-    finally:
-        processes.close()
-    if processes.rank:
-        return 0
-    path = o.output / "model.safetensors"
-    save_trained(path, model, replace(about, accuracy=log[-1]["test_accuracy"]))
-    training.plot(log, o.output / "training.png", f"{about.network}, L = {about.levels}, {about.data}")
     if o.json:
         print(json.dumps({"network": str(path), "log": log}, indent=2))
     else:

@@ -36,6 +36,7 @@ from ...network.layers import (
 )
 from ...network.snn import SNN
 from ...operators.masks import at_step
+from ..data import check_labels
 from . import synapses
 from .record import ACCUMULATE_PJ, MULTIPLY_ACCUMULATE_PJ, RATE_BINS, LayerProfile
 from .report import Profile
@@ -200,11 +201,7 @@ class _Measurement:
                     f"profile: labels must be {running.shape[1]} whole numbers, one per image of the batch, got "
                     f"{targets.dtype} of shape {list(targets.shape)}"
                 )
-            if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < running.shape[2]:
-                raise ValueError(
-                    f"profile: labels run from {int(targets.min())} to {int(targets.max())}, but the network has "
-                    f"{running.shape[2]} classes, counted from 0"
-                )
+            check_labels(targets, running.shape[2], "profile")
             self.targets.append(targets.cpu())
 
 

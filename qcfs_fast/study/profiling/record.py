@@ -29,6 +29,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ...network.schema import printable
+
 ACCUMULATE_PJ = 0.9
 MULTIPLY_ACCUMULATE_PJ = 4.6
 RATE_BINS = 20
@@ -154,7 +156,7 @@ class Record:
 
         arriving = row.accumulates_by_step
         return [
-            row.name,
+            printable(row.name),
             row.kind,
             "x".join(map(str, row.shape)),
             "" if row.rate is None else f"{row.rate:.1%}",
