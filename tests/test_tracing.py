@@ -201,6 +201,13 @@ def test_a_graph_that_is_not_the_model_is_refused():
     qcfs_fast.convert(trained, input_shape=(3, 8, 8), check=False)
 
 
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model = networks.Small()
+    with pytest.raises(ConversionError, match=r"has no weights.*Remedy"):
+        qcfs_fast.prepare(model)
+
+
 class Asking(nn.Module):
     def forward(self, x):
         return x * (2 if type(x) is torch.Tensor else 1)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch._dynamo import OptimizedModule
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -52,6 +51,10 @@ _OTHER_BRANCH = (
 )
 
 
+def _in_place(function: Any) -> Any:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
 class Proxy(fx.Proxy):
     """What a forward works on while it is traced. Where it asks for a number, it gets the one that all sizes share."""
 
@@ -70,13 +73,10 @@ class Proxy(fx.Proxy):
     def __float__(self) -> float:
         return float(self.tracer.number(self.node, float))
 
-    def _in_place(function: Any) -> Any:  # noqa: N805 # torch.fx takes y += z for y = y + z
-        return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    __iadd__, __isub__, __imul__, __itruediv__ = map(
-        _in_place, (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    )
-    __ifloordiv__, __imod__, __ipow__ = map(_in_place, (operator.ifloordiv, operator.imod, operator.ipow))
+    # torch.fx takes y += z for y = y + z.
+    __iadd__, __isub__, __imul__ = map(_in_place, (operator.iadd, operator.isub, operator.imul))
+    __itruediv__, __ifloordiv__ = map(_in_place, (operator.itruediv, operator.ifloordiv))
+    __imod__, __ipow__ = map(_in_place, (operator.imod, operator.ipow))
 
 
 class _Tracer(fx.Tracer):
@@ -177,7 +177,9 @@ def _wrapped(m: nn.Module) -> nn.Module | None:
     """The network inside of what runs it on several devices, compiled, or as an average over the training."""
     if isinstance(m, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
         return m.module
-    return m._orig_mod if isinstance(m, OptimizedModule) else None
+    if not type(m).__module__.startswith("torch._dynamo"):  # whose class takes a second to import
+        return None
+    return m.get_submodule("_orig_mod")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -211,18 +213,19 @@ def refuse_other_trace(model: nn.Module, gm: fx.GraphModule, shape: Sequence[int
             found = pytree.tree_leaves(gm(x.clone()))
         except Exception as error:
             raise ConversionError(f"what torch.fx traced of the model fails where the model runs ({error})") from error
-    for a, b in zip(meant, found, strict=True):
-        if torch.is_tensor(a) and torch.is_tensor(b) and a.shape == b.shape:
-            a, b = (t.double().nan_to_num() for t in (a, b))
-            same = bool((a - b).abs().mean() <= 1e-3 * a.abs().mean())
-        else:
-            same = type(a) is type(b) and not torch.is_tensor(a) and a == b
-        if not same:
-            raise ConversionError(
-                "the model computes something else than what torch.fx traced of it. Usual causes are a forward that "
-                "asks for the type of a value (isinstance(x, Tensor)) or draws random numbers, and hooks on all "
-                "modules. Remedy: write that part without asking; check=False leaves this check out"
-            )
+    if len(meant) != len(found) or not all(map(_alike, meant, found)):
+        raise ConversionError(
+            "the model computes something else than what torch.fx traced of it. Usual causes are a forward that asks "
+            "for the type of a value (isinstance(x, Tensor)) or draws random numbers, and hooks on all modules. "
+            "Remedy: write that part without asking; check=False leaves this check out"
+        )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if torch.is_tensor(a) and torch.is_tensor(b) and a.shape == b.shape:
+        a, b = (t.double().nan_to_num() for t in (a, b))
+        return bool((a - b).abs().mean() <= 1e-3 * a.abs().mean())
+    return type(a) is type(b) and not torch.is_tensor(a) and bool(a == b)
 
 
 def without_values(module: nn.Module) -> Any:
@@ -241,6 +244,10 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     """Trace in eval mode (the path inference takes); the result shares the model's parameters."""
     model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
+    if any(p.is_meta for p in model.parameters()):
+        raise ConversionError(
+            "the model has no weights (meta device). Remedy: model.to_empty(device='cpu'), then load them"
+        )
     if isinstance(model, fx.GraphModule):
         _refuse_leaves(model.graph, modules)
         if not changes_in_place(model.graph, modules):
