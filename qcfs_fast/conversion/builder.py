@@ -104,7 +104,8 @@ def convert(
             thousand images are enough, and labels are not used. With data, weights are rounded so that their errors
             compensate each other on these images in T steps (see below). Default: each is rounded to the nearest.
         progress: with data, show a progress bar.
-        check: end with a self-check: two steps of one random image through the result and through the model in float64,
+        check: compare the model with the graph that torch.fx traced of it, on a random image, and end with a
+            self-check: two steps of one random image through the result and through the model in float64,
             layer by layer on the same spikes; a channel that integrates something else is a fault of this package and
             raises. It added a tenth (VGG-11) to one time and a half (ResNet-18 on 224 pixels) to the rest. What passes
             is what the rounding of the weights explains, or a fiftieth of a layer's usual current. There is no check

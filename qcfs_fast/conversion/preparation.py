@@ -50,7 +50,8 @@ def prepare(
         max_pool: "avg" replaces max pooling by average pooling of the same geometry, as the paper does, because
             the maximum does not commute with averaging over time; "keep" leaves it (then the SNN takes the
             maximum of the spikes of each step, and agrees with the ANN less).
-        check: refuse a network that convert() could not convert (the error names the layer and a remedy).
+        check: refuse a network that convert() could not convert (the error names the layer and a remedy), and one of
+            which torch.fx traces something else than it computes on a random image.
         replace: activations that become QCFS besides ReLU, as classes: any of nn.SiLU, nn.Hardswish, nn.GELU,
             nn.LeakyReLU, nn.ELU and nn.Mish. QCFS has no negative values, which these have, so the network
             computes something else at first: train it before it is converted.
