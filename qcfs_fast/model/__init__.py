@@ -1,7 +1,9 @@
 """model: what a user brings and trains, and the float network that defines the correct result.
 
     qcfs.py         the activation QCFS, and what counts as one
-    graph.py        a torch module as a torch.fx graph; the names of its activations
+    tracing.py      a torch module as a torch.fx graph
+    inplace.py      what such a graph changes in place
+    graph.py        what its nodes are; the names of its activations
     calibration.py  thresholds from data
     neurons.py      the neuron's modes in floating point
     simulation.py   the spiking network in float64
