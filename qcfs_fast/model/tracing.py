@@ -196,18 +196,18 @@ def refuse_other_trace(model: nn.Module, gm: fx.GraphModule, shape: Sequence[int
     A forward can ask whether it is given a tensor, and PyTorch can do what torch.fx does not see.
 
     Args:
-        shape: of an image; default the first usual one that the model takes. Where it takes none nothing is compared.
+        shape: of an image; default a usual one that the model takes. Where it takes none nothing is compared.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    shapes = sorted(_usual_shapes(model), key=lambda s: math.prod(s)) if shape is None else [shape]
+    shape = shape or _taken_shape(model, gm, dtype)
+    if shape is None:
+        return
+    x = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device, dtype)
     with evaluating(model), evaluating(gm), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for tried in shapes:
-            x = torch.randn((2, *tried), generator=torch.Generator().manual_seed(0)).to(device, dtype)
-            with contextlib.suppress(Exception):  # whatever a model raises on an image that does not fit
-                meant = pytree.tree_leaves(model(x.clone()))
-                break
-        else:
+        try:
+            meant = pytree.tree_leaves(model(x.clone()))
+        except Exception:  # whatever a model raises on an image that it does not like
             return
         try:
             found = pytree.tree_leaves(gm(x.clone()))
@@ -219,6 +219,19 @@ def refuse_other_trace(model: nn.Module, gm: fx.GraphModule, shape: Sequence[int
             "for the type of a value (isinstance(x, Tensor)) or draws random numbers, and hooks on all modules. "
             "Remedy: write that part without asking; check=False leaves this check out"
         )
+
+
+def _taken_shape(model: nn.Module, gm: fx.GraphModule, dtype: torch.dtype) -> tuple[int, ...] | None:
+    """The smallest usual shape of images, or a smaller one, that a model takes; None: none is found."""
+    usual = sorted(_usual_shapes(model), key=math.prod)
+    smaller = [(*shape[:1], *[side] * len(shape[1:])) for shape in usual for side in (16, 8)]
+    with contextlib.suppress(Exception), made_parameters_kept(gm), torch.no_grad(), torch.device("meta"):
+        shadow = without_values(gm).eval()
+        for shape in (*usual, *smaller):
+            with contextlib.suppress(Exception):  # whatever a model raises on an image that does not fit
+                shadow(torch.empty((2, *shape), dtype=dtype))
+                return shape
+    return None
 
 
 def _alike(a: Any, b: Any) -> bool:
