@@ -224,7 +224,7 @@ HEADERS = {
     "list for a line": (lambda h: node(h, "ImageInput")["config"].update(line=[]), "line"),
     "rows of a line": (
         lambda h: [node(h, "ImageInput")["config"].update(line=True), h.update(input_shape=[3, 10, 12])],
-        r"input_shape \[3, 10, 12\] is no line"),
+        r"input_shape \[3, 10, 12\] is none that the image input takes, which is \[3, L\]"),
     "vector and line": (
         lambda h: node(h, "ImageInput")["config"].update(line=True, vector=True), "is a line or a vector"),
     "form of outputs": (lambda h: h.update(outputs=["tuple", [0, 1]]), "outputs do not match the readouts"),

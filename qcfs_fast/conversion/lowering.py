@@ -34,7 +34,7 @@ from torch import fx, nn
 from ..errors import ConversionError
 from ..model.graph import ADD_FUNCTIONS, REPLACEABLE, called, layer_rank, relu_ceiling, tail_step
 from ..model.qcfs import is_qcfs, thresholds
-from ..model.tracing import evaluating, is_normalize, parameter, refuse_hooks, symbolic_trace
+from ..model.tracing import evaluating, is_normalize, parameter, refuse_hooks, refuse_patched, symbolic_trace
 from .reshaping import Reshaping
 from .shapes import LAST_SHAPE, propagate_shapes
 from .symbolic import ShapeNeededError, Size, Unknown, has_size, one_current
@@ -476,6 +476,7 @@ def lower(model: nn.Module, input_shape: Sequence[int] | None = None) -> tuple[L
     """
     with evaluating(model):
         gm = symbolic_trace(model)
+        refuse_patched(gm)
         # Without a shape: one pass that finds out whether any is needed, and how many channels the image has.
         known = input_shape or model.__dict__.get(LAST_SHAPE)
         needed: ConversionError | None = None

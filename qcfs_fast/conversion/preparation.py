@@ -15,7 +15,14 @@ from torch import Tensor, fx, nn
 from ..errors import ConversionError
 from ..model.graph import REPLACEABLE, call_sites, describe, layer_rank, owner_path, relu_ceiling
 from ..model.qcfs import QCFS
-from ..model.tracing import made_parameters_kept, refuse_hooks, refuse_other_trace, symbolic_trace, unwrapped
+from ..model.tracing import (
+    made_parameters_kept,
+    refuse_hooks,
+    refuse_other_trace,
+    refuse_patched,
+    symbolic_trace,
+    unwrapped,
+)
 from .lowering import lower
 from .shapes import LAST_SHAPE
 from .symbolic import ShapeNeededError
@@ -81,6 +88,7 @@ def prepare(
         own = copy.deepcopy(model)
     _rectify(own, replace)
     gm = symbolic_trace(own)
+    refuse_patched(gm)
     different: ConversionError | None = None  # said behind what lowering finds, which is more precise
     if check and gm is not own:
         try:

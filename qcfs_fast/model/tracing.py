@@ -11,7 +11,7 @@ import copy
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -262,7 +262,6 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
             "the model has no weights (meta device). Remedy: model.to_empty(device='cpu'), then load them"
         )
     if isinstance(model, fx.GraphModule):
-        _refuse_leaves(model.graph, modules)
         if not changes_in_place(model.graph, modules):
             return model
         graph = fx.Graph()
@@ -285,18 +284,17 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
             f"{where}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
             "control flow that depends on tensor values by modules, or move it out of the model"
         ) from error
-    _refuse_leaves(graph, modules)
     _drop_indices(graph)
     read_results(graph, modules)
     join_cuts(tracer.root, graph)
     return fx.GraphModule(tracer.root, graph)
 
 
-def _refuse_leaves(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+def refuse_patched(gm: fx.GraphModule) -> None:
     """ConversionError where a layer or an activation is not what its class says."""
-    for node in graph.nodes:
+    for node in gm.graph.nodes:
         if node.op == "call_module":
-            module, name = modules[node.target], node.target
+            module, name = gm.get_submodule(node.target), node.target
             refuse_hooks(module, name)
             if is_qcfs(module):
                 refuse_other_formula(module, name)
