@@ -49,9 +49,8 @@ def test_all_obstacles_are_listed(known):
     assert lines[0] == "11 obstacles"
     silu, gate, conv = lines[1:]
     assert silu.startswith("  blocks.0.act, blocks.1.act, blocks.2.act (and 2 more): SiLU has no spiking counterpart")
-    assert gate.startswith(
-        "  mul in blocks.0, mul in blocks.1, mul in blocks.2 (and 2 more): multiplies two activations"
-    )
+    places = [f"mul in blocks.{i} (test_obstacles.py, line 24)" for i in range(3)]
+    assert gate.startswith(f"  {', '.join(places)} (and 2 more): multiplies two activations")
     assert conv.startswith("  d: pads with something else than zeros")
     assert all("Remedy" in line or "cannot be converted" in line for line in lines[1:])
     assert [len(places) for _, places in caught.value.obstacles] == [5, 5, 1]
@@ -142,7 +141,10 @@ def test_a_product_with_what_is_unknown_is_not_judged():
 
 
 def test_a_place_is_listed_once():
-    with pytest.raises(ConversionError, match=r"^abs in the model's own forward: has no spiking counterpart") as caught:
+    with pytest.raises(
+        ConversionError,
+        match=r"^abs in the model's own forward \(test_obstacles\.py, line \d+\): has no spiking counterpart",
+    ) as caught:
         qcfs_fast.prepare(Gated(lambda y: y.abs() + (2 * y).abs() + (3 * y).abs()))
     assert [len(places) for _, places in caught.value.obstacles] == [1]
 

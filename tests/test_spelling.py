@@ -244,7 +244,10 @@ def test_what_changes_nothing(how, plain):
 
 
 def test_integers_within_the_network_are_refused():
-    with pytest.raises(ConversionError, match="to in the model's own forward: rounds values to integers"):
+    with pytest.raises(
+        ConversionError,
+        match=r"to in the model's own forward \(test_spelling\.py, line \d+\): rounds values to integers",
+    ):
         qcfs_fast.prepare(Net(lambda y: y.to(torch.int64).float().flatten(1)))
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import REPLACEABLE, call_sites, describe, layer_rank, owner_path, relu_ceiling
+from ..model.graph import REPLACEABLE, call_sites, layer_rank, owner_path, place_of, relu_ceiling
 from ..model.qcfs import QCFS
 from ..model.tracing import (
     made_parameters_kept,
@@ -150,7 +150,7 @@ def _refuse_functions(gm: fx.GraphModule, kinds: Collection[type[nn.Module]]) ->
         kind = functions.get(node.target) if node.op == "call_function" else None
         if kind is not None and relu_ceiling(gm, node) is None:
             raise ConversionError(
-                f"{describe(node)}: replace finds activations by their modules, and this one is a function. "
+                f"{place_of(node)}: replace finds activations by their modules, and this one is a function. "
                 f"Remedy: make it a module of the network, self.act = nn.{kind.__name__}()"
             )
 
@@ -244,7 +244,7 @@ def _average_pool(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
             **{k: v for k, v in node.kwargs.items() if k != "input"},
         }
     if values.get("dilation", 1) not in (1, (1,), (1, 1)) or values.get("return_indices"):
-        raise ConversionError(f"{describe(node)}: max pooling with dilation or indices has no average counterpart")
+        raise ConversionError(f"{place_of(node)}: max pooling with dilation or indices has no average counterpart")
     return pool(
         values["kernel_size"], values.get("stride"), values.get("padding", 0), bool(values.get("ceil_mode", False))
     )

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import ConversionError
-from ..model.graph import call_sites, called, describe, reads_lines
+from ..model.graph import call_sites, called, describe, place_of, reads_lines
 from ..network.layers import INPUT, constant_name
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
@@ -126,7 +126,7 @@ class Symbolic:
         self.constants: dict[Any, Part] = {}  # neurons that always fire, by the maps that they cover
 
     def fail(self, why: str) -> ConversionError:
-        return ConversionError(f"{describe(self.node)}: {why}")
+        return ConversionError(f"{place_of(self.node)}: {why}")
 
     def _is_constant(self, x: Any) -> bool:
         """Whether a value depends on parameters alone, not on the image."""
@@ -300,7 +300,7 @@ class Symbolic:
 
     def _shape_needed(self, why: str) -> ShapeNeededError:
         return ShapeNeededError(
-            f"{describe(self.node)}: {why}; give convert(..., input_shape={'(C, L)' if self.line else '(C, H, W)'}), "
+            f"{place_of(self.node)}: {why}; give convert(..., input_shape={'(C, L)' if self.line else '(C, H, W)'}), "
             "or run the prepared model on an image"
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .qcfs import is_qcfs
+
+_TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)  # where no code of a user is
 
 
 def owner_path(node: fx.Node) -> str:
@@ -30,6 +33,15 @@ def describe(node: fx.Node) -> str:
         return str(node.target)
     where = owner_path(node) or "the model's own forward"
     return f"{called(node)} in {where}"
+
+
+def place_of(node: fx.Node) -> str:
+    """`describe`, and for calls of functions the line of the user's code, where torch.fx knows it."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or node.stack_trace or ""))
+    own = [(Path(file).name, line) for file, line in frames if not file.startswith((_TORCH, _HERE))]
+    if node.op == "call_module" or not own:
+        return describe(node)
+    return f"{describe(node)} ({own[-1][0]}, line {own[-1][1]})"
 
 
 def called(node: fx.Node) -> str:

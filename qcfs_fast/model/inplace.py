@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import ConversionError
-from .graph import called, describe
+from .graph import called, place_of
 
 _ARITHMETIC = {
     operator.iadd: operator.add,
@@ -144,7 +144,7 @@ def read_results(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
                     continue
                 if names.same[member] is not names.same[changed]:
                     raise ConversionError(
-                        f"{describe(node)}: changes in place what is read later as {member.name}, a view of it or "
+                        f"{place_of(node)}: changes in place what is read later as {member.name}, a view of it or "
                         "what it is a view of, which torch.fx does not follow. Remedy: write it without changing in "
                         "place (y = y + x, inplace=False)"
                     )

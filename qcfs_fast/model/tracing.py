@@ -82,6 +82,7 @@ class Proxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.record_stack_traces = True
         self.own = set(model.modules())
         self.thread = threading.get_ident()
         self.failed_in = ""  # the innermost module whose forward raised
