@@ -5,10 +5,12 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from markers import slow_but
 from networks import converted
 
 import qcfs_fast
 from qcfs_fast import backend
+from qcfs_fast.network.layers import SpikingLayer
 from qcfs_fast.operators.limits import overflow_free_steps
 from qcfs_fast.operators.neuron import MODES
 
@@ -280,40 +282,29 @@ def test_the_overflow_bound_at_the_bound(mode):
     assert farthest > 2**30, "nothing came near the bound: the test is void"
 
 
-@pytest.mark.parametrize(("mode", "by_step"), [*((mode, False) for mode in MODES), ("plain", True), ("signed", True)])
-def test_spikes_that_drive_membranes_to_the_bound(mode, by_step):
-    """Of each channel the inputs with positive weights, those with negative ones, and both by turns, for as many steps
-    as the bound allows: on every instruction set and engine as plain integers give it.
+def driven(weight, threshold, bias, steps, mode, settings):
+    """The largest membrane potential that any channel reaches in so many steps, in plain integers within 32 bits.
+
+    Of each channel the inputs with positive weights [K, O] fire, those with negative ones, and both by turns. Every
+    instruction set and engine must give the same bytes.
     """
-    rng = np.random.default_rng(MODES.index(mode))
-    K, O, window, iterations = 2500, 4, 4, 2 if mode == "offset" else 1
-    signs = rng.choice([-1, 1], (K, O))
-    signs[:, :2] = [1, -1]  # of these two a step can add all that the bound counts with
-    weight = (signs * rng.integers(20000, 32640, (K, O))).astype(np.int16)
-    threshold = np.array([2, 1000, 2**20, 2**24])
-    bias = rng.integers(-(2**20), 2**20, (40, O) if by_step else O)
-    shift = (window, iterations) if mode == "offset" else (0, 0)
-    steps = overflow_free_steps(threshold, np.abs(bias).reshape(-1, O).max(0), [(weight, 1)], False, *shift)
-    assert steps > window
+    O, window = len(threshold), max(1, settings[0])
     T = 1 if mode == "sum" else steps
     up, down = (weight > 0).T, (weight < 0).T  # [O, K]
     early = np.arange(T)[:, None, None] < window
     odd = np.arange(T)[:, None, None] % 2 == 1
-    x = [np.broadcast_to(p, (T, O, K)) for p in (up, down)] + [
+    x = [np.broadcast_to(p, (T, *up.shape)) for p in (up, down)] + [
         np.where(w, a, b) for w in (early, odd) for a, b in ((up, down), (down, up))
     ]
     x = np.concatenate(x, 1).astype(np.uint8)  # [T, samples, K]
     levels = steps if mode == "sum" else 1
-    bias = bias[:T] if by_step else bias
-    currents = (x.astype(np.int64) @ weight.astype(np.int64) + (bias[:, None] if by_step else bias)) * levels
-    settings = {"sum": (levels, 0), "offset": (window, iterations), "masked": (window, 1)}.get(mode, (0, 0))
+    bias = bias[:T] if bias.ndim == 2 else bias
+    currents = (x.astype(np.int64) @ weight.astype(np.int64) + (bias[:, None] if bias.ndim == 2 else bias)) * levels
     want = oracle.fire(currents, threshold, mode, *settings)  # which asserts that nothing leaves 32 bits
     runs = [
         oracle.fire_neuron([int(c) for c in currents[:, i, i % O]], int(threshold[i % O]), mode, *settings)
         for i in range(2 * O)
     ]
-    reached = max(abs(b) for _, before, _ in runs for b in before)
-    assert reached > 1.2e9, "nothing came near the bound: the test is void"
     spikes = torch.from_numpy(x * np.uint8(levels) if mode == "sum" else oracle.pack(x))
     given = [torch.from_numpy(bias.astype(np.int32)), torch.from_numpy(threshold.astype(np.int32))]
     sets = [
@@ -330,6 +321,56 @@ def test_spikes_that_drive_membranes_to_the_bound(mode, by_step):
                 found, state = torch.ops.qcfs_fast.linear_if_from(*call, None)
                 assert np.array_equal(state.numpy(), want.state), forced
         assert np.array_equal(found.numpy(), want.masks), forced
+    return max(abs(b) for _, before, _ in runs for b in before)
+
+
+def settings_of(mode, steps, window=4, iterations=1):
+    return {"sum": (steps, 0), "offset": (window, iterations), "masked": (window, 1)}.get(mode, (0, 0))
+
+
+@pytest.mark.parametrize(("mode", "by_step"), [*((mode, False) for mode in MODES), ("plain", True), ("signed", True)])
+def test_spikes_that_drive_membranes_to_the_bound(mode, by_step):
+    """For as many steps as the bound allows."""
+    rng = np.random.default_rng(MODES.index(mode))
+    K, O, window, iterations = 2500, 4, 4, 2 if mode == "offset" else 1
+    signs = rng.choice([-1, 1], (K, O))
+    signs[:, :2] = [1, -1]  # of these two a step can add all that the bound counts with
+    weight = (signs * rng.integers(20000, 32640, (K, O))).astype(np.int16)
+    threshold = np.array([2, 1000, 2**20, 2**24])
+    bias = rng.integers(-(2**20), 2**20, (40, O) if by_step else O)
+    shift = (window, iterations) if mode == "offset" else (0, 0)
+    steps = overflow_free_steps(threshold, np.abs(bias).reshape(-1, O).max(0), [(weight, 1)], False, *shift)
+    assert steps > window
+    farthest = driven(weight, threshold, bias, steps, mode, settings_of(mode, steps, window, iterations))
+    assert farthest > 1.2e9, "nothing came near the bound: the test is void"
+
+
+@pytest.mark.parametrize("mode", slow_but(["plain", "offset"], MODES))
+def test_layers_of_networks_driven_to_their_bound(mode):
+    """At max_T, of random networks the channels to which a step can add the most."""
+    farthest = layers = 0
+    for seed, kind in enumerate(KINDS):
+        model = qcfs_fast.prepare(networks.randomize(kind(), seed), levels=4)
+        images = torch.randn(24, *networks.SHAPES[kind], generator=torch.Generator().manual_seed(seed))
+        qcfs_fast.calibrate(model, [images], progress=False)
+        max_T = 7 if mode == "sum" else 1000  # sums of pools hold 255
+        snn = qcfs_fast.convert(model, T=4, neuron=mode, max_T=max_T, input_shape=images.shape[1:])
+        for layer in snn.layers.values():
+            if not isinstance(layer, SpikingLayer) or layer.analog is not None:
+                continue
+            rows = [s.weight.reshape(-1, s.weight.shape[-1]) for s in layer.sources() if s.peak == 1]
+            rows += [r.amplitude[None] for r in layer.residuals() if r.peak == 1]
+            if not rows:
+                continue
+            weight = torch.cat([r.int() for r in rows]).numpy()
+            most = np.argsort(-np.abs(weight).sum(0))[:2]
+            weight, n, bias = weight[:, most], layer.threshold.numpy()[most], layer.bias.numpy()[most]
+            if np.abs(weight).max() < 2**15:
+                settings = settings_of(mode, snn.max_T)
+                farthest = max(farthest, driven(weight.astype(np.int16), n, bias, snn.max_T, mode, settings))
+                layers += 1
+    assert layers >= 6
+    assert farthest > (2**22 if mode == "sum" else 2**28), "nothing came near the bound: the test is void"
 
 
 @pytest.mark.parametrize("mode", ["plain", "signed"])
