@@ -180,8 +180,9 @@ class Lowering(Reshaping):
             )
         if handler is None or (unknown and handler not in (_OF_ACTIVATIONS if unknown.activation else _OF_ANYTHING)):
             return unknown
-        mean = handler is Lowering.divide and self._is_of_whole_maps(args[0])  # whose pool asks for the size itself
-        if self._asks_for_sizes() and handler not in _OF_SIZES and not mean:
+        if self._asks_for_sizes() and not (
+            handler in _OF_SIZES or (handler is Lowering.divide and self._is_mean(args[-1]))
+        ):
             raise self.fail(
                 "is given a number made of the size of maps, which is another one in images of another size. Remedy: "
                 "write the number, in a model for images of one size"
@@ -324,10 +325,10 @@ class Lowering(Reshaping):
 Handler = Callable[..., Any]
 FUNCTIONS: dict[Any, Handler] = {
     **dict.fromkeys(ADD_FUNCTIONS, Lowering.add),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, torch.subtract), Lowering.subtract),
+    **dict.fromkeys((operator.sub, torch.sub, torch.subtract), Lowering.subtract),
     **dict.fromkeys((operator.neg, torch.neg, torch.negative), Lowering.negate),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, torch.multiply), Lowering.scale),
-    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, torch.divide), Lowering.divide),
+    **dict.fromkeys((operator.mul, torch.mul, torch.multiply), Lowering.scale),
+    **dict.fromkeys((operator.truediv, torch.div, torch.divide), Lowering.divide),
     torch.cat: Lowering.concat,
     torch.concat: Lowering.concat,
     torch.flatten: Lowering.flatten,
@@ -370,11 +371,10 @@ FUNCTIONS: dict[Any, Handler] = {
 }
 METHODS: dict[str, Handler] = {
     "add": Lowering.add,
-    "add_": Lowering.add,
-    **dict.fromkeys(("sub", "sub_", "subtract"), Lowering.subtract),
-    **dict.fromkeys(("neg", "neg_", "negative"), Lowering.negate),
-    **dict.fromkeys(("mul", "mul_", "multiply"), Lowering.scale),
-    **dict.fromkeys(("div", "div_", "divide"), Lowering.divide),
+    **dict.fromkeys(("sub", "subtract"), Lowering.subtract),
+    **dict.fromkeys(("neg", "negative"), Lowering.negate),
+    **dict.fromkeys(("mul", "multiply"), Lowering.scale),
+    **dict.fromkeys(("div", "divide"), Lowering.divide),
     "flatten": Lowering.flatten,
     "unflatten": Lowering.unflatten,
     "view": Lowering.view,

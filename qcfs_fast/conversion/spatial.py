@@ -222,7 +222,7 @@ class Spatial(Ends):
         crops, strides = [], []
         index: Any = self.node.args[1]
         asked = [s for s in index if isinstance(s, slice)] if self._asks_for_sizes() else []
-        if self.sized.intersection(n for s in asked for n in (s.start, s.step) if isinstance(n, fx.Node)):
+        if not self.sized.isdisjoint(n for s in asked for n in (s.start, s.step) if isinstance(n, fx.Node)):
             raise self.fail(
                 "cuts pixels from a place, or at a distance, that is made of the size of maps. Remedy: write a number"
             )
@@ -319,7 +319,7 @@ class Spatial(Ends):
             alike = len(node.all_input_nodes) == 1 and shapes.get(node, ())[1:] == shapes.get(self.node, ())[1:]
             if called(node) == "pad" or (alike and node.op != "output"):
                 found += [n for n in node.users if n not in found]
-            elif called(node) not in ("cat", "concat", "add", "iadd", "add_", "sub", "isub", "sub_"):
+            elif called(node) not in ("cat", "concat", "add", "sub"):
                 return False
         return True
 

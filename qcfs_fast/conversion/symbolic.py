@@ -12,6 +12,7 @@ height is added here.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ class Symbolic:
             return node.target is getattr or len(node.args) < 2 or self._is_of_pixels(source, node.args[1])
         if node.target is operator.getitem and _asks_for_shape(source) and source in self.sized:
             return self._is_of_pixels(source.all_input_nodes[0], node.args[1])
-        return self.sized.intersection(node.all_input_nodes) != set()
+        return not self.sized.isdisjoint(node.all_input_nodes)
 
     def _is_of_pixels(self, x: fx.Node, dim: Any) -> bool:
         """Whether a dimension of a map is its height or its width."""
@@ -154,14 +155,22 @@ class Symbolic:
 
     def _asks_for_sizes(self) -> bool:
         """Whether an argument of the node being executed holds for images of one size alone."""
-        return self.sized.intersection(self.node.all_input_nodes) != set()
+        return not self.sized.isdisjoint(self.node.all_input_nodes)
 
-    @staticmethod
-    def _is_of_whole_maps(x: Any) -> bool:
-        """Whether a value has one pixel because its pools take maps as a whole."""
-        signals = x.identities if isinstance(x, Current) else [x] if isinstance(x, Signal) else []
-        parts = [p for s in signals for p in s.parts] + [p.part for p in getattr(x, "products", ())]
-        return bool(parts) and all(p.pools and p.pools[-1].output == (1, 1) for p in parts)
+    def _is_mean(self, divisor: Any) -> bool:
+        """Whether the node being executed divides the sum of a map's pixels by how many that map has."""
+        summed, *sizes = self.node.all_input_nodes
+        source, asked = summed, set()
+        while called(source) == "sum":
+            source = source.all_input_nodes[0]
+        while sizes:
+            size = sizes.pop()
+            if _asks_for_shape(size):
+                asked.add(size.all_input_nodes[0])
+            else:
+                sizes += size.all_input_nodes
+        pixels = (self.shapes or {}).get(source, ())[1:]
+        return source is not summed and asked == {source} and bool(divisor == math.prod(pixels))
 
     @staticmethod
     def _unknown(x: Any) -> Unknown | None:

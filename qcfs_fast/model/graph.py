@@ -37,7 +37,7 @@ def describe(node: fx.Node) -> str:
 
 def place_of(node: fx.Node) -> str:
     """`describe`, and for calls of functions the line of the user's code, where torch.fx knows it."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', str(node.meta.get("stack_trace") or node.stack_trace or ""))
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
     own = [(Path(file).name, line) for file, line in frames if not file.startswith((_TORCH, _HERE))]
     if node.op == "call_module" or not own:
         return describe(node)
@@ -101,8 +101,8 @@ CUTS: dict[Any, tuple[str, ...]] = {
 }
 """Spellings of min(x, ceiling), for x of 0 and more."""
 _LEFT_OUT = {"min_val": -1.0, "max_val": 1.0, "negative_slope": 0.01, "lower": 1 / 8, "upper": 1 / 3}
-ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
-"""x + y in all its spellings; the methods are add and add_."""
+ADD_FUNCTIONS = {operator.add, torch.add}
+"""x + y in all its spellings; the method is add. Those in place have become these (inplace.py)."""
 
 
 def relu_ceiling(gm: nn.Module, node: fx.Node) -> float | None:

@@ -134,6 +134,7 @@ def read_results(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         changed = _changed(node, modules)
         names.enter(node, changed)
         if changed is None:
+            node.target = _ARITHMETIC.get(node.target, node.target)  # of a number
             continue
         for member in list(names.members[names.base[changed]]):
             for reader in [u for u in member.users if place[u] > place[node]]:
