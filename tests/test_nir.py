@@ -7,6 +7,7 @@ that is not installed skips its tests, and all skip without the package nir.
 import copy
 import importlib.util
 import json
+import random
 
 import networks
 import numpy as np
@@ -325,6 +326,23 @@ def test_files_that_are_none(tmp_path):
         qcfs_fast.from_nir(tmp_path / "bad.nir")
 
 
+def test_damaged_files_are_refused(tmp_path):
+    """HDF5 raises many kinds of errors; each becomes one of ours, or the damage met nothing that is read."""
+    snn, _, shape = on_grid(networks.Small)
+    path = through_a_file(qcfs_fast.to_nir(snn, shape), tmp_path)
+    whole, numbers, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(60):
+        damaged = bytearray(whole[: numbers.randrange(len(whole))] if numbers.random() < 0.2 else whole)
+        for _ in range(numbers.choice([1, 8, 64])):
+            damaged[numbers.randrange(len(damaged))] = numbers.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            assert_same_network(snn, qcfs_fast.from_nir(path))
+        except (ConversionError, FormatError):
+            refused += 1
+    assert 10 < refused < 60
+
+
 def _half_a_unit(graph):
     graph.nodes["3_source_0"].weight = graph.nodes["3_source_0"].weight + 0.5
 
@@ -356,6 +374,20 @@ def _header(graph):
     graph.metadata["qcfs_fast"] = json.dumps(header)
 
 
+def _deep_header(graph):
+    graph.metadata["qcfs_fast"] = "[" * 10**6
+
+
+def _no_group(graph):
+    header = json.loads(graph.metadata["qcfs_fast"])
+    next(n for n in header["graph"] if n["type"] == "SpikingLayer")["config"]["geometry"][8] = 0
+    graph.metadata["qcfs_fast"] = json.dumps(header)
+
+
+def _no_shape(graph):
+    graph.nodes["input"].input_type = {"input": [np.inf, 8, 8]}
+
+
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
@@ -366,6 +398,9 @@ def _header(graph):
         (_lost_edge, "edge .* is not what the header"),
         (_lost_node, "lacks what its header names .*3_source_0"),
         (_header, "claims to be free of overflow up to T=2147483646"),
+        (_deep_header, "lacks what its header names .*RecursionError"),
+        (_no_group, "lacks what its header names .*ZeroDivisionError"),
+        (_no_shape, "lacks what its header names .*OverflowError"),
     ],
 )
 def test_altered_graphs_are_refused(alter, message):

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from ..conversion.units import split
-from ..errors import ConversionError, FormatError
+from ..errors import WRONG_FORM, ConversionError, FormatError
 from ..network import saving
 from ..network.layers import (
     DIGITS,
@@ -369,7 +369,7 @@ def from_nir(graph: Any) -> SNN:
             raise FileNotFoundError(f"from_nir: no file {graph}")
         try:
             graph = nir.read(graph)
-        except (OSError, KeyError, ValueError, TypeError, AssertionError) as error:
+        except Exception as error:  # whatever HDF5 and nir raise of a damaged file
             raise FormatError(f"{graph}: not a NIR graph ({error})") from error
     if not isinstance(graph, nir.NIRGraph):
         raise TypeError(f"from_nir: expected a nir.NIRGraph or a path, got {type(graph).__name__}")
@@ -381,16 +381,15 @@ def from_nir(graph: Any) -> SNN:
         )
     try:
         snn = _read(text, graph)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, FormatError):
-            raise
+        composite = any(isinstance(node, nir.Threshold) for node in graph.nodes.values())
+        shape = tuple(int(d) for d in graph.nodes["input"].input_type["input"])
+        different = _first_difference(graph, to_nir(snn, shape, "composite" if composite else "if"))
+    except (ConversionError, FormatError):
+        raise
+    except WRONG_FORM as error:
         raise FormatError(
             f"from_nir: the graph lacks what its header names ({type(error).__name__}: {error})"
         ) from error
-    composite = any(isinstance(node, nir.Threshold) for node in graph.nodes.values())
-    shape = tuple(int(d) for d in graph.nodes["input"].input_type["input"])
-    again = to_nir(snn, shape, "composite" if composite else "if")
-    different = _first_difference(graph, again)
     if different:
         raise FormatError(
             f"from_nir: {different} is not what the header of the graph says; it was altered after to_nir made it"
