@@ -7,7 +7,6 @@ that is not installed skips its tests, and all skip without the package nir.
 import copy
 import importlib.util
 import json
-import random
 
 import networks
 import numpy as np
@@ -326,21 +325,22 @@ def test_files_that_are_none(tmp_path):
         qcfs_fast.from_nir(tmp_path / "bad.nir")
 
 
-def test_damaged_files_are_refused(tmp_path):
-    """HDF5 raises many kinds of errors; each becomes one of ours, or the damage met nothing that is read."""
+def test_damaged_files_are_refused(tmp_path, monkeypatch):
+    """Cut off anywhere; and whatever HDF5 raises. Flipped bits can end the process within HDF5 (SECURITY.md)."""
     snn, _, shape = on_grid(networks.Small)
     path = through_a_file(qcfs_fast.to_nir(snn, shape), tmp_path)
-    whole, numbers, refused = path.read_bytes(), random.Random(0), 0
-    for _ in range(60):
-        damaged = bytearray(whole[: numbers.randrange(len(whole))] if numbers.random() < 0.2 else whole)
-        for _ in range(numbers.choice([1, 8, 64])):
-            damaged[numbers.randrange(len(damaged))] = numbers.randrange(256)
-        path.write_bytes(damaged)
-        try:
-            assert_same_network(snn, qcfs_fast.from_nir(path))
-        except (ConversionError, FormatError):
-            refused += 1
-    assert 10 < refused < 60
+    whole = path.read_bytes()
+    for part in range(20):
+        path.write_bytes(whole[: part * len(whole) // 20])
+        with pytest.raises(FormatError, match=r"net.nir: not a NIR graph"):
+            qcfs_fast.from_nir(path)
+
+    def read(path):
+        raise RuntimeError("Link iteration failed (bad local heap signature)")
+
+    monkeypatch.setattr(nir, "read", read)
+    with pytest.raises(FormatError, match=r"net.nir: not a NIR graph \(Link iteration failed"):
+        qcfs_fast.from_nir(path)
 
 
 def _half_a_unit(graph):
