@@ -441,11 +441,11 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
 // them is too much for the processor to see what comes.
 inline void prefetch_state(const ConvIf& a, std::int64_t channel, std::int64_t channels, std::int64_t pixel,
                            std::int64_t pixels) {
-  if (a.state == nullptr) return;
+  if (a.state_out == nullptr) return;
   constexpr std::int64_t line = cache_line / static_cast<std::int64_t>(sizeof(std::int32_t));
   for (std::int64_t i = pixel; i < pixel + pixels; ++i) {
     for (std::int64_t c = channel; c < channel + channels; c += line) {
-      __builtin_prefetch(a.state + i * a.out_channels + c, 1);
+      __builtin_prefetch(a.state_out + i * a.out_channels + c, 1);
     }
   }
 }
