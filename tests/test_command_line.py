@@ -247,7 +247,7 @@ def test_convert_errors(tmp_path, capsys):
     code, _, err = run(capsys, "convert", "resnet18", "--output", tmp_path / "o.safetensors")
     assert (code, "Give --checkpoint" in err) == (1, True)
     code, _, err = run(capsys, "convert", "vit_b_16", "--calibrate", "random", "--output", tmp_path / "o.safetensors")
-    assert (code, "no torchvision network that converts" in err) == (1, True)
+    assert (code, "no ReLU" in err) == (1, True)
     code, _, err = run(capsys, "convert", tmp_path / "whole.pt", "--output", tmp_path / "no" / "o.safetensors")
     assert (code, "does not exist" in err) == (1, True)
     assert not (tmp_path / "o.safetensors").exists()

@@ -281,6 +281,8 @@ def test_a_trained_file_goes_round(tmp_path, capsys):
         ("names", "abc", "classes must be 3 different names"),
         ("mean", [0.1, 0.2], "mean must be one number"),
         ("std", [0], "std must be one positive number"),
+        ("replace", "SiLU", "replace must be names"),
+        ("replace", [1], "replace must be names"),
         ("extra", 1, "other fields"),
     ],
 )
@@ -410,6 +412,7 @@ def test_train_refuses(folder, capsys):
         ("--network", "resnet99"): "'resnet99' is no torchvision network",
         ("--threshold", "-1"): "--threshold must be a positive number",
         ("--weights", "DEFAULT"): "has no published weights",
+        ("--replace", "SiLU"): "activations of QCFS alone",
         ("--width", "1", "--rate", "0"): "rate must be a positive number",
     }
     for options, message in cases.items():
