@@ -50,7 +50,7 @@ def test_all_obstacles_are_listed(known):
     assert lines[0] == "11 obstacles"
     silu, gate, conv = lines[1:]
     assert silu.startswith("  blocks.0.act, blocks.1.act, blocks.2.act (and 2 more): SiLU has no spiking counterpart")
-    places = [f"mul in blocks.{i} (test_obstacles.py, line 24)" for i in range(3)]
+    places = [f"mul in blocks.{i} (test_obstacles.py, line 25)" for i in range(3)]
     assert gate.startswith(f"  {', '.join(places)} (and 2 more): multiplies two activations")
     assert conv.startswith("  d: pads with something else than zeros")
     assert all("Remedy" in line or "cannot be converted" in line for line in lines[1:])

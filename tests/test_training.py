@@ -373,6 +373,21 @@ def test_train_then_study(folder, capsys):
     }
 
 
+def test_a_network_is_trained_without_its_gates(folder, capsys):
+    run, net = folder / "run", folder / "net.safetensors"
+    options = ["--network", "mobilenet_v3_small", "--epochs", "1", "--batch", "8", "--size", "32", "--calibrate", "8"]
+    arguments = ["train", str(folder / "data"), *options, "--output", str(run), "--quiet"]
+    assert main(arguments) == 1
+    assert "replace={SqueezeExcitation}) leaves it out" in capsys.readouterr().err
+    assert main([*arguments, "--replace", "Hardswish", "SqueezeExcitation"]) == 0
+    model, about = load_trained(run / "model.safetensors")
+    assert about.replace == ("Hardswish", "SqueezeExcitation")
+    assert "--replace Hardswish SqueezeExcitation" in about.recipe
+    assert main(["convert", str(run / "model.safetensors"), "--output", str(net)]) == 0
+    x, _ = next(batches(open_data(folder / "data", 32), 5))
+    assert torch.equal(qcfs_fast.load(net)(x), qcfs_fast.convert(model)(x))
+
+
 def test_classes_go_from_train_to_eval(folder, capsys):
     """What train knows stands in its file and in that of convert; folders are numbered by name, before any training."""
     data, run, net = folder / "data", str(folder / "run"), str(folder / "net.safetensors")
