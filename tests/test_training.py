@@ -375,8 +375,8 @@ def test_train_then_study(folder, capsys):
 
 def test_a_network_is_trained_without_its_gates(folder, capsys):
     run, net = folder / "run", folder / "net.safetensors"
-    options = ["--network", "mobilenet_v3_small", "--epochs", "1", "--batch", "8", "--size", "32", "--calibrate", "8"]
-    arguments = ["train", str(folder / "data"), *options, "--output", str(run), "--quiet"]
+    options = ["--network", "mobilenet_v3_small", "--epochs", "1", "--batch", "8", "--size", "32", "--rate", "0.001"]
+    arguments = ["train", str(folder / "data"), *options, "--calibrate", "8", "--output", str(run), "--quiet"]
     assert main(arguments) == 1
     assert "replace={SqueezeExcitation}) leaves it out" in capsys.readouterr().err
     assert main([*arguments, "--replace", "Hardswish", "SqueezeExcitation"]) == 0
