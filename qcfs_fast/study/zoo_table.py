@@ -185,12 +185,13 @@ _TENSORFLOW = "https://github.com/tensorflow"
 _ON_REQUEST = (
     "`prepare(model, replace={...})` makes QCFS of their activations and leaves their gates out. The spiking network",
     "agrees with what is left; but that is another network, in which weights that were trained with gates lose their",
-    "accuracy. So train it before it is converted. Networks for integer hardware are made so: EfficientNet-Lite has no "
-    f"squeeze-and-excitation, and ReLU6 for SiLU ([Google, 2020]({_TENSORFLOW}/tpu/tree/master/models/official/"
-    "efficientnet/lite)); the minimalistic",
-    f"MobileNetV3 has neither squeeze-and-excitation nor hard-swish ([Google, 2019]({_TENSORFLOW}/models/tree/master/"
-    "research/slim/nets/mobilenet)); RegNetX is",
-    "RegNetY without squeeze-and-excitation ([Radosavovic et al., 2020](https://arxiv.org/abs/2003.13678)).",
+    "accuracy. So train it before it is converted. Networks for integer hardware are made so:",
+    "",
+    "* EfficientNet-Lite has no squeeze-and-excitation, and ReLU6 for SiLU",
+    f"  ([Google, 2020]({_TENSORFLOW}/tpu/tree/master/models/official/efficientnet/lite)).",
+    "* The minimalistic MobileNetV3 has neither squeeze-and-excitation nor hard-swish",
+    f"  ([Google, 2019]({_TENSORFLOW}/models/tree/master/research/slim/nets/mobilenet)).",
+    "* RegNetX is RegNetY without squeeze-and-excitation ([Radosavovic et al., 2020](https://arxiv.org/abs/2003.13678)).",
 )
 
 
