@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import ConversionError
-from ..model.graph import call_sites, called, describe, place_of, reads_lines
+from ..model.graph import call_sites, called, describe, owner_class, place_of, reads_lines
 from ..network.layers import INPUT, constant_name
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
@@ -128,6 +128,14 @@ class Symbolic:
 
     def fail(self, why: str) -> ConversionError:
         return ConversionError(f"{place_of(self.node)}: {why}")
+
+    def _without_gate(self) -> str:
+        """What to do about a product of two activations."""
+        kind = owner_class(self.node) or "its class"
+        return (
+            f"Remedy for a gate, as that of squeeze-and-excitation: prepare(model, replace={{{kind}}}) leaves it out, "
+            "and train then. Attention cannot be converted"
+        )
 
     def _is_constant(self, x: Any) -> bool:
         """Whether a value depends on parameters alone, not on the image."""
