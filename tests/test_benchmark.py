@@ -22,6 +22,7 @@ from qcfs_fast.study.benchmark.cases import (
     batches,
     spiking_macs,
 )
+from qcfs_fast.study.benchmark.contenders import STREAM
 from qcfs_fast.study.benchmark.measure import (
     Clock,
     Effort,
@@ -129,7 +130,7 @@ def test_cases(results):
     for case in data["cases"]:
         assert 0.08 <= case["firing rate"] <= 0.18
         rows = case["contenders"]
-        ours = {"qcfs_fast 16-bit", "qcfs_fast 8-bit"} if case["kind"] == "layer" else set(OURS)
+        ours = {"qcfs_fast 16-bit", "qcfs_fast 8-bit"} if case["kind"] == "layer" else {*OURS, STREAM}
         assert {*ours, "T-loop fp32", "T-loop bf16"} <= {name for name, row in rows.items() if "error" not in row}
         for row in rows.values():
             assert "error" in row or row["least"] <= row["seconds"]
@@ -148,7 +149,7 @@ def test_the_tiny_networks(label):
     with torch.no_grad():
         (case,) = network.cases(1, (4,), EFFORT, only="qcfs_fast")
     assert 0.15 < case["firing rate"] < 0.18
-    assert {name for name, row in case["contenders"].items() if "error" not in row} == set(OURS)
+    assert {name for name, row in case["contenders"].items() if "error" not in row} == {*OURS, STREAM}
     apart = {name: share for name, share in case["check"].items() if "float64" in name}
     assert {name.removesuffix(", spikes apart from float64") for name in apart} == {
         "qcfs_fast 16-bit", "qcfs_fast 24-bit", "qcfs_fast offset 16-bit"
@@ -163,6 +164,24 @@ def test_a_wrong_network_of_ours_is_found(tiny, monkeypatch):
         monkeypatch.setitem(tiny.snns, name, other)
         with pytest.raises(AssertionError, match=f"{name} and float64"):
             tiny.check_ours(name)
+
+
+def test_a_stream_is_timed_where_it_goes_on(tiny):
+    """Each call takes up the one before, until max_T; its first answer is compared with that of one call."""
+    images = torch.rand(2, 3, 12, 12)
+    peers = contenders.Contenders(tiny.model, tiny.snns, images, compiled=False)
+    whole = tiny.snns["qcfs_fast 16-bit"](images, T=8)
+    answers = [peers.calls[STREAM](4) for _ in range(2)]
+    assert torch.equal(answers[1], whole)
+    assert not torch.equal(answers[0], whole)
+    for _ in range(tiny.snns["qcfs_fast 16-bit"].max_T // 4 - 1):
+        again = peers.calls[STREAM](4)
+    assert torch.equal(again, answers[0])
+    tiny.check(peers, images)
+    first = next(m for m in peers.ours["qcfs_fast 16-bit"].layers.values() if "threshold" in dict(m.named_buffers()))
+    first.threshold.mul_(2)
+    with pytest.raises(AssertionError, match="stream 16-bit: differs from qcfs_fast 16-bit"):
+        tiny.check(peers, images)
 
 
 def test_batches():

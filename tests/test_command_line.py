@@ -180,6 +180,24 @@ def test_convert_torchvision(tmp_path, capsys):
     assert code == 0, err
 
 
+def test_convert_with_modules_replaced(tmp_path, capsys):
+    """Activations and gates by their classes' names, as the refusal says."""
+    common = ["convert", "mobilenet_v3_small", "--classes", 4, "--calibrate", "random", "--size", 32, "--quiet"]
+    common += ["--output", tmp_path / "net.safetensors"]
+    code, _, err = run(capsys, *common)
+    assert code == 1
+    assert "Hardswish has no spiking counterpart" in err
+    assert "prepare(model, replace={SqueezeExcitation}) leaves it out" in err
+    code, _, err = run(capsys, *common, "--replace", "Hardswish", "SqueezeExcitation")
+    assert code == 0, err
+    assert qcfs_fast.load(tmp_path / "net.safetensors")(torch.rand(2, 3, 32, 32)).shape == (2, 4)
+    code, _, err = run(capsys, *common, "--replace", "Hardswish", "Squeeze")
+    assert (code, "no module of the network is a Squeeze; its classes are " in err) == (1, True)
+    torch.save(authors_state(trained(networks.TheirResNet(20))), tmp_path / "net.pth")
+    code, _, err = run(capsys, "convert", tmp_path / "net.pth", "--output", tmp_path / "o", "--replace", "SiLU")
+    assert (code, "--replace go with a torchvision name" in err) == (1, True)
+
+
 def test_convert_stores_classes_and_normalisation(tmp_path, capsys):
     torch.save(authors_state(trained(networks.TheirResNet(20))), tmp_path / "net.pth")
     names = ["tom cat", *(f"c{i}" for i in range(9, 0, -1))]
@@ -247,7 +265,7 @@ def test_convert_errors(tmp_path, capsys):
     code, _, err = run(capsys, "convert", "resnet18", "--output", tmp_path / "o.safetensors")
     assert (code, "Give --checkpoint" in err) == (1, True)
     code, _, err = run(capsys, "convert", "vit_b_16", "--calibrate", "random", "--output", tmp_path / "o.safetensors")
-    assert (code, "no torchvision network that converts" in err) == (1, True)
+    assert (code, "no ReLU" in err) == (1, True)
     code, _, err = run(capsys, "convert", tmp_path / "whole.pt", "--output", tmp_path / "no" / "o.safetensors")
     assert (code, "does not exist" in err) == (1, True)
     assert not (tmp_path / "o.safetensors").exists()

@@ -1,6 +1,7 @@
 """A model that does not convert is told all that stands in the way, each reason once with its places."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_all_obstacles_are_listed(known):
     assert lines[0] == "11 obstacles"
     silu, gate, conv = lines[1:]
     assert silu.startswith("  blocks.0.act, blocks.1.act, blocks.2.act (and 2 more): SiLU has no spiking counterpart")
-    places = [f"mul in blocks.{i} (test_obstacles.py, line 24)" for i in range(3)]
+    places = [f"mul in blocks.{i} (test_obstacles.py, line 25)" for i in range(3)]
     assert gate.startswith(f"  {', '.join(places)} (and 2 more): multiplies two activations")
     assert conv.startswith("  d: pads with something else than zeros")
     assert all("Remedy" in line or "cannot be converted" in line for line in lines[1:])
@@ -153,15 +154,16 @@ def test_a_place_is_listed_once():
 @pytest.mark.long
 def test_the_zoo_is_tried_and_resumed(tmp_path, capsys, monkeypatch):
     page = tmp_path / "zoo.md"
-    arguments = ["zoo", "--check", "--output", str(page), "squeezenet1_1", "efficientnet_b0"]
+    arguments = ["zoo", "--check", "--output", str(page), "squeezenet1_1", "efficientnet_b0", "convnext_tiny"]
     assert command_line.main(arguments) == 0
     text = page.read_text()
-    assert "**1 of 2 convert.**" in text
-    assert "| efficientnet_b0 | SiLU has no spiking counterpart (49); multiplies two activations" in text
+    assert "**1 of 3 convert as they are, 1 more on request.**" in text
+    assert re.search(r"\| efficientnet_b0 \|.*\| SiLU, SqueezeExcitation \|", text)
+    assert re.search(r"\| convnext_tiny \| .*LayerNorm has no spiking counterpart \(18\)", text)
     results = json.loads(page.with_suffix(".json").read_text())
-    assert 0 < results["squeezenet1_1"]["share"] < 1e-4
+    assert all(0 < results[name]["share"] < 1e-4 for name in ("squeezenet1_1", "efficientnet_b0"))
     assert results["squeezenet1_1"]["neurons"] > 1e5
-    assert "[2/2] efficientnet_b0" in capsys.readouterr().err
+    assert "[2/3] efficientnet_b0" in capsys.readouterr().err
 
     monkeypatch.setattr(zoo_table, "tried_apart", lambda name: pytest.fail(f"{name} was tried before"))
     assert command_line.main(arguments) == 0

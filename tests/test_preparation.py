@@ -188,9 +188,9 @@ def test_other_activations_become_qcfs_where_asked():
 
 def test_what_replace_refuses():
     conv = nn.Conv2d(3, 3, 1)
-    with pytest.raises(TypeError, match="a set of activation classes"):
+    with pytest.raises(TypeError, match="a set of classes of modules"):
         qcfs_fast.prepare(conv, replace={nn.SiLU: nn.ReLU})
-    with pytest.raises(TypeError, match="a set of activation classes"):
+    with pytest.raises(TypeError, match="a set of classes of modules"):
         qcfs_fast.prepare(conv, replace=nn.SiLU)
     with pytest.raises(ValueError, match="Sigmoid"):
         qcfs_fast.prepare(conv, replace={nn.Sigmoid})

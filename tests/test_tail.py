@@ -93,7 +93,10 @@ def test_predict_stops_by_logits():
 @pytest.mark.parametrize(
     ("tail", "message"),
     [
-        (lambda y: y * torch.sigmoid(y), r"works on the result of sigmoid.*Gates, squeeze-and-excitation"),
+        (
+            lambda y: y * torch.sigmoid(y),
+            r"works on the result of sigmoid.*Remedy for a gate, as that of squeeze-and-excitation",
+        ),
         (lambda y: y.softmax(0), "softmax over dimension 0 takes in the batch"),
         (lambda y: y.squeeze(), r"also squeezes a batch of one image.*name the dimensions"),
     ],

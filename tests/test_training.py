@@ -281,6 +281,8 @@ def test_a_trained_file_goes_round(tmp_path, capsys):
         ("names", "abc", "classes must be 3 different names"),
         ("mean", [0.1, 0.2], "mean must be one number"),
         ("std", [0], "std must be one positive number"),
+        ("replace", "SiLU", "replace must be names"),
+        ("replace", [1], "replace must be names"),
         ("extra", 1, "other fields"),
     ],
 )
@@ -371,6 +373,21 @@ def test_train_then_study(folder, capsys):
     }
 
 
+def test_a_network_is_trained_without_its_gates(folder, capsys):
+    run, net = folder / "run", folder / "net.safetensors"
+    options = ["--network", "mobilenet_v3_small", "--epochs", "1", "--batch", "8", "--size", "32", "--rate", "0.001"]
+    arguments = ["train", str(folder / "data"), *options, "--calibrate", "8", "--output", str(run), "--quiet"]
+    assert main(arguments) == 1
+    assert "replace={SqueezeExcitation}) leaves it out" in capsys.readouterr().err
+    assert main([*arguments, "--replace", "Hardswish", "SqueezeExcitation"]) == 0
+    model, about = load_trained(run / "model.safetensors")
+    assert about.replace == ("Hardswish", "SqueezeExcitation")
+    assert "--replace Hardswish SqueezeExcitation" in about.recipe
+    assert main(["convert", str(run / "model.safetensors"), "--output", str(net)]) == 0
+    x, _ = next(batches(open_data(folder / "data", 32), 5))
+    assert torch.equal(qcfs_fast.load(net)(x), qcfs_fast.convert(model)(x))
+
+
 def test_classes_go_from_train_to_eval(folder, capsys):
     """What train knows stands in its file and in that of convert; folders are numbered by name, before any training."""
     data, run, net = folder / "data", str(folder / "run"), str(folder / "net.safetensors")
@@ -410,6 +427,7 @@ def test_train_refuses(folder, capsys):
         ("--network", "resnet99"): "'resnet99' is no torchvision network",
         ("--threshold", "-1"): "--threshold must be a positive number",
         ("--weights", "DEFAULT"): "has no published weights",
+        ("--replace", "SiLU"): "activations of QCFS alone",
         ("--width", "1", "--rate", "0"): "rate must be a positive number",
     }
     for options, message in cases.items():

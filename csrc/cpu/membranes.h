@@ -42,21 +42,25 @@ inline Int<Isa> add_where(Int<Isa> mask, Int<Isa> a, Int<Isa> b) {
   return Isa::lanes == 16 ? select<Isa>(mask, a + b, a) : a + (mask & b);
 }
 
-// What offset neurons keep of a first run: the least membrane that fired, the largest that did not. Where none fired,
-// or all, that is a limit which no membrane reaches.
+// What offset neurons keep of a first run: the least and the largest membrane before reset, less the threshold, as
+// integers without sign. Those of steps that fired begin at 0, all others lie above them: so the least is of a step
+// that fired if any did, the largest of one that did not.
 template <class Isa>
 struct FirstRun {
-  Int<Isa> least = Int<Isa>{} + INT32_MAX, largest = Int<Isa>{} + INT32_MIN;
+  Unsigned<Isa> least = ~Unsigned<Isa>{}, largest{};
 
-  inline void see(Int<Isa> before_reset, Int<Isa> spike) {
-    least = select<Isa>(spike, before_reset < least ? before_reset : least, least);
-    largest = select<Isa>(spike, largest, before_reset > largest ? before_reset : largest);
+  inline void see(Int<Isa> above_threshold) {
+    const Unsigned<Isa> u = reinterpret_cast<const Unsigned<Isa>&>(above_threshold);
+    least = u < least ? u : least;
+    largest = u > largest ? u : largest;
   }
 
   // The initial potential that mends it, of a run from v0 with threshold n that ends `residual` above v0 - n / 2.
   inline Int<Isa> mended(Int<Isa> v0, Int<Isa> residual, Int<Isa> n) const {
-    const Int<Isa> many = (residual < 0) & (least != INT32_MAX), few = (residual >= n) & (largest != INT32_MIN);
-    const Int<Isa> fewer = wrapped_sum<Isa>(least, 1 - n), more = wrapped_sum<Isa>(n + 1, ~largest);
+    const Int<Isa> fired = reinterpret_cast<const Int<Isa>&>(least),
+                   silent = reinterpret_cast<const Int<Isa>&>(largest);
+    const Int<Isa> many = (residual < 0) & (fired >= 0), few = (residual >= n) & (silent < 0);
+    const Int<Isa> fewer = fired + 1, more = -silent;
     return v0 - (many & select<Isa>(fewer > n, fewer, n)) + (few & select<Isa>(more > n, more, n));
   }
 };
@@ -243,7 +247,7 @@ struct Membranes {
         fire(products);
         break;
       case Mode::masked: {
-        for (std::int64_t t = 0; t < a.neuron.window; ++t) first_step(products, t, [](int, Vector, Vector) {});
+        for (std::int64_t t = 0; t < a.neuron.window; ++t) first_step(products, t, [](int, Vector) {});
         Vectors keep;
         for (int j = 0; j < vectors; ++j) keep[j] = v[j] > 0;
         start();
@@ -259,7 +263,7 @@ struct Membranes {
     }
   }
 
-  // A step of a first run; of vector j see(j, membranes before reset, spikes as 0 or -1).
+  // A step of a first run; of vector j see(j, membranes before reset less the threshold).
   template <typename Products, typename See>
   inline void first_step(const Products& products, std::int64_t t, const See& see) {
     Vectors current;
@@ -267,9 +271,9 @@ struct Membranes {
     for (int j = 0; j < vectors; ++j) v[j] += current[j];
     hold(v);
     for (int j = 0; j < vectors; ++j) {
-      const Vector spike = v[j] >= threshold(j);
-      see(j, v[j], spike);
-      v[j] -= spike & threshold(j);
+      const Vector above = v[j] - threshold(j);
+      see(j, above);
+      v[j] = select<Isa>(above >= 0, above, v[j]);
     }
   }
 
@@ -280,7 +284,7 @@ struct Membranes {
     FirstRun<Isa> run[vectors];
     for (int j = 0; j < vectors; ++j) v0[j] = v[j];
     for (std::int64_t t = 0; t < a.neuron.window; ++t) {
-      first_step(products, t, [&](int j, Vector before, Vector spike) { run[j].see(before, spike); });
+      first_step(products, t, [&](int j, Vector above) { run[j].see(above); });
     }
     for (int j = 0; j < vectors; ++j) {
       const Vector n = threshold(j);
@@ -388,21 +392,22 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
       v[j] = n[j] >> 1;
       if (stateful && a.state != nullptr) v[j] = load_present<Int<Isa>>(a.state + index + j * lanes, present(j));
     }
-    if (offset) {
+    if (offset) {    // v less the threshold in the first run
       FirstRun<Isa> run[vectors];
       Int<Isa> bit = Int<Isa>{} + 1;
       read_residual(0);
+      QCFS_UNROLL
+      for (int j = 0; j < vectors; ++j) v[j] -= n[j];
       for (std::int64_t t = 0; t < window; ++t, bit += bit) {
         integrate(t, bit);
         QCFS_UNROLL
         for (int j = 0; j < vectors; ++j) {
-          const Int<Isa> spike = v[j] >= n[j];
-          run[j].see(v[j], spike);
-          v[j] = add_where<Isa>(spike, v[j], -n[j]);
+          run[j].see(v[j]);
+          v[j] = add_where<Isa>(v[j] >= 0, v[j], -n[j]);
         }
       }
       QCFS_UNROLL
-      for (int j = 0; j < vectors; ++j) v[j] = run[j].mended(n[j] >> 1, v[j], n[j]);
+      for (int j = 0; j < vectors; ++j) v[j] = run[j].mended(n[j] >> 1, v[j] + n[j], n[j]);
     }
     for (std::int64_t t = 0; t < steps;) {
       read_residual(t);
@@ -428,6 +433,19 @@ inline void run_simple(const ConvIf& a, const Neurons& neurons, std::int64_t cha
     if (stateful && a.state_out != nullptr) {
       QCFS_UNROLL
       for (int j = 0; j < vectors; ++j) store_present(a.state_out + index + j * lanes, v[j], present(j));
+    }
+  }
+}
+
+// Asks for the membranes that a stream keeps, ahead of the products: they lie in memory, and what is between two of
+// them is too much for the processor to see what comes.
+inline void prefetch_state(const ConvIf& a, std::int64_t channel, std::int64_t channels, std::int64_t pixel,
+                           std::int64_t pixels) {
+  if (a.state_out == nullptr) return;
+  constexpr std::int64_t line = cache_line / static_cast<std::int64_t>(sizeof(std::int32_t));
+  for (std::int64_t i = pixel; i < pixel + pixels; ++i) {
+    for (std::int64_t c = channel; c < channel + channels; c += line) {
+      __builtin_prefetch(a.state_out + i * a.out_channels + c, 1);
     }
   }
 }

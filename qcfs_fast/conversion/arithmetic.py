@@ -85,10 +85,7 @@ class Arithmetic(Weighted):
         if self._is_constant(x):
             x, factor = factor, x
         if not self._is_constant(factor):
-            raise self.fail(
-                "multiplies two activations, which has no spiking counterpart (attention and "
-                "squeeze-and-excitation cannot be converted)"
-            )
+            raise self.fail(f"multiplies two activations, which has no spiking counterpart. {self._without_gate()}")
         return self._affine(x, factor, 0.0)
 
     def divide(self, x: Any, factor: Any) -> Any:

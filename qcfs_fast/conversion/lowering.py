@@ -226,7 +226,7 @@ class Lowering(Reshaping):
     def _not_the_end(self, value: Answer) -> ConversionError:
         """Why nothing may work on a tail."""
         name = value.steps[-1][0] if value.steps else "squeeze"
-        more = "Gates, squeeze-and-excitation and attention cannot be converted"
+        more = self._without_gate()
         if name == "resize":
             more = "Remedy: mode='nearest' by a whole factor, which spikes can do"
         return self.fail(

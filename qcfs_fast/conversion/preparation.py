@@ -1,4 +1,12 @@
-"""prepare: a ReLU network -> the same network with QCFS activations and average pooling, ready to train."""
+"""prepare: a ReLU network -> the same network with QCFS activations and average pooling, ready to train.
+
+On request, other activations become QCFS as well, and gates are left out. A gate, as that of squeeze-and-excitation,
+multiplies a map by factors that it makes of the map, and no spiking layer multiplies two activations. Networks for
+integer hardware leave them out too: EfficientNet-Lite has no squeeze-and-excitation, and ReLU6 for SiLU
+(tensorflow/tpu, models/official/efficientnet/lite, 2020); MobileNetV3's "minimalistic" form has neither
+squeeze-and-excitation nor hard-swish (tensorflow/models, research/slim/nets/mobilenet); RegNetX is RegNetY without
+squeeze-and-excitation (Radosavovic et al., Designing Network Design Spaces, CVPR 2020).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +24,7 @@ from ..errors import ConversionError
 from ..model.graph import REPLACEABLE, call_sites, layer_rank, owner_path, place_of, relu_ceiling
 from ..model.hooks import made_parameters_kept, refuse_hooks
 from ..model.qcfs import QCFS
-from ..model.tracing import refuse_other_trace, refuse_patched, symbolic_trace, unwrapped
+from ..model.tracing import refuse_no_weights, refuse_other_trace, refuse_patched, symbolic_trace, unwrapped
 from .lowering import lower
 from .shapes import LAST_SHAPE
 from .sizes import ShapeNeededError
@@ -53,9 +61,11 @@ def prepare(
             maximum of the spikes of each step, and agrees with the ANN less).
         check: refuse a network that convert() could not convert (the error names the layer and a remedy), and one of
             which torch.fx traces something else than it computes on a random image.
-        replace: activations that become QCFS besides ReLU, as classes: any of nn.SiLU, nn.Hardswish, nn.GELU,
-            nn.LeakyReLU, nn.ELU and nn.Mish. QCFS has no negative values, which these have, so the network
-            computes something else at first: train it before it is converted.
+        replace: classes of modules to be replaced. Activations, any of nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU,
+            nn.ELU, nn.Mish and nn.PReLU, become QCFS as ReLU does. Gates become nn.Identity: a gate is a module that
+            returns x [N, C, H, W] times factors [N, C, 1, 1] that depend on x, such as
+            torchvision.ops.SqueezeExcitation, and each is tried on random maps. The network then computes something
+            else, and pretrained weights lose their accuracy: train it before it is converted.
 
     Returns:
         A torch.fx.GraphModule with the model's own submodule names, weights and training mode. A QCFS stands at
@@ -63,8 +73,8 @@ def prepare(
         "relu" under the module that makes them.
 
     Raises:
-        ConversionError: the model cannot be traced, has a part without spiking meaning, or calls an activation of
-            `replace` as a function.
+        ConversionError: the model cannot be traced, has a part without spiking meaning, calls an activation of
+            `replace` as a function, or has a module of `replace` that is neither an activation nor a gate.
         TypeError, ValueError: an argument is not of the form or the choices above.
     """
     if not isinstance(model, nn.Module):
@@ -72,14 +82,15 @@ def prepare(
     if max_pool not in MAX_POOL_CHOICES:
         raise ValueError(f"prepare: max_pool must be one of {', '.join(MAX_POOL_CHOICES)}, got {max_pool!r}")
     if isinstance(replace, Mapping | str) or not isinstance(replace, Collection):
-        raise TypeError("prepare: replace must be a set of activation classes, such as {nn.SiLU, nn.GELU}")
-    if others := [c for c in replace if c not in REPLACEABLE]:
+        raise TypeError("prepare: replace must be a set of classes of modules, such as {nn.SiLU, nn.GELU}")
+    if others := [c for c in replace if c not in REPLACEABLE and not _may_be_gate(c)]:
         names = ", ".join(f"nn.{c.__name__}" for c in REPLACEABLE)
-        raise ValueError(f"prepare: replace takes the classes {names}; got {others[0]!r}")
+        raise ValueError(f"prepare: replace takes {names}, and classes of gates, none of torch's; got {others[0]!r}")
     model = unwrapped(model)
+    refuse_no_weights(model)
     with made_parameters_kept(model):
         own = copy.deepcopy(model)
-    _rectify(own, replace)
+    _substitute(own, replace)
     gm = symbolic_trace(own)
     refuse_patched(gm)
     different: ConversionError | None = None  # said behind what lowering finds, which is more precise
@@ -127,17 +138,53 @@ def prepare(
     return gm
 
 
-def _rectify(model: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
-    """Put a ReLU at every place of these activations; it becomes a QCFS as any other ReLU does."""
-    for path, m in list(model.named_modules(remove_duplicate=False)):
-        if type(m) in kinds:
-            refuse_hooks(m, path)
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, nn.ReLU())
+def _substitute(model: nn.Module, kinds: Collection[type[nn.Module]]) -> None:
+    """Put a ReLU, which becomes a QCFS as any other does, in the place of these activations, and nothing in gates'."""
+    for path, parent in list(model.named_modules()):
+        for name, m in list(parent._modules.items()):  # named_children leaves out a module's second place
+            if m is None or type(m) not in kinds:
+                continue
+            place = f"{path}.{name}".lstrip(".")
+            refuse_hooks(m, place)
+            if type(m) not in REPLACEABLE and not _is_gate(m):
+                raise ConversionError(
+                    f"{place}: {type(m).__name__} is named in replace and is no gate. A gate returns its input "
+                    "[N, C, H, W] times factors [N, C, 1, 1] that depend on it, and this module does not, for random "
+                    "maps and weights. Remedy: leave it out of replace, and change the model there"
+                )
+            setattr(parent, name, nn.ReLU() if type(m) in REPLACEABLE else nn.Identity())
+
+
+def _may_be_gate(kind: Any) -> bool:
+    """Whether a class is not one of torch's own, which has layers and no gates."""
+    return isinstance(kind, type) and issubclass(kind, nn.Module) and not kind.__module__.startswith("torch.")
+
+
+def _is_gate(m: nn.Module) -> bool:
+    """Whether a module returns x [N, C, H, W] times factors [N, C, 1, 1] that depend on x.
+
+    Weights are random here, since with trained ones all images may have one factor. The channels that it takes are as
+    many as one of its parameters has rows or columns, or any number.
+    """
+    g = torch.Generator().manual_seed(0)
+    gate = copy.deepcopy(m).cpu().double().eval()
+    for p in gate.parameters():
+        nn.init.uniform_(p, -0.1, 0.1, generator=g)
+    found: list[Tensor] = []
+    for channels in {8, *(size for p in gate.parameters() for size in p.shape)}:
+        x = torch.randn(4, channels, 1, 1, generator=g) + torch.randn(4, channels, 5, 7, generator=g).double()
+        with contextlib.suppress(Exception), torch.no_grad():  # whatever it raises on maps of other channels
+            y = gate(x.clone())
+            found += [(y / x).flatten(2)] if y.shape == x.shape else []
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        return torch.allclose(a, b, rtol=1e-9, atol=0.0)
+
+    return bool(found) and all(same(f, f[..., :1]) and not same(f, f[:1]) for f in found)
 
 
 def _refuse_functions(gm: fx.GraphModule, kinds: Collection[type[nn.Module]]) -> None:
-    functions = {REPLACEABLE[kind]: kind for kind in kinds}
+    functions = {function: kind for kind, function in REPLACEABLE.items() if kind in kinds}
     for node in gm.graph.nodes:
         kind = functions.get(node.target) if node.op == "call_function" else None
         if kind is not None and relu_ceiling(gm, node) is None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..model.graph import call_sites, describe
+from ..model.graph import call_sites, describe, owner_class
 from ..network.layers import INPUT, constant_name
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
@@ -76,6 +76,14 @@ class Symbolic(Sizes):
         self.image: Image | None = None
         self.single: set[str] = set()  # layers whose maps have one pixel, whatever the size of images
         self.constants: dict[Any, Part] = {}  # neurons that always fire, by the maps that they cover
+
+    def _without_gate(self) -> str:
+        """What to do about a product of two activations."""
+        kind = owner_class(self.node) or "its class"
+        return (
+            f"Remedy for a gate, as that of squeeze-and-excitation: prepare(model, replace={{{kind}}}) leaves it out, "
+            "and train then. Attention cannot be converted"
+        )
 
     def _is_constant(self, x: Any) -> bool:
         """Whether a value depends on parameters alone, not on the image."""

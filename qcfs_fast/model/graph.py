@@ -28,6 +28,12 @@ def owner_path(node: fx.Node) -> str:
     return "" if not stack else str(list(stack.values())[-1][0])
 
 
+def owner_class(node: fx.Node) -> str:
+    """Name of that module's class ("" for the root's)."""
+    stack = node.meta.get("nn_module_stack")
+    return "" if not stack else str(getattr(list(stack.values())[-1][1], "__name__", ""))
+
+
 def describe(node: fx.Node) -> str:
     """How an error names a node: its module path, or the function and the module that calls it."""
     if node.op == "call_module":

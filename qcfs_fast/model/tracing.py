@@ -292,10 +292,7 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     """Trace in eval mode (the path inference takes); the result shares the model's parameters."""
     model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    if any(p.is_meta for p in model.parameters()):
-        raise ConversionError(
-            "the model has no weights (meta device). Remedy: model.to_empty(device='cpu'), then load them"
-        )
+    refuse_no_weights(model)
     if isinstance(model, fx.GraphModule):
         if not changes_in_place(model.graph, modules):
             return model
@@ -325,6 +322,13 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     read_results(graph, modules)
     join_cuts(tracer.root, graph)
     return fx.GraphModule(tracer.root, graph)
+
+
+def refuse_no_weights(model: nn.Module) -> None:
+    if any(p.is_meta for p in model.parameters()):
+        raise ConversionError(
+            "the model has no weights (meta device). Remedy: model.to_empty(device='cpu'), then load them"
+        )
 
 
 def refuse_patched(gm: fx.GraphModule) -> None:

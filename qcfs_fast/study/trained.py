@@ -39,10 +39,11 @@ class Trained:
     accuracy: float | None = None  # of the ANN on the test images
     recipe: str = ""  # the command, or the arguments of the training
     names: tuple[str, ...] | None = None  # of the classes, in the order of the outputs
+    replace: tuple[str, ...] | None = None  # classes of modules that were replaced, see prepare
 
     def facts(self) -> dict[str, Any]:
-        """Plain data; without names where there are none, as before files had any."""
-        return {k: v for k, v in asdict(self).items() if k != "names" or v is not None}
+        """Plain data; without `names` and `replace` where there are none, as before files had any."""
+        return {k: v for k, v in asdict(self).items() if k not in ("names", "replace") or v is not None}
 
     def build(self, threshold: float = 8.0) -> nn.Module:
         """The network with random weights, in training mode."""
@@ -50,7 +51,12 @@ class Trained:
             channels, size, _ = self.shape
             return small_network(self.network, self.classes, channels, size, self.levels, threshold, self.width)
         return prepared_torchvision(
-            self.network, self.classes, levels=self.levels, max_pool=self.max_pool, threshold=threshold
+            self.network,
+            self.classes,
+            levels=self.levels,
+            max_pool=self.max_pool,
+            threshold=threshold,
+            replace=self.replace,
         ).train()
 
 
@@ -109,6 +115,8 @@ def _check(about: Trained) -> None:
         checked_numbers(name, getattr(about, name), about.shape[0])
     if not isinstance(about.network, str) or not re.fullmatch(r"[\w-]+", about.network):
         raise ValueError(f"network must be a name, got {about.network!r}")
+    if not isinstance(about.replace, tuple | None) or not all(isinstance(n, str) for n in about.replace or ()):
+        raise ValueError(f"replace must be names of classes, got {about.replace!r}")
 
 
 def load_trained(path: Path) -> tuple[nn.Module, Trained]:

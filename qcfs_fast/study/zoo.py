@@ -21,7 +21,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,19 @@ def torchvision_models() -> Any:
     return importlib.import_module("torchvision").models
 
 
-def classifiers() -> list[str]:
-    """Names of torchvision's image classifiers that convert (those without attention or gates)."""
+def every_classifier() -> list[str]:
+    """Names of torchvision's image classifiers."""
     models = torchvision_models()
+    return sorted(models.list_models(module=models))
+
+
+def classifiers() -> list[str]:
+    """Names of those that convert as they are (without attention or gates)."""
     families = (
         r"(alexnet|vgg\d+(_bn)?|resnet\d+|wide_resnet\d+_2|resnext\d+_\d+x\d+d|squeezenet1_[01]|googlenet|inception_v3"
         r"|regnet_x_\w+|mobilenet_v2|mnasnet\d_\d+|densenet\d+|shufflenet_v2_\w+)"
     )
-    return [n for n in models.list_models(module=models) if re.fullmatch(families, n)]
+    return [n for n in every_classifier() if re.fullmatch(families, n)]
 
 
 def torchvision_network(name: str, classes: int | None = None, weights: str | None = None) -> nn.Module:
@@ -75,8 +80,8 @@ def torchvision_network(name: str, classes: int | None = None, weights: str | No
     if name.startswith("timm:"):
         return timm_network(name.removeprefix("timm:"), classes, weights)
     models = torchvision_models()
-    if name not in classifiers():
-        raise ValueError(f"{name!r} is no torchvision network that converts; known: {', '.join(classifiers())}")
+    if name not in every_classifier():
+        raise ValueError(f"{name!r} is no torchvision network; those that convert: {', '.join(classifiers())}")
     options: dict[str, Any] = {} if weights or classes is None else {"num_classes": classes}
     if name in ("googlenet", "inception_v3") and weights is None:
         options.update(aux_logits=False, init_weights=True)
@@ -99,6 +104,15 @@ def timm_network(name: str, classes: int | None, weights: str | None = None) -> 
     except RuntimeError as error:  # an unknown name
         raise ValueError(f"timm cannot make {name}: {error}") from error
     return network.eval()
+
+
+def classes_named(network: nn.Module, names: Collection[str]) -> set[type[nn.Module]]:
+    """The classes of a network's modules that have these names, as prepare takes them in `replace`."""
+    found = {type(m) for m in network.modules() if type(m).__name__ in names}
+    if missing := set(names) - {kind.__name__ for kind in found}:
+        known = sorted({type(m).__name__ for m in network.modules()})
+        raise ValueError(f"no module of the network is a {min(missing)}; its classes are {', '.join(known)}")
+    return found
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -146,15 +160,20 @@ def prepared_torchvision(
     levels: int = 8,
     max_pool: str = "avg",
     threshold: float = 8.0,
+    replace: Collection[str] | None = None,
 ) -> nn.Module:
-    """A torchvision network with QCFS activations; `state` is of the prepared network, or of the plain one."""
+    """A torchvision network with QCFS activations; `state` is of the prepared network, or of the plain one.
+
+    `replace`: names of classes whose modules are replaced as well, see prepare.
+    """
     if state is not None and classes is None:
         last = [v for v in state.values() if v.dim() in (2, 4)]
         classes = int(last[-1].shape[0]) if last else None
     network = torchvision_network(name, classes, weights)
     if state is not None and not any(k.endswith(".thresh") for k in state):
         network, state = load_state(network, state, f"torchvision's {name}"), None
-    model: nn.Module = prepare(network, levels=levels, threshold=threshold, max_pool=max_pool)
+    kinds = classes_named(network, replace or ())
+    model: nn.Module = prepare(network, levels=levels, threshold=threshold, max_pool=max_pool, replace=kinds)
     if state is not None:
         load_state(model, state, f"prepare({name})")
     return model.eval()

@@ -1,6 +1,9 @@
 """Which classifiers convert, of torchvision all and of timm the families with ReLU: each is tried, and a page says what
 came of it (docs/zoo.md).
 
+One that is refused is tried once more with what the refusal offers: its activations are replaced, and the gates that it
+names are left out. The obstacles on the page are those that remain.
+
 Weights are random, since only the graph matters here: BatchNorm takes its statistics from one batch of noise,
 thresholds are calibrated on another. Each layer of the converted network is then compared with float64 on the same
 spikes (conversion/checking.py). Images are small; no layer depends on their size.
@@ -12,6 +15,7 @@ missing there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -19,7 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +33,15 @@ from torch import nn
 
 from ..conversion.builder import convert
 from ..conversion.checking import layer_differences, share
+from ..conversion.lowering import lower
 from ..conversion.preparation import prepare
 from ..errors import ConversionError
 from ..files import read_json, update_json, write_text_atomically
 from ..model.calibration import calibrate
-from .zoo import timm_network, torchvision_models
+from ..model.graph import REPLACEABLE
+from .zoo import classes_named, every_classifier, torchvision_network
 
-SIDE = {"inception_v3": 96}  # pixels; 64 elsewhere
+SIDES = (64, 96, 224)  # pixels
 MEMORY, MINUTES = 8, 20  # GiB of address space, and time, that a network may take
 _OF_TIMM = """
 resnet10t resnet14t resnet18 resnet18d resnet26 resnet26d resnet26t resnet34 resnet34d resnet50 resnet50c resnet50d
@@ -51,17 +57,12 @@ selecsls42b selecsls60b xception41 legacy_xception hgnet_tiny hgnetv2_b0 tresnet
 nf_resnet50 cspresnet50 darknet53
 """
 IMAGES, T, LEVELS = 2, 4, 4
-_NEVER_LINEAR = ("multiplies two activations", "result of sigmoid", "LayerNorm")  # obstacles of gates and norms
+_NEVER_LINEAR = ("multiplies two activations", "result of sigmoid", "LayerNorm", "group_norm")  # whatever is replaced
 
 
 def of_timm() -> list[str]:
     """timm's families with ReLU, the smaller of each, and some with gates or other activations that say why not."""
     return [f"timm:{name}" for name in _OF_TIMM.split()]
-
-
-def every_classifier() -> list[str]:
-    models = torchvision_models()
-    return sorted(models.list_models(module=models))
 
 
 def tried_apart(name: str) -> dict[str, Any]:
@@ -80,16 +81,13 @@ def tried_apart(name: str) -> dict[str, Any]:
 
 
 def tried(name: str) -> dict[str, Any]:
-    """What came of one network: "share" and "neurons" if it converts, "obstacles" if not."""
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    """What came of one network: "share", "neurons" and what was "replaced" if it converts, "obstacles" if not."""
     torch.manual_seed(0)
-    if name.startswith("timm:"):
-        network = timm_network(name.removeprefix("timm:"), 10)
-    else:
-        network = torchvision_models().get_model(name, weights=None, num_classes=10, **options)
-    side = SIDE.get(name.removeprefix("timm:"), 64)
+    network = torchvision_network(name, 10)
+    side = _side(network)
     try:
-        model = prepare(network.eval(), levels=LEVELS)
+        model, replaced = _prepared(network, side)
+        del network  # it may take half of the memory
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.momentum = None
@@ -110,7 +108,37 @@ def tried(name: str) -> dict[str, Any]:
         "worst": [worst, found[worst].differing / found[worst].compared],
         "neurons": compared // (T * IMAGES),
         "rate": fired / compared,
+        "replaced": replaced,
     }
+
+
+def _side(network: nn.Module) -> int:
+    """Of the smallest images that a network takes."""
+    for side in SIDES:
+        with contextlib.suppress(Exception), torch.no_grad():  # whatever it raises on images that do not fit
+            network(torch.zeros(1, 3, side, side))
+            return side
+    return SIDES[0]
+
+
+def _prepared(network: nn.Module, side: int) -> tuple[nn.Module, list[str]]:
+    """A network as it is, or else with the modules replaced that its refusal offers to replace; and their classes."""
+
+    def prepared(names: Collection[str]) -> nn.Module:
+        model = prepare(network, levels=LEVELS, replace=classes_named(network, names))
+        lower(model, (3, side, side))
+        return model
+
+    try:
+        return prepared(()), []
+    except ConversionError as error:
+        refused = error
+    names = {*re.findall(r"replace={(\w+)}", str(refused))}
+    names |= {type(m).__name__ for m in network.modules() if type(m) in REPLACEABLE}
+    try:
+        return prepared(names), sorted(names)
+    except ConversionError as error:
+        raise (error if error.obstacles else refused) from None
 
 
 def _single(message: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -148,8 +176,23 @@ def check_zoo(page: Path, names: Sequence[str], say: Callable[[str], None]) -> d
 
 def _outcome(result: dict[str, Any]) -> str:
     if "share" in result:
-        return f"converts, {result['share']:.1e} of the spikes differ"
+        on = f" with {', '.join(result['replaced'])} replaced" if result.get("replaced") else ""
+        return f"converts{on}, {result['share']:.1e} of the spikes differ"
     return "; ".join(f"{why} ({n}x)" if n > 1 else why for why, n in result["obstacles"])
+
+
+_TENSORFLOW = "https://github.com/tensorflow"
+_ON_REQUEST = (
+    "`prepare(model, replace={...})` makes QCFS of their activations and leaves their gates out. The spiking network",
+    "agrees with what is left; but that is another network, in which weights that were trained with gates lose their",
+    "accuracy. So train it before it is converted. Networks for integer hardware are made so:",
+    "",
+    "* EfficientNet-Lite has no squeeze-and-excitation, and ReLU6 for SiLU",
+    f"  ([Google, 2020]({_TENSORFLOW}/tpu/tree/master/models/official/efficientnet/lite)).",
+    "* The minimalistic MobileNetV3 has neither squeeze-and-excitation nor hard-swish",
+    f"  ([Google, 2019]({_TENSORFLOW}/models/tree/master/research/slim/nets/mobilenet)).",
+    "* RegNetX is RegNetY without squeeze-and-excitation ([Radosavovic et al., 2020](https://arxiv.org/abs/2003.13678)).",
+)
 
 
 def _page(results: dict[str, Any]) -> str:
@@ -158,7 +201,8 @@ def _page(results: dict[str, Any]) -> str:
         "# Classifiers of torchvision and timm",
         "",
         "`qcfs-fast zoo --check --timm` wrote this page. Weights are random, thresholds calibrated,",
-        f"L = {LEVELS}, T = {T}, {IMAGES} images of noise, 64x64 pixels (inception_v3: 96x96).",
+        f"L = {LEVELS}, T = {T}, {IMAGES} images of noise of {SIDES[0]} pixels a side, or {SIDES[1]} or {SIDES[2]} "
+        "where they must be larger.",
         "Each layer is compared with float64 on the same spikes: the share is of all spikes, that of the worst layer",
         f"of its own. A network may take {MINUTES} minutes and {MEMORY} GiB.",
     ]
@@ -171,26 +215,42 @@ def _page(results: dict[str, Any]) -> str:
 
 
 def _section(library: str, results: dict[str, Any], missing: Sequence[str]) -> list[str]:
-    good = {name: r for name, r in results.items() if "share" in r}
-    lines = [
-        *("", f"## {library}", "", f"**{len(good)} of {len(results)} convert.**", ""),
-        "| network | neurons | firing rate | differing spikes | worst layer |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
-    for name, r in good.items():
-        layer, most = r["worst"]
-        worst = f"{layer} {most:.0e}" if most else ""
-        lines.append(f"| {name} | {r['neurons']} | {r['rate']:.2f} | {r['share']:.1e} | {worst} |")
-    bad = {name: r["obstacles"] for name, r in results.items() if name not in good}
+    good = {name: r for name, r in results.items() if "share" in r and not r.get("replaced")}
+    asked = {name: r for name, r in results.items() if r.get("replaced")}
+    bad = {name: r["obstacles"] for name, r in results.items() if "share" not in r}
+    more = f" as they are, {len(asked)} more on request" if asked else ""
+    lines = ["", f"## {library}", "", f"**{len(good)} of {len(results)} convert{more}.**", "", *_table(good)]
+    if asked:
+        lines += ["", f"### Those of {library} that convert on request", "", *_ON_REQUEST, "", *_table(asked)]
     if bad:
         barred = sum(any(word in why for why, _ in reasons for word in _NEVER_LINEAR) for reasons in bad.values())
         count = f"All {len(bad)}" if barred == len(bad) else f"{barred} of the {len(bad)}"
         lines += ["", f"### Those of {library} that do not", ""]
-        lines += [f"{count} multiply activations by gates or normalise each image by itself (squeeze-and-excitation,"]
-        lines += ["LayerNorm), which has no exact conversion, whatever else is replaced.", ""]
-        lines += ["| network | why: obstacle (how often) |", "| --- | --- |"]
+        lines += [
+            f"{count} multiply activations by each other or normalise each image by itself (attention, LayerNorm),",
+            "which has no exact conversion, whatever is replaced. LayerNorm and GroupNorm are not replaced on request:",
+            "BatchNorm in their place has statistics of training data, which only a training can give.",
+            "",
+            "| network | why, with all replaced that can be: obstacle (how often) |",
+            "| --- | --- |",
+        ]
         lines += [f"| {name} | {'; '.join(f'{why} ({n})' for why, n in reasons)} |" for name, reasons in bad.items()]
     return lines + (["", f"Not tried: {', '.join(missing)}."] if missing else [])
+
+
+def _table(results: dict[str, Any]) -> list[str]:
+    head, rule = (
+        "| network | neurons | firing rate | differing spikes | worst layer |",
+        "| --- | ---: | ---: | ---: | --- |",
+    )
+    on_request = any(r.get("replaced") for r in results.values())
+    lines = [f"{head} replaced |", f"{rule} --- |"] if on_request else [head, rule]
+    for name, r in results.items():
+        layer, most = r["worst"]
+        worst = f"{layer} {most:.0e}" if most else ""
+        replaced = f" {', '.join(r['replaced'])} |" if on_request else ""
+        lines.append(f"| {name} | {r['neurons']} | {r['rate']:.2f} | {r['share']:.1e} | {worst} |{replaced}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -231,19 +231,6 @@ inline bool holds_output(const DenseLayer& layer, std::int64_t q0) {
   return c < layer.a->out_w || c + Block::rows > layer.plane_w;
 }
 
-// Asks for the membranes that a stream keeps, ahead of the block's products: a row of them is too short for the
-// processor to see what comes. Positions in the padding make a few of these requests useless.
-template <class Isa>
-inline void prefetch_state(const DenseLayer& layer, std::int64_t channel, std::int64_t sample, std::int64_t q0) {
-  const ConvIf& a = *layer.a;
-  if (a.state_out == nullptr) return;
-  const std::int64_t pixel = pixel_at(layer, sample, q0);
-  const std::int64_t left = a.batch * a.out_h * a.out_w - pixel;
-  for (std::int64_t i = 0; i < smaller(left, std::int64_t{Isa::DenseBlock::rows}); ++i) {
-    __builtin_prefetch(a.state_out + (pixel + i) * a.out_channels + channel, 1);
-  }
-}
-
 template <class Isa>
 std::size_t fire_dense_workspace(const DenseLayer& layer, std::int64_t blocks) {
   const std::int64_t kept = layer.chunks > 1 ? blocks : 1;
@@ -279,7 +266,9 @@ void fire_dense(const DenseLayer& layer, const DenseTile& tile, void* workspace)
         }
       }
       if (c + 1 == layer.chunks) {
-        prefetch_state<Isa>(layer, tile.panel * panel_channels, layer.wave.sample0 + sample, q0);
+        const std::int64_t pixel = pixel_at(layer, layer.wave.sample0 + sample, q0);
+        const std::int64_t left = a.batch * a.out_h * a.out_w - pixel;    // positions in padding have no pixel
+        prefetch_state(a, tile.panel * panel_channels, width, pixel, smaller(left, Block::rows));
       }
       for (std::int64_t t = 0; t < a.steps; ++t) {
         Block::multiply(segments, count, sample, t, q0, positions - q0, used, packed, sums + t * block_sums<Isa>,

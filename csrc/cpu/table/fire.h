@@ -249,6 +249,8 @@ void fire_table(const TableLayer& layer, const RowSpan& span, void* workspace) {
     }
     for (std::int64_t col0 = 0; col0 < a.out_w; col0 += columns) {
       const std::int64_t col1 = smaller(a.out_w, col0 + columns);
+      const std::int64_t pixel = (span.sample * a.out_h + row) * a.out_w + col0;
+      prefetch_state(a, 0, a.out_channels, pixel, col1 - col0);
       for (int i = 0; i < a.product_count; ++i) {
         const TableProduct& t = layer.product[i];
         if (t.sum_bytes == 2) {
@@ -257,7 +259,6 @@ void fire_table(const TableLayer& layer, const RowSpan& span, void* workspace) {
           add_table<Isa, Int<Isa>>(a, a.products[i], t, lists[i], col0, col1, 0, i == 0, sums);
         }
       }
-      const std::int64_t pixel = (span.sample * a.out_h + row) * a.out_w + col0;
       std::int64_t channel = fire_table_channels<Isa, 4, true>(layer, 0, pixel, col1 - col0, sums);
       channel = fire_table_channels<Isa, 2, true>(layer, channel, pixel, col1 - col0, sums);
       channel = fire_table_channels<Isa, 1, true>(layer, channel, pixel, col1 - col0, sums);

@@ -37,7 +37,7 @@ from ..demo import DigitsNet
 from ..networks import SMALL, small_network
 from ..spikes import count_differing, mean_rate
 from ..zoo import torchvision_network
-from .contenders import DTYPES, Contenders, activations, channels_last, count_differences, quantised
+from .contenders import DTYPES, PLAIN, STREAM, Contenders, activations, channels_last, count_differences, quantised
 from .measure import Effort, allocated_bytes, describe_error, interleaved, live_bytes, share_outside
 
 TARGET_RATE, MIN_RATE, MAX_RATE = 0.169, 0.08, 0.18  # mean firing rate; at T = 1 random networks fire at half of it
@@ -57,7 +57,7 @@ BATCHES = (1, 8, 32, 128)
 STEPS = (1, 2, 4, 8, 16)
 LATENCY_ROUNDS = 200  # at batch 1, where percentiles are asked for; only of what is fast enough for the effort
 OURS = {  # neuron and weight bits of our networks; that of sum mode is an integer ANN, for T up to what its bytes hold
-    "qcfs_fast 16-bit": ("plain", 16),
+    PLAIN: ("plain", 16),
     "qcfs_fast 8-bit": ("plain", 8),
     "qcfs_fast 24-bit": ("plain", 24),
     "qcfs_fast offset 16-bit": ("offset", 16),
@@ -169,7 +169,7 @@ class NetworkCases:
 
     def ours(self, batch: int, T: int) -> Callable[[], Tensor]:
         """The call of the 16-bit network alone."""
-        snn = copy.deepcopy(self.snns["qcfs_fast 16-bit"]).to(self.device)
+        snn = copy.deepcopy(self.snns[PLAIN]).to(self.device)
         images = torch.rand(batch, *self.shape).to(self.device)
         return lambda: snn(images, T)
 
@@ -195,7 +195,7 @@ class NetworkCases:
         anns: dict[str, float] = {}
         loops: dict[str, float] = {}
         for T in steps:
-            spikes = trace(self.snns["qcfs_fast 16-bit"], images[:2], T)
+            spikes = trace(self.snns[PLAIN], images[:2], T)
             rate = mean_rate(spikes)
             if not MIN_RATE <= rate <= MAX_RATE:
                 raise AssertionError(f"{self.label}, T={T}: firing rate {rate:.1%} is not in 8 to 18 %")
@@ -220,8 +220,8 @@ class NetworkCases:
                 "T": T,
                 "firing rate": rate,
                 "check": checks,
-                "live bytes": live_bytes(self.snns["qcfs_fast 16-bit"], images, T),
-                **spiking_macs(self.snns["qcfs_fast 16-bit"], images, T),
+                "live bytes": live_bytes(self.snns[PLAIN], images, T),
+                **spiking_macs(self.snns[PLAIN], images, T),
                 "contenders": {**rows, **{n: {"error": e} for n, e in peers.errors.items() if only in n}},
             }
             gc.collect()
@@ -237,9 +237,11 @@ class NetworkCases:
             for name, (neuron, bits) in OURS.items()
             if bits > 8 and neuron != "sum"
         }
-        spikes = trace(self.snns["qcfs_fast 16-bit"], images, T)
+        spikes = trace(self.snns[PLAIN], images, T)
         levels = quantised(self.model, images)
         logits: dict[str, Tensor] = {}
+        for restart in peers.restart_streams:
+            restart()
         for name, call in list(peers.calls.items()):
             try:
                 out = logits[name] = call(T).float().cpu()
@@ -248,9 +250,10 @@ class NetworkCases:
                 del peers.calls[name]
                 continue
             eager = name.removesuffix(" compiled")
-            if name.startswith("qcfs_fast") and self.device.type == "cuda":
-                if not torch.equal(out, self.snns[name.rsplit(" ", 1)[0]](images, T)):
-                    raise AssertionError(f"{name}: differs from the CPU kernels")
+            if name.startswith(STREAM) or (name.startswith("qcfs_fast") and self.device.type == "cuda"):
+                own = PLAIN if name.startswith(STREAM) else name.rsplit(" ", 1)[0]
+                if not torch.equal(out, self.snns[own](images, T)):
+                    raise AssertionError(f"{name}: differs from {own} on the CPU")
                 continue
             if name in peers.networks and "ReLU" not in name:
                 wanted = levels if name.startswith("ANN") else spikes

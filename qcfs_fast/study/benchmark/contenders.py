@@ -1,7 +1,8 @@
 """The contenders of a comparison: one network, with the same weights and thresholds, run in every usual way.
 
     qcfs_fast       the converted network with weights of 8, 16 and 24 bits, with offset neurons, and as an integer ANN;
-                    on a GPU once per backend that can run
+                    as a stream, each call of which goes on from the membranes of the one before (as far as max_T
+                    allows); on a GPU once per backend that can run
     ANN             the network itself, one pass. Once with its QCFS activation, and once with ReLU in its place, which
                     is cheaper and is what a user who wants no spikes would run
     T-loop          the plain simulator: the network with integrate-and-fire neurons, called T times
@@ -28,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ from .measure import describe_error
 Call = Callable[[int], Tensor]
 Make = Callable[[str, Any], nn.Module]  # from a QCFS site's name and module to what stands in its place
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PLAIN, STREAM = "qcfs_fast 16-bit", "qcfs_fast stream 16-bit"
 
 
 class _Qcfs(nn.Module):
@@ -175,6 +177,7 @@ class Contenders:
         self.calls: dict[str, Call] = {}
         self.errors: dict[str, str] = {}
         self.ours: dict[str, SNN] = {}  # on the device; of a GPU's backends none stands out
+        self.restart_streams: list[Callable[[], None]] = []
         self.networks: dict[str, nn.Module] = {}  # float networks with neurons or QCFS, for `count_differences`
         self.images = images
         self.base = folded(model)
@@ -182,7 +185,10 @@ class Contenders:
         self.inputs = {n: images.to(d).contiguous(memory_format=_format(images)) for n, d in DTYPES.items()}
         for name, snn in snns.items():
             for gpu in gpu_backends() if device.type == "cuda" else [None]:
-                self._attempt(name + (f" {gpu}" if gpu else ""), partial(self._ours, name, snn, gpu))
+                where = f" {gpu}" if gpu else ""
+                self._attempt(name + where, partial(self._ours, name, snn, gpu))
+                if name == PLAIN:
+                    self._attempt(STREAM + where, partial(self._stream, name, gpu))
         self.first = next(iter(activations(self.base)))
         for label in DTYPES:
             for name, make in (("ReLU", _relu), ("QCFS", _qcfs)):
@@ -209,7 +215,7 @@ class Contenders:
         if compiled:
             self._attempt(f"{name} compiled", lambda: (make(compiled=True)[0], None))
 
-    # The four ways to run: each returns the call, and the float network to compare with ours (None for ours).
+    # The ways to run: each returns the call, and the float network to compare with ours (None for ours).
 
     def _ours(self, name: str, snn: SNN, gpu: str | None) -> tuple[Call, None]:
         self.ours[name] = placed = copy.deepcopy(snn).to(self.images.device)
@@ -218,6 +224,19 @@ class Contenders:
         def call(T: int) -> Tensor:
             with backend.force(gpu=gpu) if gpu else nullcontext():
                 return placed(images, T)
+
+        return call, None
+
+    def _stream(self, name: str, gpu: str | None) -> tuple[Call, None]:
+        snn, images = self.ours[name], self.images
+        stream = snn.stream()
+        self.restart_streams.append(stream.reset)
+
+        def call(T: int) -> Tensor:
+            if stream.steps + T > snn.max_T:
+                stream.reset()
+            with backend.force(gpu=gpu) if gpu else nullcontext():
+                return cast(Tensor, stream(images, steps=T))
 
         return call, None
 

@@ -95,6 +95,15 @@ def number_classes(data: Dataset, classes: Sequence[str] | None, outputs: int) -
         print(f"qcfs-fast: {printable(about)}", file=sys.stderr)
 
 
+def add_replace(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--replace",
+        nargs="+",
+        metavar="CLASS",
+        help="modules to replace, such as SiLU and SqueezeExcitation: see qcfs_fast.prepare, and train then",
+    )
+
+
 def add_window_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("--window", type=positive, metavar="STEPS", help="steps that offset and masked look ahead")
     made.add_argument("--iterations", type=positive, help="first runs of offset")

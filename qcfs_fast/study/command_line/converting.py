@@ -23,7 +23,7 @@ from ..about_images import checked_classes, checked_numbers, outputs_of
 from ..data import batches, class_folders
 from ..datasets import folder_of, open_data
 from ..trained import load_trained, trained_about
-from .common import add_image_options, add_window_options, asked_neurons, command, positive
+from .common import add_image_options, add_replace, add_window_options, asked_neurons, command, positive
 
 
 def add_convert(commands: Any) -> None:
@@ -49,6 +49,7 @@ def add_convert(commands: Any) -> None:
     )
     c.add_argument("--levels", type=positive, default=8, help="L of the training (default 8)")
     c.add_argument("--max-pool", choices=("avg", "keep"), default="avg", help="see qcfs_fast.prepare")
+    add_replace(c)
     c.add_argument(
         "--calibrate",
         type=Path,
@@ -106,7 +107,7 @@ def _zoo(o: argparse.Namespace) -> int:
         names = zoo.classifiers()
         print(json.dumps(names) if o.json else "\n".join(names))
         return 0
-    every = zoo_table.every_classifier()
+    every = zoo.every_classifier()
     every += zoo_table.of_timm() if o.timm else []
     unknown = [n for n in o.names if n not in every and not n.startswith("timm:")]
     if unknown:
@@ -138,9 +139,9 @@ def _convert(o: argparse.Namespace) -> int:
     neuron = asked_neurons(o, [o.neuron], Neuron())[0]
     source = Path(o.source)
     is_file = source.suffix != "" or source.exists()
-    if is_file and o.checkpoint:
+    if is_file and (o.checkpoint or o.replace):
         raise ValueError(
-            "--checkpoint goes with a torchvision name; a file alone is written by train, or the authors' own"
+            "--checkpoint and --replace go with a torchvision name; a file alone is written by train, or the authors'"
         )
     require_folder_of(o.output)
     about = trained_about(source) if is_file else None
@@ -160,7 +161,7 @@ def _convert(o: argparse.Namespace) -> int:
                 '"random", to try latencies only)'
             )
         classes = o.classes if names is None else len(names)
-        model = zoo.prepared_torchvision(o.source, classes, o.weights, state, o.levels, o.max_pool)
+        model = zoo.prepared_torchvision(o.source, classes, o.weights, state, o.levels, o.max_pool, replace=o.replace)
     if o.calibrate is not None:
         calibrate(model, _calibration_batches(o, 3), progress=not o.quiet)
     size = o.size or (about.shape[-1] if about else 224)

@@ -21,7 +21,7 @@ from ..datasets import NAMED, open_data
 from ..networks import SMALL
 from ..sweep import Plan, Study
 from ..trained import Trained, load_trained, save_trained
-from .common import add_window_options, asked_neurons, command, number_classes, positive, stopped
+from .common import add_replace, add_window_options, asked_neurons, command, number_classes, positive, stopped
 
 
 def add_train(commands: Any) -> None:
@@ -49,6 +49,7 @@ def add_train(commands: Any) -> None:
     c.add_argument("--augment", nargs="*", choices=training.AUGMENTATIONS, help="default: as the paper for this data")
     c.add_argument("--size", type=positive, default=224, help="side of the images of a folder (default 224)")
     c.add_argument("--max-pool", choices=("avg", "keep"), default="avg", help="see qcfs_fast.prepare")
+    add_replace(c)
     c.add_argument("--weights", help="torchvision's own weights to start from, such as DEFAULT (downloads)")
     c.add_argument("--checkpoint", type=Path, help="state_dict to start from, of the ReLU network or the QCFS network")
     c.add_argument("--calibrate", type=positive, metavar="IMAGES", help="set thresholds from so many images first")
@@ -118,16 +119,20 @@ def _about(o: argparse.Namespace, images: Dataset) -> Trained:
         raise ValueError(f"{o.data}: train takes a folder with train/ and val/, or one of {', '.join(NAMED)}")
     if o.network not in SMALL and shape[0] != 3:
         raise ValueError(f"{o.network}: torchvision's networks read three channels, these images have {shape[0]}")
-    given = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in _arguments(o).items() if k in _RECIPE and v]
+    given = [
+        f"--{k.replace('_', '-')} {shlex.join(map(str, v if isinstance(v, list) else [v]))}"
+        for k, v in _arguments(o).items()
+        if k in _RECIPE and v
+    ]
     return Trained(
         o.network, o.data.name, classes, shape, o.levels, o.width, o.max_pool,
         tuple(images.mean) if images.mean else None, tuple(images.std) if images.std else None,
         o.epochs or (300 if named else 120), o.seed, recipe=" ".join(["qcfs-fast train", o.data.name, *given]),
-        names=names,
+        names=names, replace=tuple(o.replace) if o.replace else None,
     )  # fmt: skip
 
 
-_RECIPE = ("network", "levels", "threshold", "width", "epochs", "batch", "rate", "decay", "seed")
+_RECIPE = ("network", "replace", "levels", "threshold", "width", "epochs", "batch", "rate", "decay", "seed")
 
 
 def _augmentations(o: argparse.Namespace, images: Dataset) -> tuple[str, ...]:
@@ -141,13 +146,16 @@ def _start(o: argparse.Namespace, about: Trained) -> torch.nn.Module:
     """The network before its first step."""
     state = zoo.read_state(o.checkpoint) if o.checkpoint else None
     if about.network in SMALL:
-        if o.weights:
-            raise ValueError(f"--weights goes with a torchvision name; {about.network} has no published weights")
+        if o.weights or o.replace:
+            raise ValueError(
+                f"--weights and --replace go with a torchvision name; {about.network} has no published weights, and "
+                "activations of QCFS alone"
+            )
         model = about.build(o.threshold)
         return model if state is None else zoo.load_state(model, state, about.network)
     classes = None if o.weights else about.classes
     model = zoo.prepared_torchvision(
-        about.network, classes, o.weights, state, about.levels, about.max_pool, o.threshold
+        about.network, classes, o.weights, state, about.levels, about.max_pool, o.threshold, about.replace
     ).train()
     outputs = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)][-1].weight.shape[0]
     if outputs != about.classes:
