@@ -191,3 +191,15 @@ def test_flattened_maps_of_different_sizes():
 
     x = torch.rand(2, 3, 8, 8)
     agrees(*converted(Ends(alike, features=14 * 4), x), x)
+
+
+def test_images_of_another_size_that_do_not_fit_are_refused_with_a_remedy():
+    model = qcfs_fast.prepare(Ends(lambda y: y.flatten(1), features=8 * 64), levels=4)
+    qcfs_fast.calibrate(model, [torch.rand(4, 3, 8, 8)], progress=False)
+    snn = qcfs_fast.convert(model, T=4, input_shape=(3, 8, 8))
+    wrong = r"does not fit 1152 input channels.*\[3, 12, 12\].*converted for \[3, 8, 8\].*input_shape=\(3, 12, 12\)"
+    for call in (snn, snn.stream()):
+        with pytest.raises(ValueError, match=wrong):
+            call(torch.rand(2, 3, 12, 12))
+    with pytest.raises(ValueError, match=wrong):
+        snn(torch.rand(4, 2, 3, 12, 12))  # over time
