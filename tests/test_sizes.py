@@ -42,9 +42,9 @@ def test_a_pool_of_the_whole_map_is_one_at_other_sizes(pool, max_pool):
     prepared = qcfs_fast.prepare(model, levels=4, max_pool=max_pool).eval()
     prepared = qcfs_fast.calibrate(prepared, [x], progress=False)
     snn = qcfs_fast.convert(prepared, T=4, neuron="sum", input_shape=(3, 8, 8))
-    for side in (8, 12, 16):
-        x = torch.rand(4, 3, side, side)
-        with contextlib.suppress(ValueError) if side != 8 else contextlib.nullcontext(), torch.no_grad():
+    for height, width in ((8, 8), (12, 12), (16, 16), (8, 12), (12, 8), (9, 11)):
+        x = torch.rand(4, 3, height, width)
+        with contextlib.suppress(ValueError) if height + width > 16 else contextlib.nullcontext(), torch.no_grad():
             torch.testing.assert_close(snn(x), prepared(x), rtol=2e-3, atol=1e-3)
 
 
@@ -53,6 +53,11 @@ PARTS = {
     "factor": lambda y: y * y.shape[2], "over eight": lambda y: y * (8 / y.shape[2]),
     "summand": lambda y: y + y.shape[3] / 8, "crop": lambda y: y[:, :, y.shape[2] - 7 :],
     "largest": lambda y: y.amax((2, 3), keepdim=True) / (y.shape[2] * y.shape[3]),
+    "sum over a square": lambda y: y.sum((2, 3), keepdim=True) / y.shape[2] ** 2,
+    "crop that is negative here": lambda y: y[:, :, : y.shape[2] - 9],
+    "window of another map": lambda y: F.avg_pool2d(F.adaptive_avg_pool2d(y, 8), y.shape[2:]),
+    "window rounded": lambda y: F.avg_pool2d(y, (y.shape[2] // 8 * 8, y.shape[3] // 8 * 8)),
+    "enlarged": lambda y: F.interpolate(F.adaptive_avg_pool2d(y, 4), scale_factor=y.shape[2] // 4),
     "sum over a side": lambda y: y.sum((2, 3), keepdim=True) / y.shape[2],
     "step": lambda y: y[:, :, :: y.shape[2] // 4], "adaptive": lambda y: F.adaptive_avg_pool2d(y, y.shape[2] // 2),
 }  # fmt: skip
@@ -62,7 +67,7 @@ PARTS = {
 def test_a_number_made_of_sizes_is_refused(part):
     model = Net(lambda net, x: net.b(part(torch.relu(net.a(x)))))
     prepared = qcfs_fast.prepare(model, check=False)
-    with pytest.raises(ConversionError, match=r"of (the size of maps|images).*Remedy"):
+    with pytest.raises(ConversionError, match=r"(the size of (another map|maps)|of images|images of another).*Remedy"):
         qcfs_fast.convert(prepared, input_shape=(3, 8, 8))
 
 
@@ -164,8 +169,8 @@ def test_a_computed_size_that_meets_no_other_is_refused(between):
 
 
 def test_square_windows_of_one_side():
-    """A map that is wider than high has several of them."""
-    with pytest.raises(ConversionError, match=r"square windows.*Remedy"):
+    """A map that is wider than high has several of them, or one that is smaller than the map."""
+    with pytest.raises(ConversionError, match=r"as one side of a map is.*Remedy"):
         converted(Squares(), torch.rand(1, 3, 8, 8))
 
 
@@ -177,6 +182,48 @@ class Squares(nn.Module):
     def forward(self, x):
         y = torch.relu(self.a(x))
         return self.out(F.avg_pool2d(y, y.size(3)))
+
+
+TARGETS = {
+    "twice the map": lambda x, y: [2 * y.shape[2], 2 * y.shape[3]],
+    "a square": lambda x, y: (x.shape[2], x.shape[2]),
+}  # fmt: skip
+
+
+class Resized(nn.Module):
+    """A dense output, resized to what `target` makes of the image and of the last map."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.out, self.target = nn.Conv2d(8, 5, 1), target
+
+    def forward(self, x):
+        before = torch.relu(self.a(x))
+        y = torch.relu(self.b(before))
+        size = before.shape[-2:] if self.target is None else self.target(x, y)
+        return F.interpolate(self.out(y), size=size, mode="bilinear")
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_an_output_of_the_images_size_here_and_of_another_one_elsewhere_is_refused(target):
+    with pytest.raises(ConversionError, match=r"neither the image's nor a number.*Remedy"):
+        converted(Resized(target), torch.rand(1, 3, 8, 8))
+
+
+def test_an_output_of_the_size_of_a_map_that_is_as_large_as_the_image():
+    prepared, snn = converted(Resized(None), torch.rand(2, 3, 8, 8))
+    for height, width in ((8, 8), (7, 9), (12, 16)):
+        agrees(prepared, snn, torch.rand(2, 3, height, width))
+
+
+def test_a_constant_that_enlarges_a_map_is_refused():
+    def between(net, x):
+        y = torch.relu(net.a(x))
+        return net.b(y.mean((2, 3), keepdim=True) * net.scale.expand_as(y))
+
+    with pytest.raises(ConversionError, match=r"repeats a value.*Remedy"):
+        converted(Net(between, scale=nn.Parameter(torch.rand(1, 8, 1, 1))), torch.rand(1, 3, 8, 8))
 
 
 def test_flattened_maps_of_different_sizes():

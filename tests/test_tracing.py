@@ -376,6 +376,7 @@ SAID = {  # what a forward does: the words of its refusal
     "a layer made there": (lambda net, x: nn.Conv2d(8, 8, 1)(torch.relu(net.a(x))), "in __init__"),
     "an assignment": (assigned, r"torch\.cat"),
     "a branch by the batch": (lambda net, x: net.a(x) if x.shape[0] > 2 else net.b(x), "in batches of 64"),
+    "a branch by the sides": (lambda net, x: net.a(x) if x.shape[2] == x.shape[3] else net.b(x), "160, 224"),
     "a number of a parameter": (lambda net, x: net.b(net.a(x).relu() * float(net.b.weight.sum())), "leave values"),
     "a script": (lambda net, x: net.b(net.script(x).relu()), r"before torch\.jit\.script"),
     "a type asked for": (lambda net, x: net.b(net.a(x).relu() * (2 if x.dtype == torch.float64 else 1)), "dtype"),
@@ -387,6 +388,14 @@ def test_refusals_name_what_helps(between, words):
     net = Net(between, script=torch.jit.script(nn.Conv2d(3, 8, 3)))
     with pytest.raises(ConversionError, match=words):
         qcfs_fast.prepare(net)
+
+
+def test_a_tensor_kept_on_a_layer_and_inference_mode_are_no_obstacles():
+    net = Net(lambda net, x: net.b(torch.relu(net.a(x))))
+    net.a.last_output, net.counted = torch.rand(3), nn.BatchNorm2d(8)
+    with torch.inference_mode():
+        prepared, snn = converted(net, torch.rand(2, 3, 8, 8))
+    agrees(prepared, snn, torch.rand(2, 3, 8, 8))
 
 
 Pair = namedtuple("Pair", ["logits", "spikes"])
@@ -416,6 +425,7 @@ def test_parts_of_the_readout_are_outputs():
 
 VALUES = {
     "item": lambda net, x: net.b(torch.relu(net.a(x)) * net.a.bias.abs().sum().item()),
+    "a share of channels": lambda net, x: net.part(torch.relu(net.a(x))[:, : int(x.size(dim=1) * 4 / 3)]),
     "a mask": lambda net, x: net.part(torch.relu(net.a(x))[:, net.mask]),
     "precisions": lambda net, x: net.b(torch.relu(net.a(x)).half().double().type_as(x).to(x.dtype).to(x.device)),
 }

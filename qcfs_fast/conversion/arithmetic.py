@@ -196,8 +196,17 @@ class Arithmetic(Weighted):
     def expand(self, x: Any, *sizes: Any) -> Any:
         """A constant as large as a value, which those that take both do by themselves."""
         alone = {"add", "sub", "mul", "div", "truediv"}
-        if not self._is_constant(x) or not all(called(user) in alone for user in self.node.users):
+        read = [(user, n) for user in self.node.users for n in user.all_input_nodes if n.op != "get_attr"]
+        shapes = self.shapes or {}
+        smaller = any(
+            shapes.get(n, shapes.get(user, ()))[1:] != shapes.get(user, ())[1:]
+            for user, n in read
+            if n is not self.node
+        )
+        if smaller or not self._is_constant(x) or not all(called(user) in alone for user in self.node.users):
             raise self.fail("repeats a value, which has no spiking counterpart. Remedy: torch.cat, or F.interpolate")
+        if self.shapes is None:
+            raise self._shape_needed("makes a constant as large as a value whose shape is not known")
         return x
 
     def keep(self, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import fx
 from ..network.tail import OF_NUMBERS, RESIZE_MODES
 from ..operators.geometry import POINTWISE
 from .arithmetic import Arithmetic
-from .sizes import whole
+from .sizes import has_size, whole
 from .symbolic import zeros
 from .values import (
     Answer,
@@ -90,6 +90,8 @@ class Ends(Arithmetic):
             raise self.fail("resizes behind a softmax or the like. Remedy: resize first")
         if answer.dims != 4:
             raise self.fail("resizes what is no map")
+        if has_size(scale) or (scale is not None and self._asks_for_sizes()):
+            raise self.fail("is given a scale_factor that is made of the size of maps. Remedy: size, or a number")
         if scale is not None:
             scale = [float(f) for f in (scale if isinstance(scale, (tuple, list)) else [scale] * 2)]
         elif any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
@@ -97,7 +99,9 @@ class Ends(Arithmetic):
             sizes = list(size) if isinstance(size, (tuple, list)) else [size] * 2
             if image is None or not whole(sizes):
                 raise self._shape_needed("resizes to a size that is not known")
-            if sizes != list(image[-2:]):
+            given = self.node.kwargs.get("size") or self.node.args[1]
+            placeholder = next(n for n in self.gm.graph.nodes if n.op == "placeholder")
+            if sizes != list(image[-2:]) or not self._is_made_of(given, placeholder, tuple):
                 raise self.fail("resizes to a size that is neither the image's nor a number. Remedy: scale_factor")
             size = "image"
         else:

@@ -15,7 +15,7 @@ from ..model.graph import called
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .sizes import has_size, is_rest, shown, whole
-from .spatial import Spatial, parts_mapped, pointwise
+from .spatial import Spatial, pointwise
 from .symbolic import one_current, zeros
 from .values import (
     Current,
@@ -23,13 +23,10 @@ from .values import (
     Image,
     Joined,
     Laid,
-    Product,
     Row,
     Signal,
     Summed,
     composed,
-    dealt,
-    ungrouped,
 )
 
 
@@ -339,27 +336,12 @@ class Reshaping(Spatial):
         )
 
     def summed(self, x: Any) -> Any:
-        """Sums as a vector: of windows as large as the map. A map of another size has none, or several, and these are
-        more features than the layer behind them has.
-        """
+        """Sums as a vector."""
         if not isinstance(x, Summed):
             return x
         if x.kept or len(x.over) < 2:
             raise self._of_sums()
-        current = self._by_taps(self._summand(x.value, "sums pixels of what is no map"))
-        if not pointwise(current):
-            self._spikes_alone(self._sources(current, "is a sum of pixels", 1))
-        window = PoolSpec("avg", x.size, divisor_override=1)
-        pooled = parts_mapped(current, lambda p: replace(p, pools=(*p.pools, window)))
-        return self._as_features(replace(pooled, bias=current.bias * math.prod(x.size)))
-
-    def _as_features(self, x: Current) -> Current:
-        """A current that reads each pixel for itself as a vector: it must have one, or no layer behind it fits."""
-        eye = torch.eye(x.channels, dtype=torch.float64)[:, :, None, None]
-        products = [(p.part, p.weight, p.geometry[8], p.layer) for p in x.products]
-        products += [(*found, "channels") for s in x.identities for found in dealt(eye, 1, s)]
-        found = tuple(Product(p, ungrouped(w, groups), POINTWISE, True, layer) for p, w, groups, layer in products)
-        return Current(x.bias, found, (), True)
+        return self._in_one_window(x.value, PoolSpec("avg", x.size, divisor_override=1))
 
     def amax(self, x: Any, dim: Any = (), keepdim: bool = False) -> Any:
         return self.mean(x, dim, keepdim, "max")
@@ -385,6 +367,8 @@ class Reshaping(Spatial):
             raise self.fail("also squeezes a batch of one image. Remedy: flatten(1), or name the dimensions")
         if isinstance(x, Summed):
             return self._reshaped(x)
+        if isinstance(x, Current) and x.vector:  # of one pixel
+            return x
         rank = len(shape)
         dims = sorted({d % rank for d in (dim if isinstance(dim, (tuple, list)) else [dim])})
         if not dims or dims[0] < 2 or not isinstance(x, Signal | Current | Laid):

@@ -3,7 +3,8 @@
 A size that is not known is a Size, and what is computed with it remains one. A number that is known holds for images of
 one size alone, and the network shall run on others. So an operation that is given such a number is refused, unless it
 is true in all sizes: a pool of the whole map, the mean as a sum over its pixels, or a map that is made as large as
-another one, to which it is added or put beside. These must fit each other, or the network refuses the image.
+another one, to which it is added or put beside. These must fit each other, or the network refuses the image. Whether a
+number is the size of a map, and not only equal to it here, is seen where it is computed again for other sides.
 
 A network of lines, [N, C, L], is one of maps that are one pixel high: where a model names one number, that of the
 height is added here.
@@ -13,18 +14,22 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ConversionError
 from ..model.graph import called, place_of, reads_lines
 from ..model.inplace import is_number
+from ..model.qcfs import is_qcfs
 from .shapes import Shapes
 
+_SIDES = (1009, 1013)  # of a map of any size: primes, which little else makes
 _FLATTENING = ("flatten", "view", "reshape", "squeeze", "size", "getattr")  # the last two ask for sizes
+_KEEPING = ("relu", "add", "sub", "mul", "truediv", "div", "neg", "cat", "contiguous", "clone", "dropout", "dropout2d")
 
 
 class ShapeNeededError(ConversionError):
@@ -131,7 +136,8 @@ class Sizes:
         if called(node) in ("expand", "expand_as"):  # a constant, which fits maps of all sizes
             return False
         if _asks_for_shape(node):
-            return node.target is getattr or len(node.args) < 2 or self._is_of_pixels(source, node.args[1])
+            dims = (*node.args[1:], *node.kwargs.values())
+            return node.target is getattr or not dims or self._is_of_pixels(source, dims[0])
         if node.target is operator.getitem and _asks_for_shape(source) and source in self.sized:
             return self._is_of_pixels(source.all_input_nodes[0], node.args[1])
         return not self.sized.isdisjoint(node.all_input_nodes)
@@ -144,6 +150,53 @@ class Sizes:
     def _asks_for_sizes(self) -> bool:
         """Whether an argument of the node being executed holds for images of one size alone."""
         return not self.sized.isdisjoint(self.node.all_input_nodes)
+
+    def _is_as_large(self, x: fx.Node, y: fx.Node) -> bool:
+        """Whether two maps have one size in images of all sizes, because what lies between them keeps it."""
+        return self._first_as_large(x) is self._first_as_large(y)
+
+    def _first_as_large(self, node: fx.Node) -> fx.Node:
+        """The first of the maps that a node was made of without a change of their size."""
+        shapes = self.shapes or {}
+        while self._keeps_size(node):
+            same = [n for n in node.all_input_nodes if shapes.get(n, ())[1:] == shapes.get(node, ())[1:]]
+            if not same:
+                break
+            node = same[0]
+        return node
+
+    def _keeps_size(self, node: fx.Node) -> bool:
+        """Whether a node keeps the size of all maps if it keeps that of one."""
+        if node.op != "call_module":
+            return called(node) in _KEEPING
+        m: Any = self.gm.get_submodule(str(node.target))
+        if hasattr(m, "stride"):
+            return m.stride in (1, (1,), (1, 1))
+        return is_qcfs(m) or isinstance(
+            m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.Identity)
+        )
+
+    def _is_made_of(self, numbers: Any, source: fx.Node, wanted: Callable[..., Any]) -> bool:
+        """Whether numbers are `wanted(sides)` of the map `source` in images of all sizes."""
+        sides = _SIDES[-1:] if self.line else _SIDES
+
+        def again(n: fx.Node) -> Any:
+            if _asks_for_shape(n):
+                channels = (self.shapes or {})[n.all_input_nodes[0]][: -len(sides)]
+                if len(channels) != 1 or not self._is_as_large(source, n.all_input_nodes[0]):
+                    raise LookupError("the size of another map")
+                shape, dims = torch.Size([1, *channels, *sides]), (*n.args[1:], *n.kwargs.values())
+                return shape if n.op == "call_function" or not dims else shape[cast(int, dims[0])]
+            args, kwargs = fx.node.map_arg((n.args, n.kwargs), again)
+            if n.op == "call_method":
+                return getattr(args[0], str(n.target))(*args[1:], **kwargs)
+            return cast(Any, n.target)(*args, **kwargs)
+
+        try:
+            found = fx.node.map_arg(numbers, again)
+        except Exception:  # whatever arithmetic raises on other numbers
+            return False
+        return bool(found == wanted(sides) or (isinstance(found, (tuple, list)) and tuple(found) == wanted(sides)))
 
     @staticmethod
     def _asked(numbers: Sequence[fx.Node]) -> set[fx.Node]:
@@ -159,29 +212,10 @@ class Sizes:
 
     def _is_mean(self, node: fx.Node) -> bool:
         """Whether a node divides the sum of a map's pixels by how many that map has."""
-        summed, *sizes = node.all_input_nodes
-        source, by = summed, node.args[-1]
-        divisor = self.values.get(by) if isinstance(by, fx.Node) else None
+        source = summed = node.all_input_nodes[0]
         while called(source) == "sum":
             source = source.all_input_nodes[0]
-        pixels = (self.shapes or {}).get(source, ())[1:]
-        return source is not summed and self._asked(sizes) == {source} and bool(divisor == math.prod(pixels))
-
-    def _is_whole_map(self, kernel: tuple[int, int], asked: Any) -> bool:
-        """Whether a pool takes maps as a whole because it was told their size (F.avg_pool2d(x, x.size(3)))."""
-        if not self._asks_for_sizes():
-            return False
-        if kernel != self._map_size(None):
-            raise self.fail(
-                "pools windows that are made of the size of maps, and not the whole map. Remedy: write their size as a "
-                "number, or AdaptiveAvgPool2d"
-            )
-        if isinstance(asked, int) and not self.line and not self._is_flattened():
-            raise self.fail(
-                "pools square windows that are made of one side of a map, of which wider maps have several. Remedy: "
-                "AdaptiveAvgPool2d(1), or flatten its result"
-            )
-        return True
+        return source is not summed and self._is_made_of(node.args[-1], source, math.prod)
 
     def _is_flattened(self) -> bool:
         """Whether the node being executed is flattened next, so that a layer behind it takes one size alone."""

@@ -20,7 +20,7 @@ from ..network.schema import Geometry
 from ..operators.geometry import POINTWISE
 from ..operators.windows import BORDERS, PoolSpec
 from .ends import Ends
-from .sizes import whole
+from .sizes import has_size, whole
 from .symbolic import float64, zeros
 from .values import (
     Answer,
@@ -31,6 +31,8 @@ from .values import (
     Signal,
     composable,
     composed,
+    dealt,
+    ungrouped,
 )
 
 
@@ -108,6 +110,49 @@ class Spatial(Ends):
             spec = replace(spec, size=self._map_size(None))
         return replace(part, pools=(*part.pools, spec))
 
+    def _whole_map(self, x: Any, kind: str, kernel: tuple[int, int], plain: bool) -> Signal | Current:
+        """A pool whose window is made of the size of maps, as in F.avg_pool2d(x, x.size(3)): of the whole map.
+
+        `plain`: it has no padding and no divisor of its own.
+        """
+        node = self.node
+        if kernel != self._map_size(None) or not plain:
+            raise self.fail(
+                "pools windows that are made of the size of maps, and not the whole map. Remedy: write their size as a "
+                "number, or AdaptiveAvgPool2d"
+            )
+        asked = node.args[1] if len(node.args) > 1 else node.kwargs["kernel_size"]
+        alone = self.line and self._is_made_of(asked, node.all_input_nodes[0], lambda sides: sides[0])
+        if alone or self._is_made_of(asked, node.all_input_nodes[0], tuple):
+            return self._pooled(x, PoolSpec(kind, output=(1, 1)))
+        if not self._is_flattened():
+            raise self.fail(
+                "pools windows that are as large as this map, and in images of another shape may be smaller, as one "
+                "side of a map is. Remedy: AdaptiveAvgPool2d(1), or flatten its result"
+            )
+        return self._in_one_window(x, PoolSpec(kind, kernel))
+
+    def _in_one_window(self, x: Any, spec: PoolSpec) -> Current:
+        """Pools of windows as large as the map, as a vector. A map of another size has none, or several, and these are
+        more features than are read of them.
+        """
+        if spec.kind == "max":
+            return self._as_features(self._summand(self._pooled(x, spec), ""))
+        current = self._by_taps(self._summand(x, "sums pixels of what is no map"))
+        if not pointwise(current):
+            self._spikes_alone(self._sources(current, "is a sum of pixels", 1))
+        pixels = math.prod(spec.kernel or ())
+        pooled = parts_mapped(current, lambda p: replace(p, pools=(*p.pools, spec)))
+        return self._as_features(replace(pooled, bias=current.bias * (pixels / (spec.divisor_override or pixels))))
+
+    def _as_features(self, x: Current) -> Current:
+        """A current that reads each pixel for itself as a vector: it must have one, or no layer behind it fits."""
+        eye = torch.eye(x.channels, dtype=torch.float64)[:, :, None, None]
+        products = [(p.part, p.weight, p.geometry[8], p.layer) for p in x.products]
+        products += [(*found, "channels") for s in x.identities for found in dealt(eye, 1, s)]
+        found = tuple(Product(p, ungrouped(w, groups), POINTWISE, True, layer) for p, w, groups, layer in products)
+        return Current(x.bias, found, (), True)
+
     def avg_pool(
         self,
         x: Any,
@@ -119,8 +164,8 @@ class Spatial(Ends):
         divisor_override: int | None = None,
     ) -> Signal | Current:
         kernel, padding = self._pair(kernel_size, 1), self._pair(padding, 0)
-        if self._is_whole_map(kernel, kernel_size):
-            return self._pooled(x, PoolSpec("avg", output=(1, 1)))
+        if self._asks_for_sizes():
+            return self._whole_map(x, "avg", kernel, padding == (0, 0) and divisor_override is None)
         stride = self._pair(stride, 1) if stride else kernel
         if kernel == (1, 1) == (divisor_override or 1, 1) and padding == (0, 0):
             return self._strided(x, stride)
@@ -150,8 +195,8 @@ class Spatial(Ends):
         if return_indices or self._pair(dilation, 1) != (1, 1):
             raise self.fail(_PLAIN_MAX)
         kernel, padding = self._pair(kernel_size, 1), self._pair(padding, 0)
-        if self._is_whole_map(kernel, kernel_size):
-            return self._pooled(x, PoolSpec("max", output=(1, 1)))
+        if self._asks_for_sizes():
+            return self._whole_map(x, "max", kernel, padding == (0, 0))
         stride = self._pair(stride, 1) if stride else kernel
         if kernel == (1, 1) and padding == (0, 0):
             return self._strided(x, stride)
@@ -218,7 +263,8 @@ class Spatial(Ends):
         crops, strides = [], []
         index: Any = self.node.args[1]
         asked = [s for s in index if isinstance(s, slice)] if self._asks_for_sizes() else []
-        if not self.sized.isdisjoint(n for s in asked for n in (s.start, s.step) if isinstance(n, fx.Node)):
+        known = {n: self.values[n] for n in self.sized.intersection(self.node.all_input_nodes)}
+        if any(n in known for s in asked for n in (s.start, s.step)) or any(known.get(s.stop, 0) < 0 for s in asked):
             raise self.fail(
                 "cuts pixels from a place, or at a distance, that is made of the size of maps. Remedy: write a number"
             )
@@ -266,18 +312,17 @@ class Spatial(Ends):
             return self._resized(x, mode, size, scale_factor, align_corners)
         mode = "nearest" if everywhere else mode
         factors: list[Any] = []
+        if computed and has_size((scale_factor, size, self._map_size(x))):
+            raise self._shape_needed("resizes to a size that is not known")
+        if computed and not self._meets_others():
+            raise self.fail(
+                "resizes to the size of another map, and is put beside none of that size: the factor holds for one "
+                "size of images alone. Remedy: a number as scale_factor"
+            )
         if scale_factor is not None:
             factors = [*scale_factor] if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
         elif computed:
-            own, wanted = self._map_size(x), self._pair(size, 1)
-            if not whole(own):
-                raise self._shape_needed("resizes to a size that is not known")
-            if not self._meets_others():
-                raise self.fail(
-                    "resizes to the size of another map, and is put beside none of that size: the factor holds for one "
-                    "size of images alone. Remedy: scale_factor"
-                )
-            factors = [w / n for w, n in zip(wanted, own, strict=True)]
+            factors = [w / n for w, n in zip(self._pair(size, 1), self._map_size(x), strict=True)]
         factors[:1] = [1] if self.line and factors else factors[:1]
         known = linear or mode in ("nearest", "nearest-exact")
         if not known or antialias or len(factors) != 2 or any(f < 1 or f != int(f) for f in factors):

@@ -19,6 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..errors import ConversionError
 
+_TENSORS = {"weight", "bias", "running_mean", "running_var"}  # that layers of torch compute with
+
 
 def wrapped(m: nn.Module) -> nn.Module | None:
     """The network inside of what runs it on several devices, compiled, or as an average over the training."""
@@ -60,7 +62,7 @@ def refuse_hooks(module: nn.Module, name: str) -> None:
             "not run. Remedy: remove them (handle.remove()) before it is converted"
         )
     made = {makes_parameter(hook) for hook in module._forward_pre_hooks.values()}
-    loose = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor) and key not in made]
+    loose = [key for key in sorted(_TENSORS - made) if isinstance(vars(module).get(key), torch.Tensor)]
     if loose and type(module).__module__.partition(".")[0] == "torch":
         raise ConversionError(
             f"{name}: its {loose[0]} is a tensor that is neither a parameter nor a buffer, which PyTorch does not save "

@@ -75,7 +75,7 @@ class Proxy(fx.Proxy):
         return int(self.tracer.number(self.node, operator.index))
 
     def __int__(self) -> int:
-        return self.__index__()
+        return int(self.tracer.number(self.node, int))
 
     def __float__(self) -> float:
         return float(self.tracer.number(self.node, float))
@@ -184,6 +184,8 @@ def _usual_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     for c in channels:
         for side in (224, 32, 28, 97, 512, 64, 128, 256, 300, 1024):
             yield (c, side) if isinstance(first, nn.Conv1d) else (c, side, side)
+        if not isinstance(first, nn.Conv1d):
+            yield from ((c, 160, 224), (c, 224, 160))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -244,13 +246,13 @@ def refuse_other_trace(model: nn.Module, gm: fx.GraphModule, shape: Sequence[int
 @contextlib.contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Buffers that a forward changes, as one that counts its calls does, are put back."""
-    before = [(t, t._version, t.clone()) for t in model.buffers()]
+    before = [(t, None if t.is_inference() else t._version, t.clone()) for t in model.buffers()]
     try:
         yield
     finally:
         with torch.no_grad():
             for t, version, value in before:
-                if t._version != version:
+                if not torch.equal(t, value) if version is None else t._version != version:
                     t.copy_(value)
 
 
