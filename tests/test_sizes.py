@@ -56,6 +56,7 @@ PARTS = {
     "sum over a square": lambda y: y.sum((2, 3), keepdim=True) / y.shape[2] ** 2,
     "crop that is negative here": lambda y: y[:, :, : y.shape[2] - 9],
     "window of another map": lambda y: F.avg_pool2d(F.adaptive_avg_pool2d(y, 8), y.shape[2:]),
+    "window of half the map before": lambda y: F.avg_pool2d(y[:, :, ::2, ::2], y.shape[2] // 2),
     "window rounded": lambda y: F.avg_pool2d(y, (y.shape[2] // 8 * 8, y.shape[3] // 8 * 8)),
     "enlarged": lambda y: F.interpolate(F.adaptive_avg_pool2d(y, 4), scale_factor=y.shape[2] // 4),
     "sum over a side": lambda y: y.sum((2, 3), keepdim=True) / y.shape[2],

@@ -25,11 +25,15 @@ from ..errors import ConversionError
 from ..model.graph import called, place_of, reads_lines
 from ..model.inplace import is_number
 from ..model.qcfs import is_qcfs
+from ..model.tracing import is_normalize
 from .shapes import Shapes
 
 _SIDES = (1009, 1013)  # of a map of any size: primes, which little else makes
 _FLATTENING = ("flatten", "view", "reshape", "squeeze", "size", "getattr")  # the last two ask for sizes
-_KEEPING = ("relu", "add", "sub", "mul", "truediv", "div", "neg", "cat", "contiguous", "clone", "dropout", "dropout2d")
+_KEEPING = (
+    *("relu", "add", "sub", "mul", "truediv", "div", "neg", "cat", "batch_norm", "dropout", "dropout2d"),
+    *("contiguous", "clone", "detach", "float", "to"),
+)
 
 
 class ShapeNeededError(ConversionError):
@@ -172,9 +176,8 @@ class Sizes:
         m: Any = self.gm.get_submodule(str(node.target))
         if hasattr(m, "stride"):
             return m.stride in (1, (1,), (1, 1))
-        return is_qcfs(m) or isinstance(
-            m, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.Identity)
-        )
+        kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.Identity)
+        return is_qcfs(m) or is_normalize(m) or isinstance(m, kinds)
 
     def _is_made_of(self, numbers: Any, source: fx.Node, wanted: Callable[..., Any]) -> bool:
         """Whether numbers are `wanted(sides)` of the map `source` in images of all sizes."""

@@ -115,15 +115,16 @@ class Spatial(Ends):
 
         `plain`: it has no padding and no divisor of its own.
         """
-        node = self.node
-        if kernel != self._map_size(None) or not plain:
+        node, source = self.node, self.node.all_input_nodes[0]
+        own = all(self._is_as_large(source, n) for n in self._asked(node.all_input_nodes[1:]))
+        if kernel != self._map_size(None) or not own or not plain:
             raise self.fail(
-                "pools windows that are made of the size of maps, and not the whole map. Remedy: write their size as a "
+                "pools windows that are made of the size of maps, and not of that of this map as a whole. Remedy: a "
                 "number, or AdaptiveAvgPool2d"
             )
         asked = node.args[1] if len(node.args) > 1 else node.kwargs["kernel_size"]
-        alone = self.line and self._is_made_of(asked, node.all_input_nodes[0], lambda sides: sides[0])
-        if alone or self._is_made_of(asked, node.all_input_nodes[0], tuple):
+        alone = self.line and self._is_made_of(asked, source, lambda sides: sides[0])
+        if alone or self._is_made_of(asked, source, tuple):
             return self._pooled(x, PoolSpec(kind, output=(1, 1)))
         if not self._is_flattened():
             raise self.fail(
