@@ -367,12 +367,12 @@ class Reshaping(Spatial):
             raise self.fail("also squeezes a batch of one image. Remedy: flatten(1), or name the dimensions")
         if isinstance(x, Summed):
             return self._reshaped(x)
-        if isinstance(x, Current) and x.vector:  # of one pixel
-            return x
         rank = len(shape)
         dims = sorted({d % rank for d in (dim if isinstance(dim, (tuple, list)) else [dim])})
         if not dims or dims[0] < 2 or not isinstance(x, Signal | Current | Laid):
             return None
+        if self._rank(x) < rank and not isinstance(x, Laid):  # of a window as large as the map
+            return x
         if not whole(shape[2:]):
             raise self._shape_needed("squeezes a dimension whose size is not known")
         if any(shape[d] != 1 for d in dims):
