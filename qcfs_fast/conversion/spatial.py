@@ -318,7 +318,7 @@ class Spatial(Ends):
         if computed and not self._meets_others():
             raise self.fail(
                 "resizes to the size of another map, and is put beside none of that size: the factor holds for one "
-                "size of images alone. Remedy: a number as scale_factor"
+                "size of images alone. Remedy: scale_factor, as a number"
             )
         if scale_factor is not None:
             factors = [*scale_factor] if isinstance(scale_factor, (tuple, list)) else [scale_factor] * 2
