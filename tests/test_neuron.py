@@ -399,6 +399,9 @@ def test_biases_by_step(kind, mode, tmp_path):
     stream = again.stream()
     assert torch.equal(stream(x, steps=2), whole[1])
     assert torch.equal(stream(steps=4, per_step=True), whole[2:])
+    with pytest.raises(ValueError, match=r"stream: T=7, but step_bias has .* make a table for T=7, or call reset"):
+        stream()
+    assert stream.steps == 6
     with pytest.raises(ValueError, match="step_bias has biases for 6 steps; make a table for T=7"):
         snn(x, 7)
     with pytest.raises(ValueError, match="has a bias for each step"):
