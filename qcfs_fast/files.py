@@ -23,6 +23,8 @@ from safetensors.torch import save as serialised
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .errors import WRONG_FORM
+
 
 @contextlib.contextmanager
 def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -113,13 +115,22 @@ def update_json(path: str | os.PathLike[str], changed: Callable[[Any], Any]) -> 
     return made
 
 
+@contextlib.contextmanager
+def content_of(path: Path, kind: str) -> Iterator[None]:
+    """What the block stumbles over in a file's content becomes a ValueError that names the file and the remedy."""
+    try:
+        yield
+    except WRONG_FORM as error:
+        raise ValueError(f"{path}: is no {kind}; remove the file to start anew, or name another place") from error
+
+
 def read_json(path: Path, kind: str, fits: Callable[[Any], object]) -> Any:
     """The content of a file; ValueError that names it and the remedy where `fits` is false of it, or fails."""
-    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    with content_of(path, kind):
         found = json.loads(path.read_text(encoding="utf-8"))
-        if fits(found):
-            return found
-    raise ValueError(f"{path}: is no {kind}; remove the file to start anew, or name another place")
+        if not fits(found):
+            raise ValueError
+    return found
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What holds for every test."""
 
+import ctypes
 import gc
 import mmap
 import os
@@ -37,10 +38,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def networks_let_go():
-    """Graphs of torch.fx are cycles; without this a worker keeps gigabytes of networks until Python looks."""
+    """Graphs of torch.fx are cycles; without this a worker keeps gigabytes of networks until Python looks.
+
+    What is free then glibc keeps, beneath something small that is not, and the next network would lie above it.
+    """
     yield
     if resident() > _kept[0] + 2**28:
         gc.collect()
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         _kept[0] = resident()
 
 

@@ -32,7 +32,7 @@ from qcfs_fast.study.benchmark.measure import (
     share_outside,
     take_turns,
 )
-from qcfs_fast.study.benchmark.results import Results, read
+from qcfs_fast.study.benchmark.results import KIND, Results, read
 
 CPU = torch.device("cpu")
 EFFORT = Effort(rounds=4, seconds=0.01)
@@ -259,6 +259,9 @@ def test_results_are_replaced_and_kept_apart(results, tiny):
         ("{}", "is no result file"),
         ('{"format": "qcfs_fast benchmark"}', "version"),
         ('{"format": "qcfs_fast benchmark", "version": 1}', "is no result file"),
+        (json.dumps({**before, "machine": []}), "is no result file"),
+        (json.dumps({**before, "cases": [1]}), "is no result file"),
+        (json.dumps({**before, "cases": [{**before["cases"][0], "kind": None}, *before["cases"]]}), "is no result"),
     ):
         other.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -342,6 +345,38 @@ def test_compare(results, tmp_path, capsys):
     readme.write_text("no marks")
     assert main(["compare", str(results), "--readme", str(readme)]) == 1
     assert "needs the lines" in capsys.readouterr().err
+
+
+def test_compare_of_altered_results(results, tmp_path, capsys):
+    """One line that names the file, also where a table or a plot alone misses something; texts are shown as text."""
+    from qcfs_fast.study.command_line import main
+
+    whole, path = json.loads(results.read_text()), tmp_path / "results.json"
+    altered = []
+    for part in ("peak", "machine"):
+        for key in whole[part]:
+            altered += [{**whole, part: {k: v for k, v in whole[part].items() if k != key}}]
+            altered += [{**whole, part: {**whole[part], key: value}} for value in (None, [], {}, 0)]
+    for i, case in enumerate(whole["cases"]):
+        for key in case:
+            for changed in ({k: v for k, v in case.items() if k != key}, *({**case, key: v} for v in (None, [], 0))):
+                altered.append({**whole, "cases": [*whole["cases"][:i], changed, *whole["cases"][i + 1 :]]})
+    refused = 0
+    for data in altered:
+        path.write_text(json.dumps(data))
+        code, err = main(["compare", str(path)]), capsys.readouterr().err
+        assert code == 0 or err == f"qcfs-fast: error: {path}: is no {KIND}; remove the file to start anew, or name " \
+            "another place\n"  # fmt: skip
+        refused += code
+    assert refused > len(altered) // 4
+    case = whole["cases"][0]
+    name = "\x1b]0;owned\x07[/][bold]"
+    case["contenders"] |= {name: next(iter(case["contenders"].values())), f"{name} 2": {"error": name}}
+    path.write_text(json.dumps(whole))
+    assert main(["compare", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert r"\x1b]0;owned\x07[/][bold]" in out
+    assert "\x1b" not in out
 
 
 def test_compare_shows_percentiles(results, tmp_path, capsys):

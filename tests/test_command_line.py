@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import networks
@@ -19,7 +20,7 @@ import torchvision_models  # noqa: F401 - makes torchvision importable here
 import qcfs_fast
 from qcfs_fast import files
 from qcfs_fast.study import command_line, evaluation, zoo
-from qcfs_fast.study.batch import Job
+from qcfs_fast.study.batch import Job, Predictor, _settle, _Worker
 from qcfs_fast.study.datasets import open_data
 
 COMMANDS = ("demo", "info", "selftest", "convert", "inspect", "export", "eval", "profile", "bench", "compare")
@@ -372,6 +373,25 @@ def test_eval_in_every_mode(place, tmp_path, capsys):
         assert line.split()[1:] == [f"{r / IMAGES:.2%}" for r in by_mode]
 
 
+def test_an_evaluation_goes_on_with_its_own_data_alone(place, tmp_path, capsys):
+    """Images that were replaced meanwhile are as many as before, in a file of the same name."""
+    folder, _ = place
+    shutil.copy(folder / "data.npz", tmp_path / "data.npz")
+    arguments = ["eval", folder / "net.safetensors", tmp_path / "data.npz", "--quiet", "--state", tmp_path / "state"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "remove_written", lambda *arguments: None)  # as if it had been cut off here
+        assert run(capsys, *arguments)[0] == 0
+    with np.load(folder / "data.npz") as file:
+        images, labels = file["images"], file["labels"]
+    for others in ({"images": images, "labels": np.roll(labels, 1)}, {"images": images[::-1], "labels": labels}):
+        np.savez(tmp_path / "data.npz", **others)
+        code, _, err = run(capsys, *arguments)
+        assert (code, "belongs to an evaluation with another data" in err) == (1, True)
+    shutil.copy(folder / "data.npz", tmp_path / "data.npz")
+    code, out, _ = run(capsys, *arguments)
+    assert (code, f"{IMAGES} of {IMAGES} images were counted by earlier" in out) == (0, True)
+
+
 def test_recordings_are_used_as_they_are(recordings, tmp_path, capsys):
     """A stored normalisation is for images; counts of events have none."""
     folder, snn, _, _ = recordings
@@ -513,9 +533,36 @@ def test_predict_many_normalises_as_the_file_says(sorted_images, tmp_path):
     snn.save(tmp_path / "net.safetensors", SAID)
     snn = qcfs_fast.load(tmp_path / "net.safetensors")
     for asked, want in (((None, None), ([0.5], [0.2, 0.3, 0.4])), (((0.1,), None), ((0.1,), [0.2, 0.3, 0.4]))):
-        job = Job(str(tmp_path / "net.safetensors"), str(folder / "images"), "parts", 4, 14, *asked, None, None)
+        job = Job(str(tmp_path / "net.safetensors"), "", str(folder / "images"), "parts", 4, 14, *asked, None, None)
         data = job.images(snn)
         assert torch.equal(data.batch([3])[0], open_data(folder / "images", 14, *want).batch([3])[0])
+
+
+def test_predict_many_goes_on_with_its_own_network_and_data_alone(sorted_images, tmp_path):
+    """A worker that starts late, and a run that goes on, may find another network at its place, or other images."""
+    snn, folder = sorted_images
+    net, images = tmp_path / "net.safetensors", tmp_path / "images"
+    shutil.copytree(folder / "images", images)
+    snn.save(net, SAID)
+    numbers = (4, 14, None, None, None, None)
+    job = Job(str(net), Predictor(str(net)).checksum, str(images), str(tmp_path / "parts"), *numbers)
+    _settle(job, job.images(snn))
+    assert len(_Worker(job).data) == len(job.images(snn))
+    _settle(job, job.images(snn))
+    snn.save(net)
+    with pytest.raises(ValueError, match=r"net.safetensors: is another network than when the job began"):
+        _Worker(job)
+    with pytest.raises(ValueError, match="holds parts of a job with another checksum"):
+        _settle(replace(job, checksum=Predictor(str(net)).checksum), job.images(snn))
+    snn.save(net, SAID)
+    first = min(images.rglob("*.png"))
+    shutil.move(first, first.with_name("z.png"))
+    with pytest.raises(ValueError, match="holds parts of a job with another images"):
+        _settle(job, job.images(snn))
+    for text in ("[1]", "{broken"):
+        (tmp_path / "parts" / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match=r"manifest.json: is no manifest of predict_many; remove the file"):
+            _settle(job, job.images(snn))
 
 
 def test_folders_that_do_not_match_the_network(sorted_images, tmp_path, capsys):
@@ -638,16 +685,22 @@ def test_two_evals_of_one_state(place, tmp_path, capsys):
             assert err.endswith("wait for its end, or give another --state\n")
 
 
-STATE = {"fingerprint": {"neurons": ["plain"], "steps": [1]}, "batches": [0], "seen": 1, "right": [1]}
+ABOUT = {"neurons": ["plain"], "steps": [1], "data": ["", 5], "batch": 4}
+STATE = {"fingerprint": ABOUT, "batches": [0, 1], "seen": 5, "right": [1]}
 
 
 @pytest.mark.parametrize(
     "text",
     ["{broken", "[1]", '{"a": 1}', "[" * 2000, json.dumps({**STATE, "right": [1, 2]}),
-     json.dumps({**STATE, "batches": 7}), json.dumps({**STATE, "seen": "x"})],
+     *(json.dumps({**STATE, **part}) for part in (
+         {"batches": 7}, {"seen": "x"}, {"batches": {}}, {"seen": 4}, {"batches": [0, 0]}, {"batches": [0, 2]},
+         {"batches": [], "seen": 0}, {"right": [6]}, {"fingerprint": {**ABOUT, "data": ["", None]}},
+     ))],
 )  # fmt: skip
 def test_a_damaged_state_is_refused(text, place, tmp_path, capsys):
+    """Among them counts that its batches cannot have: each would be a wrong accuracy."""
     folder, _ = place
+    assert evaluation._is_state(STATE)
     (tmp_path / "0.json").write_text(text)
     code, _, err = run(capsys, "eval", folder / "net.safetensors", folder / "data.npz", "--state", tmp_path)
     assert code == 1
@@ -675,7 +728,7 @@ def test_eval_in_two_processes(place, tmp_path):
 
 def test_processes_share_the_batches(tmp_path):
     """Two ranks do disjoint batches that cover all, also after a run with three."""
-    fingerprint = {"steps": [1], "neurons": ["plain"]}
+    fingerprint = {**ABOUT, "data": ["", 9], "batch": 1}
     for rank, done in enumerate([[0, 3], [1, 4], [2]]):
         state = evaluation.State(tmp_path, fingerprint, rank)
         state.own.batches, state.own.seen = done, len(done)

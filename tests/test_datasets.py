@@ -134,3 +134,20 @@ def test_arrays_refuse_what_they_cannot_hold(tmp_path):
         Arrays(tmp_path, np.zeros((2, 1, 4, 4), np.uint8), np.zeros(3, np.int64))
     with pytest.raises(ValueError, match="images must be floats or uint8"):
         Arrays(tmp_path, np.zeros((2, 4, 4), np.uint8), None)
+    for kind in ("uint16", "uint32", "uint64", "longdouble"):  # of which nobody says what is white
+        with pytest.raises(ValueError, match=f"images must be floats or uint8 .* got {np.dtype(kind).name}"):
+            Arrays(tmp_path, np.zeros((2, 1, 4, 4), kind), None)
+    for shape in ((0, 1, 4, 4), (2, 1, 0, 4), (2, 0, 1, 4, 4), ()):
+        np.savez(tmp_path / "none.npz", images=np.zeros(shape, np.float32))
+        with pytest.raises(ValueError, match=r"none.npz: its array images, of shape .*, holds no image"):
+            open_data(tmp_path / "none.npz", labelled=False)
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8"])
+def test_numbers_of_other_machines(kind, tmp_path):
+    values = np.random.default_rng(0).normal(size=(3, 1, 4, 4)).astype(kind)
+    for order in "<>":
+        np.savez(tmp_path / "images.npz", images=values.astype(order + kind), labels=np.arange(3, dtype=f"{order}i4"))
+        x, labels = open_data(tmp_path / "images.npz").batch(range(3))
+        assert np.array_equal(x.numpy(), values.astype(np.float32))
+        assert labels.tolist() == [0, 1, 2]

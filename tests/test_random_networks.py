@@ -11,7 +11,7 @@ import networks
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, assume, given, settings
+from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -186,6 +186,37 @@ class Random(nn.Module):
         return torch.cat(x.split(2, 1)[::-1], 1)[:, 1:] if which == "chosen" else x
 
 
+def planned(kind, factor=1, channels="all", first=(), **numbers):
+    """A plan of two steps, the second of this kind: behind a layer of 4 channels of 8 pixels."""
+    one = {"stride": 1, "groups": 1, "mixed": 0, "lateral": 0, "taps": 1, "averaged": False, "channels": channels}
+    start = {**one, "out": 4, "kernel": 3, "channels": "all", "normalised": False, "moved": False, **dict(first)}
+    step = {**one, "out": 4, "kernel": 3, "factor": factor, **numbers}
+    if kind in ("pool", "max pool"):
+        step["stride"] = 2
+    if kind == "concatenation":
+        step["out"] = 8
+    if kind == "pyramid":
+        step["lateral"] = 3
+    return [("layer", 0, start), (kind, 1, step)]
+
+
+# Every kind of step, choice and neuron, so that none is left to chance: plan, head, line, neuron and T, bits.
+PLANNED = [
+    *((planned(kind), "linear", i % 2 == 0, ("plain", 4), 16) for i, kind in enumerate(STEPS)),
+    *((planned("layer", channels=which), "pooled", False, ("signed", 3), 24) for which in CHANNELS),
+    *((planned("identity", factor), "convolution", True, ("plain", 9), 16) for factor in FACTORS),
+    *((planned("projection", factor), "convolution", False, ("signed", 4), 8) for factor in FACTORS),
+    *((planned("layer", kernel=1), "linear", False, (mode, 4), 16) for mode in MODES),
+    (planned("layer", lateral=3), "pooled", True, ("plain", 3), 16),
+    (planned("layer", lateral=3, taps=3), "linear", False, ("plain", 3), 16),
+    (planned("layer", mixed=3), "pooled", False, ("plain", 4), 16),
+    (planned("layer", averaged=True), "pooled", False, ("plain", 4), 16),
+    (planned("layer", groups=4), "linear", True, ("plain", 4), 16),
+    (planned("layer", first={"normalised": True, "moved": True}), "pooled", False, ("plain", 4), 16),
+    (planned("layer", first={"kernel": 1, "averaged_image": True}), "pooled", False, ("plain", 4), 16),
+]  # fmt: skip
+
+
 @st.composite
 def neurons(draw):
     """A neuron and the steps T of a run."""
@@ -205,7 +236,20 @@ def run(snn, x, T):
 def test_random_networks_on_a_grid_convert_exactly(graphs):
     seen, spikes, sites, ties = Counter(), 0, 0, 0
 
-    @settings(max_examples=graphs, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    def kinds(check):
+        for i, (plan, head, line, (mode, T), bits) in enumerate(PLANNED):
+            neuron = qcfs_fast.Neuron(mode)
+            check = example((plan, head, line), i, (neuron, T), bits, i % 2 == 0, i % 3 == 0)(check)
+        return check
+
+    @settings(
+        max_examples=graphs,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],
+    )
+    @kinds
     @given(plans(), st.integers(0, 2**31), neurons(), st.sampled_from((8, 16, 24)), st.booleans(), st.booleans())
     def check(plan, seed, mode, bits, over_time, by_step):
         nonlocal spikes, sites, ties

@@ -1,9 +1,12 @@
 """SECURITY.md, besides files and operators: no network, no code of a checkpoint's author, no pixel bombs."""
 
 import importlib.metadata
+import importlib.util
+import io
 import json
 import os
 import pickle
+import random
 import resource
 import subprocess
 import sys
@@ -22,7 +25,7 @@ from qcfs_fast import FormatError
 from qcfs_fast.backend import native
 from qcfs_fast.network import loading, saving
 from qcfs_fast.operators.limits import MAX_HELD
-from qcfs_fast.study import command_line, datasets, training, zoo
+from qcfs_fast.study import command_line, data, datasets, training, zoo
 
 OFFLINE = """
 import socket
@@ -136,12 +139,12 @@ def test_a_small_file_cannot_ask_for_the_same_gigabytes_often(neuron, pixel):
         assert "would wait for their readers" in refusal(make, width + 1)
 
 
-EVIL = "b\x1b[31m\nforged  row\x9b\u202e\x07"
-SHOWN = r"b\x1b[31m\nforged  row\x9b\u202e\x07"
+EVIL = "b\x1b[31m\nforged  row\x9b\u202e\x07$\\frac{"
+SHOWN = r"b\x1b[31m\nforged  row\x9b\u202e\x07$\frac{"
 
 
-def test_names_reach_a_terminal_as_text(tmp_path, capsys):
-    """No table gets another row, and no escape is obeyed; what programs read has the names as they are."""
+def test_names_are_shown_as_text(tmp_path, capsys):
+    """No table gets another row, no escape is obeyed, no formula drawn; what programs read has names as they are."""
     names = {"a": nn.Conv2d(1, 2, 3), "b": nn.ReLU(), "c": nn.Conv2d(2, 2, 1), "d": nn.ReLU(), "p": nn.MaxPool2d(2)}
     layers = OrderedDict({**names, "f": nn.Flatten(), "e": nn.Linear(18, 2)})
     model = lively(randomize(nn.Sequential(layers)), (1, 8, 8))
@@ -149,15 +152,21 @@ def test_names_reach_a_terminal_as_text(tmp_path, capsys):
     renamed = {name.replace("b/", f"{EVIL}/"): t for name, t in tensors.items()}
     snn = loading.network_of(text.replace('"b"', json.dumps(EVIL)), renamed)
     assert EVIL in snn.layers
-    net, data = tmp_path / "net", tmp_path / "data.npz"
+    net, images = tmp_path / "net", tmp_path / "images.npz"
     snn.save(net, metadata={EVIL: EVIL})
-    np.savez(data, images=np.ones((2, 1, 8, 8), np.float32))
+    np.savez(images, images=np.ones((2, 1, 8, 8), np.float32))
     profiled = qcfs_fast.profile(qcfs_fast.load(net), torch.ones(2, 1, 8, 8), progress=False)
-    texts = [str(snn), repr(snn.layers["d"]), snn.report(), profiled.table()]
-    for command in (["inspect", net], ["profile", net, data, "--quiet"]):
+    qcfs_fast.integer_program(snn).c_header(tmp_path / "net.h")
+    texts = [str(snn), repr(snn.layers["d"]), snn.report(), profiled.table(), (tmp_path / "net.h").read_text("utf-8")]
+    if importlib.util.find_spec("matplotlib"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of characters that no font has
+            profiled.to_html(tmp_path / "page.html")
+        texts.append((tmp_path / "page.html").read_text("utf-8"))
+    for command in (["inspect", net], ["profile", net, images, "--quiet"]):
         assert command_line.main(list(map(str, command))) == 0
         texts.append(capsys.readouterr().out)
-    assert command_line.main(["profile", str(net), str(data), "--quiet", "--raster-layer", "none"]) == 1
+    assert command_line.main(["profile", str(net), str(images), "--quiet", "--raster-layer", "none"]) == 1
     texts.append(capsys.readouterr().err)
     for text in texts[:1] + texts[2:]:
         assert SHOWN in text
@@ -202,6 +211,52 @@ def test_pixel_bombs(size, tmp_path):
         assert (tmp_path / "a" / "bomb.png").stat().st_size < 10**5
         with pytest.raises(ValueError, match=r"bomb.png: an image of \d+ x \d+ pixels|bomb.png: cannot be read"):
             datasets.open_data(tmp_path, 32).batch([0])
+
+
+def encoded(kind, **options):
+    """A small image as a file of this kind."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 255, (21, 17, 3), dtype=np.uint8)
+    written = io.BytesIO()
+    image.fromarray(pixels).save(written, kind, **options)
+    return written.getvalue()
+
+
+def one_image(folder, name, content):
+    (folder / "a").mkdir(exist_ok=True)
+    (folder / "a" / name).write_bytes(content)
+    return datasets.open_data(folder, 8)
+
+
+def test_what_is_no_image_starts_no_program(tmp_path, monkeypatch):
+    """Pillow goes by the content and not by the name, and gives PostScript to an interpreter of its own."""
+    eps = pytest.importorskip("PIL.EpsImagePlugin")
+    drawn = []
+    monkeypatch.setattr(eps, "Ghostscript", lambda *arguments, **options: drawn.append(1))
+    with pytest.raises(ValueError, match=r"x.png: cannot be read as an image"):
+        one_image(tmp_path, "x.png", encoded("EPS")).batch([0])
+    assert not drawn
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("kind", [k for k in data.FORMATS if k != "WEBP"])
+def test_damaged_images_are_named(kind, tmp_path):
+    """Decoders raise whatever they like. Of what is damaged beyond reading the file is told."""
+    whole, numbers, refused = encoded(kind), random.Random(1), []
+    name = "x.tiff" if kind == "TIFF" else f"x.{kind.lower()}"
+    images = one_image(tmp_path, name, whole)
+    assert images.batch([0])[0].shape == (1, 3, 8, 8)
+    for _ in range(150):
+        damaged = bytearray(whole[: numbers.randrange(len(whole))] if numbers.random() < 0.3 else whole)
+        for _ in range(numbers.choice([1, 2, 8])) if damaged else ():
+            damaged[numbers.randrange(min(len(damaged), 200))] = numbers.randrange(256)
+        (tmp_path / "a" / name).write_bytes(damaged)
+        try:
+            images.batch([0])
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(text.startswith(f"{tmp_path / 'a' / name}: ") for text in refused)
 
 
 def test_licences_are_listed_and_travel():

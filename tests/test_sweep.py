@@ -96,9 +96,11 @@ def test_another_study_is_refused(subject, tmp_path):
     next(other.parameters()).data.mul_(1.01)
     with pytest.raises(ValueError, match="another weights"):
         study((other, *subject[1:]), tmp_path, Plan(steps=(1,), latency=()))
-    (tmp_path / "results.json").write_text("{")
-    with pytest.raises(ValueError, match="is no result of a study"):
-        study(subject, tmp_path)
+    whole = json.loads((tmp_path / "results.json").read_text())
+    for text in ("{", *(json.dumps({**whole, part: v}) for part in ("cells", "latency") for v in ([], None, {"x": 1}))):
+        (tmp_path / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="is no result of a study"):
+            study(subject, tmp_path, Plan(steps=(1,), latency=()))
 
 
 def test_what_it_cannot_study(subject, tmp_path):

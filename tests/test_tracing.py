@@ -1,7 +1,8 @@
 """What torch.fx does not see by itself: the traced graph must be the model, or conversion refuses."""
 
-import contextlib
 import copy
+import pickle
+from collections import namedtuple
 
 import networks
 import numpy as np
@@ -38,6 +39,16 @@ def same_function(model, x, **options):
         wanted = model.eval()(x.clone())
         found = qcfs_fast.prepare(model, levels=1 << 16, threshold=64.0, **options).eval()(x.clone())
     return float((found - wanted).abs().max() / wanted.abs().max()) < 5e-3
+
+
+def converted(model, x, max_pool="keep"):
+    prepared = qcfs_fast.prepare(model.eval(), levels=4, max_pool=max_pool)
+    prepared = qcfs_fast.calibrate(prepared, [x], progress=False).eval()
+    return prepared, qcfs_fast.convert(prepared, T=4, input_shape=x.shape[1:])
+
+
+def agrees(prepared, snn, x):
+    return torch.testing.assert_close(snn(x), qcfs_fast.simulate(prepared, x, 4)[-1].float(), rtol=1e-3, atol=1e-4)
 
 
 def statement(change):
@@ -277,44 +288,149 @@ def test_what_images_answer_differently_is_no_number(ask):
         qcfs_fast.prepare(Net(between))
 
 
-# --------------------------------------------------------------------------------------------- sizes of maps
+# --------------------------------------------------------------------------------------------- what is hidden
 
 
-WHOLE = {
-    "avg": lambda y: F.avg_pool2d(y, y.size(3)), "avg of both": lambda y: F.avg_pool2d(y, y.shape[2:]),
-    "max": lambda y: F.max_pool2d(y, kernel_size=y.size()[2:]),
-    "mean of sums": lambda y: y.sum((2, 3), keepdim=True) / (y.shape[2] * y.shape[3]),
+class Counts(Net):
+    """A forward that counts its calls in a buffer, and uses the number or not."""
+
+    def __init__(self, used):
+        super().__init__(None)
+        self.used = used
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        y = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.end(y.mean((2, 3))) * (self.calls if self.used else 1)
+
+
+def test_a_forward_that_changes_buffers():
+    with pytest.raises(ConversionError, match=r"another output when it is given the same image again.*Remedy"):
+        qcfs_fast.prepare(Counts(True))
+    model = Counts(False).eval()
+    x = torch.rand(2, 3, 8, 8)
+    prepared = qcfs_fast.prepare(model)
+    assert model.calls.item() == 0
+    agrees(prepared, qcfs_fast.convert(prepared, T=4, input_shape=(3, 8, 8)), x)
+
+
+def hooked():
+    handle = nn.modules.module.register_module_forward_hook(lambda module, given, found: None)
+    return Net(lambda net, x: net.b(torch.relu(net.a(x)))), handle.remove
+
+
+def replaced():
+    net = Net(lambda net, x: net.b(torch.relu(net.a(x))))
+    inner = net.a._conv_forward
+    net.a._conv_forward = lambda x, weight, bias: inner(x, 2 * weight, bias)
+    return net, None
+
+
+def loose():
+    net = Net(lambda net, x: net.b(torch.relu(net.a(x))))
+    weight = net.a.weight.data
+    del net.a.weight
+    net.a.weight = weight
+    return net, None
+
+
+def edited():
+    prepared = qcfs_fast.prepare(Net(lambda net, x: net.b(torch.relu(net.a(x)))))
+    next(node for node in prepared.graph.nodes if node.target == "b").target = "identity"
+    return prepared, None
+
+
+def exported():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    return torch.export.export(net, (torch.rand(2, 3, 8, 8),)).module(), None
+
+
+HIDDEN = {
+    "hooks on all modules": (hooked, "forward hooks on all modules"),
+    "a method of the forward": (replaced, "a: its _conv_forward was replaced on the object"),
+    "a tensor that is no parameter": (loose, "a: its weight is a tensor that is neither a parameter nor a buffer"),
+    "a graph that is not its forward": (edited, "graph was changed"),
+    "an exported graph": (exported, r"a graph of torch\.export"),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), HIDDEN.values(), ids=HIDDEN)
+def test_what_the_converted_network_would_not_run(make, words):
+    model, undo = make()
+    try:
+        with pytest.raises(ConversionError, match=words + ".*Remedy"):
+            qcfs_fast.convert(qcfs_fast.prepare(model) if make is not edited else model)
+    finally:
+        if undo is not None:
+            undo()
+
+
+def assigned(net, x):
+    y = torch.relu(net.a(x))
+    y[:, :2] = 0
+    return net.b(y)
+
+
+SAID = {  # what a forward does: the words of its refusal
+    "a layer made there": (lambda net, x: nn.Conv2d(8, 8, 1)(torch.relu(net.a(x))), "in __init__"),
+    "an assignment": (assigned, r"torch\.cat"),
+    "a branch by the batch": (lambda net, x: net.a(x) if x.shape[0] > 2 else net.b(x), "in batches of 64"),
+    "a number of a parameter": (lambda net, x: net.b(net.a(x).relu() * float(net.b.weight.sum())), "leave values"),
+    "a script": (lambda net, x: net.b(net.script(x).relu()), r"before torch\.jit\.script"),
+    "a type asked for": (lambda net, x: net.b(net.a(x).relu() * (2 if x.dtype == torch.float64 else 1)), "dtype"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("max_pool", ["avg", "keep"])
-@pytest.mark.parametrize("pool", WHOLE.values(), ids=WHOLE)
-def test_a_pool_of_the_whole_map_is_one_at_other_sizes(pool, max_pool):
-    """At the size that it was converted for, and at others the mean or maximum of the whole map, or refused."""
-    x = torch.rand(4, 3, 8, 8)
-    model = Net(lambda net, x: pool(net.b(torch.relu(net.a(x))).relu()))
-    prepared = qcfs_fast.prepare(model, levels=4, max_pool=max_pool).eval()
-    prepared = qcfs_fast.calibrate(prepared, [x], progress=False)
-    snn = qcfs_fast.convert(prepared, T=4, neuron="sum", input_shape=(3, 8, 8))
-    for side in (8, 12, 16):
-        x = torch.rand(4, 3, side, side)
-        with contextlib.suppress(ValueError) if side != 8 else contextlib.nullcontext(), torch.no_grad():
-            torch.testing.assert_close(snn(x), prepared(x), rtol=2e-3, atol=1e-3)
+@pytest.mark.parametrize(("between", "words"), SAID.values(), ids=SAID)
+def test_refusals_name_what_helps(between, words):
+    net = Net(between, script=torch.jit.script(nn.Conv2d(3, 8, 3)))
+    with pytest.raises(ConversionError, match=words):
+        qcfs_fast.prepare(net)
 
 
-PARTS = {
-    "stride": lambda y: F.avg_pool2d(y, 2, y.shape[2] // 4), "window": lambda y: F.avg_pool2d(y, y.shape[2] // 2),
-    "factor": lambda y: y * y.shape[2], "over eight": lambda y: y * (8 / y.shape[2]),
-    "summand": lambda y: y + y.shape[3] / 8, "crop": lambda y: y[:, :, y.shape[2] - 7 :],
-    "largest": lambda y: y.amax((2, 3), keepdim=True) / (y.shape[2] * y.shape[3]),
-    "sum over a side": lambda y: y.sum((2, 3), keepdim=True) / y.shape[2],
-    "step": lambda y: y[:, :, :: y.shape[2] // 4], "adaptive": lambda y: F.adaptive_avg_pool2d(y, y.shape[2] // 2),
-}  # fmt: skip
+Pair = namedtuple("Pair", ["logits", "spikes"])
 
 
-@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_a_number_made_of_sizes_is_refused(part):
-    model = Net(lambda net, x: net.b(part(torch.relu(net.a(x)))))
-    prepared = qcfs_fast.prepare(model, check=False)
-    with pytest.raises(ConversionError, match=r"of the size of maps.*Remedy"):
-        qcfs_fast.convert(prepared, input_shape=(3, 8, 8))
+def test_outputs_that_are_none_of_a_network():
+    for end in (lambda x: Pair(x, x), lambda x: (x, None), lambda x: (x, x.shape)):
+        with pytest.raises(ConversionError, match="Remedy: return"):
+            qcfs_fast.prepare(Outputs(end))
+
+
+class Outputs(Net):
+    def __init__(self, end):
+        super().__init__(lambda net, x: net.b(torch.relu(net.a(x))))
+        self.made = end
+
+    def forward(self, x):
+        return self.made(super().forward(x))
+
+
+def test_parts_of_the_readout_are_outputs():
+    x = torch.rand(2, 3, 8, 8)
+    prepared, snn = converted(Outputs(lambda y: y.split((2, 3), 1)), x)
+    for found, meant in zip(snn(x), qcfs_fast.simulate(prepared, x, 4), strict=True):
+        torch.testing.assert_close(found, meant[-1].float(), rtol=1e-3, atol=1e-4)
+
+
+VALUES = {
+    "item": lambda net, x: net.b(torch.relu(net.a(x)) * net.a.bias.abs().sum().item()),
+    "a mask": lambda net, x: net.part(torch.relu(net.a(x))[:, net.mask]),
+    "precisions": lambda net, x: net.b(torch.relu(net.a(x)).half().double().type_as(x).to(x.dtype).to(x.device)),
+}
+
+
+@pytest.mark.parametrize("between", VALUES.values(), ids=VALUES)
+def test_values_of_parameters_and_precisions(between):
+    net = Net(between, part=nn.Conv2d(4, 8, 3))
+    net.register_buffer("mask", torch.arange(8) % 2 == 0)
+    x = torch.rand(2, 3, 8, 8)
+    agrees(*converted(net, x), x)
+
+
+def test_prepared_models_are_pickled():
+    x = torch.rand(2, 3, 8, 8)
+    prepared, snn = converted(Net(lambda net, x: net.b(torch.relu(net.a(x)))), x)
+    copied = pickle.loads(pickle.dumps(prepared))
+    assert torch.equal(qcfs_fast.convert(copied, T=4, input_shape=(3, 8, 8))(x), snn(x))

@@ -7,10 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
+from ..model.graph import called
 from ..operators.geometry import POINTWISE
-from .symbolic import Size, Unknown, shown, zeros
+from .sizes import Size, shown
+from .symbolic import Unknown, zeros
 from .values import (
     Current,
     Image,
@@ -69,7 +72,7 @@ class Arithmetic(Weighted):
 
     def _check_no_flattened_map(self, x: Current) -> None:
         """ConversionError where a value is a flattened map, whose features are more than its channels."""
-        if x.flattened or (x.vector and x.identities):
+        if (x.flattened or (x.vector and x.identities)) and not self._has_one_pixel(x):
             raise self.fail("mixes the features of a flattened map. Remedy: a linear layer, or do it before flatten")
 
     def subtract(self, x: Any, y: Any, alpha: Any = 1) -> Any:
@@ -174,7 +177,28 @@ class Arithmetic(Weighted):
             return joined([t if isinstance(t, Joined) else self._current(t, None, "") for t in tensors])
         if len({t.vector for t in tensors}) != 1:
             raise self.fail("concatenates feature maps and flattened values")
+        self._check_areas(tensors)
         return concatenated(tensors)
+
+    def _check_areas(self, tensors: Sequence[Signal]) -> None:
+        """ConversionError where flattened maps do not have equally many pixels: a linear layer counts on it."""
+        if all(map(self._has_one_pixel, tensors)) or not tensors[0].vector:
+            return
+        nodes = pytree.tree_leaves((self.node.args, self.node.kwargs), is_leaf=lambda v: isinstance(v, fx.Node))
+        shapes = [(self.shapes or {}).get(n, ()) for n in nodes if isinstance(n, fx.Node)]
+        if not all(shapes):
+            raise self._shape_needed("concatenates flattened maps whose size is not known")
+        if len({shape[0] // t.channels for shape, t in zip(shapes, tensors, strict=True)}) > 1:
+            raise self.fail(
+                "concatenates flattened maps of different sizes. Remedy: a linear layer for each, and their sum"
+            )
+
+    def expand(self, x: Any, *sizes: Any) -> Any:
+        """A constant as large as a value, which those that take both do by themselves."""
+        alone = {"add", "sub", "mul", "div", "truediv"}
+        if not self._is_constant(x) or not all(called(user) in alone for user in self.node.users):
+            raise self.fail("repeats a value, which has no spiking counterpart. Remedy: torch.cat, or F.interpolate")
+        return x
 
     def keep(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return x

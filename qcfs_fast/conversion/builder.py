@@ -57,7 +57,7 @@ from ..operators.windows import PoolSpec
 from . import rounding, units
 from .checking import self_check
 from .lowering import lower
-from .shapes import usable_shape
+from .shapes import LAST_SHAPE, usable_shape
 from .values import Current, FireNode, Lowered, Part, Product, Signal, by_loudness
 
 FEW_UNITS = 32  # steps of a layer's weights that make up a threshold: with fewer, little is left of quiet inputs
@@ -153,7 +153,9 @@ def convert(
     if settled.looks_ahead:
         limit = max(limit, window)
     _warn_if_untrained(model)
-    lowered, shape = lower(model, input_shape)
+    traced = symbolic_trace(model)
+    known = input_shape or model.__dict__.get(LAST_SHAPE)
+    lowered, shape = lower(traced, known)
     if not lowered.layers:
         raise ConversionError("the model has no QCFS activation; call qcfs_fast.prepare(model) first")
     if step_bias is not None:
@@ -165,11 +167,11 @@ def convert(
     builder = _Builder(lowered, weight_bits, T, limit, settled, totals, prefix)
     snn = builder.build(shape, progress and data is not None)
     if check:
-        usable = usable_shape(model, image, shape or input_shape)
+        usable = usable_shape(traced, image, shape or known)
         if not isinstance(model, fx.GraphModule):
-            refuse_other_trace(model, symbolic_trace(model), usable)
+            refuse_other_trace(model, traced, usable)
         if usable is not None:
-            self_check(model, snn, usable, step_bias, builder.errors)
+            self_check(traced, snn, usable, step_bias, builder.errors)
     return snn
 
 

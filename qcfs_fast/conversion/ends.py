@@ -11,7 +11,8 @@ from torch import fx
 from ..network.tail import OF_NUMBERS, RESIZE_MODES
 from ..operators.geometry import POINTWISE
 from .arithmetic import Arithmetic
-from .symbolic import whole, zeros
+from .sizes import whole
+from .symbolic import zeros
 from .values import (
     Answer,
     Current,
@@ -72,7 +73,10 @@ class Ends(Arithmetic):
         if isinstance(x, Signal):
             x = replace(identity_current(replace(x, vector=False)), flattened=x.vector)
         if not isinstance(x, Current):
-            raise self.fail("the model's output is not a layer's output")
+            raise self.fail(
+                "the model's output, or one of them, is not a layer's output. Remedy: return these alone, and not "
+                "None, constants or the image beside them"
+            )
         return without_choices(x)
 
     def _resized(self, x: Any, mode: str, size: Any, scale: Any, align_corners: Any) -> Answer:

@@ -8,6 +8,7 @@ ConversionError with the module path and a remedy.
 
 Lowering has a method for each kind of operation, in a file for each kind:
 
+    sizes.py       sizes of maps, and what is computed with them
     symbolic.py    the state of a pass, and how an operation takes its operand
     weighted.py    convolution, linear layer, BatchNorm
     arithmetic.py  sums, factors, concatenations
@@ -15,8 +16,8 @@ Lowering has a method for each kind of operation, in a file for each kind:
     spatial.py     pools, pads, crops, upsampling
     reshaping.py   shapes, views, choices of channels
 
-Each file's class extends that of the one before, and Lowering the last. FUNCTIONS and METHODS at the end say which
-calls of torch the methods are.
+Each file's class extends that of the one before, and Lowering the last. FUNCTIONS, METHODS and MODULES at the
+end say which calls of torch the methods are.
 
 Source of the construction: Bu et al., ICLR 2022, sections 3 and 4; BatchNorm folding as in its appendix.
 """
@@ -33,11 +34,13 @@ from torch import fx, nn
 
 from ..errors import ConversionError
 from ..model.graph import ADD_FUNCTIONS, REPLACEABLE, called, layer_rank, relu_ceiling, tail_step
+from ..model.hooks import parameter, refuse_hooks
 from ..model.qcfs import is_qcfs, thresholds
-from ..model.tracing import evaluating, is_normalize, parameter, refuse_hooks, refuse_patched, symbolic_trace
+from ..model.tracing import evaluating, is_normalize, refuse_patched, symbolic_trace
 from .reshaping import Reshaping
 from .shapes import LAST_SHAPE, propagate_shapes
-from .symbolic import ShapeNeededError, Size, Unknown, has_size, one_current
+from .sizes import ShapeNeededError, Size, has_size
+from .symbolic import Unknown, one_current
 from .values import (
     Activation,
     Answer,
@@ -95,7 +98,7 @@ class Lowering(Reshaping):
             self.node = node
             try:
                 self.values[node] = self._execute(node)
-                if self._depends_on_size(node):
+                if self._is_constant(self.values[node]) and self._depends_on_size(node):
                     self.sized.add(node)
             except ShapeNeededError:
                 raise
@@ -118,6 +121,13 @@ class Lowering(Reshaping):
             return is_qcfs(m) or isinstance(m, (*_BATCH_NORMS, *_PASSING_MODULES))
         return FUNCTIONS.get(node.target, METHODS.get(str(node.target))) in _OF_JOINED
 
+    def _takes_sums(self, node: fx.Node) -> bool:
+        """Whether a node leaves sums of pixels as they are; all others get them as vectors."""
+        if node.op == "call_module":
+            return isinstance(self.gm.get_submodule(str(node.target)), (nn.Flatten, *_PASSING_MODULES))
+        handler = FUNCTIONS.get(node.target, METHODS.get(str(node.target)))
+        return handler in _OF_SUMS or called(node) == "squeeze" or (handler is Lowering.divide and self._is_mean(node))
+
     def _get(self, x: Any) -> Any:
         return fx.node.map_arg(x, lambda n: self.values[n])
 
@@ -125,6 +135,8 @@ class Lowering(Reshaping):
         args, kwargs = self._get(node.args), self._get(node.kwargs)
         if not self._takes_joined(node):
             args, kwargs = (fx.node.map_aggregate(v, one_current) for v in (args, kwargs))
+        if not self._takes_sums(node):
+            args, kwargs = (fx.node.map_aggregate(v, self.summed) for v in (args, kwargs))
         if node.op == "placeholder":
             if str(node.target).startswith("*"):
                 if node.users:
@@ -152,7 +164,7 @@ class Lowering(Reshaping):
         handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
         if handler is None and node.op == "call_function":
             handler = _OF_TORCHVISION.get(called(node))
-        judged = handler in _DROPOUTS or node in self.sites
+        judged = handler in _DROPOUTS or node in self.sites or (handler is Lowering.expand and has_size(args))
         if node.all_input_nodes and self._is_constant((args, kwargs)) and not judged:
             return self._constant(args, kwargs)
         step = tail_step(self.gm, node)
@@ -173,6 +185,8 @@ class Lowering(Reshaping):
         for names, why in _NO_FUNCTION.items():
             if handler is None and called(node) in names.split():
                 raise self.fail(f"has no spiking counterpart: {why}")
+        if isinstance(node.target, type):
+            raise self.fail(f"makes a {called(node)}. Remedy: return a tuple or a dict")
         if handler is None and not (unknown and (step is not None or not unknown.activation)):
             raise self.fail(
                 "has no spiking counterpart. Supported: convolution, linear, BatchNorm, dropout, pooling, flatten, "
@@ -181,7 +195,7 @@ class Lowering(Reshaping):
         if handler is None or (unknown and handler not in (_OF_ACTIVATIONS if unknown.activation else _OF_ANYTHING)):
             return unknown
         if self._asks_for_sizes() and not (
-            handler in _OF_SIZES or (handler is Lowering.divide and self._is_mean(args[-1]))
+            handler in _OF_SIZES or (handler is Lowering.divide and self._is_mean(node))
         ):
             raise self.fail(
                 "is given a number made of the size of maps, which is another one in images of another size. Remedy: "
@@ -224,63 +238,24 @@ class Lowering(Reshaping):
         x = args[0] if args else next(iter(kwargs.values()))
         if is_qcfs(m):
             return self.fire(x, m)
-        if isinstance(m, nn.Conv1d | nn.Conv2d):
-            return self._conv_module(x, m)
-        if isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d):
-            given = args[1] if len(args) > 1 else kwargs.get("output_size")
-            if given is not None:
-                raise self.fail("is told its output size at the call. Remedy: output_padding")
-            weight, bias = parameter(m, "weight"), parameter(m, "bias")
-            return self.conv_transpose(x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
-        if isinstance(m, nn.ConstantPad1d | nn.ConstantPad2d):
-            return self.pad(x, m.padding, "constant", m.value)
-        for mode, kinds in _BORDER_MODULES.items():
-            if isinstance(m, kinds):
-                return self.pad(x, m.padding, mode)
-        if isinstance(m, nn.Upsample):
-            return self.upsample(x, m.size, m.scale_factor, m.mode, m.align_corners)
-        if isinstance(m, nn.PixelShuffle):
-            return self.pixel_shuffle(x, m.upscale_factor)
-        if isinstance(m, nn.PixelUnshuffle):
-            return self.pixel_unshuffle(x, m.downscale_factor)
-        if isinstance(m, nn.Linear):
-            return self.linear(x, parameter(m, "weight"), parameter(m, "bias"))
-        if isinstance(m, _BATCH_NORMS):
-            return self.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
-        if isinstance(m, _PASSING_MODULES):
-            return x
         if is_normalize(m):
             return self.normalize(x, m.mean, m.std)
-        if isinstance(m, nn.ChannelShuffle):
-            return self.shuffle(x, m.groups)
-        if isinstance(m, nn.Flatten):
-            return self.flatten(x, m.start_dim, m.end_dim)
-        if isinstance(m, nn.Unflatten):
-            return self.unflatten(x, m.dim, m.unflattened_size)
-        if isinstance(m, nn.AvgPool1d | nn.AvgPool2d):
-            divisor: Any = getattr(m, "divisor_override", None)  # a pool over lines has none
-            return self.avg_pool(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor)
-        if isinstance(m, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d):
-            return self.adaptive_pool(x, m.output_size)
-        if isinstance(m, nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d):
-            return self.adaptive_pool(x, m.output_size, "max")
-        if isinstance(m, nn.MaxPool1d | nn.MaxPool2d):
-            return self.max_pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+        if isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d) and (len(args) > 1 or kwargs.get("output_size")):
+            raise self.fail("is told its output size at the call. Remedy: output_padding")
+        for kinds, lowered in MODULES:
+            if isinstance(m, kinds):
+                return lowered(self, x, m)
         for kinds, why in _NO_COUNTERPART.items():
             if isinstance(m, kinds):
                 raise self.fail(f"{type(m).__name__} has no spiking counterpart: {why}")
+        kind = type(m).__name__
+        if type(m) is not getattr(nn, kind, type(m)):  # of another package, as quantised layers are
+            kind = f"{type(m).__module__}.{kind}"
         raise self.fail(
-            f"{type(m).__name__} has no spiking counterpart. Supported: Conv1d, Conv2d, Linear, BatchNorm, Dropout, "
+            f"{kind} has no spiking counterpart. Supported: Conv1d, Conv2d, Linear, BatchNorm, Dropout, "
             "Flatten, AvgPool, AdaptiveAvgPool, MaxPool and QCFS. Remedy: replace the module by one of these (an "
             "activation by ReLU before prepare)"
         )
-
-    def _conv_module(self, x: Any, m: nn.Conv1d | nn.Conv2d) -> Any:
-        weight, bias = parameter(m, "weight"), parameter(m, "bias")
-        padding: Any = m.padding
-        if m.padding_mode != "zeros":  # the module knows how much on each side, the last dimension first
-            x, padding = self.pad(x, m._reversed_padding_repeated_twice, m.padding_mode), 0
-        return self.conv(x, weight, bias, m.stride, padding, m.dilation, m.groups)
 
     def _fired_unknown(self, m: nn.Module) -> Signal | None:
         """What a module makes of an unknown value: an activation's spikes are known again, if their shape is."""
@@ -398,35 +373,66 @@ METHODS: dict[str, Handler] = {
     "contiguous": Lowering.keep,
     "detach": Lowering.keep,
     "clone": Lowering.keep,
-    "float": Lowering.keep,
+    **dict.fromkeys(("float", "double", "half", "bfloat16", "type_as"), Lowering.keep),
+    **dict.fromkeys(("expand", "expand_as"), Lowering.expand),
 }
+
+
+def _conv(lowering: Lowering, x: Any, m: Any) -> Any:
+    padding = m.padding
+    if m.padding_mode != "zeros":  # the module knows how much on each side, the last dimension first
+        x, padding = lowering.pad(x, m._reversed_padding_repeated_twice, m.padding_mode), 0
+    return lowering.conv(x, parameter(m, "weight"), parameter(m, "bias"), m.stride, padding, m.dilation, m.groups)
+
+
+def _conv_transpose(lowering: Lowering, x: Any, m: Any) -> Any:
+    weight, bias = parameter(m, "weight"), parameter(m, "bias")
+    return lowering.conv_transpose(x, weight, bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+
+
+def _batch_norm(lowering: Lowering, x: Any, m: Any) -> Any:
+    return lowering.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias, eps=m.eps)
+
+
+def _avg_pool(lowering: Lowering, x: Any, m: Any) -> Any:
+    divisor = getattr(m, "divisor_override", None)  # a pool over lines has none
+    return lowering.avg_pool(x, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, divisor)
+
+
+def _max_pool(lowering: Lowering, x: Any, m: Any) -> Any:
+    return lowering.max_pool(x, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
-_BORDER_MODULES: dict[str, Any] = {
-    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d),
-    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d),
-    "circular": (nn.CircularPad1d, nn.CircularPad2d),
-}
 _PASSING_MODULES = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
     nn.Identity,
 )
-_KNOWN_MODULES = (
-    *_PASSING_MODULES,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Linear,
-    *_BATCH_NORMS,
-    *(nn.Flatten, nn.Unflatten),
-    nn.ChannelShuffle,
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.MaxPool2d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConstantPad1d, nn.ConstantPad2d),
-    *(kind for kinds in _BORDER_MODULES.values() for kind in kinds),
-    nn.Upsample,
-    nn.PixelShuffle,
-    nn.PixelUnshuffle,
-)
+MODULES: list[tuple[Any, Callable[[Lowering, Any, Any], Any]]] = [
+    ((nn.Conv1d, nn.Conv2d), _conv),
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d), _conv_transpose),
+    (nn.Linear, lambda self, x, m: self.linear(x, parameter(m, "weight"), parameter(m, "bias"))),
+    (_BATCH_NORMS, _batch_norm),
+    (_PASSING_MODULES, lambda self, x, m: x),
+    ((nn.AvgPool1d, nn.AvgPool2d), _avg_pool),
+    ((nn.MaxPool1d, nn.MaxPool2d), _max_pool),
+    ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), lambda self, x, m: self.adaptive_pool(x, m.output_size)),
+    (
+        (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
+        lambda self, x, m: self.adaptive_max_pool(x, m.output_size, m.return_indices),
+    ),
+    ((nn.ConstantPad1d, nn.ConstantPad2d), lambda self, x, m: self.pad(x, m.padding, "constant", m.value)),
+    ((nn.ReflectionPad1d, nn.ReflectionPad2d), lambda self, x, m: self.pad(x, m.padding, "reflect")),
+    ((nn.ReplicationPad1d, nn.ReplicationPad2d), lambda self, x, m: self.pad(x, m.padding, "replicate")),
+    ((nn.CircularPad1d, nn.CircularPad2d), lambda self, x, m: self.pad(x, m.padding, "circular")),
+    (nn.Upsample, lambda self, x, m: self.upsample(x, m.size, m.scale_factor, m.mode, m.align_corners)),
+    (nn.PixelShuffle, lambda self, x, m: self.pixel_shuffle(x, m.upscale_factor)),
+    (nn.PixelUnshuffle, lambda self, x, m: self.pixel_unshuffle(x, m.downscale_factor)),
+    (nn.ChannelShuffle, lambda self, x, m: self.shuffle(x, m.groups)),
+    (nn.Flatten, lambda self, x, m: self.flatten(x, m.start_dim, m.end_dim)),
+    (nn.Unflatten, lambda self, x, m: self.unflatten(x, m.dim, m.unflattened_size)),
+]
+_KNOWN_MODULES = tuple(kind for kinds, _ in MODULES for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
 _OF_TORCHVISION: dict[str, Handler] = {
     "stochastic_depth": Lowering.stochastic_depth,
     **dict.fromkeys(("drop_block2d", "drop_block3d"), Lowering.drop_block),
@@ -443,10 +449,16 @@ _OF_ANYTHING = (Lowering.size, Lowering.rank, Lowering.getattr, *_DROPOUTS)
 _OF_ACTIVATIONS = (*_OF_ANYTHING, Lowering.scale, Lowering.divide)
 
 
+_OF_SUMS = (
+    *(Lowering.sum, Lowering.mean, Lowering.amax, Lowering.flatten, Lowering.view, Lowering.getitem, Lowering.keep),
+    *(Lowering.size, Lowering.rank, Lowering.getattr),
+)
+
+
 # What may be told the size of maps: it stays true in other sizes, or the method asks whether it does.
 _OF_SIZES = (
     *(Lowering.view, Lowering.getitem, Lowering.pad, Lowering.upsample, Lowering.avg_pool, Lowering.max_pool),
-    *(Lowering.flatten, Lowering.to),
+    *(Lowering.flatten, Lowering.to, Lowering.expand),
 )
 
 

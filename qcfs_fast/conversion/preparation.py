@@ -22,19 +22,12 @@ from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
 from ..model.graph import REPLACEABLE, call_sites, layer_rank, owner_path, place_of, relu_ceiling
+from ..model.hooks import made_parameters_kept, refuse_hooks
 from ..model.qcfs import QCFS
-from ..model.tracing import (
-    made_parameters_kept,
-    refuse_hooks,
-    refuse_no_weights,
-    refuse_other_trace,
-    refuse_patched,
-    symbolic_trace,
-    unwrapped,
-)
+from ..model.tracing import refuse_no_weights, refuse_other_trace, refuse_patched, symbolic_trace, unwrapped
 from .lowering import lower
 from .shapes import LAST_SHAPE
-from .symbolic import ShapeNeededError
+from .sizes import ShapeNeededError
 
 MAX_POOL_CHOICES = ("avg", "keep")
 _MAX_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d)
@@ -95,7 +88,6 @@ def prepare(
         raise ValueError(f"prepare: replace takes {names}, and classes of gates, none of torch's; got {others[0]!r}")
     model = unwrapped(model)
     refuse_no_weights(model)
-    training = model.training
     with made_parameters_kept(model):
         own = copy.deepcopy(model)
     _substitute(own, replace)
@@ -143,7 +135,6 @@ def prepare(
         raise ConversionError(
             f"the model has no ReLU: nothing can become a spiking neuron. Remedy: use ReLU as its activation{also}"
         )
-    gm.train(training)
     return gm
 
 
@@ -260,7 +251,7 @@ def _site_path(gm: fx.GraphModule, node: fx.Node, taken: set[str], name: str) ->
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, path: str, module: nn.Module) -> None:
-    gm.add_submodule(path, module)
+    gm.add_submodule(path, module.train(gm.training))
     x = node.args[0] if node.args else node.kwargs["input"]
     with gm.graph.inserting_after(node):
         new = gm.graph.call_module(path, (x,))

@@ -10,19 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConversionError
+from ..model.graph import called
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
-from .spatial import Spatial
-from .symbolic import has_size, is_rest, one_current, shown, whole, zeros
+from .sizes import has_size, is_rest, shown, whole
+from .spatial import Spatial, parts_mapped, pointwise
+from .symbolic import one_current, zeros
 from .values import (
     Current,
     Grouped,
     Image,
     Joined,
     Laid,
+    Product,
     Row,
     Signal,
+    Summed,
     composed,
+    dealt,
+    ungrouped,
 )
 
 
@@ -30,6 +37,8 @@ class Reshaping(Spatial):
     """Shapes, views and choices of channels."""
 
     def flatten(self, x: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
+        if isinstance(x, Summed):
+            return self._reshaped(x)
         if isinstance(x, Row) and (start_dim, end_dim % (2 + x.ones)) == (1, 1 + x.ones):
             return x.value
         if isinstance(x, Grouped):
@@ -73,6 +82,8 @@ class Reshaping(Spatial):
     def view(self, x: Any, *shape: Any) -> Any:
         """Only [N, features] and [N, C, H, W] as they are: what mixes samples or pixels has no spiking counterpart."""
         asked = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)) else shape)
+        if isinstance(x, Summed):
+            return self._reshaped(x)
         if len(asked) == 2 and not is_rest(asked[0]) and is_rest(asked[1]):
             return self.flatten(x, 1)
         own = self._shape(x)
@@ -211,11 +222,18 @@ class Reshaping(Spatial):
             return self._shape(x)
         if name == "ndim":
             return self.rank(x)
-        raise self.fail(f"reads attribute {name!r} of a tensor, which has no spiking counterpart")
+        if name in ("dtype", "device") and all(called(user) in ("to", "type") for user in self.node.users):
+            return torch.float32 if name == "dtype" else torch.device("cpu")  # which change nothing
+        raise self.fail(
+            f"reads attribute {name!r} of a tensor, which has no spiking counterpart. Remedy: a forward without it"
+        )
 
     def getitem(self, x: Any, index: Any) -> Any:
         if isinstance(x, (tuple, list)):
             return x[index]
+        if isinstance(x, Summed) and x.kept and isinstance(index, tuple) and index[:2] == (slice(None),) * 2:
+            return self._reshaped(x)
+        x = self.summed(x)
         if isinstance(x, Image) and not x.source and isinstance(index, tuple) and len(index) == 2:
             everything, channel = index
             if everything == slice(None) and isinstance(channel, int):
@@ -250,29 +268,98 @@ class Reshaping(Spatial):
         )
 
     def mean(self, x: Any, dim: Any = None, keepdim: bool = False, kind: str = "avg") -> Any:
-        rank = 3 if isinstance(x, Laid) else self._rank(x)
-        dims = dim if isinstance(dim, (tuple, list)) else [dim]
-        over = sorted({d % rank if isinstance(d, int) else -1 for d in dims})
-        if over == [1] and keepdim and kind == "avg" and not isinstance(x, Laid | Grouped):
+        over = self._over(x, dim)
+        if over == {1} and keepdim and kind == "avg" and not isinstance(x, Laid | Grouped | Summed):
             n = self._channels(x)
             return self._mixed(x, torch.full((1, n), 1.0 / n, dtype=torch.float64))
-        if not over or over[0] < 2 or (isinstance(x, Laid) and keepdim):
-            raise self.fail("takes a mean or maximum over other dimensions than those of pixels")
-        if isinstance(x, Laid):
-            pooled = self._pooled(x.value, PoolSpec(kind, output=(1, 1), size=self._known(x.size)))
-            return self._without(pooled, range(2, self._rank(x.value)))
-        pooled = self.adaptive_pool(x, [None if i not in over else 1 for i in (2, 3)] if rank == 4 else 1, kind)
-        return pooled if keepdim else self._without(pooled, over)
+        if not over or min(over) < 2 or (isinstance(x, Laid) and keepdim):
+            raise self._of_other_dimensions()
+        if isinstance(x, Laid | Summed):
+            height, width = (1 if axis in over else None for axis in (2, 3))
+            pooled = self._pooled(x.value, PoolSpec(kind, output=(height, width), size=self._known(x.size)))
+            if isinstance(x, Laid):
+                return self._without(pooled, range(2, self._rank(x.value)))
+            if kind == "max":
+                raise self.fail("takes the maximum of sums, which no spike is. Remedy: amax first")
+            return self._sums(pooled, (height or x.size[0], width or x.size[1]), x.over | over)
+        pooled = self.adaptive_pool(x, 1 if self.line else [1 if axis in over else None for axis in (2, 3)], kind)
+        return pooled if keepdim else self._without(pooled, [2] if self.line else sorted(over))
 
     def sum(self, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-        mean = self.mean(x, dim, keepdim)
-        dims = dim if isinstance(dim, (tuple, list)) else [dim]
-        sizes = [self._shape(x)[d] for d in dims]
-        if not whole(sizes):
+        over = self._over(x, dim)
+        if over == {1}:
+            return self.scale(self.mean(x, dim, keepdim), self._channels(x))
+        if not over or min(over) < 2 or (isinstance(x, Laid) and keepdim):
+            raise self._of_other_dimensions()
+        if isinstance(x, Summed):
+            return self._sums(x.value, x.size, x.over | over)
+        size = x.size if isinstance(x, Laid) else self._map_size(x)
+        if not whole(size):
             raise self._shape_needed("sums pixels of a map whose size is not known")
-        if isinstance(mean, Laid):
-            return replace(mean, value=self.scale(mean.value, math.prod(sizes)))
-        return self.scale(mean, math.prod(sizes))
+        return self._sums(x.value if isinstance(x, Laid) else x, size, over)
+
+    def _of_other_dimensions(self) -> ConversionError:
+        return self.fail(
+            "takes a mean, a sum or a maximum over other dimensions than those of pixels. Remedy: over channels, "
+            "keepdim=True, and no maximum"
+        )
+
+    def _sums(self, value: Any, size: tuple[int, int], over: frozenset[int]) -> Summed:
+        return Summed(value, size, over, len((self.shapes or {})[self.node]) > 3 - len(over))
+
+    def divide(self, x: Any, factor: Any) -> Any:
+        if not isinstance(x, Summed):
+            return super().divide(x, factor)
+        pooled = self._pooled(x.value, PoolSpec("avg", output=(1, 1), size=x.size))  # by how many pixels there are
+        return pooled if x.kept else self._without(pooled, range(2, self._rank(pooled)))
+
+    def _over(self, x: Any, dim: Any) -> frozenset[int]:
+        """The axes of a map [N, C, H, W] that an operation is over; those of a line and of what is laid are both."""
+        dims = dim if isinstance(dim, (tuple, list)) else [dim]
+        axes: list[tuple[int, ...]] = [(0,), (1,), (2,), (3,)]
+        if isinstance(x, Summed) and not x.kept:
+            axes = [(0,), (1,), *((axis,) for axis in {2, 3} - x.over)]
+        elif isinstance(x, Laid) or self.line:
+            axes = [(0,), (1,), (2, 3)]
+        axes = axes[: self._rank(x)] if self._is_flat(x) else axes
+        named = [axes[d % len(axes)] if isinstance(d, int) else (0,) for d in dims]
+        return frozenset(sum(named, ()))
+
+    def _reshaped(self, x: Summed) -> Any:
+        """Sums without the axes of one pixel that they may have kept."""
+        shape = (self.shapes or {}).get(self.node, ())
+        if len(x.over) < 2 or math.prod(shape) != shape[0]:
+            raise self._of_sums()
+        return self._sums(x.value, x.size, x.over)
+
+    def _of_sums(self) -> ConversionError:
+        return self.fail(
+            "works on sums along one axis of a map, or on a map of sums, and how many pixels they have depends on the "
+            "size of images. Remedy: mean in place of sum, times a number, or the sum over both axes without keepdim"
+        )
+
+    def summed(self, x: Any) -> Any:
+        """Sums as a vector: of windows as large as the map. A map of another size has none, or several, and these are
+        more features than the layer behind them has.
+        """
+        if not isinstance(x, Summed):
+            return x
+        if x.kept or len(x.over) < 2:
+            raise self._of_sums()
+        current = self._by_taps(self._summand(x.value, "sums pixels of what is no map"))
+        if not pointwise(current):
+            self._spikes_alone(self._sources(current, "is a sum of pixels", 1))
+        window = PoolSpec("avg", x.size, divisor_override=1)
+        pooled = parts_mapped(current, lambda p: replace(p, pools=(*p.pools, window)))
+        return self._as_features(replace(pooled, bias=current.bias * math.prod(x.size)))
+
+    def _as_features(self, x: Current) -> Current:
+        """A current that reads each pixel for itself as a vector: it must have one, or no layer behind it fits."""
+        eye = torch.eye(x.channels, dtype=torch.float64)[:, :, None, None]
+        products = [(p.part, p.weight, p.geometry[8], p.layer) for p in x.products]
+        products += [(*found, "channels") for s in x.identities for found in dealt(eye, 1, s)]
+        found = tuple(Product(p, ungrouped(w, groups), POINTWISE, True, layer) for p, w, groups, layer in products)
+        return Current(x.bias, found, (), True)
 
     def amax(self, x: Any, dim: Any = (), keepdim: bool = False) -> Any:
         return self.mean(x, dim, keepdim, "max")
@@ -284,6 +371,8 @@ class Reshaping(Spatial):
     def _without(self, x: Any, dims: Sequence[int]) -> Any:
         """A map without its dimensions of pixels that are in `dims`, in which it has one pixel."""
         if len(dims) == self._rank(x) - 2:
+            if isinstance(x, Current) and pointwise(x):
+                return self._as_features(x)
             flat = self.flatten(x, 1)
             return replace(flat, size=(1, 1)) if isinstance(flat, Current) else flat
         size = self._map_size(x)  # as it was before
@@ -294,6 +383,8 @@ class Reshaping(Spatial):
         shape = self._shape(x)
         if dim is None:
             raise self.fail("also squeezes a batch of one image. Remedy: flatten(1), or name the dimensions")
+        if isinstance(x, Summed):
+            return self._reshaped(x)
         rank = len(shape)
         dims = sorted({d % rank for d in (dim if isinstance(dim, (tuple, list)) else [dim])})
         if not dims or dims[0] < 2 or not isinstance(x, Signal | Current | Laid):

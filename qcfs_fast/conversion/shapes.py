@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..model.tracing import evaluating, is_normalize, made_parameters_kept, symbolic_trace, without_values
+from ..model.hooks import made_parameters_kept
+from ..model.tracing import evaluating, is_normalize, symbolic_trace, without_values
 from .values import (
     Image,
 )
@@ -44,8 +45,15 @@ def propagate_shapes(gm: fx.GraphModule, input_shape: Sequence[int]) -> Shapes:
         copied = without_values(gm)
         recorder = ShapeRecorder(copied)
         first = next(iter((*gm.parameters(), *gm.buffers())), None)
-        with torch.device("meta"):
-            recorder.run(torch.empty((1, *input_shape), dtype=None if first is None else first.dtype))
+        x = torch.zeros((1, *input_shape), dtype=None if first is None else first.dtype)
+        try:
+            with torch.device("meta"):
+                recorder.run(x.to("meta"))
+        except Exception as error:
+            if "meta" not in str(error):
+                raise
+            copied, recorder = gm, ShapeRecorder(gm)  # it asks for the values of its parameters, as item() does
+            recorder.run(x.to(None if first is None else first.device))
     own = dict(zip(copied.graph.nodes, gm.graph.nodes, strict=True))  # names may differ
     return {own[node]: shape for node, shape in recorder.shapes.items()}
 

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ..model.graph import called, tail_step
+from ..model.graph import tail_step
 from ..network.schema import Geometry
 from ..operators.geometry import POINTWISE
 from ..operators.windows import BORDERS, PoolSpec
 from .ends import Ends
-from .symbolic import float64, whole, zeros
+from .sizes import whole
+from .symbolic import float64, zeros
 from .values import (
     Answer,
     Current,
@@ -33,12 +34,15 @@ from .values import (
 )
 
 
-def _pointwise(x: Current) -> bool:
+def pointwise(x: Current) -> bool:
     """Whether a current reads each pixel for itself, of spikes."""
     parts = (q for s in x.identities for q in s.parts)
     return all(p.geometry[:8] == POINTWISE[:8] and not p.part.is_image for p in x.products) and not any(
         q.is_image for q in parts
     )
+
+
+_PLAIN_MAX = "max pooling with dilation or indices is not supported. Remedy: MaxPool2d without these"
 
 
 def _steps_by_one(product: Product) -> bool:
@@ -52,12 +56,12 @@ def _widened(geometry: Geometry, factors: tuple[int, int]) -> Geometry:
     return (kh, kw, 1, 1, ph * h, pw * w, dh * h if kh > 1 else 1, dw * w if kw > 1 else 1, groups)
 
 
-def _parts_mapped(x: Any, change: Callable[[Part], Part]) -> Any:
+def parts_mapped(x: Any, change: Callable[[Part], Part]) -> Any:
     """A signal, or a current, with each part that it reads changed."""
     if isinstance(x, Signal):
         return replace(x, parts=tuple(map(change, x.parts)))
     products = tuple(replace(p, part=change(p.part)) for p in x.products)
-    return replace(x, products=products, identities=tuple(_parts_mapped(s, change) for s in x.identities))
+    return replace(x, products=products, identities=tuple(parts_mapped(s, change) for s in x.identities))
 
 
 def _average(spec: PoolSpec) -> Tensor | None:
@@ -72,19 +76,22 @@ class Spatial(Ends):
 
     def _pooled(self, x: Any, spec: PoolSpec) -> Signal | Current:
         if isinstance(x, Image):
-            if spec.kind == "max" or spec.output is not None or x.vector or x.map:
-                raise self.fail("pools the image itself. Remedy: AvgPool2d, or resize images before they enter")
+            if spec.kind == "max" or _average(spec) is None or x.vector or x.map:
+                raise self.fail(
+                    "pools the image itself, and not by the mean of windows that are all alike. Remedy: AvgPool2d, "
+                    "without ceil_mode and with count_include_pad, or resize images before they enter"
+                )
             x = self._summand(self._read_image(x, None), "")
         if isinstance(x, Current) and spec.kind == "avg" and not x.vector:
             x = self._bias_as_spikes(x) if spec.pads else x
-            if not _pointwise(x) and (weight := _average(spec)) is not None:
+            if not pointwise(x) and (weight := _average(spec)) is not None:
                 window = (*weight.shape, *spec.stride, *spec.padding, 1, 1, x.channels)
                 if composable(x, window):
                     weight = weight.expand(x.channels, 1, *weight.shape)
                     return composed(x, weight, window, zeros(x.channels), "average")
             x = self._by_taps(x)
-            if _pointwise(x) and x.products:  # averaging commutes with it
-                return _parts_mapped(x, lambda p: self._pooled_part(p, spec))
+            if pointwise(x) and x.products:  # averaging commutes with it
+                return parts_mapped(x, lambda p: self._pooled_part(p, spec))
         signals = self._spikes_alone(self._sources(x, "is pooling", 1))
         if any(s.vector for s in signals):
             raise self.fail("pools a flattened value")
@@ -94,7 +101,7 @@ class Spatial(Ends):
             raise self.fail("max pooling works on spikes only; use prepare(model, max_pool='avg')")
         if spec.kind == "max" and any(bool((p.amplitude < 0).any()) for s in signals for p in s.parts):
             raise self.fail("takes the maximum of spikes times a negative factor. Remedy: pool first, then scale")
-        return _parts_mapped(x if isinstance(x, Current) else signals[0], lambda p: self._pooled_part(p, spec))
+        return parts_mapped(x if isinstance(x, Current) else signals[0], lambda p: self._pooled_part(p, spec))
 
     def _pooled_part(self, part: Part, spec: PoolSpec) -> Part:
         if spec.size is None and self.shapes and self.node.all_input_nodes[0] in self.shapes:
@@ -112,24 +119,13 @@ class Spatial(Ends):
         divisor_override: int | None = None,
     ) -> Signal | Current:
         kernel, padding = self._pair(kernel_size, 1), self._pair(padding, 0)
-        if self._is_whole_map(kernel):
+        if self._is_whole_map(kernel, kernel_size):
             return self._pooled(x, PoolSpec("avg", output=(1, 1)))
         stride = self._pair(stride, 1) if stride else kernel
         if kernel == (1, 1) == (divisor_override or 1, 1) and padding == (0, 0):
             return self._strided(x, stride)
         window = (kernel, stride, padding, bool(ceil_mode), bool(count_include_pad), divisor_override)
         return self._pooled(x, PoolSpec("avg", *window))
-
-    def _is_whole_map(self, kernel: tuple[int, int]) -> bool:
-        """Whether a pool takes maps as a whole because it was told their size (F.avg_pool2d(x, x.size(3)))."""
-        if not self._asks_for_sizes():
-            return False
-        if kernel != self._map_size(None):
-            raise self.fail(
-                "pools windows that are made of the size of maps, and not the whole map. Remedy: write their size as a "
-                "number, or AdaptiveAvgPool2d"
-            )
-        return True
 
     def adaptive_pool(self, x: Any, output_size: Any, kind: str = "avg") -> Signal | Current:
         asked = output_size if isinstance(output_size, (tuple, list)) else [output_size]
@@ -138,7 +134,7 @@ class Spatial(Ends):
 
     def adaptive_max_pool(self, x: Any, output_size: Any, return_indices: bool = False) -> Signal | Current:
         if return_indices:
-            raise self.fail("max pooling with dilation or indices is not supported")
+            raise self.fail(_PLAIN_MAX)
         return self.adaptive_pool(x, output_size, "max")
 
     def max_pool(
@@ -152,9 +148,9 @@ class Spatial(Ends):
         return_indices: bool = False,
     ) -> Signal | Current:
         if return_indices or self._pair(dilation, 1) != (1, 1):
-            raise self.fail("max pooling with dilation or indices is not supported")
+            raise self.fail(_PLAIN_MAX)
         kernel, padding = self._pair(kernel_size, 1), self._pair(padding, 0)
-        if self._is_whole_map(kernel):
+        if self._is_whole_map(kernel, kernel_size):
             return self._pooled(x, PoolSpec("max", output=(1, 1)))
         stride = self._pair(stride, 1) if stride else kernel
         if kernel == (1, 1) and padding == (0, 0):
@@ -169,24 +165,24 @@ class Spatial(Ends):
             return replace(x, moves=(*x.moves, spec))
         if isinstance(x, Current) and not x.vector:
             x = self._bias_as_spikes(x) if spec.leaves_zeros else x
-            if not _pointwise(x) and spec.spreads and x.products and all(_steps_by_one(p) for p in x.products):
+            if not pointwise(x) and spec.spreads and x.products and all(_steps_by_one(p) for p in x.products):
                 # Each tap moves on by as many pixels as one has become.
                 wide = [replace(p, geometry=_widened(p.geometry, spec.spread)) for p in x.products]
-                return _parts_mapped(replace(x, products=tuple(wide)), lambda p: p.moved(spec))
+                return parts_mapped(replace(x, products=tuple(wide)), lambda p: p.moved(spec))
             x = self._by_taps(x)
-            if _pointwise(x) and x.products:
-                return _parts_mapped(x, lambda p: p.moved(spec))
+            if pointwise(x) and x.products:
+                return parts_mapped(x, lambda p: p.moved(spec))
         signals = self._spikes_alone(self._sources(x, "moves pixels", 1))
         if any(s.vector for s in signals):
             raise self.fail("moves pixels of a flattened value")
-        return _parts_mapped(x, lambda p: p.moved(spec))
+        return parts_mapped(x, lambda p: p.moved(spec))
 
     def pad(self, x: Any, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Any:
         if (mode != "constant" and mode not in BORDERS) or value not in (None, 0):
             raise self.fail("pads with something else than zeros or pixels, which is no spike. Remedy: pad with zeros")
         if not whole(pad):
             raise self._shape_needed("pads by a size that is not known")
-        if len(self.node.all_input_nodes) > 1 and any(pad) and not self._meets_others():
+        if len(self.node.all_input_nodes) > 1 and not self._meets_others():
             raise self.fail(
                 "pads by the sizes of maps, and is put beside none: the pad holds for one size of images alone. "
                 "Remedy: pad by numbers"
@@ -230,7 +226,7 @@ class Spatial(Ends):
             start, stop, step = s.start or 0, s.stop, s.step or 1
             if not whole([start, step, stop or 0]):
                 raise self._shape_needed("cuts pixels at a size that is not known")
-            if stop == size and any(isinstance(n, fx.Node) for n in self.node.all_input_nodes[1:]):
+            if stop == size and asked and self._meets_others():
                 stop = None  # as of another map, whatever its size
             if start < 0 or (stop is not None and stop >= 0):
                 raise self.fail(
@@ -247,7 +243,7 @@ class Spatial(Ends):
         """Every stride-th pixel."""
         if stride == (1, 1):
             return x
-        if isinstance(x, Current) and not _pointwise(x):
+        if isinstance(x, Current) and not pointwise(x):
             taps = torch.ones((x.channels, 1, 1, 1), dtype=torch.float64)
             return composed(x, taps, (1, 1, *stride, 0, 0, 1, 1, x.channels), zeros(x.channels), "stride")
         return self._moved(x, PoolSpec.cropped((0, 0), (0, 0), stride))
@@ -308,25 +304,8 @@ class Spatial(Ends):
             x = x if kernel == (1, 1) else self._pooled(x, PoolSpec("avg", kernel))
         return x
 
-    def _meets_others(self) -> bool:
-        """Whether a map of a computed size, or what keeps its size, is added to others or put beside them.
-
-        They must then fit each other, so images of another size are refused if the computed size was another.
-        """
-        shapes = self.shapes or {}
-        found = list(self.node.users)
-        for node in found:  # which grows
-            alike = len(node.all_input_nodes) == 1 and shapes.get(node, ())[1:] == shapes.get(self.node, ())[1:]
-            if called(node) == "pad" or (alike and node.op != "output"):
-                found += [n for n in node.users if n not in found]
-            elif called(node) not in ("cat", "concat", "add", "sub"):
-                return False
-        return True
-
     def _is_resize(self, node: fx.Node) -> bool:
-        return node.target is F.interpolate or (
-            node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.Upsample)
-        )
+        return node.target is F.interpolate or self._is_module(node, nn.Upsample)
 
     def _goes_on(self) -> bool:
         """Whether a layer follows this node, and not only what a tail can do."""

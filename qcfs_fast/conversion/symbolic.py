@@ -2,18 +2,12 @@
 
 A value is an Image, a Signal, a Current, or one of their relatives (values.py). An operation asks for it as the
 signals that a layer may read (`_sources`), or as a current that a neuron may integrate (`_current`). Each raises
-ConversionError, with the place in the model, where the value is no such thing. A size that is not known is a Size,
-and what is computed with it remains one.
-
-A network of lines, [N, C, L], is one of maps that are one pixel high: where a model names one number, that of the
-height is added here.
+ConversionError, with the place in the model, where the value is no such thing.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,12 +16,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..errors import ConversionError
-from ..model.graph import call_sites, called, describe, owner_class, place_of, reads_lines
+from ..model.graph import call_sites, describe, owner_class
 from ..network.layers import INPUT, constant_name
 from ..operators.geometry import POINTWISE
 from ..operators.windows import PoolSpec
 from .shapes import Shapes
+from .sizes import Sizes
 from .values import (
     Activation,
     Answer,
@@ -41,14 +35,11 @@ from .values import (
     Product,
     Row,
     Signal,
+    Summed,
     dense,
     selected,
     without_choices,
 )
-
-
-class ShapeNeededError(ConversionError):
-    """Lowering cannot go on without the shape of the images."""
 
 
 @dataclass(frozen=True)
@@ -65,34 +56,6 @@ def one_current(x: Any) -> Any:
     return dense(x) if isinstance(x, Joined) else x
 
 
-class Size:
-    """A size that is not a number here: that of the batch, or any while the shape of the images is not known.
-
-    So is what Python computes with it.
-    """
-
-    def __repr__(self) -> str:
-        return "N"
-
-
-def has_size(x: Any) -> bool:
-    return any(isinstance(v, Size) for v in pytree.tree_leaves(x))
-
-
-def whole(sizes: Sequence[Any]) -> bool:
-    """Whether all sizes are numbers."""
-    return all(isinstance(size, int) for size in sizes)
-
-
-def is_rest(size: Any) -> bool:
-    """Whether a size of a reshape is -1, what is left."""
-    return isinstance(size, int) and size == -1
-
-
-def shown(shape: Sequence[Any]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
-
-
 def float64(x: Tensor | None, default: Tensor) -> Tensor:
     """A parameter of the model in the arithmetic of conversion, or its default where the layer has none."""
     return default if x is None else x.detach().to("cpu", torch.float64)
@@ -102,32 +65,17 @@ def zeros(channels: int) -> Tensor:
     return torch.zeros(channels, dtype=torch.float64)
 
 
-def _asks_for_shape(node: fx.Node) -> bool:
-    return called(node) == "size" or (node.target is getattr and node.args[1] == "shape")
-
-
-class Symbolic:
-    """One pass over the graph. `shapes` maps nodes to the shapes of their values without the batch, if known.
-
-    `line`: the images are lines.
-    """
+class Symbolic(Sizes):
+    """One pass over the graph."""
 
     def __init__(self, gm: fx.GraphModule, shapes: Shapes | None) -> None:
-        self.gm = gm
-        self.shapes = shapes
+        super().__init__(gm, shapes)
         self.needs_shapes = False
-        self.line = reads_lines(gm)
         self.sites = {node: (name, module) for name, node, module in call_sites(gm)}
-        self.values: dict[fx.Node, Any] = {}
-        self.node: fx.Node  # the one being executed
         self.result = Lowered(Image((), (), ()))
         self.image: Image | None = None
         self.single: set[str] = set()  # layers whose maps have one pixel, whatever the size of images
-        self.sized: set[fx.Node] = set()  # numbers that are another one in images of another size
         self.constants: dict[Any, Part] = {}  # neurons that always fire, by the maps that they cover
-
-    def fail(self, why: str) -> ConversionError:
-        return ConversionError(f"{place_of(self.node)}: {why}")
 
     def _without_gate(self) -> str:
         """What to do about a product of two activations."""
@@ -143,42 +91,7 @@ class Symbolic:
             return all(map(self._is_constant, x))
         if isinstance(x, dict):
             return all(map(self._is_constant, x.values()))
-        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Laid, Row, Answer, Unknown))
-
-    def _depends_on_size(self, node: fx.Node) -> bool:
-        """Whether a node is a number, or several, that images of another size would change."""
-        if not self._is_constant(self.values[node]) or isinstance(self.values[node], bool) or not node.all_input_nodes:
-            return False
-        source = node.all_input_nodes[0]
-        if _asks_for_shape(node):
-            return node.target is getattr or len(node.args) < 2 or self._is_of_pixels(source, node.args[1])
-        if node.target is operator.getitem and _asks_for_shape(source) and source in self.sized:
-            return self._is_of_pixels(source.all_input_nodes[0], node.args[1])
-        return not self.sized.isdisjoint(node.all_input_nodes)
-
-    def _is_of_pixels(self, x: fx.Node, dim: Any) -> bool:
-        """Whether a dimension of a map is its height or its width."""
-        rank = 1 + len((self.shapes or {}).get(x, ()))
-        return rank > 2 and not (isinstance(dim, int) and dim % rank < 2)
-
-    def _asks_for_sizes(self) -> bool:
-        """Whether an argument of the node being executed holds for images of one size alone."""
-        return not self.sized.isdisjoint(self.node.all_input_nodes)
-
-    def _is_mean(self, divisor: Any) -> bool:
-        """Whether the node being executed divides the sum of a map's pixels by how many that map has."""
-        summed, *sizes = self.node.all_input_nodes
-        source, asked = summed, set()
-        while called(source) == "sum":
-            source = source.all_input_nodes[0]
-        while sizes:
-            size = sizes.pop()
-            if _asks_for_shape(size):
-                asked.add(size.all_input_nodes[0])
-            else:
-                sizes += size.all_input_nodes
-        pixels = (self.shapes or {}).get(source, ())[1:]
-        return source is not summed and asked == {source} and bool(divisor == math.prod(pixels))
+        return not isinstance(x, (Image, Signal, Current, Joined, Grouped, Laid, Summed, Row, Answer, Unknown))
 
     @staticmethod
     def _unknown(x: Any) -> Unknown | None:
@@ -204,10 +117,6 @@ class Symbolic:
             )
         self.image = x
         return Signal((Part(INPUT, torch.ones(len(x.source), dtype=torch.float64)),), x.vector)
-
-    def _image_shape(self) -> tuple[int, ...] | None:
-        """The shape of an image, if known."""
-        return next((s for n, s in (self.shapes or {}).items() if n.op == "placeholder"), None)
 
     @staticmethod
     def _whole_image(x: Image, channels: int) -> Image:
@@ -315,12 +224,6 @@ class Symbolic:
         if not isinstance(weight, Tensor) or not isinstance(bias, Tensor | None):
             raise self.fail(f"is a {what} whose weights depend on the image, which has no spiking counterpart")
 
-    def _shape_needed(self, why: str) -> ShapeNeededError:
-        return ShapeNeededError(
-            f"{place_of(self.node)}: {why}; give convert(..., input_shape={'(C, L)' if self.line else '(C, H, W)'}), "
-            "or run the prepared model on an image"
-        )
-
     def _channels(self, x: Any) -> int:
         if isinstance(x, Image) and not x.source:  # it is whole
             shape = self._image_shape()
@@ -365,30 +268,3 @@ class Symbolic:
         if not index:
             raise self.fail("takes no channels at all")
         return selected(x, index)
-
-    def _shape(self, x: Any) -> tuple[Any, ...]:
-        """The shape of a value: the batch is a Size, and so is what is not known yet."""
-        known = (self.shapes or {}).get(self.node.all_input_nodes[0]) if self.node.all_input_nodes else None
-        if known is not None:
-            return (Size(), *known)
-        return tuple(Size() for _ in range(self._rank(x)))
-
-    @staticmethod
-    def _is_flat(x: Any) -> bool:
-        return bool(getattr(x, "vector", False) or getattr(x, "flattened", False) or getattr(x, "map", ()))
-
-    def _rank(self, x: Any) -> int:
-        """The dimensions of a map or a vector, the batch among them."""
-        return 2 if self._is_flat(x) else 3 if self.line else 4
-
-    def _map_size(self, x: Any) -> tuple[Any, Any]:
-        """Height and width of a map."""
-        *_, height, width = (1, *self._shape(x)[2:]) if self.line else self._shape(x)
-        return height, width
-
-    def _pair(self, x: Any, alone: int) -> tuple[int, int]:
-        """What an argument says of height and width; `alone`: of the height of a line."""
-        given = list(x) if isinstance(x, (tuple, list)) else [x]
-        if not whole(given):
-            raise self._shape_needed("is told a size that is not known")
-        return alone if self.line else int(given[0]), int(given[-1])

@@ -137,6 +137,20 @@ class Laid:
 
 
 @dataclass(frozen=True)
+class Summed:
+    """A map whose pixels are added up over the axes `over`: 2, the rows, 3, the columns, or both.
+
+    How many there are depends on the size of images, so it stays a map until a layer reads the sums, or until they are
+    divided by that number and are means.
+    """
+
+    value: Any
+    size: tuple[int, int]  # H and W of `value`
+    over: frozenset[int]
+    kept: bool  # with axes of one pixel left in its shape
+
+
+@dataclass(frozen=True)
 class Row:
     """A vector that stands as [N, 1, features], or with more dimensions of one."""
 

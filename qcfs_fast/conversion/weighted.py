@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..operators.geometry import POINTWISE
+from .sizes import whole
 from .symbolic import (
     Symbolic,
     float64,
-    whole,
     zeros,
 )
 from .values import (

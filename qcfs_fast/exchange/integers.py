@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..files import write_text_atomically, written_atomically
 from ..network.layers import DIGITS, INPUT, EncodingLayer, ImageInput, Layer, Readout, SpikePool, SpikingLayer, signs
+from ..network.schema import printable
 from ..network.snn import SNN
 from ..operators.geometry import POINTWISE, convolution_size
 from ..operators.neuron import MODES
@@ -316,7 +317,7 @@ class _CText:
     def _struct(self, i: int, o: dict[str, Any]) -> str:
         name = f"operation{i}"
         if o["kind"] == "fire":
-            self.lines.append(f"/* {o['layer'].replace('/', '_')} */")
+            self.lines.append(f"/* {printable(o['layer']).replace('/', '_')} */")
             products = [[p["x"], self._weight(p), p["kernel"]] for p in o["products"]]
             residuals = [[r["x"], r["amplitude"]] for r in o["residuals"]]
             lists = [self._list("product", f"{name}_products", products)]

@@ -2,6 +2,7 @@
 
     qcfs.py         the activation QCFS, and what counts as one
     tracing.py      a torch module as a torch.fx graph
+    hooks.py        what a module runs besides the forward of its class
     inplace.py      what such a graph changes in place
     graph.py        what its nodes are; the names of its activations
     calibration.py  thresholds from data

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .hooks import is_patched
 from .qcfs import is_qcfs
 
 _TORCH, _HERE = str(Path(torch.__file__).parent), str(Path(__file__).parent)  # where no code of a user is
@@ -168,23 +169,19 @@ def _is_constant(node: fx.Node) -> bool:
     return True
 
 
-def _is_patched(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a module does more than its class says: it stays, to be refused by its name."""
-    if node.op != "call_module":
-        return False
-    m = root.get_submodule(str(node.target))
-    return bool(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m))
-
-
 def join_cuts(root: nn.Module, graph: fx.Graph) -> None:
     """relu(x).clamp(max=c) becomes x.clamp(0, c): one neuron, and not one behind another."""
+
+    def patched(node: fx.Node) -> bool:  # such a module stays, to be refused by its name
+        return node.op == "call_module" and is_patched(root.get_submodule(str(node.target)))
+
     for node in list(graph.nodes):
         inner = node.args[0] if node.args else None
         given = _given(root, node, CUTS)
         if given is None or not isinstance(inner, fx.Node) or (below := relu_ceiling(root, inner)) is None:
             continue
         cut = _ceiling(given.get("max", given.get("other")))
-        if cut is None or not (given.get("min") or 0) <= 0 or any(_is_patched(root, n) for n in (node, inner)):
+        if cut is None or not (given.get("min") or 0) <= 0 or any(map(patched, (node, inner))):
             continue
         x = inner.args[0] if inner.args else inner.kwargs["input"]
         with graph.inserting_after(node):

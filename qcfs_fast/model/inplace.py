@@ -42,14 +42,14 @@ _PIECES = {"chunk", "split", "split_with_sizes", "tensor_split", "unbind"}  # of
 _ASKS = {"size", "dim", "ndimension", "numel", "stride", "is_floating_point", "len"}  # answered by no tensor
 
 
-def _is_number(node: fx.Node) -> bool:
+def is_number(node: fx.Node) -> bool:
     """Whether a node is a size, or made of sizes alone: a number cannot be changed in place."""
     if node.op not in ("call_function", "call_method"):
         return False
     if called(node) in _ASKS or (node.target is getattr and node.args[1] not in ("data", "T", "mT", "H", "real")):
         return True
     reads = node.all_input_nodes
-    return bool(reads) and (isinstance(node.target, type(operator.add)) and all(map(_is_number, reads)))
+    return bool(reads) and (isinstance(node.target, type(operator.add)) and all(map(is_number, reads)))
 
 
 class _Names:
@@ -64,7 +64,7 @@ class _Names:
 
     def enter(self, node: fx.Node, changes: fx.Node | None) -> None:
         of, whole = changes, True
-        if of is None and node.all_input_nodes and not _is_number(node):
+        if of is None and node.all_input_nodes and not is_number(node):
             first = node.all_input_nodes[0]
             module = self.modules.get(str(node.target)) if node.op == "call_module" else None
             whole = isinstance(module, _SAME_MODULES) or (module is None and called(node) in _SAME)
@@ -95,7 +95,7 @@ def _changed(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
         in_place = name != "requires_grad_"
     else:
         in_place = bool(_inplace_argument(node))
-    return first if in_place and not _is_number(first) else None
+    return first if in_place and not is_number(first) else None
 
 
 def _inplace_argument(node: fx.Node) -> Any:

@@ -24,9 +24,10 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from .graph import call_sites, reads_lines, without_tails
+from .hooks import made_parameters_kept
 from .neurons import LOOKS_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
 from .qcfs import is_qcfs, over_channels
-from .tracing import evaluating, made_parameters_kept, symbolic_trace
+from .tracing import evaluating, symbolic_trace
 
 BLOCK = 1 << 22  # weights of a linear layer converted at once
 
@@ -150,7 +151,8 @@ def _shared(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule:
 def _casts(node: fx.Node) -> bool:
     """Whether a node makes floats of another precision, as x.float() and x.to(torch.float32) do."""
     given = (*node.args[1:], *node.kwargs.values())
-    return node.target == "float" or any(isinstance(v, torch.dtype) and v.is_floating_point for v in given)
+    alone = node.target in ("float", "double", "half", "bfloat16")
+    return alone or any(isinstance(v, torch.dtype) and v.is_floating_point for v in given)
 
 
 def _with_neurons(
@@ -267,20 +269,22 @@ def simulate(
             for name in forced:
                 layers[name].forced = forced[name][:, here]
             part = x[:, here]
-            outputs.append([y.unflatten(0, part.shape[:2])[:T] for y in network(part.flatten(0, 1))])
+            found = network(part.flatten(0, 1))  # some may be tuples, as of chunk
+            outputs.append(pytree.tree_map(lambda y, n=part.shape[:2]: y.unflatten(0, n)[:T], found))
             if spikes:
                 parts.append([layer.__dict__.pop("fired") for layer in layers.values()])  # not kept with the network
-    means = [_running_mean(torch.cat(y, 1)[skip:]) for y in zip(*outputs, strict=True)]
+    means = pytree.tree_map(lambda *y: _running_mean(torch.cat(y, 1)[skip:]), *outputs)
     with torch.no_grad():
-        by_step = [finish(*(mean[t] for mean in means)) for t in range(T - skip if neuron != "sum" else 1)]
+        last = T - skip if neuron != "sum" else 1
+        by_step = [finish(*pytree.tree_map(lambda mean, t=t: mean[t], means)) for t in range(last)]
     output = pytree.tree_map(lambda *y: torch.stack(y), *by_step)
     if not spikes:
         return output
-    found = {name: [part[i] for part in parts] for i, name in enumerate(layers)}
+    fired_by = {name: [part[i] for part in parts] for i, name in enumerate(layers)}
     return Simulation(
         output,
-        OrderedDict((name, torch.cat([f.spikes[:T] for f in fired], 1)) for name, fired in found.items()),
-        OrderedDict((name, torch.cat([f.membranes[:T] for f in fired], 1)) for name, fired in found.items()),
+        OrderedDict((name, torch.cat([f.spikes[:T] for f in fired], 1)) for name, fired in fired_by.items()),
+        OrderedDict((name, torch.cat([f.membranes[:T] for f in fired], 1)) for name, fired in fired_by.items()),
     )
 
 

@@ -17,14 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
-from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from ..errors import ConversionError
 from .graph import join_cuts
+from .hooks import made_parameters_kept, refuse_hooks, wrapped
 from .inplace import changes_in_place, read_results
 from .qcfs import is_qcfs, refuse_other_formula
 
@@ -37,18 +34,28 @@ _one_at_a_time = threading.RLock()
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, then in the mode it had. No other thread traces meanwhile: it might see either mode."""
     with _one_at_a_time:
-        was_training = model.training
+        modes = [(m, m.training) for m in model.modules()]  # a layer may have another mode than the model
         model.eval()
         try:
             yield
         finally:
-            model.train(was_training)
+            for m, was_training in modes:
+                m.training = was_training
 
 
 _OTHER_BRANCH = (
     "the forward asks for the size of its images, and these take another branch than all usual sizes (28 to 1024 "
     "pixels), which was traced. Remedy: leave the branch of your images, as a subclass whose forward has no other"
 )
+
+
+_REMEDIES = {  # by the words of an error in a trace; all others are of control flow
+    "is not a member of this module": "make layers and parameters in __init__, not in forward",
+    "does not support item assignment": "put values together by torch.cat, F.pad or where they are made",
+    "ScriptModule": "the module as it was before torch.jit.script or torch.jit.trace",
+    "got Proxy": "convert the part of the model without what takes tensors alone",
+    "no one float": "leave values of parameters tensors, without float()",
+}
 
 
 def _in_place(function: Any) -> Any:
@@ -92,7 +99,7 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread or m not in self.own:  # or made by a forward, as nn.Flatten()(x)
             return forward(*args, **kwargs)
-        if (inner := _wrapped(m)) is not None:
+        if (inner := wrapped(m)) is not None:
             return inner(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -132,19 +139,20 @@ class _Tracer(fx.Tracer):
 
         The graph asserts that it is taken, for sizes that were not tried.
         """
-        answers = {shape: a for shape, a in self._answers(obj.node).items() if isinstance(a, bool)}
-        if len(set(answers.values())) != 1:
-            sizes = " and ".join(
-                str(list(next(s for s, a in answers.items() if a is way))) for way in set(answers.values())
-            )
-            self.torn = f"images of {sizes} take different branches of it" if answers else ""
+        ways: dict[bool, str] = {}
+        for batch, most in ((2, None), (1, 1), (64, 1)):
+            for shape, answer in self._answers(obj.node, batch, most).items():
+                if isinstance(answer, bool):
+                    ways.setdefault(answer, f"{list(shape)}" if batch == 2 else f"{list(shape)} in batches of {batch}")
+        if len(ways) != 1:
+            self.torn = f"images of {' and '.join(ways.values())} take different branches of it" if ways else ""
             return bool(super().to_bool(obj))
-        (answer,) = set(answers.values())
+        (answer,) = ways
         as_said = self.create_proxy("call_function", operator.eq, (obj, answer), {})
         self.create_proxy("call_function", torch._assert, (as_said, _OTHER_BRANCH), {})
         return answer
 
-    def _answers(self, asked: fx.Node, batch: int = 2) -> dict[tuple[int, ...], Any]:
+    def _answers(self, asked: fx.Node, batch: int, most: int | None = None) -> dict[tuple[int, ...], Any]:
         """What a node is for images of usual shapes that the model takes, found without values."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}
@@ -157,9 +165,13 @@ class _Tracer(fx.Tracer):
             for shape in _usual_shapes(self.root):
                 with contextlib.suppress(Exception), torch.device("meta"):  # whatever a model raises on other shapes
                     found[shape] = run(torch.empty((batch, *shape)))
+                if len(found) == most:
+                    break
         return found
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TypeError(f"{type(m).__name__} of torch.jit is a ScriptModule, whose code is hidden")
         return is_qcfs(m) or is_normalize(m) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -174,20 +186,21 @@ def _usual_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
             yield (c, side) if isinstance(first, nn.Conv1d) else (c, side, side)
 
 
-def _wrapped(m: nn.Module) -> nn.Module | None:
-    """The network inside of what runs it on several devices, compiled, or as an average over the training."""
-    if isinstance(m, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
-        return m.module
-    if not type(m).__module__.startswith("torch._dynamo"):  # whose class takes a second to import
-        return None
-    return m.get_submodule("_orig_mod")
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own network: without DataParallel, DistributedDataParallel, AveragedModel and torch.compile."""
-    while (inner := _wrapped(model)) is not None:
+    while (inner := wrapped(model)) is not None:
         refuse_hooks(model, "the model itself")
         model = inner
+    if isinstance(model, fx.GraphModule):
+        if any(isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes):
+            raise ConversionError(
+                "the model is a graph of torch.export or make_fx, of torch's inner operators. Remedy: the model that "
+                "it was made of"
+            )
+        if model.graph.python_code("self").src != model.code:
+            raise ConversionError(
+                "the model's graph was changed, and its forward is still the one before. Remedy: model.recompile()"
+            )
     return model
 
 
@@ -205,21 +218,40 @@ def refuse_other_trace(model: nn.Module, gm: fx.GraphModule, shape: Sequence[int
     if shape is None:
         return
     x = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    with evaluating(model), evaluating(gm), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with evaluating(model), evaluating(gm), torch.no_grad(), torch.random.fork_rng(devices=[]), _buffers_kept(model):
         try:
-            meant = pytree.tree_leaves(model(x.clone()))
+            meant, again = (pytree.tree_leaves(model(x.clone())) for _ in range(2))
         except Exception:  # whatever a model raises on an image that it does not like
             return
         try:
-            found = pytree.tree_leaves(gm(x.clone()))
+            found = pytree.tree_leaves(fx.Interpreter(gm).run(x.clone()))
         except Exception as error:
             raise ConversionError(f"what torch.fx traced of the model fails where the model runs ({error})") from error
-    if len(meant) != len(found) or not all(map(_alike, meant, found)):
+    if not _alike(meant, again):
+        raise ConversionError(
+            "the model gives another output when it is given the same image again: it draws random numbers, or changes "
+            "a buffer or counts its calls in its forward. Remedy: write that part without, or only while training "
+            "(if self.training:); check=False leaves this check out"
+        )
+    if not _alike(meant, found):
         raise ConversionError(
             "the model computes something else than what torch.fx traced of it. Usual causes are a forward that asks "
-            "for the type of a value (isinstance(x, Tensor)) or draws random numbers, and hooks on all modules. "
-            "Remedy: write that part without asking; check=False leaves this check out"
+            "for the type of a value (isinstance(x, Tensor)) or whether gradients are computed. Remedy: write that "
+            "part without asking; check=False leaves this check out"
         )
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Buffers that a forward changes, as one that counts its calls does, are put back."""
+    before = [(t, t._version, t.clone()) for t in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, version, value in before:
+                if t._version != version:
+                    t.copy_(value)
 
 
 def _taken_shape(model: nn.Module, gm: fx.GraphModule, dtype: torch.dtype) -> tuple[int, ...] | None:
@@ -230,12 +262,14 @@ def _taken_shape(model: nn.Module, gm: fx.GraphModule, dtype: torch.dtype) -> tu
         shadow = without_values(gm).eval()
         for shape in (*usual, *smaller):
             with contextlib.suppress(Exception):  # whatever a model raises on an image that does not fit
-                shadow(torch.empty((2, *shape), dtype=dtype))
+                fx.Interpreter(shadow).run(torch.empty((2, *shape), dtype=dtype))  # which prints no error
                 return shape
     return None
 
 
 def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(_alike, a, b))
     if torch.is_tensor(a) and torch.is_tensor(b) and a.shape == b.shape:
         a, b = (t.double().nan_to_num() for t in (a, b))
         return bool((a - b).abs().mean() <= 1e-3 * a.abs().mean())
@@ -269,8 +303,9 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
     refuse_hooks(model, "the model itself")
     tracer = _Tracer(model)
     try:
-        with evaluating(model):
+        with evaluating(model), _buffers_kept(model):
             graph = tracer.trace(model)
+            graph._tracer_cls = fx.Tracer  # by which a pickle of the prepared model is read
     except Exception as error:  # a model's own code can raise anything when run on proxies
         where = tracer.failed_in or "the model's own forward"
         if tracer.torn:
@@ -278,9 +313,10 @@ def symbolic_trace(model: nn.Module) -> fx.GraphModule:
                 f"{where}: asks for the size of its input, and {tracer.torn}, of which only one can be converted. "
                 "Remedy: leave the branch of your images, as a subclass whose forward has no other"
             ) from error
+        remedy = "replace control flow that depends on tensor values by modules, or move it out of the model"
+        remedy = next((better for words, better in _REMEDIES.items() if words in str(error)), remedy)
         raise ConversionError(
-            f"{where}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: replace "
-            "control flow that depends on tensor values by modules, or move it out of the model"
+            f"{where}: cannot be traced by torch.fx ({type(error).__name__}: {error}). Remedy: {remedy}"
         ) from error
     _drop_indices(graph)
     read_results(graph, modules)
@@ -318,64 +354,3 @@ def _drop_indices(graph: fx.Graph) -> None:
             for user in list(node.users):
                 user.replace_all_uses_with(node)
                 graph.erase_node(user)
-
-
-def _is_ours(hook: Any) -> bool:
-    """Whether a hook belongs to this package, or makes a parameter of others, as weight_norm and pruning do."""
-    return getattr(hook, "__module__", "").startswith(__name__.partition(".")[0]) or makes_parameter(hook) is not None
-
-
-def refuse_hooks(module: nn.Module, name: str) -> None:
-    """ConversionError where a module has hooks or a forward of its own, which the converted network would not run."""
-    if "forward" in vars(module) and _wrapped(module) is None:
-        raise ConversionError(
-            f"{name}: its forward was replaced on the object, which the converted network would not run. Remedy: give "
-            "the class that forward (of a module of your own, not of torch.nn), or put the original back"
-        )
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if not _is_ours(hook):
-            what = getattr(hook, "__qualname__", type(hook).__name__)
-            raise ConversionError(
-                f"{name}: has a forward hook ({what}), which the converted network would not run. Remedy: remove it "
-                "(handle.remove()), or do its work in the forward of a module"
-            )
-
-
-def makes_parameter(hook: Any) -> str | None:
-    """The parameter that a pre-hook of torch makes of others before each forward; None where it makes none."""
-    if isinstance(hook, WeightNorm | SpectralNorm):
-        return str(hook.name)
-    return str(hook._tensor_name) if isinstance(hook, BasePruningMethod) else None
-
-
-@contextlib.contextmanager
-def made_parameters_kept(model: nn.Module) -> Iterator[None]:
-    """What such hooks made is detached meanwhile, so that it can be copied, and put back after whatever runs makes."""
-    hooks = [(m, hook) for m in model.modules() for hook in m._forward_pre_hooks.values()]
-    made = [(m, name, getattr(m, name)) for m, hook in hooks if (name := makes_parameter(hook))]
-    for m, name, value in made:
-        setattr(m, name, value.detach())
-    try:
-        yield
-    finally:
-        for m, name, value in made:
-            setattr(m, name, value)
-
-
-def parameter(module: nn.Module, name: str) -> torch.Tensor | None:
-    """A parameter as the next forward will see it.
-
-    Under torch's hook-based weight_norm, spectral_norm and pruning the attribute is what the last forward made, which
-    may have been before the weights were loaded.
-    """
-    for hook in module._forward_pre_hooks.values():
-        if makes_parameter(hook) != name:
-            continue
-        if isinstance(hook, WeightNorm):
-            return hook.compute_weight(module)
-        if isinstance(hook, SpectralNorm):
-            return hook.compute_weight(module, do_power_iteration=False)
-        assert isinstance(hook, BasePruningMethod)
-        return hook.apply_mask(module)
-    found: torch.Tensor | None = getattr(module, name)
-    return found

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError
+from ..errors import WRONG_FORM, FormatError
 from ..operators.limits import MAX_SUM
 from ..operators.neuron import Neuron
 from .layers import (
@@ -77,7 +77,7 @@ def network_of(header: str, tensors: Mapping[str, Tensor]) -> SNN:
         return _Reader(fields, tensors).read()
     except FormatError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+    except WRONG_FORM as error:
         raise FormatError(f"a field is missing or has the wrong form ({type(error).__name__}: {error})") from error
 
 

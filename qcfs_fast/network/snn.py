@@ -302,6 +302,20 @@ class SNN(Branch):
             answer = self._executor.answer(self._program, self._header, x, run, watched=watch is not None)
             if answer is not None:
                 return answer
+            try:
+                return self._walk(x, run, watch)
+            except ValueError as error:
+                made_for = self.input_shape
+                if x is None or made_for is None or made_for == (shape := tuple(x.shape[1 + run.varying :])):
+                    raise
+                raise ValueError(
+                    f"{error}. The images are of shape {list(shape)}, and this network was converted for "
+                    f"{list(made_for)}: resize them, or convert the model with input_shape={shape}"
+                ) from error
+        return self._walk(x, run, watch)
+
+    def _walk(self, x: Tensor | None, run: Run, watch: Callable[[str, Layer, Any], None] | None) -> Any:
+        """Run all nodes as torch operators."""
         values: Values = {IMAGE: x}
         out: Any = None
         for name, layer in self._program:

@@ -12,7 +12,6 @@ a cluster it must be one that every worker sees.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import io
 import json
@@ -27,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import write_text_atomically, written_atomically
+from ..files import read_json, write_text_atomically, written_atomically
 from ..network.loading import load
+from ..network.saving import checksum
 from ..network.snn import SNN
 from .about_images import normalise
 from .data import MEAN, STD, Dataset, Folder, batch_count, batch_range
@@ -59,6 +59,7 @@ class Predictor:
 
     def __init__(self, network: str, T: int | None = None, neuron: str | None = None, column: str = "image") -> None:
         self.snn, self.T, self.column = load(network), T, column
+        self.checksum = checksum(*self.snn.saved())
         if neuron is not None:
             self.snn.neuron = neuron
         if torch.cuda.is_available():  # Ray shows a worker the GPUs that it asked for, and no other
@@ -89,6 +90,7 @@ class ParquetImages(Folder):
         self.path, self.size, self.column, self.labelled = path, size, column, False
         self.mean, self.std = mean or MEAN, std or STD
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        self.files = [(file, 0) for file in files]
         self.groups: list[tuple[Path, int]] = []
         counts = [0]
         for file in files:
@@ -107,7 +109,7 @@ class ParquetImages(Folder):
         return int(self.first[-1])
 
     def pixels(self, indices: Sequence[int], random: bool = False) -> tuple[Tensor, Tensor]:
-        images = [self._read(io.BytesIO(self._bytes(i)), None) for i in indices]  # type: ignore[arg-type]
+        images = [self._read(io.BytesIO(self._bytes(i)), None, f"{self.path}, row {i}") for i in indices]
         return torch.stack(images), torch.zeros(len(images), dtype=torch.int64)
 
     def _bytes(self, i: int) -> bytes:
@@ -123,9 +125,10 @@ class ParquetImages(Folder):
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done; the same in every run that goes on with it."""
+    """What is to be done; the same in every run that goes on with it. `checksum` is of the network, which may move."""
 
     network: str
+    checksum: str
     data: str
     output: str
     chunk: int
@@ -156,6 +159,10 @@ class _Worker:
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
         self.predictor = Predictor(job.network, job.T, job.neuron)
+        if self.predictor.checksum != job.checksum:
+            raise ValueError(
+                f"{job.network}: is another network than when the job began; put that one back, or name another output"
+            )
         self.job, self.data = job, job.images(self.predictor.snn)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -221,9 +228,10 @@ def predict_many(
     network_path, output_path = (str(Path(p).resolve()) for p in (network, output))
     data_path = str(Path(data).resolve()) if Path(data).exists() else str(data)  # or a data set by name
     numbers = (None if mean is None else tuple(mean), None if std is None else tuple(std))
-    job = Job(network_path, data_path, output_path, chunk, size, *numbers, T, neuron)
-    images = job.images(load(network))  # damage is reported before anything starts
-    _settle(job, len(images))
+    snn = load(network)
+    job = Job(network_path, checksum(*snn.saved()), data_path, output_path, chunk, size, *numbers, T, neuron)
+    images = job.images(snn)  # damage is reported before anything starts
+    _settle(job, images)
     missing = [n for n in range(batch_count(images, chunk)) if not job.part(n).exists()]
     if not missing:
         return 0
@@ -242,17 +250,17 @@ def predict_many(
     return sum(int(row["images"]) for row in done.iter_rows())
 
 
-def _settle(job: Job, images: int) -> None:
+def _settle(job: Job, images: Dataset) -> None:
     """The output folder and its manifest; ValueError where the folder belongs to another job."""
     folder = Path(job.output)
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(Path(job.network).read_bytes()).hexdigest()
-    wanted = json.loads(json.dumps({**asdict(job), "output": None, "network": digest, "images": images}))
+    about = {**asdict(job), "output": None, "network": None, "images": [len(images), images.content()]}
+    wanted = json.loads(json.dumps(about))
     path = folder / MANIFEST
     if not path.exists():
         write_text_atomically(path, json.dumps(wanted, indent=2))
         return
-    found = json.loads(path.read_text())
+    found = read_json(path, "manifest of predict_many", lambda found: isinstance(found, dict))
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise ValueError(

@@ -1,8 +1,9 @@
 """Images and labels: a data set by name, an .npz file, or a folder with one subfolder of images per class.
 
-All kinds have a length, `batch(indices)` -> (images, int64 labels [n]), and the attributes `path`, `mean` and `std`,
-which identify an evaluation. `labelled` says whether the labels are real; otherwise they are zeros. Images are what a
-network takes: floats [n, C, H, W]; or, where `steps` is not None, recordings over time, [steps, n, C, H, W].
+All kinds have a length, `batch(indices)` -> (images, int64 labels [n]), the attributes `path`, `mean` and `std`, and
+`content()`, a checksum by which other data at the same place is told; these identify an evaluation. `labelled` says
+whether the labels are real; otherwise they are zeros. Images are what a network takes: floats [n, C, H, W]; or, where
+`steps` is not None, recordings over time, [steps, n, C, H, W].
 
 Training sees images through `pixels(indices)` -> (images before normalisation, labels) and changes them at random
 before they are normalised (training.py).
@@ -10,6 +11,7 @@ before they are normalised (training.py).
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +25,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 # A file of a kilobyte can hold an image of gigabytes, or a line that becomes one when its short side is enlarged.
 MAX_PIXELS, MAX_ASPECT = 2**26, 100
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+# A name says nothing of what is inside. Of the others that Pillow knows some start programs: PostScript is drawn by gs.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF")
+
+
+KINDS = [np.dtype(kind) for kind in ("uint8", "float16", "float32", "float64")]  # in any order of bytes
 
 
 class Arrays:
@@ -50,7 +57,7 @@ class Arrays:
                 f"{path}: labels must be {len(images)} integers, one per image, got {self.labels.dtype} "
                 f"{list(self.labels.shape)}" + ("; images over time are [N, T, C, H, W]" if images.ndim == 5 else "")
             )
-        if images.dtype.kind not in "fu" or images.ndim not in (2, 4, 5):
+        if images.dtype.newbyteorder("=") not in KINDS or images.ndim not in (2, 4, 5):
             raise ValueError(
                 f"{path}: images must be floats or uint8 [N, C, H, W] (or [N, features]; over time [N, T, C, H, W]), "
                 f"got {images.dtype} {list(images.shape)}"
@@ -64,10 +71,14 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.images)
 
+    def content(self) -> int:
+        return zlib.crc32(self.labels.tobytes(), zlib.crc32(np.ascontiguousarray(self.images).data))
+
     def pixels(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images as they are stored, padded to `size`, and their labels."""
         rows: Any = slice(indices.start, indices.stop) if isinstance(indices, range) else np.asarray(indices)
-        x = torch.from_numpy(np.array(self.images[rows], order="C"))  # a copy: files in memory cannot be written to
+        # A copy: files in memory cannot be written to, and torch knows the machine's order of bytes alone.
+        x = torch.from_numpy(np.array(self.images[rows], self.images.dtype.newbyteorder("="), order="C"))
         if self.size is not None and x.dtype == torch.uint8:
             x = padded(x, self.size)
         return x, torch.from_numpy(self.labels[rows].astype(np.int64))
@@ -107,7 +118,7 @@ class Npz(Arrays):
             raise ValueError(f"{path}: not a complete .npz file ({str(error).splitlines()[0]})") from error
         except Exception as error:  # zipfile has its own exception
             raise ValueError(f"{path}: not a complete .npz file ({error})") from error
-        if images.ndim == 0 or len(images) == 0:
+        if images.ndim == 0 or images.size == 0:
             raise ValueError(f"{path}: its array images, of shape {list(images.shape)}, holds no image; save some")
         super().__init__(path, images, labels, mean, std)
 
@@ -168,6 +179,11 @@ class Folder:
     def __len__(self) -> int:
         return len(self.files)
 
+    def content(self) -> int:
+        """Of the names and sizes of files: to read all would take as long as the evaluation."""
+        listed = [(str(file.relative_to(self.path)), file.stat().st_size, label) for file, label in self.files]
+        return zlib.crc32(repr(listed).encode(errors="surrogateescape"))
+
     def pixels(self, indices: Sequence[int], random: bool = False) -> tuple[Tensor, Tensor]:
         """uint8 images, and labels; `random` cuts each from a random part of its image (torch's generator)."""
         places = torch.rand((len(indices), 4)).tolist() if random else [None] * len(indices)
@@ -179,22 +195,24 @@ class Folder:
         x, labels = self.pixels(indices)
         return normalised(x / 255, self.mean, self.std), labels
 
-    def _read(self, path: Path, place: Sequence[float] | None) -> Tensor:
+    def _read(self, source: Any, place: Sequence[float] | None, name: str = "") -> Tensor:
+        """The image in a file, opened or by its path."""
         try:
             from PIL import Image
         except ImportError as error:
             raise ImportError("reading images needs Pillow: pip install pillow") from error
         try:
-            with Image.open(path) as file:
+            with Image.open(source, formats=FORMATS) as file:
                 width, height = file.size  # known before a pixel is decoded
-                if width * height > MAX_PIXELS or max(width, height) > MAX_ASPECT * min(width, height):
-                    raise ValueError(
-                        f"{path}: an image of {width} x {height} pixels; at most {MAX_PIXELS} are read, and sides of "
-                        f"1 : {MAX_ASPECT}"
-                    )
-                image = file.convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+                sound = width * height <= MAX_PIXELS and max(width, height) <= MAX_ASPECT * min(width, height)
+                image = file.convert("RGB") if sound else None
+        except Exception as error:  # whatever a decoder raises of a damaged file
+            raise ValueError(f"{name or source}: cannot be read as an image ({error})") from error
+        if image is None:
+            raise ValueError(
+                f"{name or source}: an image of {width} x {height} pixels; at most {MAX_PIXELS} are read, and sides of "
+                f"1 : {MAX_ASPECT}"
+            )
         if place is None:
             scale = round(self.size * 8 / 7) / min(image.size)
             image = image.resize([max(self.size, round(d * scale)) for d in image.size], Image.Resampling.BILINEAR)

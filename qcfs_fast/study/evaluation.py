@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import os
 import re
@@ -29,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..files import read_json, remove_written, sole_user, write_text_atomically
-from ..network.loading import load
+from ..network.saving import checksum
 from ..network.schema import is_int
 from ..network.snn import SNN
 from ..operators.neuron import Neuron
@@ -51,9 +50,13 @@ FILES = r"[0-9]+\.json"  # by rank
 
 
 def _is_state(found: Any) -> bool:
-    columns = len(found["fingerprint"]["neurons"]) * len(found["fingerprint"]["steps"])
-    whole = all(is_int(n, 0) for n in (*found["batches"], found["seen"], *found["right"]))
-    return whole and len(found["right"]) == columns
+    about, batches = found["fingerprint"], found["batches"]
+    columns = len(about["neurons"]) * len(about["steps"])
+    whole = all(is_int(n, 0) for n in (*batches, found["seen"], *found["right"]))
+    left = [about["data"][1] - number * about["batch"] for number in set(batches)]  # images from there on
+    fits = min(left, default=1) > 0 and found["seen"] == sum(min(n, about["batch"]) for n in left)
+    fits = fits and isinstance(batches, list) and len(left) == len(batches)
+    return whole and fits and len(found["right"]) == columns and max(found["right"]) <= found["seen"]
 
 
 def _kept(folder: Path) -> dict[int, Any]:
@@ -156,12 +159,12 @@ class Accuracy:
 
 
 def evaluate(
-    network: Path,
+    snn: SNN,
     data: Dataset,
     steps: Sequence[int],
+    state: Path,
     neurons: Sequence[Neuron] | None = None,
     batch: int = 64,
-    state: Path | None = None,
     restart: bool = False,
     device: str = "auto",
     progress: bool = True,
@@ -169,12 +172,12 @@ def evaluate(
     """Accuracy by T of a saved network, in one or several modes of its neurons.
 
     Args:
-        network: file written by snn.save.
+        snn: the network, on the CPU.
         data: see open_data. Of images over time, the network sees the first T.
         steps: the T to report; the network runs once, for the largest.
+        state: folder for the state.
         neurons: the modes to report; default: the network's own.
         batch: images per batch.
-        state: folder for the state; default: the network's path with ".eval" appended.
         restart: forget an interrupted run.
         device: "auto", "cpu", "cuda", ...
         progress: a progress bar on stderr.
@@ -188,27 +191,25 @@ def evaluate(
         KeyboardInterrupt: interrupted; the state holds every finished batch.
     """
     steps = sorted(set(steps))
-    snn = load(network)
     neurons = [snn.neuron] if neurons is None else list(dict.fromkeys(neurons))
     for neuron in neurons:
         _check(_in_mode(snn, neuron), data, max(steps))
     processes = Processes()
     place = device_of(device, processes.local)
-    snn = snn.to(place)
-    folder = state or network.with_name(network.name + ".eval")
     fingerprint = {
-        "network": hashlib.sha256(network.read_bytes()).hexdigest(),
-        "data": [str(data.path.resolve()), len(data)],
+        "network": checksum(*snn.saved()),
+        "data": [str(data.path.resolve()), len(data), data.content()],
         "steps": steps,
         "neurons": [str(neuron) for neuron in neurons],
         "batch": batch,
         "preprocessing": [getattr(data, "size", None), data.mean and list(data.mean), data.std and list(data.std)],
     }
-    with processes.alone_in(folder, "--state"):
-        if restart and processes.rank == 0 and _kept(folder):  # which refuses files of others
-            remove_written(folder, FILES)
+    snn = snn.to(place)
+    with processes.alone_in(state, "--state"):
+        if restart and processes.rank == 0 and _kept(state):  # which refuses files of others
+            remove_written(state, FILES)
         processes.wait()
-        kept = State(folder, fingerprint, processes.rank)
+        kept = State(state, fingerprint, processes.rank)
         processes.wait()  # everyone has read before anyone writes
         _work([_in_mode(snn, neuron) for neuron in neurons], data, kept, processes, batch, steps, place, progress)
         counts = [kept.own.seen, *kept.own.right]
@@ -220,7 +221,7 @@ def evaluate(
         counts = processes.sum(counts)
         if processes.rank:
             return None
-        remove_written(folder, FILES)
+        remove_written(state, FILES)
         seen, *right = counts
         by_neuron = [right[i : i + len(steps)] for i in range(0, len(right), len(steps))]
         return Accuracy(neurons, steps, by_neuron, seen, resumed)

@@ -9,8 +9,10 @@ import base64
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from html import escape
+from html import escape as without_tags
 from typing import Any
+
+from ..network.schema import printable
 
 BLUE, ORANGE, GREY, INK, FAINT = "#2166c4", "#d4680f", "#9aa4b2", "#1c2430", "#e3e7ed"
 WIDTH = 5.0  # inches of a figure in a column of the page
@@ -30,6 +32,11 @@ STYLE: dict[Any, Any] = {
     "path.simplify": False,
     "svg.hashsalt": "qcfs_fast",
 }
+
+
+def escape(text: str) -> str:
+    """Text of others, such as a layer's name, in a page: it makes no tag, and nothing in it is invisible."""
+    return without_tags(printable(text))
 
 
 def new_figure(height: float, width: float = WIDTH) -> tuple[Any, Any]:

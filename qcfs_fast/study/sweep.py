@@ -37,6 +37,7 @@ from .data import Dataset, batches, check_labels
 from .trained import Trained
 
 FORMAT = "qcfs_fast study 1"
+KIND = "result of a study"  # as errors call its file
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Study:
             self._read()
 
     def _read(self) -> None:
-        kept = read_json(self.path, "result of a study", lambda found: self.results.keys() <= found.keys())
+        kept = read_json(self.path, KIND, self._is_kept)
         differing = [k for k, v in self.results.items() if not isinstance(v, dict) and kept[k] != v]
         differing += [k for k in ("network",) if kept[k] != self.results[k]]
         if differing:
@@ -116,6 +117,11 @@ class Study:
                 f"{self.path}: belongs to a study with another {', '.join(differing)}; give another folder"
             )
         self.results = kept
+
+    def _is_kept(self, found: Any) -> bool:
+        parts = [found[name] for name in ("cells", "latency")]
+        objects = [*parts, *(value for part in parts for value in part.values())]
+        return self.results.keys() <= found.keys() and all(isinstance(value, dict) for value in objects)
 
     def forget_latency(self) -> None:
         """Time everything again, on this machine; right answers and rates are the same on all, and stay."""

@@ -7,12 +7,12 @@ latency.*     right answers against time per image, the ANN's forms as points: w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..files import write_text_atomically, written_atomically
-from .html import BLUE, GREY, INK, ORANGE, document, drawing, framed, new_figure, percent_axis
+from ..network.schema import printable
+from .html import BLUE, GREY, INK, ORANGE, document, drawing, escape, framed, new_figure, percent_axis
 from .profiling.record import format_count, format_duration
 from .sweep import interval
 
@@ -115,14 +115,16 @@ def text(results: Results) -> str:
         cells = [c.ljust(w) if j == 1 else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))]
         lines.append(("\n" if new else "") + "  ".join(cells).rstrip())
     errors = [
-        f"{cell['mode']}, {cell['bits']} bits: {cell['error']}" for cell in results["cells"].values() if "error" in cell
+        printable(f"{cell['mode']}, {cell['bits']} bits: {line}")
+        for cell in results["cells"].values()
+        for line in str(cell.get("error", "")).splitlines()
     ]
     notes = [
         "right: share of right answers, +- half its 95 % interval in points; as ANN: same",
         "label as the ANN in float32; SynOps: synaptic operations per image; time: per",
         "image; x ANN: of the fastest float32 form of the ANN",
     ]
-    return "\n".join([*facts(results), "", *lines, "", *notes, *errors])
+    return "\n".join([*map(printable, facts(results)), "", *lines, "", *notes, *errors])
 
 
 # -------------------------------------------------------------------------------------------- figures
@@ -227,7 +229,8 @@ def write_page(results: Results, path: Path) -> None:
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows(results))
     table = f'<table class="rows"><thead><tr>{cells("th", HEADINGS)}</tr></thead><tbody>{body}</tbody></table>'
-    errors = "".join(f"<li>{escape(str(c['error']))}</li>" for c in results["cells"].values() if "error" in c)
+    reasons = [str(c["error"]).split("\n") for c in results["cells"].values() if "error" in c]
+    errors = "".join(f"<li>{'<br>'.join(map(escape, lines))}</li>" for lines in reasons)
     about = "".join(
         f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>"
         for k, v in {**results["network"], "weights (sha256)": results["weights"]}.items()

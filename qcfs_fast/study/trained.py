@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import FormatError
+from ..errors import WRONG_FORM, FormatError
 from ..files import write_tensors_atomically
 from .about_images import checked_classes, checked_numbers
 from .networks import SMALL, small_network
@@ -88,7 +88,7 @@ def trained_about(path: Path) -> Trained | None:
         about = Trained(**values)
         _check(about)
         return about
-    except (ValueError, TypeError) as error:
+    except WRONG_FORM as error:
         raise FormatError(
             f"{path}: its metadata {METADATA} is damaged ({error}); train again, or copy it again"
         ) from error

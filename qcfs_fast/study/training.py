@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ..files import write_text_atomically, written_atomically
 from ..model.qcfs import is_qcfs
+from ..network.schema import printable
 from .data import Arrays, Dataset, Folder, batches, normalised
 
 AUGMENTATIONS = ("crop", "flip", "autoaugment", "cutout")
@@ -380,7 +381,7 @@ def plot(log: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    figure.suptitle(printable(title), parse_math=False)
     with written_atomically(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=150)
     plt.close(figure)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import written_atomically
+from ...network.schema import printable
 from .measure import NOT_MEASURED, TAIL
 from .results import on_other_threads
 
@@ -117,20 +118,30 @@ def tables(data: Mapping[str, Any]) -> list[Any]:
     return [_table(data, group) for group in [*groups, layers] if group] + ([_latencies(alone)] if alone else [])
 
 
+def _text(name: str) -> str:
+    """A text of the file as rich shows it: without its markup, and as one line."""
+    from rich.markup import escape
+
+    return escape(printable(name))
+
+
 def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
     """Milliseconds (median), and how many times as long as ours in 16 bits."""
     from rich.table import Table
 
     kind, name = cases[0]["kind"], title(cases[0]).split(", batch")[0]
     result = Table(
-        title=f"{name if kind == 'network' else 'single layers, batch 1'}: milliseconds, and times our 16-bit weights",
+        title=f"{_text(name) if kind == 'network' else 'single layers, batch 1'}: milliseconds, and times our 16-bit "
+        "weights",
         title_justify="left",
-        caption=f"medians of calls in turns; - not measured; {conditions(data)}",
+        caption=f"medians of calls in turns; - not measured; {_text(conditions(data))}",
         caption_justify="left",
     )
     result.add_column("contender", no_wrap=True)
     for case in cases:
-        text = f"batch {case['batch']}\nT = {case['T']}" if kind == "network" else case["name"].replace(" ", "\n")
+        text = (
+            f"batch {case['batch']}\nT = {case['T']}" if kind == "network" else _text(case["name"]).replace(" ", "\n")
+        )
         result.add_column(text + on_other_threads(case).replace(", ", "\n"), justify="right")
     names = list(dict.fromkeys(n for c in cases for n in c["contenders"]))
     best = [min((r["seconds"] for r in c["contenders"].values() if "seconds" in r), default=0) for c in cases]
@@ -145,7 +156,7 @@ def _table(data: Mapping[str, Any], cases: Sequence[Case]) -> Any:
             if ours is not None and not name.startswith("qcfs_fast 16-bit"):
                 text += f" x{row['seconds'] / ours:.2f}"
             cells.append(f"[bold]{text}[/]" if row["seconds"] == least else text)
-        result.add_row(name, *cells)
+        result.add_row(_text(name), *cells)
     result.add_section()
     result.add_row("firing rate", *(f"{c['firing rate']:.1%}" for c in cases))
     for bits in (16, 8):
@@ -180,11 +191,11 @@ def _latencies(cases: Sequence[Case]) -> Any:
     )
     result.add_column("contender", no_wrap=True)
     for case in cases:
-        text = "\n".join(_network_and_size(case["name"])) + on_other_threads(case).replace(", ", "\n")
+        text = "\n".join(map(_text, _network_and_size(case["name"]))) + on_other_threads(case).replace(", ", "\n")
         result.add_column(text, justify="right")
     spreads = [_spread(case) for case in cases]
     for name in dict.fromkeys(n for found in spreads for n in found):
-        result.add_row(name, *(" / ".join(map(_milliseconds, found.get(name, []))) or "-" for found in spreads))
+        result.add_row(_text(name), *(" / ".join(map(_milliseconds, found.get(name, []))) or "-" for found in spreads))
     return result
 
 

@@ -17,6 +17,7 @@ from .measure import NOT_MEASURED, machine, matrix_peak
 
 FORMAT = "qcfs_fast benchmark"
 FORMAT_VERSION = 1
+KIND = "result file of qcfs-fast bench"  # as errors call it
 
 
 class Results:
@@ -63,13 +64,15 @@ def on_other_threads(case: Mapping[str, Any]) -> str:
 
 
 def _is_ours(found: Any) -> bool:
-    parts = {"machine", "peak", "cases"} <= found.keys() or found.get("version") != FORMAT_VERSION
-    return parts and bool(found["format"] == FORMAT)
+    if found["format"] == FORMAT and found.get("version") != FORMAT_VERSION:
+        return True  # which has an error of its own
+    sorted(found["cases"], key=case_key)  # fails where a case lacks what tells it from others
+    return found["format"] == FORMAT and all(isinstance(found[part], dict) for part in ("machine", "peak"))
 
 
 def read(path: Path) -> dict[str, Any]:
     """A result file, checked for its form."""
-    data: dict[str, Any] = read_json(path, "result file of qcfs-fast bench", _is_ours)
+    data: dict[str, Any] = read_json(path, KIND, _is_ours)
     if data.get("version") != FORMAT_VERSION:
         raise ValueError(
             f"{path}: written in version {data.get('version')} of the result format, need {FORMAT_VERSION}"

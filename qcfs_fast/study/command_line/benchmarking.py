@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from ...files import replace_between
+from ...files import content_of, replace_between
+from ...network.schema import printable
 from ..benchmark import comparison
 from ..benchmark.cases import LAYERS, NETWORKS, QUICK, STEPS, LayerCase, NetworkCases, batches
 from ..benchmark.measure import Effort, on_threads
-from ..benchmark.results import Results, read, summary
+from ..benchmark.results import KIND, Results, read, summary
 from .common import command, positive
 
 
@@ -115,15 +116,21 @@ def _compare(o: argparse.Namespace) -> int:
         from rich.console import Console
 
         console = Console(width=None if sys.stdout.isatty() else 200)
-        for table in comparison.tables(data):
+        with content_of(o.results, KIND):
+            tables, unmeasured = comparison.tables(data), comparison.unmeasured(data)
+        for table in tables:
             console.print(table)
-        for line in comparison.unmeasured(data):
-            console.print(line, markup=False, highlight=False)
+        for line in unmeasured:
+            console.print(printable(line), markup=False, highlight=False)
     if o.plots is not None:
-        for path in comparison.plots(data, o.plots, [f".{kind}" for kind in o.format]):
+        with content_of(o.results, KIND):
+            written = comparison.plots(data, o.plots, [f".{kind}" for kind in o.format])
+        for path in written:
             print(f"wrote {path}", file=sys.stderr)
     if o.readme is not None:
         folder = os.path.relpath(o.plots or "docs/images", o.readme.parent)
-        replace_between(o.readme, comparison.MARK, comparison.markdown(data, Path(folder).as_posix()))
+        with content_of(o.results, KIND):
+            text = comparison.markdown(data, Path(folder).as_posix())
+        replace_between(o.readme, comparison.MARK, text)
         print(f"wrote {o.readme}", file=sys.stderr)
     return 0

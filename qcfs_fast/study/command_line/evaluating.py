@@ -71,7 +71,8 @@ def _eval(o: argparse.Namespace) -> int:
     neurons = asked_neurons(o, o.neuron or [own.mode], own)
     steps = o.steps or _default_steps(data)
     try:
-        found = evaluate(o.network, data, steps, neurons, o.batch, o.state, o.restart, o.device, not o.quiet)
+        state = o.state or o.network.with_name(o.network.name + ".eval")
+        found = evaluate(snn, data, steps, state, neurons, o.batch, o.restart, o.device, not o.quiet)
     except KeyboardInterrupt as stop:
         return stopped(stop, "; every finished batch is kept, and the same command goes on from there")
     if found is None:

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from ...files import remove_written
+from ...files import content_of, remove_written
 from ...model.calibration import calibrate
 from ...operators.neuron import MODES, Neuron
 from .. import training, zoo
 from ..data import Dataset, Folder, batches
 from ..datasets import NAMED, open_data
 from ..networks import SMALL
-from ..sweep import Plan, Study
+from ..sweep import KIND, Plan, Study
 from ..trained import Trained, load_trained, save_trained
 from .common import add_replace, add_window_options, asked_neurons, command, number_classes, positive, stopped
 
@@ -222,9 +222,10 @@ def _study(o: argparse.Namespace) -> int:
         results = study.run()
     except KeyboardInterrupt as stop:
         return stopped(stop, "; the same command goes on with what is missing")
-    written = sweep_page.write_plots(results, o.output, [f".{kind}" for kind in o.format])
-    sweep_page.write_page(results, o.output / "study.html")
-    print(json.dumps(results, indent=2) if o.json else sweep_page.text(results))
+    with content_of(study.path, KIND):
+        written = sweep_page.write_plots(results, o.output, [f".{kind}" for kind in o.format])
+        sweep_page.write_page(results, o.output / "study.html")
+        print(json.dumps(results, indent=2) if o.json else sweep_page.text(results))
     for path in (*written, o.output / "study.html"):
         print(f"wrote {path}", file=sys.stderr)
     return 0

@@ -8,11 +8,11 @@ data for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 from math import nan
 from typing import Any
 
-from ..html import BLUE, GREY, INK, ORANGE, WIDTH, document, drawing, framed, new_figure, percent_axis
+from ...network.schema import printable
+from ..html import BLUE, GREY, INK, ORANGE, WIDTH, document, drawing, escape, framed, new_figure, percent_axis
 from .record import (
     CAVEATS,
     RATE_BINS,
@@ -90,7 +90,7 @@ def _rows_height(n: int) -> float:
 
 
 def _name_rows(axes: Any, rows: Sequence[LayerProfile]) -> None:
-    axes.set_yticks(range(len(rows)), [_short(r.name) for r in rows])
+    axes.set_yticks(range(len(rows)), [_short(printable(r.name)) for r in rows], parse_math=False)
     axes.tick_params(axis="y", length=0)
     axes.grid(visible=False, axis="y")
 
