@@ -421,10 +421,12 @@ def test_profile_of_recordings(recordings, capsys):
 def test_errors_of_recordings(recordings, tmp_path, capsys):
     folder, _, _, _ = recordings
     net, data = folder / "net.safetensors", folder / "events.npz"
+    np.savez(tmp_path / "turned.npz", images=np.zeros((6, 40, 3, 4, 4)), labels=np.zeros(40, int))
     cases = [
         (["eval", net, data, "--steps", 2, 7], "its images have 6 steps, but 7 are needed"),
         (["eval", net, data, "--neuron", "plain", "sum"], "sum mode adds up the steps of one; leave it out"),
-        (["eval", net, data, "--neuron", "offset", "--window", 8], "6 steps, but 8 are needed"),
+        (["eval", net, data, "--neuron", "offset", "--window", 8], "8 are needed; ask for a smaller T or window"),
+        (["eval", net, tmp_path / "turned.npz"], "one per image, got int64 [40]; images over time are [N, T, C, H, W]"),
         (["eval", net, data, "--mean", 0.5], "leave out mean and std"),
         (["eval", net, data, "--window", 3], "--window goes with offset or masked"),
         (["eval", net, data, "--neuron", "masked", "--iterations", 2], "--iterations goes with offset"),

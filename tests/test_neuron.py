@@ -152,6 +152,19 @@ def test_bounds_speak_for_the_mode():
             short.neuron = qcfs_fast.Neuron("offset", window=8)
 
 
+@pytest.mark.parametrize("mode", ["offset", "masked"])
+@pytest.mark.parametrize("window", [1, 8])
+def test_a_neuron_and_its_words_give_one_network(mode, window):
+    """24 bits take all that the sums leave, so that a window which the bound does not know would not fit."""
+    shape = networks.SHAPES[networks.Small]
+    model = networks.lively(networks.randomize(networks.Small()), shape)
+    options = {"T": 1, "max_T": 1, "weight_bits": 24, "input_shape": shape}
+    by_words = qcfs_fast.convert(model, neuron=mode, window=window, **options)
+    by_object = qcfs_fast.convert(model, neuron=qcfs_fast.Neuron(mode, window), **options)
+    assert by_object.neuron == by_words.neuron
+    assert by_object.report() == by_words.report()
+
+
 def test_sum_mode_reaches_the_max_T_asked_for():
     shape = networks.SHAPES[networks.Pools]
     model = qcfs_fast.prepare(networks.randomize(networks.Pools()), levels=4)
@@ -399,6 +412,9 @@ def test_biases_by_step(kind, mode, tmp_path):
     stream = again.stream()
     assert torch.equal(stream(x, steps=2), whole[1])
     assert torch.equal(stream(steps=4, per_step=True), whole[2:])
+    with pytest.raises(ValueError, match=r"stream: T=7, but step_bias has .* make a table for T=7, or call reset"):
+        stream()
+    assert stream.steps == 6
     with pytest.raises(ValueError, match="step_bias has biases for 6 steps; make a table for T=7"):
         snn(x, 7)
     with pytest.raises(ValueError, match="has a bias for each step"):

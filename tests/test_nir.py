@@ -4,6 +4,7 @@ Weights, thresholds and images lie on a coarse grid, so that floats are exact an
 that is not installed skips its tests, and all skip without the package nir.
 """
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -22,6 +23,7 @@ from qcfs_fast.study import command_line, shipped
 nir = pytest.importorskip("nir")
 
 from qcfs_fast.exchange import in_simulator  # noqa: E402 - what it imports is known to be there
+from qcfs_fast.exchange import nir as exchange  # noqa: E402
 
 KINDS = [
     networks.Small, networks.Groups, networks.Image, networks.Perceptron, networks.AllConvolution, networks.SpikesOut,
@@ -325,22 +327,36 @@ def test_files_that_are_none(tmp_path):
         qcfs_fast.from_nir(tmp_path / "bad.nir")
 
 
-def test_damaged_files_are_refused(tmp_path, monkeypatch):
-    """Cut off anywhere; and whatever HDF5 raises. Flipped bits can end the process within HDF5 (SECURITY.md)."""
+def test_damaged_files_are_refused(tmp_path):
+    """Cut off anywhere, or altered where HDF5 describes its data."""
     snn, _, shape = on_grid(networks.Small)
     path = through_a_file(qcfs_fast.to_nir(snn, shape), tmp_path)
     whole = path.read_bytes()
-    for part in range(20):
-        path.write_bytes(whole[: part * len(whole) // 20])
+    for part in range(8):
+        path.write_bytes(whole[: part * len(whole) // 8])
         with pytest.raises(FormatError, match=r"net.nir: not a NIR graph"):
             qcfs_fast.from_nir(path)
+    for place in range(8, 400, 49):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(FormatError):
+            assert_same_network(qcfs_fast.from_nir(path), snn)
 
-    def read(path):
-        raise RuntimeError("Link iteration failed (bad local heap signature)")
 
-    monkeypatch.setattr(nir, "read", read)
-    with pytest.raises(FormatError, match=r"net.nir: not a NIR graph \(Link iteration failed"):
-        qcfs_fast.from_nir(path)
+@pytest.mark.parametrize(
+    ("reads", "said"),
+    [
+        ("import os; os.abort()", r"HDF5 ended by signal 6"),
+        ("import time; time.sleep(60)", r"HDF5 reads it for more than 0.5 seconds"),
+        ("raise RuntimeError('bad local heap')", r"RuntimeError: bad local heap"),
+    ],
+)
+def test_a_library_that_fails_on_a_file_ends_no_process_of_ours(tmp_path, monkeypatch, reads, said):
+    (tmp_path / "net.nir").write_bytes(b"some HDF5")
+    (tmp_path / "nir.py").write_text(f"def read(path):\n    {reads}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(exchange, "READING", 0.5 if "sleep" in reads else 60)
+    with pytest.raises(FormatError, match=rf"net.nir: not a NIR graph \({said}"):
+        qcfs_fast.from_nir(tmp_path / "net.nir")
 
 
 def _half_a_unit(graph):

@@ -151,7 +151,7 @@ def convert(
     if settled.mode == "sum" and T > MAX_COUNT:
         raise ValueError(f"convert: in sum mode T is at most {MAX_COUNT}, the levels that a count has; got {T}")
     if settled.looks_ahead:
-        limit = max(limit, window)
+        limit = max(limit, settled.window)
     _warn_if_untrained(model)
     traced = symbolic_trace(model)
     known = input_shape or model.__dict__.get(LAST_SHAPE)

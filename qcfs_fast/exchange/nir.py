@@ -37,6 +37,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +62,7 @@ from ..network.layers import (
     pieces,
 )
 from ..network.loading import load
-from ..network.schema import Geometry
+from ..network.schema import Geometry, printable
 from ..network.snn import SNN
 from ..operators.geometry import POINTWISE, convolution_size
 from ..operators.windows import PoolSpec
@@ -68,6 +71,7 @@ OURS = "qcfs_fast"  # the key of what only from_nir reads, in the metadata of th
 OUTPUT = "output"
 NEURON = {"reset": "subtract", "comparison": ">=", "spikes_per_step": 1}
 NEURONS = ("if", "composite")
+READING = 600  # seconds that a file may take
 
 
 def _nir() -> Any:
@@ -367,10 +371,8 @@ def from_nir(graph: Any) -> SNN:
     if isinstance(graph, (str, Path)):
         if not Path(graph).is_file():
             raise FileNotFoundError(f"from_nir: no file {graph}")
-        try:
-            graph = nir.read(graph)
-        except Exception as error:  # whatever HDF5 and nir raise of a damaged file
-            raise FormatError(f"{graph}: not a NIR graph ({error})") from error
+        _refuse_damaged(Path(graph))
+        graph = nir.read(graph)
     if not isinstance(graph, nir.NIRGraph):
         raise TypeError(f"from_nir: expected a nir.NIRGraph or a path, got {type(graph).__name__}")
     text = graph.metadata.get(OURS)
@@ -395,6 +397,24 @@ def from_nir(graph: Any) -> SNN:
             f"from_nir: {different} is not what the header of the graph says; it was altered after to_nir made it"
         )
     return snn
+
+
+def _refuse_damaged(path: Path) -> None:
+    """FormatError where a file cannot be read, which is tried in a process of its own: HDF5 can end it, or hang."""
+    # -I: a module that lies where the user works is not imported in place of one that is installed.
+    command = "import sys; path, *sys.path = sys.argv[1:]; import nir; nir.read(path)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", command, str(path.resolve()), *map(os.path.abspath, sys.path)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=READING, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise FormatError(f"{path}: not a NIR graph (HDF5 reads it for more than {READING} seconds)") from error
+    if done.returncode < 0:
+        raise FormatError(f"{path}: not a NIR graph (HDF5 ended by signal {-done.returncode}); write it again")
+    if done.returncode > 0:
+        said = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise FormatError(f"{path}: not a NIR graph ({printable(said)}); write it again")
 
 
 def _read(text: str, graph: Any) -> SNN:

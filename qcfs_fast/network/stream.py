@@ -87,11 +87,10 @@ class Stream:
         if self._state and shape != self._state.shape:
             raise ValueError(f"stream: it runs on images {list(self._state.shape)}, got {list(shape)}; call reset")
         total = self.steps + steps
-        if total > self._snn.max_T:
-            raise ValueError(
-                f"stream: step {total} is beyond this network's bound of {self._snn.max_T} steps; call reset, or "
-                f"convert with a larger max_T"
-            )
+        try:
+            self._snn._checked_steps(total)
+        except ValueError as error:
+            raise ValueError(f"stream: {error}, or call reset") from None
         state = State(shape, self._memory) if self._state is None else self._state.before(same_image=x is None)
         run = Run(steps, self._neuron, per_step, varying=varying, state=state, before=self.steps)
         computed = False

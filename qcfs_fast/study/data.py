@@ -55,7 +55,7 @@ class Arrays:
         if self.labels.ndim != 1 or self.labels.dtype.kind not in "iu" or len(self.labels) != len(images):
             raise ValueError(
                 f"{path}: labels must be {len(images)} integers, one per image, got {self.labels.dtype} "
-                f"{list(self.labels.shape)}"
+                f"{list(self.labels.shape)}" + ("; images over time are [N, T, C, H, W]" if images.ndim == 5 else "")
             )
         if images.dtype.newbyteorder("=") not in KINDS or images.ndim not in (2, 4, 5):
             raise ValueError(
@@ -260,7 +260,9 @@ def check_labels(labels: Tensor, classes: int, where: str) -> None:
 def check_steps(data: Dataset, T: int) -> None:
     """ValueError where images over time have fewer than T steps."""
     if data.steps is not None and data.steps < T:
-        raise ValueError(f"{data.path}: its images have {data.steps} steps, but {T} are needed; ask for a smaller T")
+        raise ValueError(
+            f"{data.path}: its images have {data.steps} steps, but {T} are needed; ask for a smaller T or window"
+        )
 
 
 def batch_count(data: Dataset, size: int) -> int:
