@@ -149,7 +149,7 @@ CASES = [
      ConversionError, "1: BatchNorm without running statistics"),
     (lambda: Sum(lambda s, x: s.b(s.act(s.a(x))) * s.c(s.act(s.a(x)))),
      ConversionError, "multiplies two activations"),
-    (lambda: Sum(lambda s, x: (s.b(s.act(s.a(x))), x)), ConversionError, "output is not a layer's output"),
+    (lambda: Sum(lambda s, x: (s.b(s.act(s.a(x))), x)), ConversionError, "output, or one of them, is not a layer's output"),
     (lambda: Sum(lambda s, x: s.b(torch.softmax(s.act(s.a(x)), 1))),
      ConversionError, "b: works on the result of softmax, which no neuron computes"),
     (lambda: Sum(lambda s, x: s.b(s.act(s.a(x))) if x.sum() > 0 else x),
