@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..errors import ConversionError
-from ..model.graph import ADD_FUNCTIONS, REPLACEABLE, called, layer_rank, relu_ceiling, tail_step
+from ..model.graph import ADD_FUNCTIONS, CASTS, REPLACEABLE, called, layer_rank, relu_ceiling, tail_step
 from ..model.hooks import parameter, refuse_hooks
 from ..model.qcfs import is_qcfs, thresholds
 from ..model.tracing import evaluating, is_normalize, refuse_patched, symbolic_trace
@@ -119,14 +119,13 @@ class Lowering(Reshaping):
         if node.op == "call_module":
             m = self.gm.get_submodule(str(node.target))
             return is_qcfs(m) or isinstance(m, (*_BATCH_NORMS, *_PASSING_MODULES))
-        return FUNCTIONS.get(node.target, METHODS.get(str(node.target))) in _OF_JOINED
+        return _handler(node) in _OF_JOINED
 
     def _takes_sums(self, node: fx.Node) -> bool:
         """Whether a node leaves sums of pixels as they are; all others get them as vectors."""
         if node.op == "call_module":
-            return isinstance(self.gm.get_submodule(str(node.target)), (nn.Flatten, *_PASSING_MODULES))
-        handler = FUNCTIONS.get(node.target, METHODS.get(str(node.target)))
-        return handler in _OF_SUMS or called(node) == "squeeze" or (handler is Lowering.divide and self._is_mean(node))
+            return self._is_module(node, (nn.Flatten, *_PASSING_MODULES))
+        return _handler(node) in _OF_SUMS or called(node) == "squeeze" or self._is_mean(node)
 
     def _get(self, x: Any) -> Any:
         return fx.node.map_arg(x, lambda n: self.values[n])
@@ -161,9 +160,7 @@ class Lowering(Reshaping):
             for name in str(node.target).split("."):
                 value = getattr(value, name)
             return value
-        handler = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(str(node.target))
-        if handler is None and node.op == "call_function":
-            handler = _OF_TORCHVISION.get(called(node))
+        handler = _handler(node)
         judged = handler in _DROPOUTS or node in self.sites or (handler is Lowering.expand and has_size(args))
         if node.all_input_nodes and self._is_constant((args, kwargs)) and not judged:
             return self._constant(args, kwargs)
@@ -194,9 +191,7 @@ class Lowering(Reshaping):
             )
         if handler is None or (unknown and handler not in (_OF_ACTIVATIONS if unknown.activation else _OF_ANYTHING)):
             return unknown
-        if self._asks_for_sizes() and not (
-            handler in _OF_SIZES or (handler is Lowering.divide and self._is_mean(node))
-        ):
+        if self._asks_for_sizes() and handler not in _OF_SIZES and not self._is_mean(node):
             raise self.fail(
                 "is given a number made of the size of maps, which is another one in images of another size. Remedy: "
                 "write the number, in a model for images of one size"
@@ -373,7 +368,7 @@ METHODS: dict[str, Handler] = {
     "contiguous": Lowering.keep,
     "detach": Lowering.keep,
     "clone": Lowering.keep,
-    **dict.fromkeys(("float", "double", "half", "bfloat16", "type_as"), Lowering.keep),
+    **dict.fromkeys((*CASTS, "type_as"), Lowering.keep),
     **dict.fromkeys(("expand", "expand_as"), Lowering.expand),
 }
 
@@ -437,6 +432,15 @@ _OF_TORCHVISION: dict[str, Handler] = {
     "stochastic_depth": Lowering.stochastic_depth,
     **dict.fromkeys(("drop_block2d", "drop_block3d"), Lowering.drop_block),
 }
+
+
+def _handler(node: fx.Node) -> Handler | None:
+    """The method that lowers a call of a function or of a tensor's method, if one does."""
+    if node.op == "call_function":
+        return FUNCTIONS.get(node.target) or _OF_TORCHVISION.get(called(node))
+    return METHODS.get(str(node.target)) if node.op == "call_method" else None
+
+
 _DROPOUTS = (Lowering.dropout, Lowering.alpha_dropout, Lowering.stochastic_depth, Lowering.drop_block)
 # What takes currents side by side one by one.
 _OF_JOINED = (

@@ -215,6 +215,8 @@ class Sizes:
 
     def _is_mean(self, node: fx.Node) -> bool:
         """Whether a node divides the sum of a map's pixels by how many that map has."""
+        if called(node) not in ("div", "divide", "truediv") or not node.all_input_nodes:
+            return False
         source = summed = node.all_input_nodes[0]
         while called(source) == "sum":
             source = source.all_input_nodes[0]

@@ -110,6 +110,8 @@ CUTS: dict[Any, tuple[str, ...]] = {
 _LEFT_OUT = {"min_val": -1.0, "max_val": 1.0, "negative_slope": 0.01, "lower": 1 / 8, "upper": 1 / 3}
 ADD_FUNCTIONS = {operator.add, torch.add}
 """x + y in all its spellings; the method is add. Those in place have become these (inplace.py)."""
+CASTS = ("float", "double", "half", "bfloat16")
+"""Methods that make floats of another precision, which no value in spikes has."""
 
 
 def relu_ceiling(gm: nn.Module, node: fx.Node) -> float | None:

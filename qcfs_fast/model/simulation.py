@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .graph import call_sites, reads_lines, without_tails
+from .graph import CASTS, call_sites, reads_lines, without_tails
 from .hooks import made_parameters_kept
 from .neurons import LOOKS_AHEAD, MAX_ITERATIONS, MAX_WINDOW, MODES, count, fire
 from .qcfs import is_qcfs, over_channels
@@ -151,8 +151,7 @@ def _shared(model: nn.Module, dtype: torch.dtype) -> fx.GraphModule:
 def _casts(node: fx.Node) -> bool:
     """Whether a node makes floats of another precision, as x.float() and x.to(torch.float32) do."""
     given = (*node.args[1:], *node.kwargs.values())
-    alone = node.target in ("float", "double", "half", "bfloat16")
-    return alone or any(isinstance(v, torch.dtype) and v.is_floating_point for v in given)
+    return node.target in CASTS or any(isinstance(v, torch.dtype) and v.is_floating_point for v in given)
 
 
 def _with_neurons(
