@@ -170,12 +170,33 @@ QCFS_DEVICE void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::ui
 
 QCFS_DEVICE void sync_warp() { __syncwarp(); }
 
+// The largest of the warp's values, in every lane.
+QCFS_DEVICE std::uint32_t warp_max(std::uint32_t x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, x);
+#else
+  QCFS_UNROLL
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const std::uint32_t other = __shfl_xor_sync(0xffffffffu, x, distance);
+    x = other > x ? other : x;
+  }
+  return x;
+#endif
+}
+
+// Four of the bytes 0-3 (a) and 4-7 (b), the lowest named by the selector's lowest digit.
+QCFS_DEVICE std::uint32_t pick_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
 // Round to nearest, never contracted into a fused multiply-add.
 QCFS_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 QCFS_DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
 QCFS_DEVICE double div_rn(double a, double b) { return __ddiv_rn(a, b); }
 QCFS_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 QCFS_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+// Halves to even; beyond int32 its nearest value.
+QCFS_DEVICE std::int32_t round_to_int(double x) { return __double2int_rn(x); }
 QCFS_DEVICE std::uint32_t bits_of(float x) { return __float_as_uint(x); }
 QCFS_DEVICE float float_of(std::uint32_t x) { return __uint_as_float(x); }
 

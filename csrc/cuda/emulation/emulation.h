@@ -63,6 +63,7 @@ template <bool is_signed>
 void multiply_8x8x16(void* const* lanes);
 void multiply_wgmma(void* const* lanes);    // one warp's part of it
 void meet(void* const* lanes);
+void largest(void* const* lanes);    // of 32 uint32, each of which becomes it
 
 struct MatrixRows {
   std::uint32_t* r;
@@ -152,6 +153,18 @@ void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[
 #endif
 
 inline void sync_warp() { emulation::collective(emulation::meet, nullptr); }
+inline std::uint32_t warp_max(std::uint32_t x) {
+  emulation::collective(emulation::largest, &x);
+  return x;
+}
+inline std::uint32_t pick_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  std::uint32_t picked = 0;
+  for (int i = 0; i < 32; i += 8) {
+    const std::uint32_t byte = selector >> (i / 2) & 7;
+    picked |= ((byte < 4 ? a : b) >> (8 * (byte % 4)) & 0xff) << i;
+  }
+  return picked;
+}
 
 // Compiled with -ffp-contract=off.
 inline double mul_rn(double a, double b) { return a * b; }
@@ -159,6 +172,9 @@ inline double add_rn(double a, double b) { return a + b; }
 inline double div_rn(double a, double b) { return a / b; }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float add_rn(float a, float b) { return a + b; }
+inline std::int32_t round_to_int(double x) {
+  return static_cast<std::int32_t>(std::nearbyint(std::fmax(INT32_MIN, std::fmin(INT32_MAX, x))));
+}
 inline std::uint32_t bits_of(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));

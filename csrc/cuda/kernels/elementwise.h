@@ -19,7 +19,7 @@
 
 namespace qcfs::cuda {
 
-constexpr int elementwise_threads = 256;
+constexpr int elementwise_threads = 256, elementwise_warps = elementwise_threads / 32;
 
 QCFS_DEVICE std::int64_t global_thread() {
   return static_cast<std::int64_t>(blockIdx.x) * elementwise_threads + threadIdx.x;
@@ -64,7 +64,7 @@ QCFS_DEVICE void store_quad(std::uint8_t* p, const ByteRow& row, std::int64_t fi
 struct PackParams {
   const void* weight;    // [taps, C, O]
   std::int8_t* packed;
-  std::int32_t taps, channels, out_channels, padded_out, stages, digits;
+  std::int32_t taps, channels, out_channels, padded_out, stages, digits, piece;
 };
 
 static __global__ void pack_kernel(const __grid_constant__ PackParams p) {
@@ -74,7 +74,7 @@ static __global__ void pack_kernel(const __grid_constant__ PackParams p) {
   const std::int32_t k = static_cast<std::int32_t>(index % stage_bytes);
   const std::int32_t o = static_cast<std::int32_t>(index / stage_bytes % p.padded_out);
   const std::int32_t stage = static_cast<std::int32_t>(index / stage_bytes / p.padded_out);
-  const Source from = packed_source(stage, k, pieces_per_tap(p.channels));
+  const Source from = packed_source(stage, k, p.channels, p.piece);
   const bool exists = from.tap < p.taps && from.channel < p.channels && o < p.out_channels;
   const std::int64_t at =
       exists ? (static_cast<std::int64_t>(from.tap) * p.channels + from.channel) * p.out_channels + o : 0;
@@ -217,18 +217,22 @@ QCFS_DEVICE float transformed(const Quantize& a, const ImagePixel& i, std::int64
   return add_rn(mul_rn(i.x[a.source[channel] * a.stride_c], a.scale[channel]), a.shift[channel]);
 }
 
+// Atomics on one address are executed one after the other, so a block issues one.
 static __global__ void largest_kernel(const __grid_constant__ QuantizeParams p) {
+  QCFS_SHARED(shared);
+  std::uint32_t* const of_warps = reinterpret_cast<std::uint32_t*>(shared);
   const ImagePixel i = image_pixel(p.a);
-  if (!i.exists) return;
   std::uint32_t largest = 0;
-  for (std::int64_t c = 0; c < p.a.channels; ++c) {
+  for (std::int64_t c = 0; i.exists && c < p.a.channels; ++c) {
     const std::uint32_t size = bits_of(transformed(p.a, i, c)) & 0x7fffffffu;
     largest = size > largest ? size : largest;
   }
-  // Most threads find a larger value already there. They read it first, because an atomic by every thread would be
-  // executed one after the other.
-  if (largest > *const_cast<const volatile std::uint32_t*>(p.largest + i.sample))
-    atomicMax(p.largest + i.sample, largest);
+  largest = warp_max(largest);
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = largest;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < elementwise_warps; ++w) largest = of_warps[w] > largest ? of_warps[w] : largest;
+  atomicMax(p.largest + i.sample, largest);
 }
 
 static __global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {

@@ -5,8 +5,6 @@
 //                              v += I[t]     s[t] = v >= n     v -= n * s[t]
 //     end_neuron           any mode, one neuron. Offset and masked neurons run over the same currents again. A window
 //                          is no longer than the first launch, so later launches only go on from what it left.
-//     encode_current       the plain recursion on a current that is the same at every step, v[-1] = n/2
-//     image_epilogue       the first layer, whose result is either the current itself or its encoding
 //
 // A thread ends `width` neighbouring channels of one pixel: of plain neurons 4 where every operand [.., O] may be
 // accessed so (one 16-byte access of int32, one 4-byte access of masks), else 1. One neuron of the other modes needs no
@@ -294,41 +292,6 @@ template <int T>
 int launch_epilogue(const LayerParams& p, void* stream) {
   const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, epilogue_threads)};
   return launch_kernel(epilogue_kernel<T>, grid, epilogue_threads, 0, stream, p);
-}
-
-// All steps of `width` neurons on a constant current. `threshold` is that of the first neuron's channel; its mask byte
-// of plane 0 goes to `out`, and planes lie `plane` bytes apart.
-template <int width>
-QCFS_DEVICE void encode_current(const std::int32_t (&current)[width], const std::int32_t* threshold, std::uint8_t* out,
-                                std::int64_t plane, std::int64_t steps) {
-  std::int32_t n[width], v[width];
-  load_values<width>(n, threshold);
-  QCFS_UNROLL
-  for (int j = 0; j < width; ++j) v[j] = n[j] / 2;
-  std::uint32_t bits = 0;
-  for (std::int32_t t = 0; t < steps; ++t) {
-    QCFS_UNROLL
-    for (int j = 0; j < width; ++j) {
-      bits |= static_cast<std::uint32_t>(fire(v[j], current[j], n[j])) << (8 * j + t % 8);
-    }
-    if (t % 8 == 7 || t + 1 == steps) {
-      store_bytes<width>(out + t / 8 * plane, bits);
-      bits = 0;
-    }
-  }
-}
-
-// Ends `width` neighbouring channels, from `o` on, of one pixel of the first layer.
-template <int width>
-QCFS_DEVICE void image_epilogue(const AnalogConv& a, std::int64_t pixel, std::int64_t o,
-                                const std::int32_t (&current)[width]) {
-  const std::int64_t index = pixel * a.out_channels + o;
-  if (a.steps == 0) {
-    store_values<width>(a.out_current + index, current);
-    return;
-  }
-  const std::int64_t plane = a.batch * a.out_h * a.out_w * a.out_channels;
-  encode_current<width>(current, a.threshold + o, a.out_mask + index, plane, a.steps);
 }
 
 }    // namespace qcfs::cuda

@@ -21,7 +21,7 @@
 
 #include "core/contract.h"
 #include "cuda/device.h"
-#include "cuda/kernels/epilogue.h"
+#include "cuda/kernels/image_epilogue.h"
 
 namespace qcfs::cuda {
 
@@ -75,17 +75,12 @@ static __global__ void __launch_bounds__(image_direct_threads)
       }
     }
   }
+  const ImageChannels channels =
+      image_channels(a, static_cast<std::int32_t>(o), static_cast<std::int32_t>(end - o), false);
+  const double power = ldexp(1.0, a.exponent[sample]);
   QCFS_UNROLL
-  for (int j = 0; j < direct_channels; ++j) {
-    if (o + j >= end) continue;
-    const double scale = ldexp(a.gain[o + j], a.exponent[sample]);
-    QCFS_UNROLL
-    for (int i = 0; i < direct_pixels; ++i) {
-      if (col + i >= a.out_w) continue;
-      const double z = add_rn(mul_rn(static_cast<double>(acc[i][j]), scale), a.offset[o + j]);
-      const std::int32_t current[1] = {to_grid(z, a.low[o + j], a.high[o + j])};
-      image_epilogue<1>(a, line * a.out_w + col + i, o + j, current);
-    }
+  for (int i = 0; i < direct_pixels; ++i) {
+    if (col + i < a.out_w) end_image(a, channels, line * a.out_w + col + i, acc[i], power);
   }
 }
 
