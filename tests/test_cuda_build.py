@@ -109,6 +109,14 @@ def test_a_missing_instruction_is_a_problem():
     assert cuda_report.missing_instructions({key: good + Counter({"STL.64": 1})}) != []
 
 
+def test_an_exceeded_limit_is_a_problem():
+    (kernel, registers, beside), *_ = cuda_report.LIMITS
+    row = {"kernel": kernel, "arch": "90", "registers": registers, "loop": {"products": 999, "arithmetic": beside}}
+    assert cuda_report.exceeded_limits([row, row | {"kernel": "another"}]) == []
+    assert len(cuda_report.exceeded_limits([row | {"registers": registers + 1}])) == 1
+    assert len(cuda_report.exceeded_limits([row | {"loop": {"products": 0, "copies": 1, "arithmetic": beside}}])) == 1
+
+
 def configure(build, **environment):
     """CMake's configuration step alone."""
     pybind11 = pytest.importorskip("pybind11")

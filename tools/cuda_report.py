@@ -26,16 +26,23 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
-# What conv_if_kernel must contain: instruction (a regular expression) by least and largest architecture.
+# What a kernel must contain: instruction (a regular expression) by least and largest architecture.
 EXPECTED = (
-    ("tensor-core product", r"IMMA\.16832\.U8\.S8|IGMMA\.64x\d+x32\.U8\.S8", 80, 999),
-    ("tensor-core product", r"IMMA\.8816\.U8\.S8", 75, 75),
-    ("matrix load", r"LDSM\.16\.M88\.4", 75, 999),
-    ("asynchronous 16-byte copy", r"LDGSTS\.E\.BYPASS\.128", 80, 999),
-    ("16-byte load", r"LDG\.E\.128", 75, 75),
-    ("16-byte store", r"STG\.E\.128", 75, 999),
+    ("conv_if_kernel", "tensor-core product", r"IMMA\.16832\.U8\.S8|IGMMA\.64x\d+x32\.U8\.S8", 80, 999),
+    ("conv_if_kernel", "tensor-core product", r"IMMA\.8816\.U8\.S8", 75, 75),
+    ("conv_if_kernel", "matrix load", r"LDSM\.16\.M88\.4", 75, 999),
+    ("conv_if_kernel", "asynchronous 16-byte copy", r"LDGSTS\.E\.BYPASS\.128", 80, 999),
+    ("conv_if_kernel", "16-byte load", r"LDG\.E\.128", 75, 75),
+    ("conv_if_kernel", "16-byte store", r"STG\.E\.128", 75, 999),
+    ("image_tensor_kernel", "asynchronous 16-byte copy", r"LDGSTS\.E\.BYPASS\.128", 80, 999),
+    ("image_tensor_kernel", "16-byte store to shared memory", r"STS\.128", 75, 999),
+    ("largest_kernel", "reduction of a warp", r"C?REDUX\.MAX", 80, 999),
+    ("largest_kernel", "reduction of a warp", r"SHFL\.BFLY", 75, 75),
 )
-LISTED = re.compile(r"(IMMA|IGMMA|LDSM|LDGSTS|LDG|STG|LDL|STL)\b")
+# What a kernel may take: registers, and instructions of a stage beside its products. With 128 registers four blocks of
+# the first layer share a multiprocessor.
+LIMITS = (("image_tensor_kernel", 128, 300),)
+LISTED = re.compile(r"(IMMA|IGMMA|LDSM|LDGSTS|LDG|STG|LDL|STL|STS|REDUX|CREDUX|SHFL)\b")
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.x]*)([^;]*);")
 KINDS = (
     ("products", r"IMMA|IGMMA"),
@@ -145,16 +152,30 @@ def disassemble(module: Path, cuobjdump: str) -> dict[tuple[str, str], dict]:
 
 
 def missing_instructions(counts: dict[tuple[str, str], Counter]) -> list[str]:
-    """What EXPECTED asks of conv_if_kernel and is not there, and local-memory accesses that should not be."""
+    """What EXPECTED asks of a kernel and is not there, and local-memory accesses that should not be."""
     problems = []
     for (kernel, arch), found in counts.items():
-        if kernel.startswith("conv_if_kernel"):
-            for what, pattern, least, largest in EXPECTED:
-                if least <= int(arch.rstrip("af")) <= largest and not any(re.match(pattern, name) for name in found):
-                    problems.append(f"{kernel} for sm_{arch} has no {what} ({pattern})")
+        for where, what, pattern, least, largest in EXPECTED:
+            if not kernel.startswith(where) or not least <= int(arch.rstrip("af")) <= largest:
+                continue
+            if not any(re.match(pattern, name) for name in found):
+                problems.append(f"{kernel} for sm_{arch} has no {what} ({pattern})")
         local = sorted(name for name in found if name.startswith(("LDL", "STL")))
         if local:
             problems.append(f"{kernel} for sm_{arch} uses local memory ({', '.join(local)})")
+    return problems
+
+
+def exceeded_limits(rows: list[dict]) -> list[str]:
+    problems = []
+    for row in rows:
+        for where, registers, beside in LIMITS:
+            if not row["kernel"].startswith(where):
+                continue
+            found = sum(n for kind, n in row["loop"].items() if kind != "products")
+            for what, n, most in (("registers", row["registers"], registers), ("instructions a stage", found, beside)):
+                if n > most:
+                    problems.append(f"{row['kernel']} for sm_{row['arch']} has {n} {what}, more than {most}")
     return problems
 
 
@@ -169,6 +190,7 @@ def make_report(module: Path, cuobjdump: str) -> dict:
         if r["stack"] or r["local"]
     ]
     problems += missing_instructions({key: found["instructions"] for key, found in code.items()})
+    problems += exceeded_limits(rows)
     return {"module": module.name, "ptx": has_ptx(module, cuobjdump), "kernels": rows, "problems": problems}
 
 
