@@ -111,10 +111,10 @@ def test_a_missing_instruction_is_a_problem():
 
 def test_an_exceeded_limit_is_a_problem():
     (kernel, registers, beside), *_ = cuda_report.LIMITS
-    row = {"kernel": kernel, "arch": "90", "registers": registers, "loop": {"products": 999, "arithmetic": beside}}
+    row = {"kernel": kernel, "arch": "90", "registers": registers, "loop": {"products": 9, "executed": 9 + beside}}
     assert cuda_report.exceeded_limits([row, row | {"kernel": "another"}]) == []
     assert len(cuda_report.exceeded_limits([row | {"registers": registers + 1}])) == 1
-    assert len(cuda_report.exceeded_limits([row | {"loop": {"products": 0, "copies": 1, "arithmetic": beside}}])) == 1
+    assert len(cuda_report.exceeded_limits([row | {"loop": {"products": 8, "executed": 9 + beside}}])) == 1
 
 
 def configure(build, **environment):

@@ -84,7 +84,9 @@ QCFS_DEVICE void end_image(const AnalogConv& a, const ImageChannels& c, std::int
     for (std::int32_t t = 0; t < steps; ++t) {
       bits >>= 1;
       QCFS_UNROLL
-      for (int j = 0; j < 4; ++j) bits |= fire(v[j], current[j], c.threshold[j]) ? 0x80u << (8 * j) : 0u;
+      for (int j = 0; j < 4; ++j) {
+        if (fire(v[j], current[j], c.threshold[j])) bits |= 0x80u << (8 * j);
+      }
     }
     bits >>= 8 - steps;
     if (c.aligned) {

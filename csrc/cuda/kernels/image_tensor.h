@@ -220,7 +220,7 @@ static __global__ void __launch_bounds__(image_tensor_threads)
       QCFS_UNROLL
       for (int c = 0; c < 4; ++c) {
         QCFS_UNROLL
-        for (int d = 3; d >= 0; --d) sum[c] = sum[c] * 256 + acc[d][2 * quad + c / 2][2 * r + c % 2];
+        for (int d = 0; d < 4; ++d) sum[c] += std::int64_t{acc[d][2 * quad + c / 2][2 * r + c % 2]} * (1 << (8 * d));
       }
       end_image(a, channels, pixel[r], sum, power[r]);
     }
