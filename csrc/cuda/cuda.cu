@@ -76,13 +76,14 @@ int carried(const ConvIf& a) {
 
 // Whether the plan is one of this layer's: another layer's could mean too small a workspace or weights in another
 // order.
-bool fits(const ConvIf& a, const Plan& plan) {
+bool fits(const ConvIf& a, const Plan& plan, const Device& device) {
   const std::int64_t outputs = a.batch * a.out_h * a.out_w * a.out_channels, steps = a.steps < 8 ? a.steps : 8;
   std::int64_t stages = 0;
   for (int i = 0; i < a.product_count; ++i) {
     stages += stages_of(a.products[i].g.kernel_h * a.products[i].g.kernel_w, a.products[i].x.channels);
   }
-  if (plan.splits < 1 || plan.slices != (plan.splits > 1 ? plan.splits : 0)) return false;
+  if (plan.splits < 1 || (plan.slices != 0 && (plan.splits == 1 || plan.slices != plan.splits))) return false;
+  if (plan.cluster() > (has_clusters(device) ? max_cluster : 1)) return false;
   if (plan.membrane_bytes < carried(a) * outputs * 4) return false;
   if (plan.partial_bytes < plan.slices * steps * outputs * 4) return false;
   if (plan.path == Path::direct) return plan.splits == 1;
@@ -94,13 +95,14 @@ std::uint8_t widest_copy(const void* data, std::int64_t channels) {
   return address % 16 == 0 ? 16 : address % 4 == 0 ? 4 : 1;
 }
 
-// Whether four neighbouring channels lie together in all of these [.., C]: int32 on 16 bytes, uint8 on 4.
-bool quads_are_aligned(std::int64_t channels, std::initializer_list<const std::int32_t*> words,
-                       std::initializer_list<const std::uint8_t*> bytes) {
-  std::uintptr_t low = 0;
-  for (const void* p : words) low |= reinterpret_cast<std::uintptr_t>(p) % 16;
-  for (const void* p : bytes) low |= reinterpret_cast<std::uintptr_t>(p) % 4;
-  return low == 0 && channels % 4 == 0;
+// Whether `width` neighbouring channels are one access in all of these [.., C].
+bool are_aligned(int width, std::int64_t channels, std::initializer_list<const std::int32_t*> words,
+                 std::initializer_list<const std::uint8_t*> bytes) {
+  const auto n = static_cast<std::uintptr_t>(width);
+  std::uintptr_t low = static_cast<std::uintptr_t>(channels) % n;
+  for (const void* p : words) low |= reinterpret_cast<std::uintptr_t>(p) % (4 * n);
+  for (const void* p : bytes) low |= reinterpret_cast<std::uintptr_t>(p) % n;
+  return low == 0;
 }
 
 }    // namespace
@@ -111,17 +113,18 @@ Plan plan_conv_if(const ConvIf& a, const Device& device) {
   plan.membrane_bytes = carried(a) * outputs * 4;
   if (!suits_tensor_cores(a)) return plan;
   plan.path = Path::tensor_cores;
-  Work w{a.batch * a.out_h * a.out_w, a.out_channels, 0, a.steps < 8 ? a.steps : 8, 1, false};
+  Work w{a.batch * a.out_h * a.out_w, a.out_channels, 0, a.steps < 8 ? a.steps : 8, 1, false, false};
   for (int i = 0; i < a.product_count; ++i) {
     const Product& p = a.products[i];
     w.stages += stages_of(p.g.kernel_h * p.g.kernel_w, p.x.channels);
     w.counts |= p.x.coding == Coding::count;
+    w.any_width |= p.x.channels % piece_bytes != 0;
     w.digits = p.weight_bytes;
   }
   const Choice c = choose_tile(w, device);
   plan.tile = c.tile;
-  plan.splits = static_cast<int>(ceil_div(w.stages, ceil_div(w.stages, c.splits)));    // none empty
-  if (plan.splits > 1) {
+  plan.splits = c.splits;
+  if (c.splits > 1 && !c.cluster) {
     plan.slices = plan.splits;
     plan.partial_bytes = plan.slices * w.steps * outputs * 4;
   }
@@ -131,7 +134,7 @@ Plan plan_conv_if(const ConvIf& a, const Device& device) {
 int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan, void* workspace,
             const Launch& launch) {
   if (!fits(a)) return unsupported;
-  if (!fits(a, plan)) return wrong_plan;
+  if (!fits(a, plan, launch.device)) return wrong_plan;
   if (a.batch == 0) return ok;
   LayerParams p{};
   p.batch = static_cast<std::int32_t>(a.batch);
@@ -179,6 +182,7 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
   }
   p.split_stages = static_cast<std::int32_t>(ceil_div(p.stages, plan.splits));
   p.slices = plan.slices;
+  p.cluster = plan.cluster();
   std::int32_t* carry = static_cast<std::int32_t*>(workspace);
   std::int32_t* partial = reinterpret_cast<std::int32_t*>(static_cast<char*>(workspace) + plan.membrane_bytes);
   for (std::int64_t t = 0; t < a.steps; t += 8) {
@@ -198,28 +202,27 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
       // Every plane of a launch must be as aligned as the first; in_plane is a multiple of C.
       p.products[i].copy_bytes = widest_copy(p.products[i].x, x.channels);
     }
-    p.quads = (p.mode == Mode::plain || p.mode == Mode::sum) &&
-              quads_are_aligned(a.out_channels, {p.current, p.bias, p.threshold, p.state_in, p.state_out, p.partial},
-                                {p.out});
+    p.pairs = ((p.mode == Mode::plain && !p.held) || p.mode == Mode::sum) &&
+              are_aligned(2, a.out_channels, {p.current, p.bias, p.threshold, p.state_in, p.state_out}, {p.out});
     for (int i = 0; i < a.residual_count; ++i) {
       const Residual& r = a.residuals[i];
       const bool count = r.coding == Coding::count;
       p.residuals[i] = {r.data + (count ? t : t / 8) * plane, r.amplitude, count};
-      p.quads = p.quads && quads_are_aligned(a.out_channels, {r.amplitude}, {p.residuals[i].data});
+      p.pairs = p.pairs && are_aligned(2, a.out_channels, {r.amplitude}, {p.residuals[i].data});
     }
     const int T = compiled_steps(p.steps);
     const StepKernels& k = step_kernels(T);
     int code = ok;
     if (a.product_count == 0) {
-      code = k.epilogue(p, launch.stream);
+      code = k.epilogue(p, launch);
     } else if (plan.path == Path::direct) {
-      code = k.direct(p, launch.stream);
+      code = k.direct(p, launch);
     } else {
       // The last launch of a layer with counts may have one step. Every tile then loads one plane, and `counts` is
       // none.
       const TileKind tile = T == 1 && plan.tile == TileKind::counts ? TileKind::wide : plan.tile;
-      code = k.tensor(p, tile, plan.splits, launch.stream);
-      if (code == ok && plan.slices > 0) code = k.epilogue(p, launch.stream);
+      code = k.tensor(p, tile, plan.splits, launch);
+      if (code == ok && plan.slices > 0) code = k.epilogue(p, launch);
     }
     if (code != ok) return code;
   }
@@ -243,7 +246,9 @@ int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_chann
                stages_of(g.kernel_h * g.kernel_w, channels),
                weight_bytes};
   const std::int64_t plane = static_cast<std::int64_t>(p.stages) * p.padded_out * stage_bytes;
-  return launch_elements(pack_kernel, plane, launch.stream, p);
+  const int code = launch_elements(pack_kernel, plane, launch.stream, p);
+  // A spiking layer reads packed weights before the launch before it has ended (conv_if_kernel): let that be this one.
+  return code == ok ? launch_kernel(empty_kernel, Grid{1}, 32, 0, launch.stream, Empty{}) : code;
 }
 
 bool analog_on_tensor_cores(const Geometry& g, std::int64_t channels, std::int64_t out_channels) {
@@ -272,7 +277,7 @@ int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch)
                             stages_of(1, k),
                             static_cast<std::int32_t>(k),
                             static_cast<std::int32_t>(padded_channels(a.out_channels)),
-                            quads_are_aligned(a.out_channels, {words}, {a.out_mask})};
+                            are_aligned(4, a.out_channels, {words}, {a.out_mask})};
   const Grid grid{ceil_div(pixels, image_rows), ceil_div(a.out_channels, image_cols)};
   return launch_kernel(image_tensor_kernel, grid, image_tensor_threads, 2 * image_stage, launch.stream, p);
 }
@@ -350,6 +355,9 @@ int query_device(int index, Device* device) {
   if (e == cudaSuccess) e = attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (e == cudaSuccess) e = attribute(cudaDevAttrComputeCapabilityMinor, &minor);
   device->capability = 10 * major + minor;
+  cudaFuncAttributes kernel;
+  if (e == cudaSuccess) e = cudaFuncGetAttributes(&kernel, empty_kernel);
+  if (e == cudaSuccess) device->code = kernel.ptxVersion;
   return e;
 }
 
@@ -366,7 +374,7 @@ int set_device(int, int* previous) {
 }
 
 int query_device(int, Device* device) {
-  *device = {132, emulation::capability, 227 * 1024};
+  *device = {132, emulation::capability, 227 * 1024, emulation::capability};
   return ok;
 }
 

@@ -30,6 +30,10 @@ int launch_elements(void (*kernel)(Params), std::int64_t elements, void* stream,
   return launch_kernel(kernel, Grid{ceil_div(elements, elementwise_threads)}, elementwise_threads, 0, stream, params);
 }
 
+// A launch that does nothing, to stand between two that must not overlap.
+struct Empty {};
+static __global__ void empty_kernel(const __grid_constant__ Empty) {}
+
 // A row of bytes cut into quads: four neighbouring bytes, the last quad perhaps fewer. A thread reads a quad into one
 // word and writes it from one: in one access where every row is aligned to 4, else byte by byte.
 struct ByteRow {

@@ -8,9 +8,9 @@
 //     encode_current       the plain recursion on a current that is the same at every step, v[-1] = n/2
 //     image_epilogue       the first layer, whose result is either the current itself or its encoding
 //
-// A thread ends `width` neighbouring channels of one pixel: of plain neurons 4 where every operand [.., O] may be
-// accessed so (one 16-byte access of int32, one 4-byte access of masks), else 1. One neuron of the other modes needs no
-// more registers than four plain ones. Exact: integers.
+// A thread ends `width` neighbouring channels of one pixel: of plain neurons 2, as an accumulator fragment has them,
+// where every operand [.., O] may be accessed so (8 bytes of int32, 2 of masks), else 1. In the image's layer it is 4.
+// Exact: integers.
 #pragma once
 
 #include <cstdint>
@@ -25,13 +25,17 @@ namespace qcfs::cuda {
 
 template <int width>
 QCFS_DEVICE void load_values(std::int32_t (&to)[width], const std::int32_t* from) {
-  static_assert(width == 1 || width == 4, "one access");
+  static_assert(width == 1 || width == 2 || width == 4, "one access");
   if constexpr (width == 4) {
     const int4 v = *reinterpret_cast<const int4*>(from);
     to[0] = v.x;
     to[1] = v.y;
     to[2] = v.z;
     to[3] = v.w;
+  } else if constexpr (width == 2) {
+    const int2 v = *reinterpret_cast<const int2*>(from);
+    to[0] = v.x;
+    to[1] = v.y;
   } else {
     to[0] = *from;
   }
@@ -39,9 +43,11 @@ QCFS_DEVICE void load_values(std::int32_t (&to)[width], const std::int32_t* from
 
 template <int width>
 QCFS_DEVICE void store_values(std::int32_t* to, const std::int32_t (&from)[width]) {
-  static_assert(width == 1 || width == 4, "one access");
+  static_assert(width == 1 || width == 2 || width == 4, "one access");
   if constexpr (width == 4) {
     *reinterpret_cast<int4*>(to) = int4{from[0], from[1], from[2], from[3]};
+  } else if constexpr (width == 2) {
+    *reinterpret_cast<int2*>(to) = int2{from[0], from[1]};
   } else {
     *to = from[0];
   }
@@ -51,6 +57,7 @@ QCFS_DEVICE void store_values(std::int32_t* to, const std::int32_t (&from)[width
 template <int width>
 QCFS_DEVICE std::uint32_t load_bytes(const std::uint8_t* from) {
   if constexpr (width == 4) return *reinterpret_cast<const std::uint32_t*>(from);
+  if constexpr (width == 2) return *reinterpret_cast<const std::uint16_t*>(from);
   return *from;
 }
 
@@ -58,6 +65,8 @@ template <int width>
 QCFS_DEVICE void store_bytes(std::uint8_t* to, std::uint32_t bytes) {
   if constexpr (width == 4) {
     *reinterpret_cast<std::uint32_t*>(to) = bytes;
+  } else if constexpr (width == 2) {
+    *reinterpret_cast<std::uint16_t*>(to) = static_cast<std::uint16_t>(bytes);
   } else {
     *to = static_cast<std::uint8_t>(bytes);
   }
@@ -84,30 +93,55 @@ QCFS_DEVICE void add_operand(const std::int32_t* from, std::int64_t step, std::i
   }
 }
 
+// What is the same at every pixel of `width` neighbouring channels, the first one `o`.
+template <int width>
+struct Channels {
+  std::int32_t n[width];       // thresholds
+  std::int32_t bias[width];    // where it is the same at every step, else 0
+
+  QCFS_DEVICE void load(const LayerParams& p, std::int32_t o) {
+    load_values<width>(n, p.threshold + o);
+    QCFS_UNROLL
+    for (int j = 0; j < width; ++j) bias[j] = 0;
+    if (p.bias_step == 0) load_values<width>(bias, p.bias + o);
+  }
+};
+
+// The bytes of the first residual's first plane, which a caller asks for early.
+template <int width>
+QCFS_DEVICE std::uint32_t first_residual(const LayerParams& p, std::int64_t index) {
+  return p.residual_count > 0 ? load_bytes<width>(p.residuals[0].data + index) : 0;
+}
+
 // All that `width` neighbouring neurons integrate: at step t, currents[t] + constant. The first one is `index` =
-// pixel * O + o. `currents` hold the sums over the products; those of steps that the launch does not have are ignored.
+// pixel * O + o; `residual` are the bytes of first_residual. `currents` hold the sums over the products; those of steps
+// that the launch does not have are ignored.
 template <int T, int width>
-QCFS_DEVICE void add_sources(const LayerParams& p, std::int64_t index, std::int32_t o, std::int32_t (&constant)[width],
+QCFS_DEVICE void add_sources(const LayerParams& p, const Channels<width>& channels, std::int64_t index, std::int32_t o,
+                             std::uint32_t residual, std::int32_t (&constant)[width],
                              std::int32_t (&currents)[T][width]) {
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   QCFS_UNROLL
-  for (int j = 0; j < width; ++j) constant[j] = 0;
-  add_operand<T, width>(p.bias + o, p.bias_step, p.steps, constant, currents);
+  for (int j = 0; j < width; ++j) constant[j] = channels.bias[j];
+  if (p.bias_step != 0) add_operand<T, width>(p.bias + o, p.bias_step, p.steps, constant, currents);
   if (p.current != nullptr) add_operand<T, width>(p.current + index, p.current_step, p.steps, constant, currents);
   QCFS_ROLLED
   for (std::int32_t i = 0; i < p.residual_count; ++i) {
     const ResidualParams& r = p.residuals[i];
     std::int32_t amplitude[width];
     load_values<width>(amplitude, r.amplitude + o);
-    std::uint32_t bytes = load_bytes<width>(r.data + index);
+    std::uint32_t bytes = i == 0 ? residual : load_bytes<width>(r.data + index);
     QCFS_UNROLL
     for (int t = 0; t < T; ++t) {
       if (r.count && t > 0 && t < p.steps) bytes = load_bytes<width>(r.data + t * plane + index);
       QCFS_UNROLL
       for (int j = 0; j < width; ++j) {
         const std::uint32_t byte = bytes >> (8 * j) & 0xff;
-        const std::int32_t spikes = static_cast<std::int32_t>(r.count ? byte : byte >> t & 1);
-        currents[t][j] = wrapping_add(currents[t][j], amplitude[j] * spikes);
+        if (r.count) {
+          currents[t][j] = wrapping_add(currents[t][j], amplitude[j] * static_cast<std::int32_t>(byte));
+        } else if (byte >> t & 1) {
+          currents[t][j] = wrapping_add(currents[t][j], amplitude[j]);
+        }
       }
     }
   }
@@ -124,11 +158,12 @@ QCFS_DEVICE std::uint32_t count_spikes(std::int32_t current, std::int32_t n, std
 // Ends `width` neighbouring plain neurons, or neurons in sum mode, whose operands are those of add_sources. Returns
 // their bytes, the first one lowest.
 template <int T, int width>
-QCFS_DEVICE std::uint32_t integrate_and_fire(const LayerParams& p, std::int64_t index, std::int32_t o,
+QCFS_DEVICE std::uint32_t integrate_and_fire(const LayerParams& p, const Channels<width>& channels, std::int64_t index,
+                                             std::int32_t o, std::uint32_t residual,
                                              std::int32_t (&currents)[T][width]) {
-  std::int32_t constant[width], n[width], v[width];
-  add_sources<T, width>(p, index, o, constant, currents);
-  load_values<width>(n, p.threshold + o);
+  const std::int32_t(&n)[width] = channels.n;
+  std::int32_t constant[width], v[width];
+  add_sources<T, width>(p, channels, index, o, residual, constant, currents);
   std::uint32_t bits = 0;
   if constexpr (T == 1) {
     if (p.mode == Mode::sum) {
@@ -151,7 +186,7 @@ QCFS_DEVICE std::uint32_t integrate_and_fire(const LayerParams& p, std::int64_t 
     QCFS_UNROLL
     for (int j = 0; j < width; ++j) {
       const std::int32_t current = wrapping_add(currents[t][j], constant[j]);
-      bits |= static_cast<std::uint32_t>(fire(v[j], current, n[j])) << (8 * j + t);
+      if (fire(v[j], current, n[j])) bits |= 1u << (8 * j + t);
     }
   }
   if (p.state_out != nullptr) store_values<width>(p.state_out + index, v);
@@ -228,13 +263,16 @@ struct Integrator {
 template <int T>
 QCFS_DEVICE std::uint8_t end_neuron(const LayerParams& p, std::int64_t index, std::int32_t o,
                                     std::int32_t (&currents)[T][1]) {
+  Channels<1> channels;
+  channels.load(p, o);
+  const std::uint32_t residual = first_residual<1>(p, index);
   if (p.mode == Mode::sum || (p.mode == Mode::plain && !p.held)) {
-    return static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, currents));
+    return static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, channels, index, o, residual, currents));
   }
   std::int32_t constant[1];
-  add_sources<T, 1>(p, index, o, constant, currents);
+  add_sources<T, 1>(p, channels, index, o, residual, constant, currents);
   Integrator<T> neuron;
-  neuron.n = p.threshold[o];
+  neuron.n = channels.n[0];
   neuron.steps = p.steps;
   neuron.limit = p.held ? image_membrane * neuron.n : INT32_MAX;
   QCFS_UNROLL
@@ -275,6 +313,8 @@ constexpr int epilogue_threads = 128;
 // products), then ends the layer.
 template <int T>
 __global__ void __launch_bounds__(epilogue_threads, 4) epilogue_kernel(const __grid_constant__ LayerParams p) {
+  wait_for_launch_before();
+  let_next_launch_begin();
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * epilogue_threads + threadIdx.x;
   if (index >= plane) return;
@@ -291,9 +331,10 @@ __global__ void __launch_bounds__(epilogue_threads, 4) epilogue_kernel(const __g
 }
 
 template <int T>
-int launch_epilogue(const LayerParams& p, void* stream) {
+int launch_epilogue(const LayerParams& p, const Launch& launch) {
   const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, epilogue_threads)};
-  return launch_kernel(epilogue_kernel<T>, grid, epilogue_threads, 0, stream, p);
+  return launch_kernel(epilogue_kernel<T>, grid, epilogue_threads, 0, launch.stream, p,
+                       LaunchOptions{1, has_clusters(launch.device)});
 }
 
 // All steps of `width` neurons on a constant current. `threshold` is that of the first neuron's channel; its mask byte
