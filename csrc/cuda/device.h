@@ -35,6 +35,11 @@ QCFS_HD static inline std::uint64_t wgmma_descriptor(std::uint32_t address) {
   return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | std::uint64_t{512 >> 4} << 32 | std::uint64_t{2} << 62;
 }
 
+struct LaunchOptions {
+  int cluster = 1;    // blocks of a cluster, along z
+  bool dependent = false;
+};
+
 }    // namespace qcfs::cuda
 
 #if defined(__CUDACC__)

@@ -6,10 +6,11 @@
 //     warp collective ldmatrix and mma: every lane leaves its operands and yields; when all 32 have arrived one of
 //                     them executes for all, by the fragment tables of the PTX manual
 //     shared memory   a heap block of exactly the launch's size (ASan sees its ends), filled with garbage
+//     cluster         its blocks run side by side; a block's shared memory goes when the block ends
 //     cp.async        executed either at once or by the wait that guarantees it, drawn from a seed: a missing wait
 //                     reads garbage, a slot of the pipeline filled too early is overwritten while it is read
 //
-// Between barriers the warps of a block run one after the other in an order drawn from the seed, so that a missing
+// Between barriers the warps of a cluster run one after the other in an order drawn from the seed, so that a missing
 // barrier shows as wrong data in some order. Memory operands are plain host memory.
 #pragma once
 
@@ -48,13 +49,16 @@ extern std::uint64_t schedule_seed;
 
 unsigned char* shared_memory();
 void barrier();
+int cluster_rank();
+void cluster_barrier();
+unsigned char* remote_shared(int rank);
 // Runs `execute` once for the warp with the 32 lanes' operand pointers.
 using Collective = void (*)(void* const* lanes);
 void collective(Collective execute, void* operands);
 void queue_copy(unsigned char* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies(int pending);
-void run_grid(Grid grid, int threads, std::size_t shared, const std::function<void()>& kernel);
+void run_grid(Grid grid, int threads, std::size_t shared, int cluster_blocks, const std::function<void()>& kernel);
 
 void load_matrices(void* const* lanes);
 template <bool is_signed>    // the first operand
@@ -176,8 +180,9 @@ inline std::uint32_t atomicMax(std::uint32_t* at, std::uint32_t value) {
 }
 
 template <typename Params>
-int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t shared, void*, const Params& params) {
-  emulation::run_grid(grid, threads, shared, [&] { kernel(params); });
+int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t shared, void*, const Params& params,
+                  LaunchOptions options = {}) {
+  emulation::run_grid(grid, threads, shared, options.cluster, [&] { kernel(params); });
   return 0;
 }
 
