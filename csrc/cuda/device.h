@@ -35,11 +35,6 @@ QCFS_HD static inline std::uint64_t wgmma_descriptor(std::uint32_t address) {
   return (address & 0x3ffff) >> 4 | std::uint64_t{1} << 16 | std::uint64_t{512 >> 4} << 32 | std::uint64_t{2} << 62;
 }
 
-struct LaunchOptions {
-  int cluster = 1;    // blocks of a cluster, along z
-  bool dependent = false;
-};
-
 }    // namespace qcfs::cuda
 
 #if defined(__CUDACC__)
@@ -58,12 +53,16 @@ struct LaunchOptions {
 
 namespace qcfs::cuda {
 
-// The address of shared memory as instructions take it. A kernel asks once: the empty asm hides where the number comes
-// from, or the compiler would read special registers anew in every loop.
+// Hides from the compiler where a number comes from, or it would compute it anew in every loop, from special registers
+// even, to save a register.
+QCFS_DEVICE std::uint32_t in_register(std::uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// The address of shared memory as instructions take it.
 QCFS_DEVICE SharedAddress shared_address(const void* shared) {
-  SharedAddress at = static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
-  asm volatile("" : "+r"(at));
-  return at;
+  return static_cast<SharedAddress>(__cvta_generic_to_shared(shared));
 }
 
 // 16 bytes, global to shared, without passing through registers from sm_80 on; zeros where `valid` is false.

@@ -104,11 +104,28 @@ struct alignas(16) int4 {
   std::int32_t x, y, z, w;
 };
 
-inline void copy16(unsigned char* shared, const void* global, bool valid) {
-  emulation::queue_copy(shared, valid ? global : nullptr, 16);
+inline std::uint32_t in_register(std::uint32_t x) { return x; }
+
+// Offsets in the block's shared memory; the byte above them is the rank of another block of the cluster, plus one.
+inline SharedAddress shared_address(const void* p) {
+  return static_cast<SharedAddress>(static_cast<const unsigned char*>(p) - emulation::shared_memory());
 }
-inline void copy4(unsigned char* shared, const void* global, bool valid) {
-  emulation::queue_copy(shared, valid ? global : nullptr, 4);
+inline unsigned char* at_address(SharedAddress at) {
+  const int block = static_cast<int>(at >> 24) - 1;
+  return (block < 0 ? emulation::shared_memory() : emulation::remote_shared(block)) + (at & 0xffffff);
+}
+
+inline void copy16(SharedAddress shared, const void* global, bool valid) {
+  emulation::queue_copy(at_address(shared), valid ? global : nullptr, 16);
+}
+inline void copy16(unsigned char* shared, const void* global, bool valid) {
+  copy16(shared_address(shared), global, valid);
+}
+inline void copy4(SharedAddress shared, const void* global, bool valid) {
+  emulation::queue_copy(at_address(shared), valid ? global : nullptr, 4);
+}
+inline void copy1(SharedAddress shared, const std::uint8_t* global, bool valid) {
+  *at_address(shared) = valid ? *global : 0;
 }
 inline void copies_commit() { emulation::commit_copies(); }
 template <int pending>
@@ -120,6 +137,7 @@ inline void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) {
   emulation::MatrixRows operands{r, row};
   emulation::collective(emulation::load_matrices, &operands);
 }
+inline void load_matrices(std::uint32_t (&r)[4], SharedAddress row) { load_matrices(r, at_address(row)); }
 
 template <bool is_signed>
 inline void multiply_any(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
@@ -148,12 +166,23 @@ inline void wgmma_begin() {}
 template <typename Accumulators>
 void wgmma_wait(Accumulators&&) {}
 template <int fragments>
-void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4], const unsigned char* shared) {
-  const auto address = static_cast<std::uint32_t>(shared - emulation::shared_memory());
-  emulation::WarpgroupFragments operands{acc, fragments, a, wgmma_descriptor(address)};
+void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4], SharedAddress shared) {
+  emulation::WarpgroupFragments operands{acc, fragments, a, wgmma_descriptor(shared)};
   emulation::collective(emulation::multiply_wgmma, &operands);
 }
 #endif
+
+#define QCFS_HAS_CLUSTERS 1
+inline void cluster_barrier() { emulation::cluster_barrier(); }
+inline SharedAddress in_block(SharedAddress at, std::int32_t rank) {
+  return at | (static_cast<SharedAddress>(rank) + 1) << 24;
+}
+template <int count>
+void load_remote(std::int32_t (&to)[count], SharedAddress at) {
+  std::memcpy(to, at_address(at), sizeof(to));
+}
+inline void wait_for_launch_before() {}
+inline void let_next_launch_begin() {}
 
 inline void sync_warp() { emulation::collective(emulation::meet, nullptr); }
 

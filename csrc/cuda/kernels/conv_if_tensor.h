@@ -264,17 +264,20 @@ struct ConvTile {
     }
   }
 
-  // A lane's row addresses for ldmatrix, from the stage's begin, for the two halves of K.
+  // A lane's row addresses for ldmatrix in the first stage, for the two halves of K.
   struct Lane {
     SharedAddress a[2], b[2];
 
-    QCFS_DEVICE Lane() {
+    QCFS_DEVICE explicit Lane(SharedAddress tiles) {
       const std::int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-      // In the second half, by the swizzle, bit 5 of the offset is inverted.
-      a[0] = chunk_offset(16 * parts * warp + lane % 16, lane / 16);
-      b[0] = a_bytes + chunk_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-      a[1] = a[0] ^ 32;
-      b[1] = b[0] ^ 32;
+      QCFS_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        // By the swizzle, bit 5 of the offset is inverted in the second half.
+        const std::int32_t in_a = chunk_offset(16 * parts * warp + lane % 16, lane / 16) ^ 32 * half;
+        const std::int32_t in_b = chunk_offset(lane / 16 * 8 + lane % 8, lane / 8 % 2) ^ 32 * half;
+        a[half] = in_register(tiles + in_a);
+        b[half] = in_register(tiles + a_bytes + in_b);
+      }
     }
   };
 
@@ -285,7 +288,7 @@ struct ConvTile {
     for (int r = 0; r < 4; ++r) a[r] = (masks[r] >> t) & 0x01010101u;
   }
 
-  // acc += A * B of one stage, for all T steps. `count`: the tile holds one plane a step instead of masks. The copies
+  // acc += A * B of the stage that begins `stage` bytes after the first, for all T steps. `count`: the tile holds one plane a step instead of masks. The copies
   // for a later stage are queued by `load` once the tensor cores have work: their addresses need not wait for that.
   template <typename Load>
   QCFS_DEVICE static void accumulate(SharedAddress stage, const Lane& lane, bool count, std::int32_t steps,
@@ -323,7 +326,7 @@ struct ConvTile {
 #if defined(QCFS_HAS_WGMMA)
   // The same by asynchronous products of a warpgroup (four warps), which read B from shared memory.
   template <typename Load>
-  QCFS_DEVICE static void accumulate_wgmma(SharedAddress stage, const Lane& lane, bool count, std::int32_t steps,
+  QCFS_DEVICE static void accumulate_wgmma(SharedAddress tile, SharedAddress stage, const Lane& lane, bool count, std::int32_t steps,
                                            Accumulators& acc, Load&& load) {
     std::uint32_t a[2][parts][T][4];
     QCFS_UNROLL
@@ -352,7 +355,7 @@ struct ConvTile {
       QCFS_UNROLL
       for (int i = 0; i < parts; ++i) {
         QCFS_UNROLL
-        for (int t = 0; t < T; ++t) multiply_wgmma(acc[t][i], a[half][i][t], stage + a_bytes + 32 * half);
+        for (int t = 0; t < T; ++t) multiply_wgmma(acc[t][i], a[half][i][t], tile + a_bytes + 32 * half);
       }
     }
     load();
@@ -361,13 +364,12 @@ struct ConvTile {
 #endif
 
   // In a 16 x 8 accumulator fragment lane l holds rows l/4 and l/4 + 8, channels 2*(l%4) and 2*(l%4) + 1: two pairs of
-  // neighbouring channels. Calls see(pair of acc[t][i][j] of which step t, row, column) for the pairs of fragments
-  // [first, end); row and column are those of the pair's first channel within the tile.
+  // neighbouring channels. Calls see(pair, row, column) with the pair's row and its first column within the tile.
   template <typename See>
-  QCFS_DEVICE static void for_each_pair(int first, int end, See&& see) {
+  QCFS_DEVICE static void for_each_pair(See&& see) {
     const std::int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     QCFS_UNROLL
-    for (int j = first; j < end; ++j) {
+    for (int j = 0; j < 2 * pairs; ++j) {
       QCFS_UNROLL
       for (int i = 0; i < parts; ++i) {
         QCFS_UNROLL
@@ -396,11 +398,11 @@ struct ConvTile {
       return static_cast<std::int64_t>(first_pixel + row) * p.out_channels + first_channel + col;
     };
     std::uint32_t residual[2 * pairs][parts][2];    // all asked for before any is used
-    for_each_pair(0, 2 * pairs, [&](Pair at, std::int32_t row, std::int32_t col) {
+    for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
       residual[at.j][at.i][at.half] = exists(row, col) ? first_residual<2>(p, index_of(row, col)) : 0;
     });
     Channels<2> channels;
-    for_each_pair(0, 2 * pairs, [&](Pair at, std::int32_t row, std::int32_t col) {
+    for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
       if (at.i == 0 && at.half == 0 && first_channel + col < p.out_channels) channels.load(p, first_channel + col);
       if (!exists(row, col)) return;
       std::int32_t currents[T][2];
@@ -435,7 +437,7 @@ struct ConvTile {
   QCFS_DEVICE static void store_partial(const LayerParams& p, const Accumulators& acc, std::int32_t first_pixel,
                                         std::int32_t first_channel) {
     const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
-    for_each_pair(0, 2 * pairs, [&](Pair at, std::int32_t row, std::int32_t col) {
+    for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
       const std::int32_t pixel = first_pixel + row, o = first_channel + col;
       if (pixel >= p.pixels || o >= p.out_channels) return;
       std::int32_t* to = p.partial + blockIdx.z * p.steps * plane + static_cast<std::int64_t>(pixel) * p.out_channels + o;
@@ -479,6 +481,8 @@ struct ConvTile {
     }
 
     // Ends the neurons: pairs `first`, `first` + `stride`, .. of them. The first one is at pixel and channel given.
+    // `paired`: of plain neurons whose operands allow it, both of a pair at once.
+    template <bool paired>
     QCFS_DEVICE void end(const LayerParams& p, std::int32_t first, std::int32_t stride, std::int32_t first_pixel,
                          std::int32_t first_channel) const {
       QCFS_ROLLED
@@ -487,7 +491,7 @@ struct ConvTile {
         const std::int32_t pixel = first_pixel + y, o = first_channel + x;
         if (pixel >= p.pixels || o >= p.out_channels) continue;
         const std::int64_t index = static_cast<std::int64_t>(pixel) * p.out_channels + o;
-        if (p.pairs) {
+        if (paired && p.pairs) {
           Channels<2> channels;
           channels.load(p, o);
           const std::uint32_t residual = first_residual<2>(p, index);
@@ -523,13 +527,14 @@ struct ConvTile {
     static_assert(warps * Currents::words * 4 <= stages * bytes, "shared memory");
     const std::int32_t lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * height;
     const Currents currents{reinterpret_cast<std::int32_t*>(shared) + threadIdx.x / 32 * Currents::words, 1};
-    QCFS_UNROLL
-    for (int first = 0; first < cols; first += width) {
-      for_each_pair(first / 8, (first + width) / 8, [&](Pair pair, std::int32_t row, std::int32_t col) {
-        put_pair(currents, acc, pair, row - first_row, col - first);
+    QCFS_ROLLED
+    for (std::int32_t first = 0; first < cols; first += width) {
+      for_each_pair([&](Pair pair, std::int32_t row, std::int32_t col) {
+        // Registers have no index: the comparison is known for each fragment but for `first`.
+        if (pair.j / (width / 8) == first / width) put_pair(currents, acc, pair, row - first_row, col - first);
       });
       sync_warp();
-      currents.end(p, lane, 32, first_pixel + first_row, first_channel + first);
+      currents.template end<false>(p, lane, 32, first_pixel + first_row, first_channel + first);
       sync_warp();
     }
   }
@@ -539,11 +544,11 @@ struct ConvTile {
   QCFS_DEVICE static void end_in_cluster(const LayerParams& p, const Accumulators& acc, unsigned char* shared,
                                          std::int32_t first_pixel, std::int32_t first_channel) {
     const SharedCurrents<rows, cols> currents{reinterpret_cast<std::int32_t*>(shared), p.cluster};
-    for_each_pair(0, 2 * pairs, [&](Pair pair, std::int32_t row, std::int32_t col) {
+    for_each_pair([&](Pair pair, std::int32_t row, std::int32_t col) {
       put_pair(currents, acc, pair, row, col);
     });
     cluster_barrier();
-    currents.end(p, blockIdx.z * threads + threadIdx.x, p.cluster * threads, first_pixel, first_channel);
+    currents.template end<true>(p, blockIdx.z * threads + threadIdx.x, p.cluster * threads, first_pixel, first_channel);
     cluster_barrier();    // nobody leaves while others read from it
   }
 #endif
@@ -554,7 +559,7 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
   using Conv = ConvTile<T, parts, cols, warps, stages, planes, any_width>;
   constexpr bool any_counts = planes > 1 || T == 1;
   QCFS_SHARED(shared);
-  const SharedAddress tiles = shared_address(shared);
+  const SharedAddress tiles = in_register(shared_address(shared));
   const std::int32_t thread = threadIdx.x;
   const std::int32_t first_pixel = static_cast<std::int32_t>(blockIdx.x) * Conv::rows;
   const std::int32_t first_channel = static_cast<std::int32_t>(blockIdx.y) * cols;
@@ -600,7 +605,7 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
   const auto multiply_sums = [&](std::int32_t factor) {
     if (factor != 1) Conv::for_each(acc, [=](std::int32_t& a) { a = wrapping_multiply(a, factor); });
   };
-  const typename Conv::Lane lane;
+  const typename Conv::Lane lane(tiles);
   SharedAddress read = 0, write = (stages - 1) * Conv::bytes;    // stages of the pipeline, from `tiles` on
   QCFS_ROLLED
   for (std::int32_t done = 0; done < total;) {
@@ -629,11 +634,11 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
       };
 #if defined(QCFS_HAS_WGMMA)
       if constexpr (warps % 4 == 0) {
-        Conv::accumulate_wgmma(tiles + read, lane, count, p.steps, acc, load);
+        Conv::accumulate_wgmma(tiles + read, read, lane, count, p.steps, acc, load);
       } else
 #endif
       {
-        Conv::accumulate(tiles + read, lane, count, p.steps, acc, load);
+        Conv::accumulate(read, lane, count, p.steps, acc, load);
       }
       write = read;
       read = read + Conv::bytes == stages * Conv::bytes ? 0 : read + Conv::bytes;
