@@ -105,6 +105,15 @@ bool are_aligned(int width, std::int64_t channels, std::initializer_list<const s
   return low == 0;
 }
 
+// Whether fire_pair may end a launch. In sum mode, which has one step, the residual may be counts.
+bool is_simple(const LayerParams& p) {
+  if (p.mode != Mode::sum && (p.mode != Mode::plain || p.held)) return false;
+  if (p.state_in != nullptr || p.state_out != nullptr || p.current != nullptr || p.bias_step != 0) return false;
+  const ResidualParams r = p.residual_count > 0 ? p.residuals[0] : ResidualParams{};
+  if (p.residual_count > 1 || (p.residual_count == 1 && r.count != (p.mode == Mode::sum))) return false;
+  return are_aligned(2, p.out_channels, {p.bias, p.threshold, r.amplitude}, {p.out, r.data});
+}
+
 }    // namespace
 
 Plan plan_conv_if(const ConvIf& a, const Device& device) {
@@ -202,14 +211,12 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
       // Every plane of a launch must be as aligned as the first; in_plane is a multiple of C.
       p.products[i].copy_bytes = widest_copy(p.products[i].x, x.channels);
     }
-    p.pairs = ((p.mode == Mode::plain && !p.held) || p.mode == Mode::sum) &&
-              are_aligned(2, a.out_channels, {p.current, p.bias, p.threshold, p.state_in, p.state_out}, {p.out});
     for (int i = 0; i < a.residual_count; ++i) {
       const Residual& r = a.residuals[i];
       const bool count = r.coding == Coding::count;
       p.residuals[i] = {r.data + (count ? t : t / 8) * plane, r.amplitude, count};
-      p.pairs = p.pairs && are_aligned(2, a.out_channels, {r.amplitude}, {p.residuals[i].data});
     }
+    p.simple = is_simple(p);
     const int T = compiled_steps(p.steps);
     const StepKernels& k = step_kernels(T);
     int code = ok;

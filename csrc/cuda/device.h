@@ -204,6 +204,20 @@ QCFS_DEVICE void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::ui
 
 QCFS_DEVICE void sync_warp() { __syncwarp(); }
 
+// One step of a neuron whose current is in v already: the spike is `bit` of `bits`. Predicated, because the compiler
+// makes two selections and two additions of it.
+QCFS_DEVICE void fire_into(std::uint32_t& bits, std::uint32_t bit, std::int32_t& v, std::int32_t threshold) {
+  asm("{\n.reg .pred spike;\nsetp.ge.s32 spike, %0, %2;\n@spike sub.s32 %0, %0, %2;\n@spike or.b32 %1, %1, %3;\n}\n"
+      : "+r"(v), "+r"(bits)
+      : "r"(threshold), "r"(bit));
+}
+// v += amplitude where `bits` has `bit`.
+QCFS_DEVICE void add_where(std::int32_t& v, std::int32_t amplitude, std::uint32_t bits, std::uint32_t bit) {
+  asm("{\n.reg .pred spike;\n.reg .b32 one;\nand.b32 one, %2, %3;\nsetp.ne.u32 spike, one, 0;\n@spike add.s32 %0, %0, %1;\n}\n"
+      : "+r"(v)
+      : "r"(amplitude), "r"(bits), "r"(bit));
+}
+
 // Programmatic dependent launch (`LaunchOptions::dependent`). Before this nothing is read that the launch before may
 // have written, and nothing is written.
 QCFS_DEVICE void wait_for_launch_before() {
@@ -234,9 +248,6 @@ QCFS_DEVICE SharedAddress in_block(SharedAddress at, std::int32_t rank) {
 }
 QCFS_DEVICE void load_remote(std::int32_t (&to)[2], SharedAddress at) {
   asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];\n" : "=r"(to[0]), "=r"(to[1]) : "r"(at) : "memory");
-}
-QCFS_DEVICE void load_remote(std::int32_t (&to)[1], SharedAddress at) {
-  asm volatile("ld.shared::cluster.u32 %0, [%1];\n" : "=r"(to[0]) : "r"(at) : "memory");
 }
 #endif
 

@@ -172,13 +172,19 @@ void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[
 }
 #endif
 
+inline void fire_into(std::uint32_t& bits, std::uint32_t bit, std::int32_t& v, std::int32_t threshold) {
+  if (fire(v, 0, threshold) != 0) bits |= bit;
+}
+inline void add_where(std::int32_t& v, std::int32_t amplitude, std::uint32_t bits, std::uint32_t bit) {
+  if ((bits & bit) != 0) v += amplitude;
+}
+
 #define QCFS_HAS_CLUSTERS 1
 inline void cluster_barrier() { emulation::cluster_barrier(); }
 inline SharedAddress in_block(SharedAddress at, std::int32_t rank) {
   return at | (static_cast<SharedAddress>(rank) + 1) << 24;
 }
-template <int count>
-void load_remote(std::int32_t (&to)[count], SharedAddress at) {
+inline void load_remote(std::int32_t (&to)[2], SharedAddress at) {
   std::memcpy(to, at_address(at), sizeof(to));
 }
 inline void wait_for_launch_before() {}

@@ -28,9 +28,9 @@
 // The loop around the products holds nothing else than a wait, a barrier, the products of a stage and, after half of
 // them, the copies for a later one. What changes between products and digits happens between two of its runs (Walk).
 //
-// The epilogue of plain neurons runs on the accumulators as they lie: a lane has two neighbouring channels of a pixel.
-// The mask bytes pass through shared memory so that a store has 16 of them. The other modes need more registers for one
-// neuron than a lane has left; their accumulators go through shared memory, a few channels at a time.
+// The epilogue of simple layers (epilogue.h) runs on the accumulators as they lie: a lane has two neighbouring channels
+// of a pixel. The mask bytes pass through shared memory so that a store has 16 of them. Any other layer's accumulators
+// go through shared memory a few channels at a time, and neurons end one by one in a loop: its code is long.
 //
 // Split K, where one block for each tile would leave the GPU idle. From sm_90 on the blocks of a tile are a cluster:
 // each leaves its accumulators in its shared memory and ends a share of the tile's neurons on the sums of all. Before,
@@ -381,40 +381,53 @@ struct ConvTile {
   }
   struct Pair {
     int i, j, half;
-    QCFS_DEVICE std::int32_t of(const Accumulators& acc, int t, int k) const { return acc[t][i][j][2 * half + k]; }
+    QCFS_DEVICE void of(const Accumulators& acc, std::int32_t (&currents)[T][2]) const {
+      QCFS_UNROLL
+      for (int t = 0; t < T; ++t) {
+        currents[t][0] = acc[t][i][j][2 * half];
+        currents[t][1] = acc[t][i][j][2 * half + 1];
+      }
+    }
+    // To the place `by` fragments before, in ascending order of fragments.
+    QCFS_DEVICE void move_down(Accumulators& acc, int by) const {
+      if (j < by) return;
+      QCFS_UNROLL
+      for (int t = 0; t < T; ++t) {
+        acc[t][i][j - by][2 * half] = acc[t][i][j][2 * half];
+        acc[t][i][j - by][2 * half + 1] = acc[t][i][j][2 * half + 1];
+      }
+    }
   };
 
   // Bytes from one row of the mask bytes in shared memory to the next: the pairs of a fragment fall into different
   // banks, and 16 bytes stay aligned.
   static constexpr int mask_row = cols == 16 ? 16 : cols + 16;
 
-  // Ends plain neurons on the accumulators as they lie. Mask bytes go to `masks` [rows, mask_row] in shared memory.
+  // Ends a simple layer's neurons on the accumulators as they lie. Mask bytes go to `masks` [rows, mask_row] in shared
+  // memory; those of pixels and channels that do not exist are never read.
+  template <bool has_residual>
   QCFS_DEVICE static void end_pairs(const LayerParams& p, const Accumulators& acc, unsigned char* masks,
                                     std::int32_t first_pixel, std::int32_t first_channel) {
-    const auto exists = [&](std::int32_t row, std::int32_t col) {
-      return first_pixel + row < p.pixels && first_channel + col < p.out_channels;
-    };
-    const auto index_of = [&](std::int32_t row, std::int32_t col) {
-      return static_cast<std::int64_t>(first_pixel + row) * p.out_channels + first_channel + col;
-    };
     std::uint32_t residual[2 * pairs][parts][2];    // all asked for before any is used
     for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
-      residual[at.j][at.i][at.half] = exists(row, col) ? first_residual<2>(p, index_of(row, col)) : 0;
+      const std::int32_t pixel = first_pixel + row, o = first_channel + col;
+      if (!has_residual || pixel >= p.pixels || o >= p.out_channels) return;
+      const std::int64_t index = static_cast<std::int64_t>(pixel) * p.out_channels + o;
+      residual[at.j][at.i][at.half] = load_bytes<2>(p.residuals[0].data + index);
     });
-    Channels<2> channels;
-    for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
-      if (at.i == 0 && at.half == 0 && first_channel + col < p.out_channels) channels.load(p, first_channel + col);
-      if (!exists(row, col)) return;
-      std::int32_t currents[T][2];
-      QCFS_UNROLL
-      for (int t = 0; t < T; ++t) {
-        QCFS_UNROLL
-        for (int k = 0; k < 2; ++k) currents[t][k] = at.of(acc, t, k);
-      }
-      const std::uint32_t bits = integrate_and_fire<T, 2>(p, channels, index_of(row, col), first_channel + col,
-                                                          residual[at.j][at.i][at.half], currents);
-      store_bytes<2>(masks + row * mask_row + col, bits);
-    });
+    QCFS_UNROLL
+    for (int j = 0; j < 2 * pairs; ++j) {
+      const std::int32_t o = first_channel + 8 * j + threadIdx.x % 4 * 2;
+      const ChannelPair channels(p, o < p.out_channels ? o : 0);
+      for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
+        if (at.j != j) return;
+        std::int32_t currents[T][2];
+        at.of(acc, currents);
+        const std::uint32_t bits =
+            fire_pair<T, has_residual>(p, channels, has_residual ? residual[j][at.i][at.half] : 0, currents);
+        store_bytes<2>(masks + row * mask_row + col, bits);
+      });
+    }
   }
 
   // The mask bytes of a tile, 16 a store where the output is so aligned.
@@ -440,12 +453,15 @@ struct ConvTile {
     for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
       const std::int32_t pixel = first_pixel + row, o = first_channel + col;
       if (pixel >= p.pixels || o >= p.out_channels) return;
-      std::int32_t* to = p.partial + blockIdx.z * p.steps * plane + static_cast<std::int64_t>(pixel) * p.out_channels + o;
+      std::int32_t* to =
+          p.partial + blockIdx.z * p.steps * plane + static_cast<std::int64_t>(pixel) * p.out_channels + o;
+      std::int32_t currents[T][2];
+      at.of(acc, currents);
       QCFS_UNROLL
       for (int t = 0; t < T; ++t) {
         if (t >= p.steps) break;
-        to[t * plane] = at.of(acc, t, 0);
-        if (o + 1 < p.out_channels) to[t * plane + 1] = at.of(acc, t, 1);
+        to[t * plane] = currents[t][0];
+        if (o + 1 < p.out_channels) to[t * plane + 1] = currents[t][1];
       }
     });
   }
@@ -460,10 +476,9 @@ struct ConvTile {
 
     QCFS_DEVICE static int at(int t, std::int32_t y, std::int32_t x) { return (t * height + y) * row + x; }
 
-    template <int count>
-    QCFS_DEVICE void load(std::int32_t y, std::int32_t x, std::int32_t (&sums)[T][count]) const {
+    QCFS_DEVICE void load(std::int32_t y, std::int32_t x, std::int32_t (&sums)[T][2]) const {
       QCFS_UNROLL
-      for (int t = 0; t < T; ++t) load_values<count>(sums[t], memory + at(t, y, x));
+      for (int t = 0; t < T; ++t) load_values<2>(sums[t], memory + at(t, y, x));
 #if defined(QCFS_HAS_CLUSTERS)
       for (std::int32_t block = 1; block < blocks; ++block) {
         // Each block begins with itself and goes round, so that not all ask the same one.
@@ -471,18 +486,16 @@ struct ConvTile {
         const SharedAddress from = in_block(shared_address(memory), rank);
         QCFS_UNROLL
         for (int t = 0; t < T; ++t) {
-          std::int32_t value[count];
+          std::int32_t value[2];
           load_remote(value, from + at(t, y, x) * 4);
-          QCFS_UNROLL
-          for (int k = 0; k < count; ++k) sums[t][k] = wrapping_add(sums[t][k], value[k]);
+          sums[t][0] = wrapping_add(sums[t][0], value[0]);
+          sums[t][1] = wrapping_add(sums[t][1], value[1]);
         }
       }
 #endif
     }
 
     // Ends the neurons: pairs `first`, `first` + `stride`, .. of them. The first one is at pixel and channel given.
-    // `paired`: of plain neurons whose operands allow it, both of a pair at once.
-    template <bool paired>
     QCFS_DEVICE void end(const LayerParams& p, std::int32_t first, std::int32_t stride, std::int32_t first_pixel,
                          std::int32_t first_channel) const {
       QCFS_ROLLED
@@ -491,20 +504,23 @@ struct ConvTile {
         const std::int32_t pixel = first_pixel + y, o = first_channel + x;
         if (pixel >= p.pixels || o >= p.out_channels) continue;
         const std::int64_t index = static_cast<std::int64_t>(pixel) * p.out_channels + o;
-        if (paired && p.pairs) {
-          Channels<2> channels;
-          channels.load(p, o);
-          const std::uint32_t residual = first_residual<2>(p, index);
-          std::int32_t sums[T][2];
-          load(y, x, sums);
-          store_bytes<2>(p.out + index, integrate_and_fire<T, 2>(p, channels, index, o, residual, sums));
+        std::int32_t sums[T][2];
+        load(y, x, sums);
+        if (p.simple) {
+          const ChannelPair channels(p, o);
+          const std::uint32_t bits =
+              p.residual_count == 0
+                  ? fire_pair<T, false>(p, channels, 0, sums)
+                  : fire_pair<T, true>(p, channels, load_bytes<2>(p.residuals[0].data + index), sums);
+          store_bytes<2>(p.out + index, bits);
           continue;
         }
         QCFS_ROLLED
         for (int k = 0; k < 2 && o + k < p.out_channels; ++k) {
-          std::int32_t sums[T][1];
-          load(y, x + k, sums);
-          p.out[index + k] = end_neuron<T>(p, index + k, o + k, sums);
+          std::int32_t currents[T];
+          QCFS_UNROLL
+          for (int t = 0; t < T; ++t) currents[t] = k == 0 ? sums[t][0] : sums[t][1];
+          p.out[index + k] = end_neuron<T>(p, index + k, o + k, currents);
         }
       }
     }
@@ -513,14 +529,14 @@ struct ConvTile {
   template <int height, int width>
   QCFS_DEVICE static void put_pair(const SharedCurrents<height, width>& to, const Accumulators& acc, Pair pair,
                                    std::int32_t y, std::int32_t x) {
+    std::int32_t currents[T][2];
+    pair.of(acc, currents);
     QCFS_UNROLL
-    for (int t = 0; t < T; ++t) {
-      store_values<2>(to.memory + to.at(t, y, x), {pair.of(acc, t, 0), pair.of(acc, t, 1)});
-    }
+    for (int t = 0; t < T; ++t) store_values<2>(to.memory + to.at(t, y, x), currents[t]);
   }
 
   // Ends neurons of any mode, a few channels of a warp's pixels at a time.
-  QCFS_DEVICE static void end_by_warps(const LayerParams& p, const Accumulators& acc, unsigned char* shared,
+  QCFS_DEVICE static void end_by_warps(const LayerParams& p, Accumulators& acc, unsigned char* shared,
                                        std::int32_t first_pixel, std::int32_t first_channel) {
     constexpr int width = T == 8 ? 8 : 16, height = 16 * parts;
     using Currents = SharedCurrents<height, width>;
@@ -530,11 +546,11 @@ struct ConvTile {
     QCFS_ROLLED
     for (std::int32_t first = 0; first < cols; first += width) {
       for_each_pair([&](Pair pair, std::int32_t row, std::int32_t col) {
-        // Registers have no index: the comparison is known for each fragment but for `first`.
-        if (pair.j / (width / 8) == first / width) put_pair(currents, acc, pair, row - first_row, col - first);
+        if (pair.j < width / 8) put_pair(currents, acc, pair, row - first_row, col);
+        pair.move_down(acc, width / 8);    // registers have no index
       });
       sync_warp();
-      currents.template end<false>(p, lane, 32, first_pixel + first_row, first_channel + first);
+      currents.end(p, lane, 32, first_pixel + first_row, first_channel + first);
       sync_warp();
     }
   }
@@ -548,7 +564,7 @@ struct ConvTile {
       put_pair(currents, acc, pair, row, col);
     });
     cluster_barrier();
-    currents.template end<true>(p, blockIdx.z * threads + threadIdx.x, p.cluster * threads, first_pixel, first_channel);
+    currents.end(p, blockIdx.z * threads + threadIdx.x, p.cluster * threads, first_pixel, first_channel);
     cluster_barrier();    // nobody leaves while others read from it
   }
 #endif
@@ -658,9 +674,13 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
   if (p.cluster > 1) return Conv::end_in_cluster(p, acc, shared, first_pixel, first_channel);
 #endif
   if (p.partial != nullptr) return Conv::store_partial(p, acc, first_pixel, first_channel);
-  if (!p.pairs) return Conv::end_by_warps(p, acc, shared, first_pixel, first_channel);
+  if (!p.simple) return Conv::end_by_warps(p, acc, shared, first_pixel, first_channel);
   static_assert(Conv::rows * Conv::mask_row <= stages * Conv::bytes, "shared memory");
-  Conv::end_pairs(p, acc, shared, first_pixel, first_channel);
+  if (p.residual_count == 0) {
+    Conv::template end_pairs<false>(p, acc, shared, first_pixel, first_channel);
+  } else {
+    Conv::template end_pairs<true>(p, acc, shared, first_pixel, first_channel);
+  }
   __syncthreads();
   Conv::store_masks(p, shared, first_pixel, first_channel);
 }

@@ -41,7 +41,7 @@ struct LayerParams {
   std::int32_t slices;          // partial sums of an output that the epilogue kernel adds
   std::int32_t padded_out;      // O rounded up as in packed weights
   std::int32_t wide_out;        // the output may be stored 16 bytes at a time
-  std::int32_t pairs;           // plain neurons, two neighbouring channels at once: aligned in every operand [.., O]
+  std::int32_t simple;          // fire_pair (epilogue.h) ends the layer
   std::int32_t cluster;         // blocks that share a tile, each with a share of K; 1: K is not split so
   Mode mode;
   std::int32_t window, iterations, levels;    // as in Neuron
