@@ -1,7 +1,8 @@
 // Runs the CUDA backend's kernels on the CPU (csrc/cuda/emulation) and compares every byte with plain loops over int64
 // and double. Every operand is a heap block of exactly its size, so that ASan sees an index that strays.
 //
-// Usage: emulation_test SEED SPIKING_LAYERS [T]. Prints one line of totals, which say what the random layers covered.
+// Usage: emulation_test SEED SPIKING_LAYERS [T [CAPABILITY]]. T = 0: any; CAPABILITY: of the GPU to imitate, without it
+// now one, now another. Prints one line of totals, which say what the random layers covered.
 #include "cuda/cuda.h"
 
 #include <sys/mman.h>
@@ -587,8 +588,10 @@ void plans() {
 int main(int argc, char** argv) {
   const auto seed = static_cast<std::uint64_t>(argc > 1 ? std::atoll(argv[1]) : 1);
   const i64 layers = argc > 2 ? std::atoll(argv[2]) : 50, steps = argc > 3 ? std::atoll(argv[3]) : 0;
+  const int capability = argc > 4 ? std::atoi(argv[4]) : 0;
   generator.seed(seed);
   cuda::emulation::schedule_seed = seed * 2 + 1;
+  if (capability != 0) cuda::emulation::capability = capability;
   plans();
   refusals();
   if (steps == 0) {
@@ -596,7 +599,7 @@ int main(int argc, char** argv) {
     large_input(Path::direct);
   }
   for (i64 i = 0; i < layers; ++i) {
-    cuda::emulation::capability = i % 5 == 4 ? 75 : 90;
+    cuda::emulation::capability = capability != 0 ? capability : i % 5 == 4 ? 75 : 90;
     spiking_layer(steps);
     if (i % 2 == 0) analog_layer();
     switch (i % 5) {

@@ -18,6 +18,7 @@ namespace qcfs::cuda::emulation {
 Index thread_index, block_index;
 int capability = 90;
 std::uint64_t schedule_seed = 1;
+bool (*run_elsewhere)(const KernelLaunch&) = nullptr;
 
 namespace {
 

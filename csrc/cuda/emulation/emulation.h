@@ -60,6 +60,18 @@ void commit_copies();
 void wait_copies(int pending);
 void run_grid(Grid grid, int threads, std::size_t shared, int cluster_blocks, const std::function<void()>& kernel);
 
+// Whoever runs kernels by other means takes launches here, and says whether it has run this one.
+struct KernelLaunch {
+  const void* kernel;
+  Grid grid;
+  int threads;
+  std::size_t shared;
+  const void* parameters;
+  std::size_t parameter_bytes;
+  LaunchOptions options;
+};
+extern bool (*run_elsewhere)(const KernelLaunch&);
+
 void load_matrices(void* const* lanes);
 template <bool is_signed>    // the first operand
 void multiply_16x8x32(void* const* lanes);
@@ -217,6 +229,9 @@ inline std::uint32_t atomicMax(std::uint32_t* at, std::uint32_t value) {
 template <typename Params>
 int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t shared, void*, const Params& params,
                   LaunchOptions options = {}) {
+  const emulation::KernelLaunch launch{
+      reinterpret_cast<const void*>(kernel), grid, threads, shared, &params, sizeof(params), options};
+  if (emulation::run_elsewhere != nullptr && emulation::run_elsewhere(launch)) return 0;
   emulation::run_grid(grid, threads, shared, options.cluster, [&] { kernel(params); });
   return 0;
 }

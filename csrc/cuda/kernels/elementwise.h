@@ -71,7 +71,7 @@ struct PackParams {
   std::int32_t taps, channels, out_channels, padded_out, stages, digits;
 };
 
-static __global__ void pack_kernel(const __grid_constant__ PackParams p) {
+__global__ void pack_kernel(const __grid_constant__ PackParams p) {
   const std::int64_t index = global_thread();
   const std::int64_t plane = static_cast<std::int64_t>(p.stages) * p.padded_out * stage_bytes;
   if (index >= plane) return;
@@ -98,7 +98,7 @@ struct CountParams {
   ByteRow row;
 };
 
-static __global__ void count_kernel(const __grid_constant__ CountParams p) {
+__global__ void count_kernel(const __grid_constant__ CountParams p) {
   const std::int64_t quad = global_thread(), n = p.a.elements;
   if (quad >= p.row.quads) return;
   std::uint32_t sum[4] = {0, 0, 0, 0}, word = 0;
@@ -138,7 +138,7 @@ QCFS_DEVICE std::uint32_t larger_bytes(std::uint32_t a, std::uint32_t b) {
 
 // One thread has four channels of one output position and all the steps of an input plane. Sums stay below 256
 // (contract), so four of them are added in one word.
-static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
+__global__ void pool_kernel(const __grid_constant__ PoolParams p) {
   const Pool& a = p.a;
   std::int64_t index = global_thread();
   if (index >= p.planes * a.batch * a.out_h * a.out_w * p.channels.quads) return;
@@ -174,7 +174,7 @@ static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
   }
 }
 
-static __global__ void pool_counts_kernel(const __grid_constant__ PoolCounts p) {
+__global__ void pool_counts_kernel(const __grid_constant__ PoolCounts p) {
   std::int64_t index = global_thread();
   if (index >= p.images * p.out_h * p.out_w * p.channels) return;
   std::int32_t* out = p.out + index;
@@ -221,7 +221,7 @@ QCFS_DEVICE float transformed(const Quantize& a, const ImagePixel& i, std::int64
   return add_rn(mul_rn(i.x[a.source[channel] * a.stride_c], a.scale[channel]), a.shift[channel]);
 }
 
-static __global__ void largest_kernel(const __grid_constant__ QuantizeParams p) {
+__global__ void largest_kernel(const __grid_constant__ QuantizeParams p) {
   const ImagePixel i = image_pixel(p.a);
   if (!i.exists) return;
   std::uint32_t largest = 0;
@@ -235,7 +235,7 @@ static __global__ void largest_kernel(const __grid_constant__ QuantizeParams p) 
     atomicMax(p.largest + i.sample, largest);
 }
 
-static __global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {
+__global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {
   const ImagePixel i = image_pixel(p.a);
   if (!i.exists) return;
   std::int32_t* out = p.a.out + (i.sample * p.a.height * p.a.width + i.pixel) * p.a.channels;

@@ -50,7 +50,7 @@ struct ImageTensorParams {
   std::int32_t stages, k, padded_out, quads;
 };
 
-static __global__ void __launch_bounds__(image_tensor_threads)
+__global__ void __launch_bounds__(image_tensor_threads)
     image_tensor_kernel(const __grid_constant__ ImageTensorParams p) {
   QCFS_SHARED(shared);
   const AnalogConv& a = p.a;

@@ -31,7 +31,7 @@ struct ReadoutParams {
 };
 static_assert(sizeof(ReadoutParams) <= 4096, "kernel parameters of older GPUs");
 
-static __global__ void __launch_bounds__(readout_channels* readout_parts, 2)
+__global__ void __launch_bounds__(readout_channels* readout_parts, 2)
     readout_kernel(const __grid_constant__ ReadoutParams p) {
   QCFS_SHARED(shared);
   std::int64_t* partial = reinterpret_cast<std::int64_t*>(shared);
