@@ -87,14 +87,13 @@ class SpikingLayer {
   Plan plan_{};
 };
 
-// The shape of a weight [KH, KW, C/groups, O] or [K, O] as packing sees it. `image`: for the first layer, all of K as
-// if it were the channels of one tap.
+// The shape of a weight [KH, KW, C/groups, O] or [K, O] as packing sees it.
 struct WeightShape {
-  WeightShape(py::handle weight, bool image) {
+  explicit WeightShape(py::handle weight) {
     std::vector<std::int64_t> size = qcfs::python::shape(weight);
     size.insert(size.begin(), 4 - size.size(), 1);
-    kernel = {image ? 1 : size[0], image ? 1 : size[1], 1, 1, 0, 0, 1, 1, 1};
-    channels = image ? size[0] * size[1] * size[2] : size[2];
+    kernel = {size[0], size[1], 1, 1, 0, 0, 1, 1, 1};
+    channels = size[2];
     out_channels = size[3];
     bytes = static_cast<int>(qcfs::python::integer(qcfs::python::result_of(weight, QCFS_NAME("element_size"))));
   }
@@ -105,15 +104,15 @@ struct WeightShape {
 };
 
 std::size_t packed_bytes(py::handle weight, bool image) {
-  const WeightShape w(weight, image);
-  return qcfs::cuda::packed_bytes(w.kernel, w.channels, w.out_channels, w.bytes);
+  const WeightShape w(weight);
+  return qcfs::cuda::packed_bytes(w.kernel, w.channels, w.out_channels, w.bytes, image);
 }
 
 void pack_weight(const Where& where, py::handle weight, bool image, py::handle packed) {
   const std::string op = "weight packing";
   const Guard guard(where, op);
-  const WeightShape w(weight, image);
-  check(qcfs::cuda::pack_weight(w.kernel, w.channels, w.out_channels, w.bytes, data<const void>(weight),
+  const WeightShape w(weight);
+  check(qcfs::cuda::pack_weight(w.kernel, w.channels, w.out_channels, w.bytes, image, data<const void>(weight),
                                 data<std::int8_t>(packed), guard.launch()),
         op);
 }

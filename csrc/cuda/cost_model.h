@@ -4,14 +4,14 @@
 //
 // Estimated cycles of one launch, per streaming multiprocessor (SM), on which up to `together` blocks run at once:
 //
-//     stage  = max(together * max(BM * BN * 64 * T / macs, (BM + BN) * 64 / l2_bytes),  one block's products + stage_latency)
-//     round  = digits * stages / splits * stage + block_overhead
-//     layer  = the rounds that blocks / SMs take
+//     stage  = max(together * max(BM * BN * 64 * T / macs, (BM + BN) * 64 / l2_bytes),  one block's products +
+//     stage_latency) round  = digits * stages / splits * stage + block_overhead layer  = the rounds that blocks / SMs
+//     take
 //              + split K: in a cluster cluster_overhead; else second_launch, and the partial sums at memory_bytes
 //
-// A block that has an SM for itself pays the latency of every stage: the wait, the barrier, ldmatrix, the first product.
-// `macs` are the int8 multiply-adds that mma.sync does in a cycle on an SM. Rates come from data sheets and latencies
-// are estimates; none is measured.
+// A block that has an SM for itself pays the latency of every stage: the wait, the barrier, ldmatrix, the first
+// product. `macs` are the int8 multiply-adds that mma.sync does in a cycle on an SM. Rates come from data sheets and
+// latencies are estimates; none is measured.
 #pragma once
 
 #include <cstddef>
@@ -97,8 +97,8 @@ constexpr double l2_bytes = 24, memory_bytes = 16;
 constexpr double stage_latency = 120, block_overhead = 3000, cluster_overhead = 1500, second_launch = 7000;
 
 struct Rates {
-  double macs;           // int8 multiply-adds of a cycle and SM
-  int shared_on_sm;      // KiB of shared memory
+  double macs;         // int8 multiply-adds of a cycle and SM
+  int shared_on_sm;    // KiB of shared memory
 };
 constexpr Rates rates(int capability) {
   switch (capability) {
@@ -137,8 +137,7 @@ inline double estimate_cycles(const Work& w, const Device& d, TileKind tile, int
   const int T = compiled_steps(w.steps);
   const TileShape s = tile_shape(T, tile);
   // A block cannot use all four tensor units unless it has at least four warps.
-  const double product =
-      static_cast<double>(s.rows) * s.cols * stage_bytes * T / rates(d.capability).macs;
+  const double product = static_cast<double>(s.rows) * s.cols * stage_bytes * T / rates(d.capability).macs;
   const double alone = product * (s.warps < 4 ? 4.0 / s.warps : 1.0) + stage_latency;
   const double traffic = static_cast<double>(s.rows * s.a_planes + s.cols) * stage_bytes / l2_bytes;
   const double stages = static_cast<double>(w.digits * ceil_div(w.stages, splits));

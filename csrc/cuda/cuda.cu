@@ -44,6 +44,8 @@ bool suits_tensor_cores(const ConvIf& a) {
 constexpr std::int64_t max_pixels = std::int64_t{1} << 30, max_k = std::int64_t{1} << 30;
 constexpr std::int64_t max_channels = std::int64_t{1} << 19;
 
+int piece_of(bool image) { return image ? image_piece : piece_bytes; }
+
 bool fits(const Geometry& g) {
   for (const std::int64_t n :
        {g.kernel_h, g.kernel_w, g.stride_h, g.stride_w, g.pad_h, g.pad_w, g.dilation_h, g.dilation_w, g.groups}) {
@@ -236,12 +238,13 @@ int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan,
   return ok;
 }
 
-std::size_t packed_bytes(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes) {
-  return static_cast<std::size_t>(weight_bytes * stages_of(g.kernel_h * g.kernel_w, channels) *
+std::size_t packed_bytes(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes,
+                         bool image) {
+  return static_cast<std::size_t>(weight_bytes * stages_of(g.kernel_h * g.kernel_w, channels, piece_of(image)) *
                                   padded_channels(out_channels) * stage_bytes);
 }
 
-int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes,
+int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes, bool image,
                 const void* weight, std::int8_t* packed, const Launch& launch) {
   if (!fits(g) || g.kernel_h * g.kernel_w * channels >= max_k || out_channels >= max_k) return unsupported;
   PackParams p{weight,
@@ -250,8 +253,9 @@ int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_chann
                static_cast<std::int32_t>(channels),
                static_cast<std::int32_t>(out_channels),
                static_cast<std::int32_t>(padded_channels(out_channels)),
-               stages_of(g.kernel_h * g.kernel_w, channels),
-               weight_bytes};
+               stages_of(g.kernel_h * g.kernel_w, channels, piece_of(image)),
+               weight_bytes,
+               piece_of(image)};
   const std::int64_t plane = static_cast<std::int64_t>(p.stages) * p.padded_out * stage_bytes;
   const int code = launch_elements(pack_kernel, plane, launch.stream, p);
   // A spiking layer reads packed weights before the launch before it has ended (conv_if_kernel): let that be this one.
@@ -264,44 +268,50 @@ bool analog_on_tensor_cores(const Geometry& g, std::int64_t channels, std::int64
 }
 
 int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch) {
+  if (a.out_channels >= max_k) return unsupported;
   if (packed == nullptr) {
     const ImageDirectParams p{a, ceil_div(a.out_w, direct_pixels),
                               ceil_div(a.out_channels / a.g.groups, direct_channels) * a.g.groups};
     const std::int64_t threads = a.batch * a.out_h * p.col_blocks * p.channel_blocks;
     return launch_kernel(image_direct_kernel, Grid{ceil_div(threads, image_direct_threads)}, image_direct_threads, 0,
-                         launch.stream, p);
+                         launch.stream, p, after_launch_before(launch));
   }
-  const std::int64_t k = a.g.kernel_h * a.g.kernel_w * a.in_channels, pixels = a.batch * a.out_h * a.out_w;
+  const std::int64_t pixels = a.batch * a.out_h * a.out_w;
   if (!analog_on_tensor_cores(a.g, a.in_channels, a.out_channels)) return unsupported;
-  if (pixels >= max_pixels || a.out_channels >= max_k) return unsupported;
+  if (pixels >= max_pixels) return unsupported;
   // An offset from a pixel to its farthest tap has 32 bits.
   const std::int64_t reach = (a.in_h + 2 * a.g.pad_h) * (a.in_w + 2 * a.g.pad_w);
   if (reach >= max_pixels || reach * a.in_channels >= max_pixels) return unsupported;
   if (a.batch == 0) return ok;
-  const std::int32_t* words = a.steps > 0 ? a.threshold : a.out_current;
+  const std::int32_t pieces = pieces_per_tap(a.in_channels, image_piece);
+  const std::int64_t padded_out = padded_channels(a.out_channels), taps = a.g.kernel_h * a.g.kernel_w;
   const ImageTensorParams p{a,
                             packed,
-                            stages_of(1, k),
-                            static_cast<std::int32_t>(k),
-                            static_cast<std::int32_t>(padded_channels(a.out_channels)),
-                            are_aligned(4, a.out_channels, {words}, {a.out_mask})};
+                            stages_of(taps, a.in_channels, image_piece) * padded_out * stage_bytes,
+                            static_cast<std::int32_t>(ceil_div(taps * pieces, image_stage_pieces / 2)),
+                            pieces,
+                            static_cast<std::int32_t>(padded_out),
+                            are_aligned(4, a.out_channels, {a.out_current}, {a.out_mask})};
   const Grid grid{ceil_div(pixels, image_rows), ceil_div(a.out_channels, image_cols)};
-  return launch_kernel(image_tensor_kernel, grid, image_tensor_threads, 2 * image_stage, launch.stream, p);
+  return launch_kernel(image_tensor_kernel, grid, image_tensor_threads, image_shared, launch.stream, p,
+                       after_launch_before(launch));
 }
 
 int pool(const Pool& a, const Launch& launch) {
   const std::int64_t planes = a.coding == Coding::mask ? ceil_div(a.steps, 8) : a.steps;
   const PoolParams p{a, byte_row(a.channels, a.x, a.out), planes};
-  return launch_elements(pool_kernel, planes * a.batch * a.out_h * a.out_w * p.channels.quads, launch.stream, p);
+  return launch_elements(pool_kernel, planes * a.batch * a.out_h * a.out_w * p.channels.quads, launch.stream, p,
+                         after_launch_before(launch));
 }
 
 int pool_counts(const PoolCounts& a, const Launch& launch) {
-  return launch_elements(pool_counts_kernel, a.images * a.out_h * a.out_w * a.channels, launch.stream, a);
+  return launch_elements(pool_counts_kernel, a.images * a.out_h * a.out_w * a.channels, launch.stream, a,
+                         after_launch_before(launch));
 }
 
 int count(const Count& a, const Launch& launch) {
   const CountParams p{a, byte_row(a.elements, a.x, a.x)};
-  return launch_elements(count_kernel, p.row.quads, launch.stream, p);
+  return launch_elements(count_kernel, p.row.quads, launch.stream, p, after_launch_before(launch));
 }
 
 int readout(const Readout& a, const Launch& launch) {
@@ -319,7 +329,8 @@ int readout(const Readout& a, const Launch& launch) {
   for (int i = 0; i < a.term_count; ++i) p.terms[i] = a.terms[i];
   const Grid grid{a.images * a.out_h * a.out_w, ceil_div(a.out_channels, readout_channels)};
   constexpr int threads = readout_channels * readout_parts;
-  return launch_kernel(readout_kernel, grid, threads, threads * sizeof(std::int64_t), launch.stream, p);
+  return launch_kernel(readout_kernel, grid, threads, threads * sizeof(std::int64_t), launch.stream, p,
+                       after_launch_before(launch));
 }
 
 int quantize(const Quantize& a, std::uint32_t* workspace, const Launch& launch) {
@@ -328,8 +339,12 @@ int quantize(const Quantize& a, std::uint32_t* workspace, const Launch& launch) 
   const QuantizeParams p{a, size, workspace};
   const Grid grid{a.batch * ceil_div(a.height * a.width, elementwise_threads)};
   int code = clear_words(workspace, static_cast<std::size_t>(a.batch + 1), launch.stream);
-  if (code == ok) code = launch_kernel(largest_kernel, grid, elementwise_threads, 0, launch.stream, p);
-  if (code == ok) code = launch_kernel(quantize_kernel, grid, elementwise_threads, 0, launch.stream, p);
+  if (code == ok) {
+    constexpr std::size_t shared = elementwise_warps * sizeof(std::uint32_t);
+    code = launch_kernel(largest_kernel, grid, elementwise_threads, shared, launch.stream, p);
+  }
+  if (code == ok)
+    code = launch_kernel(quantize_kernel, grid, elementwise_threads, 0, launch.stream, p, after_launch_before(launch));
   return code;
 }
 

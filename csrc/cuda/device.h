@@ -93,11 +93,6 @@ QCFS_DEVICE void copy1(SharedAddress shared, const std::uint8_t* global, bool va
   asm volatile("st.shared.u8 [%0], %1;\n" ::"r"(shared), "r"(v) : "memory");
 }
 
-// The same by pointer.
-QCFS_DEVICE void copy16(unsigned char* shared, const void* global, bool valid) {
-  copy16(shared_address(shared), global, valid);
-}
-
 // Closes the group of copies issued so far by this thread.
 QCFS_DEVICE void copies_commit() {
 #if __CUDA_ARCH__ >= 800
@@ -120,8 +115,6 @@ QCFS_DEVICE void load_matrices(std::uint32_t (&r)[4], SharedAddress row) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(row));
 }
-
-QCFS_DEVICE void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) { load_matrices(r, shared_address(row)); }
 
 // acc[16x8] += a[16x32] * b[32x8, s8], modulo 2^32. Turing knows 8x8x16 only: the same registers in four parts.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -181,8 +174,7 @@ QCFS_DEVICE void wgmma_wait(Accumulators&& for_each_accumulator) {
 #define QCFS_0_TO_15 QCFS_0_TO_7 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define QCFS_0_TO_31 QCFS_0_TO_15 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 template <int fragments>
-QCFS_DEVICE void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4],
-                                SharedAddress shared) {
+QCFS_DEVICE void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4], SharedAddress shared) {
   const std::uint64_t weights = wgmma_descriptor(shared);
   static_assert(fragments == 2 || fragments == 4 || fragments == 8, "16, 32 or 64 columns");
   if constexpr (fragments == 2) {
@@ -213,23 +205,18 @@ QCFS_DEVICE void fire_into(std::uint32_t& bits, std::uint32_t bit, std::int32_t&
 }
 // v += amplitude where `bits` has `bit`.
 QCFS_DEVICE void add_where(std::int32_t& v, std::int32_t amplitude, std::uint32_t bits, std::uint32_t bit) {
-  asm("{\n.reg .pred spike;\n.reg .b32 one;\nand.b32 one, %2, %3;\nsetp.ne.u32 spike, one, 0;\n@spike add.s32 %0, %0, %1;\n}\n"
+  asm("{\n.reg .pred spike;\n.reg .b32 one;\nand.b32 one, %2, %3;\nsetp.ne.u32 spike, one, 0;\n@spike add.s32 %0, %0, "
+      "%1;\n}\n"
       : "+r"(v)
       : "r"(amplitude), "r"(bits), "r"(bit));
 }
 
-// Programmatic dependent launch (`LaunchOptions::dependent`). Before this nothing is read that the launch before may
-// have written, and nothing is written.
+// Programmatic dependent launch (`LaunchOptions::dependent`): waits until the launch before has ended. Until then a
+// kernel reads nothing that the launch before may have written, and writes nothing. Then the next launch may begin,
+// once every block has come here: not earlier, so that it finds all but this launch complete.
 QCFS_DEVICE void wait_for_launch_before() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-// The next launch may begin once every block has come here. After the wait, so that it finds everything before this
-// launch complete.
-QCFS_DEVICE void let_next_launch_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
 }
 
@@ -251,12 +238,33 @@ QCFS_DEVICE void load_remote(std::int32_t (&to)[2], SharedAddress at) {
 }
 #endif
 
+// The largest of the warp's values, in every lane.
+QCFS_DEVICE std::uint32_t warp_max(std::uint32_t x) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_max_sync(0xffffffffu, x);
+#else
+  QCFS_UNROLL
+  for (int distance = 16; distance > 0; distance /= 2) {
+    const std::uint32_t other = __shfl_xor_sync(0xffffffffu, x, distance);
+    x = other > x ? other : x;
+  }
+  return x;
+#endif
+}
+
+// Four of the bytes 0-3 (a) and 4-7 (b), the lowest named by the selector's lowest digit.
+QCFS_DEVICE std::uint32_t pick_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+
 // Round to nearest, never contracted into a fused multiply-add.
 QCFS_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 QCFS_DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
 QCFS_DEVICE double div_rn(double a, double b) { return __ddiv_rn(a, b); }
 QCFS_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 QCFS_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+// Halves to even; beyond int32 its nearest value.
+QCFS_DEVICE std::int32_t round_to_int(double x) { return __double2int_rn(x); }
 QCFS_DEVICE std::uint32_t bits_of(float x) { return __float_as_uint(x); }
 QCFS_DEVICE float float_of(std::uint32_t x) { return __uint_as_float(x); }
 
@@ -266,8 +274,8 @@ struct Grid {
 
 // Queues one kernel whose only parameter is a struct; returns the runtime's code.
 template <typename Params>
-int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t shared, void* stream, const Params& params,
-                  LaunchOptions options = {}) {
+int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t shared, void* stream,
+                  const Params& params, LaunchOptions options = {}) {
   if (grid.x == 0 || grid.y == 0) return 0;
   if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) return cudaErrorInvalidConfiguration;
   const void* function = reinterpret_cast<const void*>(kernel);

@@ -112,7 +112,7 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _packing(weight: Tensor, dense: Tensor, image: bool = False) -> Packing:
-    """Digit planes of a weight; `image`: for the first layer, all of K as if it were the channels of one tap."""
+    """Digit planes of a weight; `image`: of the first layer's, in pieces of four channels instead of sixteen."""
 
     def pack() -> Packed:
         packed = _empty(dense, (module.packed_bytes(dense, image),), torch.int8)

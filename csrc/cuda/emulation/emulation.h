@@ -79,6 +79,7 @@ template <bool is_signed>
 void multiply_8x8x16(void* const* lanes);
 void multiply_wgmma(void* const* lanes);    // one warp's part of it
 void meet(void* const* lanes);
+void largest(void* const* lanes);    // of 32 uint32, each of which becomes it
 
 struct MatrixRows {
   std::uint32_t* r;
@@ -130,9 +131,6 @@ inline unsigned char* at_address(SharedAddress at) {
 inline void copy16(SharedAddress shared, const void* global, bool valid) {
   emulation::queue_copy(at_address(shared), valid ? global : nullptr, 16);
 }
-inline void copy16(unsigned char* shared, const void* global, bool valid) {
-  copy16(shared_address(shared), global, valid);
-}
 inline void copy4(SharedAddress shared, const void* global, bool valid) {
   emulation::queue_copy(at_address(shared), valid ? global : nullptr, 4);
 }
@@ -145,11 +143,10 @@ void copies_wait() {
   emulation::wait_copies(pending);
 }
 
-inline void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) {
-  emulation::MatrixRows operands{r, row};
+inline void load_matrices(std::uint32_t (&r)[4], SharedAddress row) {
+  emulation::MatrixRows operands{r, at_address(row)};
   emulation::collective(emulation::load_matrices, &operands);
 }
-inline void load_matrices(std::uint32_t (&r)[4], SharedAddress row) { load_matrices(r, at_address(row)); }
 
 template <bool is_signed>
 inline void multiply_any(std::int32_t (&acc)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
@@ -196,13 +193,22 @@ inline void cluster_barrier() { emulation::cluster_barrier(); }
 inline SharedAddress in_block(SharedAddress at, std::int32_t rank) {
   return at | (static_cast<SharedAddress>(rank) + 1) << 24;
 }
-inline void load_remote(std::int32_t (&to)[2], SharedAddress at) {
-  std::memcpy(to, at_address(at), sizeof(to));
-}
+inline void load_remote(std::int32_t (&to)[2], SharedAddress at) { std::memcpy(to, at_address(at), sizeof(to)); }
 inline void wait_for_launch_before() {}
-inline void let_next_launch_begin() {}
 
 inline void sync_warp() { emulation::collective(emulation::meet, nullptr); }
+inline std::uint32_t warp_max(std::uint32_t x) {
+  emulation::collective(emulation::largest, &x);
+  return x;
+}
+inline std::uint32_t pick_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  std::uint32_t picked = 0;
+  for (int i = 0; i < 32; i += 8) {
+    const std::uint32_t byte = selector >> (i / 2) & 7;
+    picked |= ((byte < 4 ? a : b) >> (8 * (byte % 4)) & 0xff) << i;
+  }
+  return picked;
+}
 
 // Compiled with -ffp-contract=off.
 inline double mul_rn(double a, double b) { return a * b; }
@@ -210,6 +216,9 @@ inline double add_rn(double a, double b) { return a + b; }
 inline double div_rn(double a, double b) { return a / b; }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float add_rn(float a, float b) { return a + b; }
+inline std::int32_t round_to_int(double x) {
+  return static_cast<std::int32_t>(std::nearbyint(std::fmax(INT32_MIN, std::fmin(INT32_MAX, x))));
+}
 inline std::uint32_t bits_of(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));

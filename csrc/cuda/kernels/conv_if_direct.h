@@ -28,7 +28,6 @@ constexpr int direct_threads = 128;
 template <int T>
 __global__ void __launch_bounds__(direct_threads, 4) conv_if_direct_kernel(const __grid_constant__ LayerParams p) {
   wait_for_launch_before();
-  let_next_launch_begin();
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * direct_threads + threadIdx.x;
   if (index >= static_cast<std::int64_t>(p.pixels) * p.out_channels) return;
   const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
@@ -81,7 +80,7 @@ template <int T>
 int launch_direct(const LayerParams& p, const Launch& launch) {
   const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, direct_threads)};
   return launch_kernel(conv_if_direct_kernel<T>, grid, direct_threads, 0, launch.stream, p,
-                       LaunchOptions{1, has_clusters(launch.device)});
+                       after_launch_before(launch));
 }
 
 }    // namespace qcfs::cuda

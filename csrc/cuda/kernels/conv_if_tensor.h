@@ -39,9 +39,9 @@
 // Registers a thread: T * row_parts * BN / 2 accumulators (64 to 128), BN / 4 weight fragments, 4 to 8 masks, about 50
 // addresses. With 128 threads that stays under 255 registers, without spills, and lets two blocks share an SM: one
 // multiplies while the other is in its epilogue.
-// Shared memory: stages * (BM * planes + BN) * 64 bytes, 20 to 60 KiB; clusters: at least the accumulators (cost_model.h).
-// Exact: integers modulo 2^32, and the contract keeps every final value inside 32 bits. This is why the masks are
-// shifted before the product and not the sums after it: a sum scaled by 2^t could leave 32 bits.
+// Shared memory: stages * (BM * planes + BN) * 64 bytes, 20 to 60 KiB; clusters: at least the accumulators
+// (cost_model.h). Exact: integers modulo 2^32, and the contract keeps every final value inside 32 bits. This is why the
+// masks are shifted before the product and not the sums after it: a sum scaled by 2^t could leave 32 bits.
 #pragma once
 
 #include <cstdint>
@@ -112,15 +112,15 @@ struct CopyCursor {
   static constexpr std::int32_t outside = 1 << 29;    // no row of pixels is as far, nor brought inside by it
 
   std::int32_t product = -1;
-  std::int32_t piece, pieces;                // the piece within the tap; pieces of a tap
-  std::int32_t columns_left, rows_left;      // taps to come in this row of the kernel; rows of it
-  std::int32_t kernel_w, step_x, step_y;     // dilations
-  std::int32_t height, width;                // of the input
-  std::int32_t dy, dx;                       // of the tap, in pixels
-  std::int64_t offset;                       // of tap and piece, in bytes
-  std::int64_t to_next_column, to_next_row;  // what offset grows by
-  std::intptr_t from[loads];                 // address of each row's pixel under tap (0, 0), inside the input or not
-  std::int32_t y[loads], x[loads];           // its coordinates
+  std::int32_t piece, pieces;                  // the piece within the tap; pieces of a tap
+  std::int32_t columns_left, rows_left;        // taps to come in this row of the kernel; rows of it
+  std::int32_t kernel_w, step_x, step_y;       // dilations
+  std::int32_t height, width;                  // of the input
+  std::int32_t dy, dx;                         // of the tap, in pixels
+  std::int64_t offset;                         // of tap and piece, in bytes
+  std::int64_t to_next_column, to_next_row;    // what offset grows by
+  std::intptr_t from[loads];                   // address of each row's pixel under tap (0, 0), inside the input or not
+  std::int32_t y[loads], x[loads];             // its coordinates
   const std::int8_t* weight;
 
   QCFS_DEVICE void enter(const LayerParams& p, const Walk& at, std::int32_t first_pixel, std::int32_t first_channel,
@@ -144,10 +144,11 @@ struct CopyCursor {
     dy = rows_left > 0 ? tap / kernel_w * step_y : outside;
     offset = (static_cast<std::int64_t>(tap / kernel_w * step_y) * width + dx) * q.channels + piece * piece_bytes;
     to_next_column = static_cast<std::int64_t>(step_x) * q.channels - pieces * piece_bytes;
-    to_next_row = (static_cast<std::int64_t>(step_y) * width - static_cast<std::int64_t>(kernel_w) * step_x) * q.channels;
-    weight = static_cast<const std::int8_t*>(q.weight) + thread * piece_bytes +
-             ((static_cast<std::int64_t>(at.digit) * stages + at.first_stage) * p.padded_out + first_channel) *
-                 stage_bytes;
+    to_next_row =
+        (static_cast<std::int64_t>(step_y) * width - static_cast<std::int64_t>(kernel_w) * step_x) * q.channels;
+    weight =
+        static_cast<const std::int8_t*>(q.weight) + thread * piece_bytes +
+        ((static_cast<std::int64_t>(at.digit) * stages + at.first_stage) * p.padded_out + first_channel) * stage_bytes;
     if (same_pixels) return;
     QCFS_UNROLL
     for (int i = 0; i < loads; ++i) {
@@ -288,8 +289,9 @@ struct ConvTile {
     for (int r = 0; r < 4; ++r) a[r] = (masks[r] >> t) & 0x01010101u;
   }
 
-  // acc += A * B of the stage that begins `stage` bytes after the first, for all T steps. `count`: the tile holds one plane a step instead of masks. The copies
-  // for a later stage are queued by `load` once the tensor cores have work: their addresses need not wait for that.
+  // acc += A * B of the stage that begins `stage` bytes after the first, for all T steps. `count`: the tile holds one
+  // plane a step instead of masks. The copies for a later stage are queued by `load` once the tensor cores have work:
+  // their addresses need not wait for that.
   template <typename Load>
   QCFS_DEVICE static void accumulate(SharedAddress stage, const Lane& lane, bool count, std::int32_t steps,
                                      Accumulators& acc, Load&& load) {
@@ -326,8 +328,8 @@ struct ConvTile {
 #if defined(QCFS_HAS_WGMMA)
   // The same by asynchronous products of a warpgroup (four warps), which read B from shared memory.
   template <typename Load>
-  QCFS_DEVICE static void accumulate_wgmma(SharedAddress tile, SharedAddress stage, const Lane& lane, bool count, std::int32_t steps,
-                                           Accumulators& acc, Load&& load) {
+  QCFS_DEVICE static void accumulate_wgmma(SharedAddress tile, SharedAddress stage, const Lane& lane, bool count,
+                                           std::int32_t steps, Accumulators& acc, Load&& load) {
     std::uint32_t a[2][parts][T][4];
     QCFS_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -466,8 +468,8 @@ struct ConvTile {
     });
   }
 
-  // Accumulators of `height` pixels x `width` channels in shared memory, int32 [T, height, row]. Rows are padded so that
-  // the pairs which half a warp stores fall into different banks.
+  // Accumulators of `height` pixels x `width` channels in shared memory, int32 [T, height, row]. Rows are padded so
+  // that the pairs which half a warp stores fall into different banks.
   template <int height, int width>
   struct SharedCurrents {
     static constexpr int row = width == 8 ? 8 : width + 8, words = T * height * row;
@@ -509,9 +511,8 @@ struct ConvTile {
         if (p.simple) {
           const ChannelPair channels(p, o);
           const std::uint32_t bits =
-              p.residual_count == 0
-                  ? fire_pair<T, false>(p, channels, 0, sums)
-                  : fire_pair<T, true>(p, channels, load_bytes<2>(p.residuals[0].data + index), sums);
+              p.residual_count == 0 ? fire_pair<T, false>(p, channels, 0, sums)
+                                    : fire_pair<T, true>(p, channels, load_bytes<2>(p.residuals[0].data + index), sums);
           store_bytes<2>(p.out + index, bits);
           continue;
         }
@@ -560,9 +561,7 @@ struct ConvTile {
   QCFS_DEVICE static void end_in_cluster(const LayerParams& p, const Accumulators& acc, unsigned char* shared,
                                          std::int32_t first_pixel, std::int32_t first_channel) {
     const SharedCurrents<rows, cols> currents{reinterpret_cast<std::int32_t*>(shared), p.cluster};
-    for_each_pair([&](Pair pair, std::int32_t row, std::int32_t col) {
-      put_pair(currents, acc, pair, row, col);
-    });
+    for_each_pair([&](Pair pair, std::int32_t row, std::int32_t col) { put_pair(currents, acc, pair, row, col); });
     cluster_barrier();
     currents.end(p, blockIdx.z * threads + threadIdx.x, p.cluster * threads, first_pixel, first_channel);
     cluster_barrier();    // nobody leaves while others read from it
@@ -595,7 +594,6 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
     Conv::load_weights(place + s * Conv::bytes, cursor.weight + s * weights);
   }
   wait_for_launch_before();
-  let_next_launch_begin();
 
   std::int32_t loaded = 0;
   const auto enter_next = [&] {
@@ -692,7 +690,7 @@ int launch_conv_if_tile(const LayerParams& p, int splits, const Launch& launch) 
   const Grid grid{ceil_div(p.pixels, s.rows), ceil_div(p.out_channels, s.cols), splits};
   return launch_kernel(conv_if_kernel<T, s.row_parts, s.cols, s.warps, s.stages, s.a_planes, any_width>, grid,
                        s.warps * 32, shared_bytes(s, T, p.cluster > 1), launch.stream, p,
-                       LaunchOptions{p.cluster, has_clusters(launch.device)});
+                       after_launch_before(launch, p.cluster));
 }
 
 // Inputs whose rows are not whole, aligned 16-byte pieces have kernels of the small tile and of the counts' tile only.

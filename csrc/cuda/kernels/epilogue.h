@@ -1,14 +1,14 @@
 // The end of a layer: from currents to mask bytes, in the modes of the contract.
 //
-//     fire_pair        two neighbouring channels of a simple layer: plain neurons, or counts in sum mode, that integrate
+//     fire_pair        two neighbouring channels of a simple layer: plain neurons, or counts in sum mode, that
+//     integrate
 //                      products, a bias and at most one residual
 //                          v += I[t]     s[t] = v >= n     v -= n * s[t]
 //     end_neuron       any neuron, with any operands. Offset and masked neurons run over the same currents again. A
 //                      window is no longer than the first launch, so later launches only go on from what it left.
-//     encode_current   the plain recursion on a current that is the same at every step, v[-1] = n/2
-//     image_epilogue   the first layer, whose result is either the current itself or its encoding
 //
-// Nearly all layers are simple. Theirs are four instructions for a step of a neuron, six with a residual. Exact: integers.
+// Nearly all layers are simple. Theirs are four instructions for a step of a neuron, six with a residual. Exact:
+// integers.
 #pragma once
 
 #include <cstdint>
@@ -274,7 +274,6 @@ constexpr int epilogue_threads = 128;
 template <int T>
 __global__ void __launch_bounds__(epilogue_threads, 4) epilogue_kernel(const __grid_constant__ LayerParams p) {
   wait_for_launch_before();
-  let_next_launch_begin();
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * epilogue_threads + threadIdx.x;
   if (index >= plane) return;
@@ -293,43 +292,7 @@ __global__ void __launch_bounds__(epilogue_threads, 4) epilogue_kernel(const __g
 template <int T>
 int launch_epilogue(const LayerParams& p, const Launch& launch) {
   const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, epilogue_threads)};
-  return launch_kernel(epilogue_kernel<T>, grid, epilogue_threads, 0, launch.stream, p,
-                       LaunchOptions{1, has_clusters(launch.device)});
-}
-
-// All steps of `width` neurons on a constant current. `threshold` is that of the first neuron's channel; its mask byte
-// of plane 0 goes to `out`, and planes lie `plane` bytes apart.
-template <int width>
-QCFS_DEVICE void encode_current(const std::int32_t (&current)[width], const std::int32_t* threshold, std::uint8_t* out,
-                                std::int64_t plane, std::int64_t steps) {
-  std::int32_t n[width], v[width];
-  load_values<width>(n, threshold);
-  QCFS_UNROLL
-  for (int j = 0; j < width; ++j) v[j] = n[j] / 2;
-  std::uint32_t bits = 0;
-  for (std::int32_t t = 0; t < steps; ++t) {
-    QCFS_UNROLL
-    for (int j = 0; j < width; ++j) {
-      bits |= static_cast<std::uint32_t>(fire(v[j], current[j], n[j])) << (8 * j + t % 8);
-    }
-    if (t % 8 == 7 || t + 1 == steps) {
-      store_bytes<width>(out + t / 8 * plane, bits);
-      bits = 0;
-    }
-  }
-}
-
-// Ends `width` neighbouring channels, from `o` on, of one pixel of the first layer.
-template <int width>
-QCFS_DEVICE void image_epilogue(const AnalogConv& a, std::int64_t pixel, std::int64_t o,
-                                const std::int32_t (&current)[width]) {
-  const std::int64_t index = pixel * a.out_channels + o;
-  if (a.steps == 0) {
-    store_values<width>(a.out_current + index, current);
-    return;
-  }
-  const std::int64_t plane = a.batch * a.out_h * a.out_w * a.out_channels;
-  encode_current<width>(current, a.threshold + o, a.out_mask + index, plane, a.steps);
+  return launch_kernel(epilogue_kernel<T>, grid, epilogue_threads, 0, launch.stream, p, after_launch_before(launch));
 }
 
 }    // namespace qcfs::cuda

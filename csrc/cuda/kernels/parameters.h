@@ -9,8 +9,14 @@
 
 #include "core/neuron.h"
 #include "cuda/cuda.h"
+#include "cuda/device.h"
 
 namespace qcfs::cuda {
+
+// Of a launch whose kernel calls wait_for_launch_before().
+inline LaunchOptions after_launch_before(const Launch& launch, int cluster = 1) {
+  return {cluster, has_clusters(launch.device)};
+}
 
 struct ProductParams {
   const std::uint8_t* x;    // the launch's mask plane, or its first count plane
