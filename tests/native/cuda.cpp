@@ -1,7 +1,8 @@
 // Runs the CUDA backend's kernels on the CPU (csrc/cuda/emulation) and compares every byte with plain loops over int64
 // and double. Every operand is a heap block of exactly its size, so that ASan sees an index that strays.
 //
-// Usage: emulation_test SEED SPIKING_LAYERS [T]. Prints one line of totals, which say what the random layers covered.
+// Usage: emulation_test SEED SPIKING_LAYERS [T [CAPABILITY]]. T = 0: any; CAPABILITY: of the GPU to imitate, without it
+// now one, now another. Prints one line of totals, which say what the random layers covered.
 #include "cuda/cuda.h"
 
 #include <sys/mman.h>
@@ -51,7 +52,8 @@ class Block {
 struct Totals {
   Evidence evidence;
   i64 layers = 0, neurons = 0;
-  i64 tensor = 0, direct = 0, split = 0, several = 0, long_runs = 0, counted = 0, extreme = 0, images = 0, other = 0;
+  i64 tensor = 0, direct = 0, split = 0, clusters = 0, several = 0, long_runs = 0, counted = 0, extreme = 0, images = 0,
+      other = 0;
   i64 tiles[3] = {0, 0, 0}, modes[5] = {0, 0, 0, 0, 0}, states = 0, alone = 0;
 } totals;
 
@@ -101,7 +103,9 @@ void spiking_layer(i64 steps) {
     }
     if (chance(0.3)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 5)));
     plan.splits = static_cast<int>(cuda::ceil_div(stages, cuda::ceil_div(stages, plan.splits)));
-    plan.slices = plan.splits > 1 ? plan.splits : 0;
+    // Partial sums in a cluster's shared memory or, anywhere, in a workspace.
+    const bool cluster = cuda::has_clusters(launch.device) && plan.splits <= cuda::max_cluster && chance(0.6);
+    plan.slices = plan.splits > 1 && !cluster ? plan.splits : 0;
     plan.partial_bytes = plan.slices * std::min<i64>(a.steps, 8) * layer.outputs() * 4;
   }
   const Block<std::int32_t> workspace(plan.workspace_bytes() / 4);
@@ -121,7 +125,8 @@ void spiking_layer(i64 steps) {
   for (const Product& p : layer.products) totals.counted += p.x.coding == Coding::count && a.steps > 1;
   if (plan.path == Path::tensor_cores) {
     ++totals.tensor;
-    totals.split += plan.splits > 1;
+    totals.split += plan.slices > 1;
+    totals.clusters += plan.cluster() > 1;
     totals.several += a.product_count > 1;
     ++totals.tiles[compiled == 1 && plan.tile == TileKind::counts ? 0 : static_cast<int>(plan.tile)];
   } else {
@@ -520,7 +525,8 @@ void refusals() {
   a.residual_count = cuda::max_launch_residuals + 1;
   refused(conv_if(a, {}), cuda::unsupported, "too many residuals");
 
-  const cuda::Plan plan = cuda::plan_conv_if(layer, launch_settings().device);
+  const cuda::Device device = launch_settings().device;
+  const cuda::Plan plan = cuda::plan_conv_if(layer, device);
   if (plan.path != Path::tensor_cores) fail("the layer of the refusals takes another path");
   cuda::Plan wrong = plan;
   wrong.splits = wrong.slices = 0;
@@ -528,6 +534,9 @@ void refusals() {
   wrong.splits = wrong.slices = 2;    // the layer has one stage
   wrong.partial_bytes = 1 << 20;
   refused(conv_if(layer, wrong), cuda::wrong_plan, "splits without work");
+  wrong = plan;
+  wrong.splits = 16;
+  refused(conv_if(layer, wrong), cuda::wrong_plan, "a cluster beyond the largest");
   a = layer;
   a.steps = 9;
   refused(conv_if(a, plan), cuda::wrong_plan, "membranes without memory");
@@ -553,16 +562,21 @@ void refusals() {
 // The cost model must keep every plan inside the device: shared memory, no empty split.
 void plans() {
   for (const int capability : {75, 80, 86, 89, 90, 100, 120}) {
-    const cuda::Device d{capability == 75 ? 40 : 108, capability, capability == 75 ? 65536 : 101376};
+    const cuda::Device d{capability == 75 ? 40 : 108, capability, capability == 75 ? 65536 : 101376, capability};
     for (const i64 steps : {1, 2, 3, 4, 5, 8}) {
       for (const bool counts : {false, true}) {
         for (const i64 pixels : {1, 49, 12544, 802816}) {
-          const cuda::Work w{pixels, any_of<i64>({16, 64, 512}), any_of<i64>({1, 9, 72}), steps, 2, counts};
+          const cuda::Work w{pixels,     any_of<i64>({16, 64, 512}), any_of<i64>({1, 9, 72}), steps, 2, counts,
+                             chance(0.3)};
           const cuda::Choice c = cuda::choose_tile(w, d);
           const auto shape = cuda::tile_shape(cuda::compiled_steps(steps), c.tile);
-          if (cuda::tile_shared_bytes(shape) > static_cast<std::size_t>(d.shared_bytes))
+          const int T = cuda::compiled_steps(steps);
+          if (cuda::shared_bytes(shape, T, c.cluster) > static_cast<std::size_t>(d.shared_bytes))
             fail("a tile beyond shared memory");
-          if (c.splits > w.stages) fail("a split without work");
+          if ((c.splits - 1) * cuda::ceil_div(w.stages, c.splits) >= w.stages) fail("a split without work");
+          if (c.cluster != (c.splits > 1 && capability >= 90))
+            fail("a cluster where there is none, or none where one is");
+          if (w.any_width && c.tile == TileKind::wide) fail("a tile that does not take narrow copies");
           if (pixels >= 802816 && c.splits > 1) fail("split-K where the grid fills the GPU many times over");
           if (pixels == 1 && w.stages == 72 && w.out_channels <= 64 && c.splits == 1)
             fail("no split-K for one pixel and a long K");
@@ -577,8 +591,10 @@ void plans() {
 int main(int argc, char** argv) {
   const auto seed = static_cast<std::uint64_t>(argc > 1 ? std::atoll(argv[1]) : 1);
   const i64 layers = argc > 2 ? std::atoll(argv[2]) : 50, steps = argc > 3 ? std::atoll(argv[3]) : 0;
+  const int capability = argc > 4 ? std::atoi(argv[4]) : 0;
   generator.seed(seed);
   cuda::emulation::schedule_seed = seed * 2 + 1;
+  if (capability != 0) cuda::emulation::capability = capability;
   plans();
   refusals();
   if (steps == 0) {
@@ -586,7 +602,7 @@ int main(int argc, char** argv) {
     large_input(Path::direct);
   }
   for (i64 i = 0; i < layers; ++i) {
-    cuda::emulation::capability = i % 5 == 4 ? 75 : 90;
+    cuda::emulation::capability = capability != 0 ? capability : i % 5 == 4 ? 75 : 90;
     spiking_layer(steps);
     if (i % 2 == 0) analog_layer();
     switch (i % 5) {
@@ -607,18 +623,20 @@ int main(int argc, char** argv) {
     }
   }
   std::printf(
-      "layers %lld neurons %lld rate %.4f ties %lld tensor %lld direct %lld split %lld several %lld long %lld counted "
+      "layers %lld neurons %lld rate %.4f ties %lld tensor %lld direct %lld split %lld clusters %lld several %lld long "
+      "%lld counted "
       "%lld "
       "extreme %lld wide %lld small %lld counts %lld images %lld other %lld states %lld alone %lld plain %lld offset "
       "%lld masked %lld signed %lld sum %lld\n",
       static_cast<long long>(totals.layers), static_cast<long long>(totals.neurons), totals.evidence.rate(),
       static_cast<long long>(totals.evidence.ties), static_cast<long long>(totals.tensor),
       static_cast<long long>(totals.direct), static_cast<long long>(totals.split),
-      static_cast<long long>(totals.several), static_cast<long long>(totals.long_runs),
-      static_cast<long long>(totals.counted), static_cast<long long>(totals.extreme),
-      static_cast<long long>(totals.tiles[0]), static_cast<long long>(totals.tiles[1]),
-      static_cast<long long>(totals.tiles[2]), static_cast<long long>(totals.images),
-      static_cast<long long>(totals.other), static_cast<long long>(totals.states), static_cast<long long>(totals.alone),
+      static_cast<long long>(totals.clusters), static_cast<long long>(totals.several),
+      static_cast<long long>(totals.long_runs), static_cast<long long>(totals.counted),
+      static_cast<long long>(totals.extreme), static_cast<long long>(totals.tiles[0]),
+      static_cast<long long>(totals.tiles[1]), static_cast<long long>(totals.tiles[2]),
+      static_cast<long long>(totals.images), static_cast<long long>(totals.other),
+      static_cast<long long>(totals.states), static_cast<long long>(totals.alone),
       static_cast<long long>(totals.modes[0]), static_cast<long long>(totals.modes[1]),
       static_cast<long long>(totals.modes[2]), static_cast<long long>(totals.modes[3]),
       static_cast<long long>(totals.modes[4]));

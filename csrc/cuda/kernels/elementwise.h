@@ -26,9 +26,15 @@ QCFS_DEVICE std::int64_t global_thread() {
 }
 
 template <typename Params>
-int launch_elements(void (*kernel)(Params), std::int64_t elements, void* stream, const Params& params) {
-  return launch_kernel(kernel, Grid{ceil_div(elements, elementwise_threads)}, elementwise_threads, 0, stream, params);
+int launch_elements(void (*kernel)(Params), std::int64_t elements, void* stream, const Params& params,
+                    LaunchOptions options = {}) {
+  return launch_kernel(kernel, Grid{ceil_div(elements, elementwise_threads)}, elementwise_threads, 0, stream, params,
+                       options);
 }
+
+// A launch that does nothing, to stand between two that must not overlap.
+struct Empty {};
+__global__ void empty_kernel(const __grid_constant__ Empty) {}
 
 // A row of bytes cut into quads: four neighbouring bytes, the last quad perhaps fewer. A thread reads a quad into one
 // word and writes it from one: in one access where every row is aligned to 4, else byte by byte.
@@ -67,7 +73,7 @@ struct PackParams {
   std::int32_t taps, channels, out_channels, padded_out, stages, digits, piece;
 };
 
-static __global__ void pack_kernel(const __grid_constant__ PackParams p) {
+__global__ void pack_kernel(const __grid_constant__ PackParams p) {
   const std::int64_t index = global_thread();
   const std::int64_t plane = static_cast<std::int64_t>(p.stages) * p.padded_out * stage_bytes;
   if (index >= plane) return;
@@ -94,7 +100,8 @@ struct CountParams {
   ByteRow row;
 };
 
-static __global__ void count_kernel(const __grid_constant__ CountParams p) {
+__global__ void count_kernel(const __grid_constant__ CountParams p) {
+  wait_for_launch_before();
   const std::int64_t quad = global_thread(), n = p.a.elements;
   if (quad >= p.row.quads) return;
   std::uint32_t sum[4] = {0, 0, 0, 0}, word = 0;
@@ -134,7 +141,8 @@ QCFS_DEVICE std::uint32_t larger_bytes(std::uint32_t a, std::uint32_t b) {
 
 // One thread has four channels of one output position and all the steps of an input plane. Sums stay below 256
 // (contract), so four of them are added in one word.
-static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
+__global__ void pool_kernel(const __grid_constant__ PoolParams p) {
+  wait_for_launch_before();
   const Pool& a = p.a;
   std::int64_t index = global_thread();
   if (index >= p.planes * a.batch * a.out_h * a.out_w * p.channels.quads) return;
@@ -170,7 +178,8 @@ static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
   }
 }
 
-static __global__ void pool_counts_kernel(const __grid_constant__ PoolCounts p) {
+__global__ void pool_counts_kernel(const __grid_constant__ PoolCounts p) {
+  wait_for_launch_before();
   std::int64_t index = global_thread();
   if (index >= p.images * p.out_h * p.out_w * p.channels) return;
   std::int32_t* out = p.out + index;
@@ -218,7 +227,7 @@ QCFS_DEVICE float transformed(const Quantize& a, const ImagePixel& i, std::int64
 }
 
 // Atomics on one address are executed one after the other, so a block issues one.
-static __global__ void largest_kernel(const __grid_constant__ QuantizeParams p) {
+__global__ void largest_kernel(const __grid_constant__ QuantizeParams p) {
   QCFS_SHARED(shared);
   std::uint32_t* const of_warps = reinterpret_cast<std::uint32_t*>(shared);
   const ImagePixel i = image_pixel(p.a);
@@ -235,7 +244,8 @@ static __global__ void largest_kernel(const __grid_constant__ QuantizeParams p) 
   atomicMax(p.largest + i.sample, largest);
 }
 
-static __global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {
+__global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {
+  wait_for_launch_before();
   const ImagePixel i = image_pixel(p.a);
   if (!i.exists) return;
   std::int32_t* out = p.a.out + (i.sample * p.a.height * p.a.width + i.pixel) * p.a.channels;

@@ -33,8 +33,9 @@ struct ImageDirectParams {
 };
 
 // Channels of a thread lie in one group: a group's outputs are cut into blocks of four, the last one narrower.
-static __global__ void __launch_bounds__(image_direct_threads)
+__global__ void __launch_bounds__(image_direct_threads)
     image_direct_kernel(const __grid_constant__ ImageDirectParams p) {
+  wait_for_launch_before();
   const AnalogConv& a = p.a;
   const Geometry& g = a.g;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * image_direct_threads + threadIdx.x;

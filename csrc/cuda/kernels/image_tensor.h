@@ -71,9 +71,10 @@ QCFS_DEVICE uint4 image_piece_at(const AnalogConv& a, std::uint32_t index, std::
   return uint4{C - channel, dx, dy, ((dy * W + dx) * C + channel) * 4};
 }
 
-static __global__ void __launch_bounds__(image_tensor_threads)
+__global__ void __launch_bounds__(image_tensor_threads)
     image_tensor_kernel(const __grid_constant__ ImageTensorParams p) {
   QCFS_SHARED(shared);
+  const SharedAddress tiles = in_register(shared_address(shared));
   const AnalogConv& a = p.a;
   const std::uint32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const std::uint32_t out_w = static_cast<std::uint32_t>(a.out_w), area = static_cast<std::uint32_t>(a.out_h) * out_w;
@@ -94,7 +95,6 @@ static __global__ void __launch_bounds__(image_tensor_threads)
   const std::int64_t first = (sample * a.in_h + static_cast<std::int32_t>(y)) * a.in_w + static_cast<std::int32_t>(x);
   const std::uint8_t* const origin = reinterpret_cast<const std::uint8_t*>(a.x + first * a.in_channels);
   double* const powers = reinterpret_cast<double*>(shared + 2 * image_stage);    // of the pixels' samples
-  if (warp == 0) powers[lane] = ldexp(1.0, a.exponent[sample]);
 
   uint4* const pieces = reinterpret_cast<uint4*>(shared + 2 * image_stage + image_rows * 8);
   const auto find_pieces = [&](std::uint32_t stage) {
@@ -130,7 +130,7 @@ static __global__ void __launch_bounds__(image_tensor_threads)
   };
 
   const std::int8_t* from = p.packed + static_cast<std::int64_t>(first_channel) * stage_bytes + thread * 16;
-  const auto copy_weights = [&](unsigned char* to) {
+  const auto copy_weights = [&](SharedAddress to) {
     QCFS_UNROLL
     for (int d = 0; d < 2; ++d) {
       QCFS_UNROLL
@@ -154,8 +154,10 @@ static __global__ void __launch_bounds__(image_tensor_threads)
   std::int32_t a_at = chunk_offset(warp_row + lane % 16, lane / 16);
   std::int32_t b_at = weights + chunk_offset(warp_col + lane / 16 * 8 + lane % 8, lane / 8 % 2);
   std::int32_t to_other = image_stage;    // from a stage's buffer to the other one
-  copy_weights(shared + copies_at);
+  copy_weights(tiles + copies_at);        // packed, so not by the launch before (pack_weight)
   find_pieces(0);
+  wait_for_launch_before();
+  if (warp == 0) powers[lane] = ldexp(1.0, a.exponent[sample]);
   gather(0);
   std::int32_t stage = 0;
   QCFS_ROLLED
@@ -166,7 +168,7 @@ static __global__ void __launch_bounds__(image_tensor_threads)
     digits_at += to_other;
     copies_at += to_other;
     if (2 * stage + 2 < p.half_stages) {
-      copy_weights(shared + copies_at);
+      copy_weights(tiles + copies_at);
       if ((stage + 1) % image_known_stages == 0) find_pieces(stage + 1);
       gather(stage + 1);
     }
@@ -174,14 +176,14 @@ static __global__ void __launch_bounds__(image_tensor_threads)
     for (int half = 0; half < 2; ++half) {
       if (2 * stage + half == p.half_stages) break;    // the rest is padding
       std::uint32_t q2[4], q1[4], q0[4];
-      const unsigned char* pixel_at = shared + (a_at ^ 32 * half);
+      const SharedAddress pixel_at = tiles + (a_at ^ 32 * half);
       load_matrices(q2, pixel_at);
       load_matrices(q1, pixel_at + image_pixel_plane);
       load_matrices(q0, pixel_at + 2 * image_pixel_plane);
       QCFS_UNROLL
       for (int j = 0; j < image_warp_cols / 16; ++j) {
         std::uint32_t w1[4], w0[4];
-        const unsigned char* at = shared + (b_at ^ 32 * half) + j * 16 * stage_bytes;
+        const SharedAddress at = tiles + (b_at ^ 32 * half) + j * 16 * stage_bytes;
         load_matrices(w1, at);
         load_matrices(w0, at + image_weight_plane);
         QCFS_UNROLL
