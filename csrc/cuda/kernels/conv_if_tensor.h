@@ -163,7 +163,7 @@ struct CopyCursor {
   }
 
   // To the next stage of the same segment; `weights` bytes lie between two stages of packed weights.
-  QCFS_DEVICE void advance(std::int64_t weights) {
+  QCFS_DEVICE void advance(std::uint32_t weights) {
     weight += weights;
     piece += stage_bytes / piece_bytes;
     offset += stage_bytes;
@@ -282,18 +282,26 @@ struct ConvTile {
     }
   };
 
-  // The A fragment of step t: bit t of the masks. Masks have bits for all T, and nobody reads the sums of steps that
-  // the launch does not have.
-  QCFS_DEVICE static void extract_spikes(std::uint32_t (&a)[4], const std::uint32_t (&masks)[4], int t) {
-    QCFS_UNROLL
-    for (int r = 0; r < 4; ++r) a[r] = (masks[r] >> t) & 0x01010101u;
-  }
+  // What a stage's tile holds. With one step a count plane lies as a mask plane does, and all bits are kept of it.
+  struct Input {
+    bool planes_of_counts;    // a plane a step
+    std::uint32_t bits;       // of a byte that is a step's, in each of four
 
-  // acc += A * B of the stage that begins `stage` bytes after the first, for all T steps. `count`: the tile holds one
-  // plane a step instead of masks. The copies for a later stage are queued by `load` once the tensor cores have work:
-  // their addresses need not wait for that.
+    QCFS_DEVICE explicit Input(const ProductParams& q)
+        : planes_of_counts(planes > 1 && q.count), bits(T == 1 && q.count ? 0xffffffffu : 0x01010101u) {}
+
+    // The A fragment of step t, bit t of the masks. Masks have bits for all T, and nobody reads the sums of steps that
+    // the launch does not have.
+    QCFS_DEVICE void extract(std::uint32_t (&a)[4], const std::uint32_t (&masks)[4], int t) const {
+      QCFS_UNROLL
+      for (int r = 0; r < 4; ++r) a[r] = (masks[r] >> t) & bits;
+    }
+  };
+
+  // acc += A * B of the stage that begins `stage` bytes after the first, for all T steps. The copies for a later stage
+  // are queued by `load` once the tensor cores have work: their addresses need not wait for that.
   template <typename Load>
-  QCFS_DEVICE static void accumulate(SharedAddress stage, const Lane& lane, bool count, std::int32_t steps,
+  QCFS_DEVICE static void accumulate(SharedAddress stage, const Lane& lane, const Input& input, std::int32_t steps,
                                      Accumulators& acc, Load&& load) {
     QCFS_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -304,15 +312,15 @@ struct ConvTile {
       for (int i = 0; i < parts; ++i) {
         const SharedAddress at = stage + lane.a[half] + i * 16 * stage_bytes;
         std::uint32_t masks[4];
-        if (!count) load_matrices(masks, at);
+        if (!input.planes_of_counts) load_matrices(masks, at);
         QCFS_UNROLL
         for (int t = 0; t < T; ++t) {
           std::uint32_t a[4];
-          if (count) {
+          if (input.planes_of_counts) {
             if (t >= steps) break;
             load_matrices(a, at + t * plane_bytes);
           } else {
-            extract_spikes(a, masks, t);
+            input.extract(a, masks, t);
           }
           QCFS_UNROLL
           for (int j = 0; j < pairs; ++j) {
@@ -328,8 +336,8 @@ struct ConvTile {
 #if defined(QCFS_HAS_WGMMA)
   // The same by asynchronous products of a warpgroup (four warps), which read B from shared memory.
   template <typename Load>
-  QCFS_DEVICE static void accumulate_wgmma(SharedAddress tile, SharedAddress stage, const Lane& lane, bool count,
-                                           std::int32_t steps, Accumulators& acc, Load&& load) {
+  QCFS_DEVICE static void accumulate_wgmma(SharedAddress tile, SharedAddress stage, const Lane& lane,
+                                           const Input& input, std::int32_t steps, Accumulators& acc, Load&& load) {
     std::uint32_t a[2][parts][T][4];
     QCFS_UNROLL
     for (int half = 0; half < 2; ++half) {
@@ -337,11 +345,11 @@ struct ConvTile {
       for (int i = 0; i < parts; ++i) {
         const SharedAddress at = stage + lane.a[half] + i * 16 * stage_bytes;
         std::uint32_t masks[4];
-        if (!count) load_matrices(masks, at);
+        if (!input.planes_of_counts) load_matrices(masks, at);
         QCFS_UNROLL
         for (int t = 0; t < T; ++t) {
-          if (!count) {
-            extract_spikes(a[half][i][t], masks, t);
+          if (!input.planes_of_counts) {
+            input.extract(a[half][i][t], masks, t);
           } else if (t < steps) {
             load_matrices(a[half][i][t], at + t * plane_bytes);
           } else {
@@ -572,13 +580,12 @@ struct ConvTile {
 template <int T, int parts, int cols, int warps, int stages, int planes, bool any_width>
 __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __grid_constant__ LayerParams p) {
   using Conv = ConvTile<T, parts, cols, warps, stages, planes, any_width>;
-  constexpr bool any_counts = planes > 1 || T == 1;
   QCFS_SHARED(shared);
   const SharedAddress tiles = in_register(shared_address(shared));
   const std::int32_t thread = threadIdx.x;
   const std::int32_t first_pixel = static_cast<std::int32_t>(blockIdx.x) * Conv::rows;
   const std::int32_t first_channel = static_cast<std::int32_t>(blockIdx.y) * cols;
-  const std::int64_t weights = static_cast<std::int64_t>(p.padded_out) * stage_bytes;    // of a stage
+  const std::uint32_t weights = in_register(static_cast<std::uint32_t>(p.padded_out) * stage_bytes);    // of a stage
 
   // Copies run ahead of the products by stages - 1. Those of weights that the first segment has begin before the launch
   // before has ended: packing ends with an empty launch, so that one has not written them.
@@ -629,7 +636,8 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
       walk.next(p, share);
       multiply_sums(scale_ratio(p.products[before.product], p.products[walk.product], walk.digit - before.digit));
     }
-    const bool loading = loaded < total, count = any_counts && p.products[walk.product].count;
+    const bool loading = loaded < total;
+    const typename Conv::Input input(p.products[walk.product]);
     const std::int32_t run = loading && ahead.left < walk.left ? ahead.left : walk.left;
     QCFS_ROLLED
     for (std::int32_t i = 0; i < run; ++i) {
@@ -648,11 +656,11 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
       };
 #if defined(QCFS_HAS_WGMMA)
       if constexpr (warps % 4 == 0) {
-        Conv::accumulate_wgmma(tiles + read, read, lane, count, p.steps, acc, load);
+        Conv::accumulate_wgmma(tiles + read, read, lane, input, p.steps, acc, load);
       } else
 #endif
       {
-        Conv::accumulate(read, lane, count, p.steps, acc, load);
+        Conv::accumulate(read, lane, input, p.steps, acc, load);
       }
       write = read;
       read = read + Conv::bytes == stages * Conv::bytes ? 0 : read + Conv::bytes;
