@@ -22,6 +22,7 @@ struct Device {
   int multiprocessors;
   int capability;      // 10 * major + minor
   int shared_bytes;    // per block, opt-in limit
+  int code;            // what the loaded kernels were compiled for: 80 where a 9.0 GPU translates PTX of compute_80
 };
 
 enum class Path : int { direct = 0, tensor_cores = 1 };

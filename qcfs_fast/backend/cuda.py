@@ -35,7 +35,7 @@ from ..operators.signature import (
     Readout,
 )
 from .packing import Packed, Packing, capturing, window_table
-from .protocol import Kernels, Plan
+from .protocol import GpuKernels, Plan
 
 module: Any = None
 
@@ -86,7 +86,7 @@ def _where(x: Tensor) -> tuple[int, int]:
     return int(stream.device.index), int(stream.cuda_stream)
 
 
-class _CudaKernels(Kernels):
+class _CudaKernels(GpuKernels):
     def __call__(self, a: Operator) -> Any:
         """A CUDA error carries the operator's name and its operands' shapes."""
         if isinstance(a, LinearIf):  # comes again as a Conv2dIf

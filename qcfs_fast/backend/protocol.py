@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..operators.signature import LinearIf, Operator
@@ -74,3 +75,18 @@ class Kernels:
         if self.dense:
             a.make_dense()
         return self.by_kind[type(a)](a)
+
+
+class GpuKernels(Kernels):
+    """A backend on a GPU, whose launches go to the current device: that of the operands, until the operator is queued.
+
+    A device is made current only where another one is, and torch puts that one back without a context on it: a process
+    that uses the second GPU has none on the first.
+    """
+
+    def __call__(self, a: Operator) -> Any:
+        index = a.device.index  # None: on the CPU, interpreted or emulated
+        if index is None or index == torch.cuda.current_device():
+            return super().__call__(a)
+        with torch.cuda.device(index):
+            return super().__call__(a)

@@ -9,7 +9,6 @@ Triton is imported here and nowhere else in the package, when the first operator
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import re
@@ -37,11 +36,11 @@ from ...operators.signature import (
     Readout,
 )
 from ..packing import Packed, Packing, capturing, window_table
-from ..protocol import Kernels, Plan
+from ..protocol import GpuKernels, Plan
 from . import kernels, tiles
 
 MAX_STEPS = 8  # that a launch holds in registers: the bits of a mask byte
-KERNELS = Kernels("triton")
+KERNELS = GpuKernels("triton")
 INTERPRETED = not isinstance(kernels.count, triton.JITFunction)
 HIP = torch.version.hip is not None
 
@@ -101,10 +100,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> N
     """Run a kernel; double arithmetic must round after every operation, so contraction is off."""
     if min(grid) == 0:
         return
-    device = next(a.device for a in args if isinstance(a, Tensor))
     limit = {} if HIP else {"maxnreg": MAX_REGISTERS}
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, enable_fp_fusion=False, **limit, **options)
+    kernel[grid](*args, enable_fp_fusion=False, **limit, **options)
 
 
 def _blocks(size: int, block: int) -> int:
