@@ -17,6 +17,7 @@ import oracle
 import pytest
 import torch
 from layers import Evidence, random_case
+from test_gpu_host import check_flags
 from torch import nn
 
 import qcfs_fast
@@ -379,6 +380,12 @@ def test_nan_raises_as_on_the_cpu(on_cuda):
     with pytest.raises(ValueError, match="NaN or infinity") as cpu:
         torch.ops.qcfs_fast.quantize_input(*args)
     assert str(gpu.value) == str(cpu.value)
+
+
+def test_a_capture_keeps_the_flag_of_nan(on_cuda, monkeypatch):
+    """It cannot raise; the sample comes out as zeros."""
+    with on_cuda():
+        check_flags(monkeypatch, float("nan"))
 
 
 def test_too_many_sources_use_the_reference(on_cuda):

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..operators import reference
+from ..operators.finite import refuse_not_finite
 from ..operators.signature import (
-    NOT_FINITE,
     Conv2dCurrent,
     Conv2dEncode,
     Conv2dIf,
@@ -34,7 +34,7 @@ from ..operators.signature import (
     QuantizeInput,
     Readout,
 )
-from .packing import Packed, Packing, capturing, window_table
+from .packing import Packed, Packing, window_table
 from .protocol import GpuKernels, Plan
 
 module: Any = None
@@ -198,18 +198,10 @@ def _readout(a: Readout) -> Tensor:
     return out
 
 
-# Where a capture leaves the flags of its quantize_input calls, for CudaGraph.check().
-captured_flags: list[Tensor] | None = None
-
-
 @KERNELS.operator(QuantizeInput)
 def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
     q, exponent = a.empty()
     workspace = _empty(q, (q.shape[0] + 1,), torch.int32)
     module.quantize_input(_where(q), a, workspace, q, exponent)
-    if capturing(q):
-        if captured_flags is not None:
-            captured_flags.append(workspace)
-    elif int(workspace[-1]):
-        raise ValueError(NOT_FINITE)
+    refuse_not_finite(workspace[-1:])
     return q, exponent

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..operators.finite import capturing
+
 Packed = Sequence[Tensor]
 
 
@@ -47,11 +49,6 @@ class _Entry:
             if ref() is not w or (w._version, w.data_ptr()) != state:
                 return False
         return True
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether work on x is being recorded into a CUDA graph, which cannot wait for a result."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class PackedWeights:

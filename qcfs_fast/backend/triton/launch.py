@@ -20,10 +20,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ...operators.finite import refuse_not_finite
 from ...operators.geometry import split
 from ...operators.neuron import MODES
 from ...operators.signature import (
-    NOT_FINITE,
     Conv2dCurrent,
     Conv2dEncode,
     Conv2dIf,
@@ -35,7 +35,7 @@ from ...operators.signature import (
     QuantizeInput,
     Readout,
 )
-from ..packing import Packed, Packing, capturing, window_table
+from ..packing import Packed, Packing, window_table
 from ..protocol import GpuKernels, Plan
 from . import kernels, tiles
 
@@ -424,9 +424,6 @@ def _analog(a: Conv2dCurrent) -> Tensor:
     return out
 
 
-INFINITY = 0x7F800000  # its bits as a float32; those of NaN lie above
-
-
 @KERNELS.operator(QuantizeInput)
 def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
     x = a.x
@@ -438,9 +435,7 @@ def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
     operands = (x, a.source, a.scale, a.shift, largest)
     grid = (N * _blocks(size, block),)
     _launch(kernels.largest_input, grid, *operands, size, C, W, *x.stride(), BLOCK=block)
-    # The check needs the result on the host; a graph under capture cannot wait for it.
-    if not capturing(x) and largest.numel() and int(largest.max()) >= INFINITY:
-        raise ValueError(NOT_FINITE)
+    refuse_not_finite(largest, kernels.INFINITY.value)
     limit = (2 ** (a.bits - 1) - 1) << (54 - a.bits)
     _launch(kernels.quantize, grid, *operands, q, exponent, limit, a.bits, size, C, W, *x.stride(), BLOCK=block)
     return q, exponent
