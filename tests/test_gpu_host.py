@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from networks import lively
+from torch import nn
 
 import qcfs_fast
 from qcfs_fast import backend
-from qcfs_fast.backend import choice
+from qcfs_fast.backend import choice, packing, protocol
+from qcfs_fast.backend.packing import PackedWeights, Packing
 from qcfs_fast.backend.protocol import GpuKernels
 from qcfs_fast.operators import finite
 
@@ -57,14 +60,63 @@ def test_both_gpu_backends_are_of_that_kind():
     assert all(isinstance(registration.kernels(name), GpuKernels) for name in ("cuda", "triton"))
 
 
-# ------------------------------------------------------------------------------------------ CUDA graphs
-
-
 class OnGpu(torch.Tensor):
-    """A tensor of the CPU that says it is on GPU 1."""
+    """A tensor of the CPU that says it is on GPU 1, and notes the streams that it is lent to."""
 
     is_cuda = True
     device = torch.device("cuda:1")
+
+    def record_stream(self, stream):
+        self.lent = [*getattr(self, "lent", []), stream.cuda_stream]
+
+
+def test_packed_memory_waits_for_every_stream_that_reads_it(monkeypatch):
+    """The weights may go while another stream still reads what was made of them: the allocator has to know."""
+    stream = SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    weight = torch.arange(3).as_subclass(OnGpu)
+    packing = Packing("fake", (weight,), lambda: (torch.arange(3).as_subclass(OnGpu),))
+    cache = PackedWeights()
+    for stream.cuda_stream in (7, 8, 8, 7, 9):
+        (packed,) = cache.get(packing)
+    assert packed.lent == [7, 8, 9]
+
+
+def lasting():
+    """How much is kept beyond a call: packed weights, and tables of windows that were made so far."""
+    return len(protocol.packed_weights._entries), packing.window_table.cache_info().misses
+
+
+def check_nothing_is_kept_by_a_call():
+    """On its way to a device a network gets ready: the weights and tables that calls keep are made then."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(*model, nn.MaxPool2d(2, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    snn = qcfs_fast.convert(lively(model, (3, 8, 8)), T=4, max_T=9, input_shape=(3, 8, 8), progress=False)
+    images = torch.randn(2, 3, 8, 8)
+    want = snn(images)
+    packing.window_table.cache_clear()
+    protocol.packed_weights._entries.clear()
+    snn._apply(torch.clone)
+    before = lasting()
+    assert all(before)
+    assert torch.equal(snn(images), want)
+    snn(images[:1], 9, per_step=True)
+    snn.neuron = "signed"
+    snn(images, 2)
+    assert lasting() == before
+
+
+def test_a_network_gets_ready_when_it_is_moved(monkeypatch):
+    """A call under torch.compile(mode="reduce-overhead") may keep nothing that it allocates."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(protocol, "packed_weights", PackedWeights())
+    with backend.force(gpu="triton"):
+        check_nothing_is_kept_by_a_call()
+
+
+# ------------------------------------------------------------------------------------------ CUDA graphs
 
 
 @pytest.fixture

@@ -40,28 +40,30 @@ from .protocol import GpuKernels, Plan
 module: Any = None
 
 
-def unavailable() -> str:
-    """Loads the module; returns why it cannot run here, or an empty string."""
+def unavailable(index: int = 0) -> str:
+    """Loads the module; returns why it cannot run on this GPU, or an empty string."""
     global module
     if module is None:
         try:
             module = importlib.import_module("qcfs_fast._cuda")
         except ImportError as error:
             return f"CUDA module absent ({error})"
-    try:
-        devices = int(module.device_count())
-    except RuntimeError as error:
-        return f"CUDA module built, but {error}"
-    if devices == 0 or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return "CUDA module built, but torch sees no GPU"
-    for i in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(i)
-        if not covers(module.ARCHITECTURES, capability):
-            wanted = ".".join(map(str, capability))
-            return (
-                f"the CUDA module holds code for {module.ARCHITECTURES}, not for GPU {i} of compute capability "
-                f"{wanted}; build again with TORCH_CUDA_ARCH_LIST={wanted}"
-            )
+    try:
+        module.device_count()
+    except RuntimeError as error:
+        return (
+            f"CUDA module built, but {error}; update the driver, or build again with an nvcc of CUDA "
+            f"{torch.version.cuda}, as torch was"
+        )
+    capability = torch.cuda.get_device_capability(index)
+    if not covers(module.ARCHITECTURES, capability):
+        wanted = ".".join(map(str, capability))
+        return (
+            f"the CUDA module holds code for {module.ARCHITECTURES}, not for GPU {index} of compute capability "
+            f"{wanted}; build again with TORCH_CUDA_ARCH_LIST={wanted}"
+        )
     return ""
 
 
@@ -160,15 +162,17 @@ def _analog(a: Conv2dCurrent, plan: Plan, packed: list[Packed]) -> Tensor:
 # -------------------------------------------------------------------------------- pooling and counting
 
 
-def _tables(a: Pool | MaxPool | PoolCounts, device: torch.device) -> tuple[Tensor, Tensor]:
-    return window_table(tuple(a.rows), device, torch.int64), window_table(tuple(a.cols), device, torch.int64)
+def _plan_windows(a: Pool | MaxPool | PoolCounts) -> Plan:
+    return Plan("", detail=[window_table(tuple(w), a.device, torch.int64) for w in (a.rows, a.cols)])
 
 
-@KERNELS.operator(Pool)
-@KERNELS.operator(MaxPool)
-def _pool(a: Pool | MaxPool) -> Tensor:
+@KERNELS.operator(Pool, _plan_windows)
+@KERNELS.operator(MaxPool, _plan_windows)
+@KERNELS.operator(PoolCounts, _plan_windows)
+def _pool(a: Pool | MaxPool | PoolCounts, plan: Plan, packed: list[Packed]) -> Tensor:
     out: Tensor = a.empty()
-    module.pool(_where(out), a, *_tables(a, out.device), out)
+    launch = module.pool_counts if isinstance(a, PoolCounts) else module.pool
+    launch(_where(out), a, *plan.detail, out)
     return out
 
 
@@ -176,13 +180,6 @@ def _pool(a: Pool | MaxPool) -> Tensor:
 def _count(a: Count) -> Tensor:
     out: Tensor = a.empty()
     module.count(_where(out), a, out)
-    return out
-
-
-@KERNELS.operator(PoolCounts)
-def _pool_counts(a: PoolCounts) -> Tensor:
-    out: Tensor = a.empty()
-    module.pool_counts(_where(out), a, *_tables(a, out.device), out)
     return out
 
 

@@ -444,12 +444,12 @@ def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
 # -------------------------------------------------------------------------------- pooling and counting
 
 
-def _windows(a: Pool | MaxPool | PoolCounts, device: torch.device) -> tuple[Tensor, Tensor]:
-    return window_table(tuple(a.rows), device, torch.int32), window_table(tuple(a.cols), device, torch.int32)
+def _plan_windows(a: Pool | MaxPool | PoolCounts) -> Plan:
+    return Plan("", detail=[window_table(tuple(w), a.device, torch.int32) for w in (a.rows, a.cols)])
 
 
-@KERNELS.operator(Pool)
-def _pool(a: Pool) -> Tensor:
+@KERNELS.operator(Pool, _plan_windows)
+def _pool(a: Pool, settled: Plan, packed: list[Packed]) -> Tensor:
     x, T = a.x, a.T
     _, N, H, W, C = x.shape
     out: Tensor = a.empty()
@@ -457,14 +457,14 @@ def _pool(a: Pool) -> Tensor:
     block = _power(C, 16, 128)
     _launch(
         kernels.pool, (_rows("pool", N, OH, OW), _blocks(C, block), _blocks(T, 8)),
-        x, *_windows(a, x.device), out, H, W, C, OH, OW, x.stride(0), out.stride(0), T, a.multiple,
+        x, *settled.detail, out, H, W, C, OH, OW, x.stride(0), out.stride(0), T, a.multiple,
         COUNT=x.shape[0] == T, BC=block, num_warps=1 if block < 64 else 2,
     )  # fmt: skip
     return out
 
 
-@KERNELS.operator(MaxPool)
-def _max_pool(a: MaxPool) -> Tensor:
+@KERNELS.operator(MaxPool, _plan_windows)
+def _max_pool(a: MaxPool, settled: Plan, packed: list[Packed]) -> Tensor:
     x = a.x
     _, N, H, W, C = x.shape
     out: Tensor = a.empty()
@@ -472,7 +472,7 @@ def _max_pool(a: MaxPool) -> Tensor:
     block = _power(C, 32, 256)
     _launch(
         kernels.max_pool, (_rows("max_pool", N, OH, OW), _blocks(C, block), x.shape[0]),
-        x, *_windows(a, x.device), out, H, W, C, OH, OW, x.stride(0), out.stride(0), LARGEST=a.counts,
+        x, *settled.detail, out, H, W, C, OH, OW, x.stride(0), out.stride(0), LARGEST=a.counts,
         BC=block, num_warps=1,
     )  # fmt: skip
     return out
@@ -489,15 +489,15 @@ def _count(a: Count) -> Tensor:
     return out
 
 
-@KERNELS.operator(PoolCounts)
-def _pool_counts(a: PoolCounts) -> Tensor:
+@KERNELS.operator(PoolCounts, _plan_windows)
+def _pool_counts(a: PoolCounts, settled: Plan, packed: list[Packed]) -> Tensor:
     S, N, H, W, C = a.counts.shape
     out: Tensor = a.empty()
     OH, OW = out.shape[2:4]
     block = _power(C, 32, 128)
     _launch(
         kernels.pool_counts, (_rows("pool_counts", S, N, OH, OW), _blocks(C, block)),
-        a.counts, *_windows(a, out.device), out, H, W, C, OH, OW, a.multiple, BC=block, num_warps=1,
+        a.counts, *settled.detail, out, H, W, C, OH, OW, a.multiple, BC=block, num_warps=1,
     )  # fmt: skip
     return out
 
