@@ -145,6 +145,7 @@ def test_a_broken_nvcc_is_none(tmp_path):
     assert "no working nvcc was found; set CUDA_HOME" in " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 @pytest.mark.parametrize(("listed", "wgmma", "built"), [
     ("7.0 8.0+PTX", "OFF", "8.0+PTX"),  # common in images for torch; the kernels need 7.5
