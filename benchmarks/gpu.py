@@ -37,7 +37,6 @@ import functools
 import importlib.util
 import json
 import math
-import platform
 import re
 import statistics
 import sys
@@ -53,6 +52,7 @@ from torch.fx.experimental.optimization import fuse
 import qcfs_fast
 from qcfs_fast import backend
 from qcfs_fast.backend import cuda as cuda_backend
+from qcfs_fast.backend.information import processor
 from qcfs_fast.files import write_text_atomically
 from qcfs_fast.model.simulation import step_network
 from qcfs_fast.network.layers import Run, SpikingLayer
@@ -264,8 +264,9 @@ def on_module(module: Any) -> Iterator[None]:
         cuda_backend.module = before
 
 
-def second_module(path: Path) -> Any:
-    """A CUDA module besides the package's own."""
+def second_module(folder: Path) -> Any:
+    """The CUDA module of a package in this folder, besides the one in use."""
+    (path,) = folder.glob("qcfs_fast/_cuda*.so")
     spec = importlib.util.spec_from_file_location("second._cuda", path)
     assert spec is not None
     assert spec.loader is not None
@@ -447,7 +448,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     clock = Clock(device, events=True)
     facts: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if clock.events else platform.processor(),
+        "device": torch.cuda.get_device_name(device) if clock.events else processor(),
         "torch": torch.__version__,
         "qcfs_fast": qcfs_fast.__version__,
         "kernels": backend.describe_gpu() if clock.events else backend.describe(),
@@ -537,7 +538,7 @@ def main() -> int:
         "--only", default="", metavar="PATTERN", help="contenders whose names have it (a regular expression)"
     )
     parser.add_argument(
-        "--wgmma", type=Path, metavar="FILE", help="a CUDA module that was built with QCFS_FAST_WGMMA=ON"
+        "--wgmma", type=Path, metavar="FOLDER", help="of a package that was built with QCFS_FAST_WGMMA=ON"
     )
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="no part begins after them")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))

@@ -1,4 +1,7 @@
-"""benchmarks/gpu.py from end to end on a CPU: what it would do on a GPU, as far as possible; no figure is looked at."""
+"""benchmarks/gpu.py and tools/measure_gpu.py (make gpu) from end to end on a CPU, as far as possible.
+
+No figure is looked at.
+"""
 
 import contextlib
 import importlib.util
@@ -14,9 +17,16 @@ from torch import nn
 import qcfs_fast
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks/gpu.py")
-gpu_benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu_benchmark)
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_benchmark, measure_gpu = script("benchmarks/gpu.py"), script("tools/measure_gpu.py")
 
 
 def no_compiler(model):
@@ -161,3 +171,53 @@ def test_the_networks_of_the_table(name):
     assert size == (32 if name.startswith("cifar") else 224)
     with torch.device("meta"):
         assert make()(torch.empty(2, 3, size, size)).shape[0] == 2
+
+
+def test_the_one_command_on_a_cpu(monkeypatch, tmp_path, capsys):
+    """Without the builds, which take minutes: what is installed is measured."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(qcfs_fast.__file__).parent.parent))
+    command = ["measure_gpu.py", "--device", "cpu", "--output", str(tmp_path), "--skip", "build", "build with wgmma"]
+    monkeypatch.setattr(sys, "argv", [*command, "tests with wgmma", "tests"])
+    assert measure_gpu.main() == 0
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| build | left out | 0 |" in summary
+    assert "| benchmark | ok |" in summary
+    assert "| all | all | equal to the CPU kernels |  | not measured |" in summary
+    assert "no figure in it is a measurement" in summary
+    assert "written to" in (tmp_path / "benchmark.txt").read_text()
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_a_step_that_fails_is_named_and_the_others_go_on(tmp_path):
+    def step(name, code="", **more):
+        return measure_gpu.Step(name, more.pop("limit", 60), [sys.executable, "-c", code], **more)
+
+    broken = step("broken", "print('because'); raise SystemExit(3)")
+    slow = step("slow", "import time; time.sleep(600)", limit=0.5)
+    rows = [broken, slow, step("after", needs=broken), step("tool", tool="no-such-tool"), step("fine")]
+    rows += [step("skipped"), step("late")]
+    left = iter([9, 9, 9, 9, 9, 9, 0])  # asked twice by a step that runs
+    steps = measure_gpu.run(iter(rows), tmp_path, lambda: next(left), ["skipped"])
+    assert [s.state for s in steps] == [
+        "failed with exit status 3", "failed: stopped after 0 s", "not run: needs broken",
+        "not measured: no-such-tool was not found", "ok", "left out", "not run: no time was left",
+    ]  # fmt: skip
+    assert "because" in (tmp_path / "broken.txt").read_text()
+    assert "| slow | failed: stopped after 0 s | 0 |" in measure_gpu.summary(steps, tmp_path).replace("| 1 |", "| 0 |")
+
+
+def test_the_steps_on_a_gpu(monkeypatch, tmp_path):
+    """On Hopper a second build, which is timed beside the first where its tests passed."""
+    for capability, wgmma in (((9, 0), "ok"), ((9, 0), "failed"), ((8, 9), "")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        steps = []
+        for step in measure_gpu.plan(tmp_path, "cuda", lambda: 100.0):
+            step.state = wgmma if step.name == "tests with wgmma" else "ok"
+            steps.append(step)
+        names = [s.name for s in steps]
+        assert ("build with wgmma" in names) == (capability == (9, 0))
+        assert all("--wgmma" in s.command for s in steps if "benchmark" in s.name) == (wgmma == "ok")
+        assert steps[0].environment["TORCH_CUDA_ARCH_LIST"] == f"{capability[0]}.{capability[1]}"
+        assert names[-8:] == [
+            "tests", "benchmark", "memcheck", "racecheck", "synccheck", "initcheck", "profile", "rest of the benchmark"
+        ]  # fmt: skip
