@@ -410,6 +410,13 @@ def test_a_cuda_error_names_the_operator_and_shapes(on_cuda, monkeypatch):
         torch.ops.qcfs_fast.max_pool(x, [0, 2, 1], [0, 2, 1])
 
 
+def test_nothing_is_launched_on_another_device_than_the_current_one(on_cuda, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "_where", lambda x: (1, 0))
+    x = torch.zeros((1, 2, 4, 4, 3), dtype=torch.uint8)
+    with on_cuda(), pytest.raises(RuntimeError, match="the operands are on GPU 1, but GPU 0 is the current one"):
+        torch.ops.qcfs_fast.count(x, 4, False, [0, 4])
+
+
 def test_a_cuda_error_of_a_linear_layer_is_told_once(on_cuda, monkeypatch):
     def broken(*args):
         raise RuntimeError("conv2d_if: an illegal memory access was encountered")

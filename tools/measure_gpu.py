@@ -91,7 +91,7 @@ def plan(results: Path, device: str, left: Callable[[], float]) -> Iterator[Step
             "CMAKE_ARGS": options,
         }
         pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-build-isolation", "--no-deps", "--upgrade"]
-        return Step(name, 240, [*pip, "--target", str(BUILD / target), str(ROOT)], path | settings)
+        return Step(name, 240 if gpu else 3600, [*pip, "--target", str(BUILD / target), str(ROOT)], path | settings)
 
     def using(target: str) -> dict[str, str]:
         folders = [str(BUILD / target)] if (BUILD / target).exists() else []
