@@ -102,9 +102,10 @@ def plan(results: Path, device: str, left: Callable[[], float]) -> Iterator[Step
     second = []
     if capability == HOPPER:
         yield (wgmma := build("build with wgmma", "wgmma", "-DQCFS_FAST_WGMMA=ON"))
-        yield (tested := Step("tests with wgmma", 90, [*pytest, TESTS], using("wgmma"), wgmma))
+        kernels = ["-k", "layers or large_batches or count_planes or network_equals"]
+        yield (tested := Step("tests with wgmma", 90, [*pytest, TESTS, *kernels], using("wgmma"), wgmma))
         second = ["--wgmma", str(BUILD / "wgmma")] if tested.state == "ok" and gpu else []
-    yield Step("tests", 120, [*pytest, TESTS], using("package"), package)
+    yield Step("tests", 150, [*pytest, TESTS], using("package"), package)
 
     bench = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device", device, "--output", str(results / "gpu.json")]
     if not gpu:
