@@ -17,6 +17,7 @@ import oracle
 import pytest
 import torch
 from layers import Evidence, random_case
+from test_gpu_host import check_flags, check_nothing_is_kept_by_a_call
 from torch import nn
 
 import qcfs_fast
@@ -205,7 +206,7 @@ def on_cuda(emulated_module, monkeypatch):
     monkeypatch.setattr(cuda_backend, "_empty", lambda *a: empty(*a).fill_(77))  # what stays unwritten must show
     for kind in (Operator, QuantizeInput):
         monkeypatch.setattr(kind, "empty", filled(kind.empty))
-    monkeypatch.setitem(backend.absence, "cuda", lambda: "")
+    monkeypatch.setitem(backend.absence, "cuda", lambda index=0: "")
     calls = Counter()
 
     def counted(kind, operator):
@@ -392,6 +393,12 @@ def test_nan_raises_as_on_the_cpu(on_cuda):
     assert str(gpu.value) == str(cpu.value)
 
 
+def test_a_capture_keeps_the_flag_of_nan(on_cuda, monkeypatch):
+    """It cannot raise; the sample comes out as zeros."""
+    with on_cuda():
+        check_flags(monkeypatch, float("nan"))
+
+
 def test_too_many_sources_use_the_reference(on_cuda):
     torch.manual_seed(1)
     residual = [torch.randint(0, 16, (1, 2, 3, 3, 8), dtype=torch.uint8) for _ in range(20)]
@@ -412,6 +419,13 @@ def test_a_cuda_error_names_the_operator_and_shapes(on_cuda, monkeypatch):
     message = r"qcfs_fast::max_pool: .*illegal.*uint8 \[1, 2, 4, 4, 3\] on cpu"
     with on_cuda(), pytest.raises(RuntimeError, match=message):
         torch.ops.qcfs_fast.max_pool(x, [0, 2, 1], [0, 2, 1])
+
+
+def test_nothing_is_launched_on_another_device_than_the_current_one(on_cuda, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "_where", lambda x: (1, 0))
+    x = torch.zeros((1, 2, 4, 4, 3), dtype=torch.uint8)
+    with on_cuda(), pytest.raises(RuntimeError, match="the operands are on GPU 1, but GPU 0 is the current one"):
+        torch.ops.qcfs_fast.count(x, 4, False, [0, 4])
 
 
 def test_a_cuda_error_of_a_linear_layer_is_told_once(on_cuda, monkeypatch):
@@ -440,11 +454,26 @@ def test_which_gpus_the_code_covers():
 
 
 def test_a_gpu_the_code_does_not_cover_is_a_reason(monkeypatch):
-    """Then `auto` goes on to the next backend, and info() says what to do."""
-    monkeypatch.setattr(cuda_backend, "module", SimpleNamespace(device_count=lambda: 1, ARCHITECTURES="9.0 12.0+PTX"))
+    """Then `auto` goes on to the next backend there, and info() says what to do. Other GPUs do not matter."""
+    monkeypatch.setattr(cuda_backend, "module", SimpleNamespace(device_count=lambda: 2, ARCHITECTURES="9.0 12.0+PTX"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 6))
-    assert cuda_backend.unavailable().endswith("build again with TORCH_CUDA_ARCH_LIST=8.6")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
-    assert cuda_backend.unavailable() == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 6))[i])
+    assert cuda_backend.unavailable(0) == ""
+    assert cuda_backend.unavailable(1).endswith("build again with TORCH_CUDA_ARCH_LIST=8.6")
+
+
+def test_a_driver_older_than_the_module_is_a_reason(monkeypatch):
+    def broken():
+        raise RuntimeError("cudaGetDeviceCount: CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(cuda_backend, "module", SimpleNamespace(device_count=broken))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert cuda_backend.unavailable().endswith(
+        "update the driver, or build again with an nvcc of CUDA 12.6, as torch was"
+    )
+
+
+def test_a_network_gets_ready_when_it_is_moved(on_cuda):
+    with on_cuda():
+        check_nothing_is_kept_by_a_call()

@@ -24,7 +24,7 @@ struct Device {
   int multiprocessors;
   int capability;      // 10 * major + minor
   int shared_bytes;    // per block, opt-in limit
-  int code;            // what the kernels were compiled for: less than capability where a driver compiled older PTX
+  int code;            // what the loaded kernels were compiled for: 80 where a 9.0 GPU translates PTX of compute_80
 };
 
 // Thread-block clusters and programmatic dependent launch.

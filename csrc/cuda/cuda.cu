@@ -363,23 +363,19 @@ const char* describe(int code) {
 
 int device_count(int* count) { return cudaGetDeviceCount(count); }
 
-int set_device(int index, int* previous) {
-  const cudaError_t e = cudaGetDevice(previous);
-  if (e != cudaSuccess || *previous == index) return e;
-  return cudaSetDevice(index);
-}
+int current_device(int* index) { return cudaGetDevice(index); }
 
 int query_device(int index, Device* device) {
   const auto attribute = [&](cudaDeviceAttr a, int* value) { return cudaDeviceGetAttribute(value, a, index); };
   int major = 0, minor = 0;
+  cudaFuncAttributes kernel{};
   cudaError_t e = attribute(cudaDevAttrMultiProcessorCount, &device->multiprocessors);
   if (e == cudaSuccess) e = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
   if (e == cudaSuccess) e = attribute(cudaDevAttrComputeCapabilityMajor, &major);
   if (e == cudaSuccess) e = attribute(cudaDevAttrComputeCapabilityMinor, &minor);
+  if (e == cudaSuccess) e = cudaFuncGetAttributes(&kernel, pack_kernel);    // all kernels have the same architectures
   device->capability = 10 * major + minor;
-  cudaFuncAttributes kernel;
-  if (e == cudaSuccess) e = cudaFuncGetAttributes(&kernel, empty_kernel);
-  if (e == cudaSuccess) device->code = kernel.ptxVersion;
+  device->code = kernel.ptxVersion;
   return e;
 }
 
@@ -390,8 +386,8 @@ int device_count(int* count) {
   return ok;
 }
 
-int set_device(int, int* previous) {
-  *previous = 0;
+int current_device(int* index) {
+  *index = 0;
   return ok;
 }
 
