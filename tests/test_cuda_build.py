@@ -109,14 +109,28 @@ def test_a_missing_instruction_is_a_problem():
     assert cuda_report.missing_instructions({key: good + Counter({"STL.64": 1})}) != []
 
 
-def configure(build, **environment):
+def test_an_exceeded_limit_is_a_problem():
+    row = {"kernel": "image_tensor_kernel", "arch": "90", "registers": 128, "loop": {"beside products": 240}}
+    assert cuda_report.exceeded_limits([row, {**row, "kernel": "another", "registers": 255}]) == []
+    assert len(cuda_report.exceeded_limits([{**row, "registers": 129}])) == 1
+    assert len(cuda_report.exceeded_limits([{**row, "loop": {"beside products": 241}}])) == 1
+    loop = {"before products": 9, "layer's values": 0}
+    row = {"kernel": "conv_if_kernel<4, 1, 64, 4, 4, 1, 0>", "arch": "90", "registers": 255, "loop": loop}
+    assert cuda_report.exceeded_limits([row]) == []
+    for what in loop:
+        assert len(cuda_report.exceeded_limits([{**row, "loop": {**loop, what: 99}}])) == 1
+    counts = {**row, "kernel": "conv_if_kernel<4, 1, 64, 4, 3, 4, 1>", "loop": {**loop, "layer's values": 9}}
+    assert cuda_report.exceeded_limits([counts]) == []
+
+
+def configure(build, *options, **environment):
     """CMake's configuration step alone."""
     pybind11 = pytest.importorskip("pybind11")
     cmake = next((p for p in (Path(sys.executable).parent / "cmake", Path("/usr/bin/cmake")) if p.exists()), None)
     if cmake is None:
         pytest.skip("cmake is not installed")
-    command = [cmake, "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
-    command.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    command = [cmake, "-G", "Ninja", "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options]
     env = {**os.environ, "QCFS_FAST_CUDA": "auto", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
@@ -139,7 +153,27 @@ def test_a_broken_nvcc_is_none(tmp_path):
     nvcc.chmod(0o755)
     result = configure(tmp_path / "auto", CUDA_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "no working nvcc, building without the CUDA module" in result.stdout
+    assert "building without the CUDA module: no working nvcc was found" in result.stdout
     result = configure(tmp_path / "on", CUDA_HOME=str(tmp_path), QCFS_FAST_CUDA="on")
     assert result.returncode != 0
     assert "no working nvcc was found; set CUDA_HOME" in " ".join(result.stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+@pytest.mark.parametrize(("listed", "wgmma", "built"), [
+    ("7.0 8.0+PTX", "OFF", "8.0+PTX"),  # common in images for torch; the kernels need 7.5
+    ("9.0", "ON", "9.0a"),
+    ("8.0;9.0+PTX", "ON", "8.0 9.0a+PTX"),
+    ("9.0", "OFF", "9.0"),
+    ("6.1,7.0", "OFF", None),
+])  # fmt: skip
+def test_which_architectures_are_built(listed, wgmma, built, tmp_path):
+    result = configure(tmp_path, f"-DQCFS_FAST_WGMMA={wgmma}", TORCH_CUDA_ARCH_LIST=listed)
+    assert result.returncode == 0, result.stderr
+    if built is None:
+        assert "without the CUDA module: TORCH_CUDA_ARCH_LIST names no architecture from 7.5 on" in result.stdout
+    else:
+        assert f"CUDA architectures {built}\n" in result.stdout
+        assert ("sm_90a" in (tmp_path / "build.ninja").read_text()) == ("9.0a" in built)
+    assert ("7.0 is left out" in result.stdout) == ("7.0" in listed)

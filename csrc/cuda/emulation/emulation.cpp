@@ -397,4 +397,10 @@ void multiply_wgmma(void* const* lanes) {
 
 void meet(void* const*) {}
 
+void largest(void* const* lanes) {
+  std::uint32_t most = 0;
+  for (int lane = 0; lane < warp_size; ++lane) most = std::max(most, *static_cast<const std::uint32_t*>(lanes[lane]));
+  for (int lane = 0; lane < warp_size; ++lane) *static_cast<std::uint32_t*>(lanes[lane]) = most;
+}
+
 }    // namespace qcfs::cuda::emulation

@@ -80,6 +80,7 @@ template <bool is_signed>
 void multiply_8x8x16(void* const* lanes);
 void multiply_wgmma(void* const* lanes);    // one warp's part of it
 void meet(void* const* lanes);
+void largest(void* const* lanes);    // of 32 uint32, each of which becomes it
 
 struct MatrixRows {
   std::uint32_t* r;
@@ -117,11 +118,25 @@ struct alignas(16) int4 {
   std::int32_t x, y, z, w;
 };
 
-inline void copy16(unsigned char* shared, const void* global, bool valid) {
-  emulation::queue_copy(shared, valid ? global : nullptr, 16);
+inline std::uint32_t in_register(std::uint32_t x) { return x; }
+
+// Offsets in the block's shared memory; the byte above them is the rank of another block of the cluster, plus one.
+inline SharedAddress shared_address(const void* p) {
+  return static_cast<SharedAddress>(static_cast<const unsigned char*>(p) - emulation::shared_memory());
 }
-inline void copy4(unsigned char* shared, const void* global, bool valid) {
-  emulation::queue_copy(shared, valid ? global : nullptr, 4);
+inline unsigned char* at_address(SharedAddress at) {
+  const int block = static_cast<int>(at >> 24) - 1;
+  return (block < 0 ? emulation::shared_memory() : emulation::remote_shared(block)) + (at & 0xffffff);
+}
+
+inline void copy16(SharedAddress shared, const void* global, bool valid) {
+  emulation::queue_copy(at_address(shared), valid ? global : nullptr, 16);
+}
+inline void copy4(SharedAddress shared, const void* global, bool valid) {
+  emulation::queue_copy(at_address(shared), valid ? global : nullptr, 4);
+}
+inline void copy1(SharedAddress shared, const std::uint8_t* global, bool valid) {
+  *at_address(shared) = valid ? *global : 0;
 }
 inline void copies_commit() { emulation::commit_copies(); }
 template <int pending>
@@ -129,8 +144,8 @@ void copies_wait() {
   emulation::wait_copies(pending);
 }
 
-inline void load_matrices(std::uint32_t (&r)[4], const unsigned char* row) {
-  emulation::MatrixRows operands{r, row};
+inline void load_matrices(std::uint32_t (&r)[4], SharedAddress row) {
+  emulation::MatrixRows operands{r, at_address(row)};
   emulation::collective(emulation::load_matrices, &operands);
 }
 
@@ -161,14 +176,40 @@ inline void wgmma_begin() {}
 template <typename Accumulators>
 void wgmma_wait(Accumulators&&) {}
 template <int fragments>
-void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4], const unsigned char* shared) {
-  const auto address = static_cast<std::uint32_t>(shared - emulation::shared_memory());
-  emulation::WarpgroupFragments operands{acc, fragments, a, wgmma_descriptor(address)};
+void multiply_wgmma(std::int32_t (&acc)[fragments][4], const std::uint32_t (&a)[4], SharedAddress shared) {
+  emulation::WarpgroupFragments operands{acc, fragments, a, wgmma_descriptor(shared)};
   emulation::collective(emulation::multiply_wgmma, &operands);
 }
 #endif
 
+inline void fire_into(std::uint32_t& bits, std::uint32_t bit, std::int32_t& v, std::int32_t threshold) {
+  if (fire(v, 0, threshold) != 0) bits |= bit;
+}
+inline void add_where(std::int32_t& v, std::int32_t amplitude, std::uint32_t bits, std::uint32_t bit) {
+  if ((bits & bit) != 0) v += amplitude;
+}
+
+#define QCFS_HAS_CLUSTERS 1
+inline void cluster_barrier() { emulation::cluster_barrier(); }
+inline SharedAddress in_block(SharedAddress at, std::int32_t rank) {
+  return at | (static_cast<SharedAddress>(rank) + 1) << 24;
+}
+inline void load_remote(std::int32_t (&to)[2], SharedAddress at) { std::memcpy(to, at_address(at), sizeof(to)); }
+inline void wait_for_launch_before() {}
+
 inline void sync_warp() { emulation::collective(emulation::meet, nullptr); }
+inline std::uint32_t warp_max(std::uint32_t x) {
+  emulation::collective(emulation::largest, &x);
+  return x;
+}
+inline std::uint32_t pick_bytes(std::uint32_t a, std::uint32_t b, std::uint32_t selector) {
+  std::uint32_t picked = 0;
+  for (int i = 0; i < 32; i += 8) {
+    const std::uint32_t byte = selector >> (i / 2) & 7;
+    picked |= ((byte < 4 ? a : b) >> (8 * (byte % 4)) & 0xff) << i;
+  }
+  return picked;
+}
 
 // Compiled with -ffp-contract=off.
 inline double mul_rn(double a, double b) { return a * b; }
@@ -176,6 +217,9 @@ inline double add_rn(double a, double b) { return a + b; }
 inline double div_rn(double a, double b) { return a / b; }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float add_rn(float a, float b) { return a + b; }
+inline std::int32_t round_to_int(double x) {
+  return static_cast<std::int32_t>(std::nearbyint(std::fmax(INT32_MIN, std::fmin(INT32_MAX, x))));
+}
 inline std::uint32_t bits_of(float x) {
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
