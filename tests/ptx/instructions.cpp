@@ -43,13 +43,6 @@ To bits_as(From from) {
   return to;
 }
 
-template <typename F>
-void for_each_lane(Lanes lanes, F&& f) {
-  for (int lane = 0; lane < warp_size; ++lane) {
-    if (lanes == all_lanes || (lanes >> lane & 1)) f(lane);
-  }
-}
-
 // ------------------------------------------------------------------------------------------------------- arithmetic
 
 // registers[0] = f(registers[1], ..) lane by lane, on values as they lie in registers.
@@ -531,7 +524,7 @@ bool explain_order(Instruction& i) {
   } else if (op == "ret" || op == "exit") {
     i.flow = Flow::exit;
   } else if (op == "bar.sync") {
-    if (i.text.back() != '0' || i.text.find(',') != std::string::npos) return false;    // barrier 0, of all threads
+    if (i.text.substr(i.text.find_last_of(" \t") + 1) != "0") return false;    // other barriers, fewer threads
     i.flow = Flow::block_barrier;
   } else if (op == "bar.warp.sync") {
     i.flow = Flow::whole_warp;

@@ -82,13 +82,6 @@ void begin(Warp& w, const unsigned char* parameters) {
   w.products_fenced = false;
 }
 
-template <typename F>
-void for_each_lane(Lanes lanes, F&& f) {
-  for (int lane = 0; lane < warp_size; ++lane) {
-    if (lanes >> lane & 1) f(lane);
-  }
-}
-
 void advance(Warp& w, Lanes lanes) {
   for_each_lane(lanes, [&](int lane) { ++w.at[static_cast<std::size_t>(lane)]; });
 }
@@ -183,6 +176,10 @@ bool open_block_barrier(int rank) {
   }
   for (Warp& w : warps) {
     if (w.rank != rank) continue;
+    current_warp = &w;
+    for_each_lane(w.at_block_barrier, [&](int lane) {
+      if (w.at[static_cast<std::size_t>(lane)] != w.at[0]) fail("the lanes of a warp stand at different barriers");
+    });
     for_each_lane(w.at_block_barrier, [&](int lane) {
       Thread& t = memory().thread(w.thread(lane));
       ++t.barriers;
@@ -221,13 +218,12 @@ void run_cluster(const unsigned char* parameters) {
   for (Warp& w : warps) begin(w, parameters);
   std::vector<Warp*> order;
   for (Warp& w : warps) order.push_back(&w);
-  std::vector<bool> ended(static_cast<std::size_t>(cluster_blocks()));
   for (;;) {
-    for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random() % i]);
+    for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[qcfs::cuda::emulation::random() % i]);
     for (Warp* w : order) {
       run(*w);
-      const auto same_block = [&](const Warp& other) { return other.rank != w->rank || has_ended(other); };
-      if (std::all_of(warps.begin(), warps.end(), same_block)) memory().end_block(w->rank);
+      const auto left_or_ended = [&](const Warp& other) { return other.rank != w->rank || has_ended(other); };
+      if (std::all_of(warps.begin(), warps.end(), left_or_ended)) memory().end_block(w->rank);
     }
     bool opened = open_cluster_barrier();
     for (int rank = 0; rank < cluster_blocks(); ++rank) opened = open_block_barrier(rank) || opened;
@@ -269,7 +265,8 @@ void run_grid() {
 bool run_launch(const KernelLaunch& l) {
   memory().begin_launch(l.options.dependent);
   Dl_info info{};
-  if (dladdr(l.kernel, &info) == 0 || info.dli_sname == nullptr) layers::fail("a kernel without a name");
+  if (dladdr(l.kernel, &info) == 0 || info.dli_sname == nullptr)
+    layers::fail("a kernel that has no name for the linker; it must not be static");
   const auto entry = kernels.find(info.dli_sname);
   if (entry == kernels.end()) {
     ++counts.others;
@@ -308,13 +305,6 @@ std::uint64_t launch_thread(int number) {
 }
 
 void set_current_lane(int lane) { current_lane = lane; }
-
-std::uint64_t random() {
-  std::uint64_t& seed = qcfs::cuda::emulation::schedule_seed;
-  seed ^= seed << 13;
-  seed ^= seed >> 7;
-  return seed ^= seed << 17;
-}
 
 void fail(const std::string& what) {
   const auto block = block_of(*current_warp);

@@ -23,6 +23,13 @@ struct Warp {
   int thread(int lane) const { return first_number + lane; }
 };
 
+template <typename F>
+void for_each_lane(Lanes lanes, F&& f) {
+  for (int lane = 0; lane < warp_size; ++lane) {
+    if (lanes == all_lanes || (lanes >> lane & 1) != 0) f(lane);
+  }
+}
+
 Memory& memory();
 int cluster_blocks();
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 
+#include "cuda/emulation/emulation.h"
 #include "machine.h"
 #include "program.h"
 
@@ -22,7 +23,10 @@ std::string name(std::size_t byte) { return "shared byte " + std::to_string(byte
 
 // A launch that is not dependent begins when all before it are complete. Nothing they wrote matters any more.
 void Memory::begin_launch(bool dependent) {
-  if (!dependent) pages_.clear();
+  if (!dependent) {
+    pages_.clear();
+    last_page_ = 0;
+  }
   dependent_ = dependent;
   ++launch_;
 }
@@ -162,7 +166,7 @@ void Memory::copy(int number, std::uint64_t to, std::uint64_t from, std::size_t 
   check_write(p, bytes, number);
   for (std::size_t i = 0; i < bytes; ++i) byte(p, i).copying = number;
   Copy c{p.rank, p.at, reinterpret_cast<const unsigned char*>(from), bytes, source_bytes, false};
-  if (random() % 2 == 0) finish(c);
+  if (qcfs::cuda::emulation::random() % 2 == 0) finish(c);
   thread(number).copies.push_back(c);
 }
 
@@ -235,13 +239,17 @@ void Memory::check_global(std::uint64_t address, std::size_t bytes) const {
   }
 }
 
+// The record of a byte, or none where its page has none and none is to be made.
 Memory::Writer* Memory::writer(std::uint64_t address, bool make) {
-  const auto entry = pages_.find(address / page_bytes);
-  if (entry != pages_.end()) return &(*entry->second)[address % page_bytes];
-  if (!make) return nullptr;
-  auto& page = pages_[address / page_bytes];
-  page = std::make_unique<std::array<Writer, page_bytes>>();
-  return &(*page)[address % page_bytes];
+  if (address / page_bytes != last_page_) {
+    const auto entry = pages_.find(address / page_bytes);
+    if (entry == pages_.end() && !make) return nullptr;
+    auto& page = entry == pages_.end() ? pages_[address / page_bytes] : entry->second;
+    if (page == nullptr) page = std::make_unique<Page>();
+    last_page_ = address / page_bytes;
+    last_writers_ = page.get();
+  }
+  return &(*last_writers_)[address % page_bytes];
 }
 
 void Memory::check_global_read(int number, std::uint64_t address, std::size_t bytes, bool is_volatile) {

@@ -33,9 +33,6 @@ namespace ptx {
 // Ends the process with the instruction and thread at which it happened (machine.cpp).
 [[noreturn]] void fail(const std::string& what);
 
-// From the schedule's seed.
-std::uint64_t random();
-
 enum class Space { global, own_shared, cluster_shared };
 
 struct Access {
@@ -132,7 +129,10 @@ class Memory {
   std::vector<Block> blocks_;
   std::vector<Thread> threads_;
   std::unordered_map<int, Products> products_;    // by warp
-  std::unordered_map<std::uint64_t, std::unique_ptr<std::array<Writer, page_bytes>>> pages_;
+  using Page = std::array<Writer, page_bytes>;
+  std::unordered_map<std::uint64_t, std::unique_ptr<Page>> pages_;    // of global memory: who wrote each byte
+  std::uint64_t last_page_ = 0;                                       // whose writers were asked for last
+  Page* last_writers_ = nullptr;
   std::uint32_t launch_ = 0;
   bool dependent_ = false;
 };

@@ -20,6 +20,13 @@ int capability = 90;
 std::uint64_t schedule_seed = 1;
 bool (*run_elsewhere)(const KernelLaunch&) = nullptr;
 
+std::uint64_t random() {
+  schedule_seed ^= schedule_seed << 13;
+  schedule_seed ^= schedule_seed >> 7;
+  schedule_seed ^= schedule_seed << 17;
+  return schedule_seed;
+}
+
 namespace {
 
 constexpr std::size_t stack_bytes = 256 * 1024;
@@ -113,13 +120,6 @@ void resume(Fiber& f) {
   start_switch(&scheduler_fake_stack, current->stack.get(), stack_bytes);
   swapcontext(&scheduler, &current->context);
   finish_switch(scheduler_fake_stack, nullptr, nullptr);
-}
-
-std::uint64_t random() {
-  schedule_seed ^= schedule_seed << 13;
-  schedule_seed ^= schedule_seed >> 7;
-  schedule_seed ^= schedule_seed << 17;
-  return schedule_seed;
 }
 
 // Runs the lanes of one warp until all stand at a barrier or have finished.

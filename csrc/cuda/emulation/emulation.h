@@ -46,6 +46,7 @@ extern Index thread_index, block_index;
 // Architecture to imitate: below 80 mma is 8x8x16 and copies are immediate.
 extern int capability;
 extern std::uint64_t schedule_seed;
+std::uint64_t random();    // the next number from the seed
 
 unsigned char* shared_memory();
 void barrier();
