@@ -60,7 +60,7 @@ def checked(tmp_path_factory):
 @pytest.mark.slow
 def test_kernels_against_plain_loops(checked):
     totals = {}
-    for seed in (1, 3):
+    for seed in (2, 4):
         result = run(checked, seed, 50)
         assert result.returncode == 0, result.stdout + result.stderr
         words = result.stdout.split()
