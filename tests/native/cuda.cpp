@@ -101,7 +101,7 @@ void spiking_layer(i64 steps) {
       if (cuda::pack_weight(p.g, C, O, p.weight_bytes, false, p.weight, to.data(), launch) != 0) fail("packing");
       packed_data.push_back(to.data());
     }
-    if (chance(0.3)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 5)));
+    if (chance(0.5)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 6)));
     plan.splits = static_cast<int>(cuda::ceil_div(stages, cuda::ceil_div(stages, plan.splits)));
     // Partial sums in a cluster's shared memory or, anywhere, in a workspace.
     const bool cluster = cuda::has_clusters(launch.device) && plan.splits <= cuda::max_cluster && chance(0.6);
