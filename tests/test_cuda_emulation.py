@@ -60,7 +60,7 @@ def checked(tmp_path_factory):
 @pytest.mark.slow
 def test_kernels_against_plain_loops(checked):
     totals = {}
-    for seed in (1, 3):
+    for seed in (2, 4):
         result = run(checked, seed, 50)
         assert result.returncode == 0, result.stdout + result.stderr
         words = result.stdout.split()
@@ -113,7 +113,7 @@ MUTATIONS = {
     "bias of the first step": (
         EPILOGUE,
         "wrapping_add(currents[t], from[t * step])",
-        "wrapping_add(currents[t], from[0])",
+        "wrapping_add(currents[t], from[t / 4 * step])",
     ),
     "one spike too many": (EPILOGUE, "least - n + 1;", "least - n;"),
     "one spike too few": (EPILOGUE, "left >= n && spikes < window", "left >= n"),
@@ -125,7 +125,7 @@ MUTATIONS = {
     "a block of the cluster twice": (CONV, "(blockIdx.z) + block) % blocks", "(blockIdx.z) + block / 2) % blocks"),
     "a block's share of a cluster": (CONV, "blockIdx.z * threads + threadIdx.x, p.cluster", "threadIdx.x, p.cluster"),
     "an early copy's weights": (CONV, "if (s >= early) Conv", "if (s > early) Conv"),
-    "steps that the launch does not have": (EPILOGUE, "((1u << p.steps) - 1)", "0xffu"),
+    "bits of a pair's second neuron": (EPILOGUE, "- 1) * 0x101u;", "- 1) * 0x81u;"),
     "the wrong half of a residual": (EPILOGUE, "1u << (8 * k + t)", "1u << (8 * (k ^ 1) + t)"),
     "digits of the image": (IMAGE, "pick_bytes(low01, low23, 0x7632)", "pick_bytes(low01, low23, 0x7362)"),
     "channels of the image": (IMAGE, "channel / 8 * 2 + channel % 2", "channel / 8 + channel % 2 * 4"),

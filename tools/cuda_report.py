@@ -41,9 +41,9 @@ EXPECTED = (
     ("largest_kernel", "reduction of a warp", r"C?REDUX\.MAX", 80, 999),
     ("largest_kernel", "reduction of a warp", r"SHFL\.BFLY", 75, 75),
 )
-# What a kernel may take at most. With 128 registers four blocks of the first layer share a multiprocessor. In the loop of a
-# spiking layer whose inputs are masks in whole pieces, nothing is read that is the same for the whole layer, and the first
-# product waits for little more than the matrix loads.
+# What a kernel may take at most. With 128 registers four blocks of the first layer share a multiprocessor. In the loop
+# of a spiking layer whose inputs are masks in whole pieces, nothing is read that is the same for the whole layer, and
+# the first product waits for little more than the matrix loads.
 LIMITS = (
     ("image_tensor_kernel", "registers", 128),
     ("image_tensor_kernel", "beside products", 240),
@@ -147,7 +147,7 @@ def executed(loop: list[Instruction]) -> int:
 
 
 def product_loop(code: list[Instruction]) -> dict[str, int]:
-    """Instructions by kind of the smallest loop (a branch back) that holds tensor-core products, and what LIMITS asks."""
+    """Instructions by kind of the smallest loop (a branch back) with tensor-core products, and what LIMITS asks."""
     best: list[Instruction] = []
     for i in code:
         if i.target is None or i.target >= i.at:

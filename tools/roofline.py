@@ -22,7 +22,6 @@ import argparse
 import itertools
 import json
 import math
-import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -58,29 +57,39 @@ NETWORKS = {
     "ResNet-20 at 32": (32, 3, 1, False, 3, (16, 32, 64)),
 }
 # Instructions of a warp outside of its stages: along the branches taken at four steps, counted by hand for sm_90.
-OUTSIDE = {"conv_if_kernel": 2800, "image_tensor_kernel": 1400}
+OUTSIDE = {"conv_if_kernel": 1700, "image_tensor_kernel": 1400}
 PLANS = """
 #include <cstdio>
 #include <cstdlib>
 #include "cuda/kernels/tensor_layout.h"
 using namespace qcfs::cuda;
 int main(int, char** argv) {
-  Device device{};
-  device.multiprocessors = std::atoi(argv[1]), device.capability = std::atoi(argv[2]);
-  device.shared_bytes = std::atoi(argv[3]);
-  [](auto& d) { if constexpr (requires { d.code; }) d.code = d.capability; }(device);
+  const Device device{std::atoi(argv[1]), std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[2])};
   Work w{};
   int from, projected;
   while (std::scanf("%ld %ld %ld %d %d %d", &w.pixels, &w.out_channels, &w.steps, &w.digits, &from, &projected) == 6) {
     w.stages = stages_of(9, from) + stages_of(1, projected);
-    const Choice choice = choose_tile(w, device);
-    const TileShape s = tile_shape(compiled_steps(w.steps), choice.tile);
-    int launches = choice.splits > 1 ? 2 : 1;
-    [&](const auto& c) { if constexpr (requires { c.cluster; }) launches = 1; }(choice);
-    std::printf("%ld %d %d %d %d %d\\n", w.stages, s.rows, s.cols, s.warps, choice.splits, launches);
+    const Choice c = choose_tile(w, device);
+    const int T = compiled_steps(w.steps);
+    const TileShape s = tile_shape(T, c.tile);
+    const double beside = c.cluster ? cluster_overhead : c.splits > 1 ? second_launch : 0;
+    std::printf("%ld %d %d %d %d %d %f %f %f\\n", w.stages, s.rows, s.cols, s.warps, c.splits,
+                together(s, T, c.cluster, device.capability), stage_latency, block_overhead, beside);
   }
 }
 """
+
+
+class Plan(NamedTuple):
+    stages: float  # of K, for one digit of the weights
+    rows: int
+    cols: int
+    warps: int
+    splits: int
+    together: int  # blocks on a multiprocessor
+    latency: float  # cycles: of a stage, of a block, of joining split sums
+    overhead: float
+    joining: float
 
 
 class Cost(NamedTuple):
@@ -88,12 +97,6 @@ class Cost(NamedTuple):
     milliseconds: float
     binds: str
     cycles: Mapping[str, float]  # of a multiprocessor, by what may bind
-
-
-def constant(name: str, default: float) -> float:
-    """A constant of the cost model, where it has one of this name."""
-    found = re.search(rf"\b{name} = (\d+)", (CSRC / "cuda/cost_model.h").read_text())
-    return float(found[1]) if found else default
 
 
 def convolutions(network: str) -> list[tuple[int, int, int, int]]:
@@ -108,50 +111,47 @@ def convolutions(network: str) -> list[tuple[int, int, int, int]]:
     return layers
 
 
-def plans(network: str, batch: int, digits: int, gpu: Gpu, program: Path) -> list[list[int]]:
-    """Of each spiking layer: stages, rows and columns of its tile, warps, splits of K, launches."""
+def plans(network: str, batch: int, digits: int, gpu: Gpu, program: Path) -> list[Plan]:
+    """Of each spiking layer, by `program`, which is PLANS, compiled."""
     lines = [f"{batch * n**2} {out} {T} {digits} {c} {more}" for n, out, c, more in convolutions(network)]
     command = [str(program), *map(str, (gpu.multiprocessors, gpu.capability, gpu.shared))]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=True)
-    return [[int(n) for n in line.split()] for line in done.stdout.splitlines()]
+    return [Plan(*map(float, line.split())) for line in done.stdout.splitlines()]
 
 
 def estimate(network: str, batch: int, digits: int, gpu: Gpu, stage: Mapping[str, int], program: Path) -> list[Cost]:
-    """`stage` comes from stages_in(); `program` is PLANS, compiled."""
-    latency, overhead = constant("stage_latency", 280), constant("block_overhead", 3000)
+    """Of each layer; `stage` comes from stages_in()."""
     size, kernel, stride, pooled, _, widths = NETWORKS[network]
 
     def moved(layer: str, size: float, launches: int) -> Cost:
         return Cost(layer, batch * size / gpu.memory * 1e-6 + launches * gpu.launch * 1e-3, "memory", {})
 
-    def layer(
-        name: str, code: str, S: float, m: int, n: int, warps: int, macs: float, blocks: int, launches: int
-    ) -> Cost:
-        tensor, on_sm = S * macs * m * n * 64 / gpu.macs, math.ceil(blocks / gpu.multiprocessors)
+    def multiplied(layer: str, code: str, pixels: int, width: int, S: float, p: Plan) -> Cost:
+        """`S` stages a block, for all digits."""
+        first = code == "image_tensor_kernel"
+        blocks = math.ceil(pixels / p.rows) * math.ceil(width / p.cols) * p.splits
+        on_sm = math.ceil(blocks / gpu.multiprocessors)
+        tensor = S * p.rows * p.cols * 64 * (6 if first else T) / gpu.macs
         cycles = {
             "tensor": on_sm * tensor,
-            "issue": on_sm * warps / 4 * (S * stage[code] + OUTSIDE[code.split("<")[0]]) / 0.75,
-            "L2": on_sm * S * (m + n) * 64 / gpu.l2,
-            "fp64": on_sm * (m * n * gpu.double if code == "image_tensor_kernel" else 0),
-            "fixed": math.ceil(on_sm / 2) * (tensor + S * latency + overhead),
+            "issue": on_sm * p.warps / 4 * (S * stage[code] + OUTSIDE[code.split("<")[0]]) / 0.75,
+            "L2": on_sm * S * (p.rows + p.cols) * 64 / gpu.l2,
+            "fp64": on_sm * p.rows * p.cols * gpu.double * first,
+            "fixed": math.ceil(on_sm / p.together) * (tensor + S * p.latency + p.overhead) + p.joining,
         }
-        most = max(cycles.values())
-        milliseconds = most / gpu.gigahertz * 1e-6 + launches * gpu.launch * 1e-3
-        return Cost(name, milliseconds, next(what for what, n in cycles.items() if n == most), cycles)
+        binds = max(cycles, key=lambda what: cycles[what])
+        return Cost(layer, cycles[binds] / gpu.gigahertz * 1e-6 + gpu.launch * 1e-3, binds, cycles)
 
-    out, S = size // stride, math.ceil(kernel**2 / 8) / 2
-    blocks = math.ceil(batch * out**2 / 32)
+    chosen, out, S = plans(network, batch, digits, gpu, program), size // stride, math.ceil(kernel**2 / 8) / 2
+    first = Plan(S, 32, 64, 4, 1, 4, chosen[0].latency, chosen[0].overhead, 0)
     costs = [moved("quantize", 36 * size**2, 3)]
-    costs.append(layer("image", "image_tensor_kernel", S, 32, 64, 4, 6, blocks, 1))
+    costs.append(multiplied("image", "image_tensor_kernel", batch * out**2, widths[0], S, first))
     if pooled:
         costs.append(moved("max pool", 1.25 * out**2 * widths[0], 1))
-    chosen = plans(network, batch, digits, gpu, program)
-    for (n, width, c, more), (stages, m, cols, warps, splits, launches) in zip(
-        convolutions(network), chosen, strict=True
-    ):
-        S, blocks = digits * math.ceil(stages / splits), math.ceil(batch * n**2 / m) * math.ceil(width / cols) * splits
-        name = f"{c}{f'+{more}' if more else ''} to {width} at {n}: {m}x{cols}, K/{splits}"
-        costs.append(layer(name, f"conv_if_kernel<{T}, 1, {cols},", S, m, cols, warps, T, blocks, launches))
+    for (n, width, c, more), p in zip(convolutions(network), chosen, strict=True):
+        name = f"{c}{f'+{more}' if more else ''} to {width} at {n}: {p.rows:.0f}x{p.cols:.0f}, K/{p.splits:.0f}"
+        code, S = f"conv_if_kernel<{T}, 1, {p.cols:.0f},", digits * math.ceil(p.stages / p.splits)
+        costs.append(multiplied(name, code, batch * n**2, width, S, p))
     return [*costs, moved("count, pool, readout", 5 * n**2 * width, 3)]
 
 
@@ -172,7 +172,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "plans")
         subprocess.run(
-            ["g++", "-std=c++20", f"-I{CSRC}", "-xc++", "-", "-o", program], input=PLANS, text=True, check=True
+            ["g++", "-std=c++17", f"-I{CSRC}", "-xc++", "-", "-o", program], input=PLANS, text=True, check=True
         )
         for name, network, batch, digits in itertools.product(GPUS, NETWORKS, (1, 256), (2, 1)):
             costs = estimate(network, batch, digits, GPUS[name], stages_in(report, GPUS[name]), program)

@@ -4,9 +4,10 @@
 //
 // Estimated cycles of one launch, per streaming multiprocessor (SM), on which up to `together` blocks run at once:
 //
-//     stage  = max(together * max(BM * BN * 64 * T / macs, (BM + BN) * 64 / l2_bytes),  one block's products +
-//     stage_latency) round  = digits * stages / splits * stage + block_overhead layer  = the rounds that blocks / SMs
-//     take
+//     busy   = max(BM * BN * 64 * T / macs, (BM + BN) * 64 / l2_bytes)
+//     stage  = max(together * busy, BM * BN * 64 * T / macs + stage_latency)
+//     round  = digits * stages / splits * stage + block_overhead
+//     layer  = the rounds that blocks / SMs take
 //              + split K: in a cluster cluster_overhead; else second_launch, and the partial sums at memory_bytes
 //
 // A block that has an SM for itself pays the latency of every stage: the wait, the barrier, ldmatrix, the first

@@ -150,7 +150,7 @@ void analog_layer() {
   const i64 kernel_w = any_of<i64>({1, 3, 5, 7, 13, 13}), more = kernel_w > 5 ? 9 : 0;
   const i64 groups = any_of<i64>({1, 1, 1, 1, 1, 3}), C = groups * (chance(0.2) ? uniform(5, 9) : uniform(1, 4));
   const i64 O = groups * any_of<i64>({1, 5, 8, 13, 16, 64, 70});
-  const Geometry g{uniform(1, 3) + more, kernel_w, uniform(1, 2), uniform(1, 3), uniform(0, 2), uniform(0, 1),
+  const Geometry g{uniform(1, 3) + more, kernel_w, uniform(1, 2), uniform(1, 3), uniform(0, 2), uniform(0, 2),
                    uniform(1, 2),        1,        groups};
   const i64 N = uniform(1, 3), H = uniform(5, 9) + 2 * more, W = uniform(5, 11) + 2 * more;
   const i64 OH = out_size(H, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h);
@@ -604,7 +604,7 @@ int main(int argc, char** argv) {
   for (i64 i = 0; i < layers; ++i) {
     cuda::emulation::capability = capability != 0 ? capability : i % 5 == 4 ? 75 : 90;
     spiking_layer(steps);
-    if (i % 2 == 0) analog_layer();
+    analog_layer();
     switch (i % 5) {
       case 0:
         pooling();
