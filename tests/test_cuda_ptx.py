@@ -56,7 +56,7 @@ def run(program, paths, *arguments):
 @pytest.mark.parametrize(("architecture", "steps"), RUNS)
 def test_random_layers(architecture, steps, program, ptx):
     paths = [ptx[unit, architecture] for unit in units(steps)]
-    result = run(program, paths, 3, 200 if THOROUGH else 30, steps, architecture.rstrip("a"))
+    result = run(program, paths, 3, 200 if THOROUGH else 60 if steps == 1 else 30, steps, architecture.rstrip("a"))
     assert result.returncode == 0, result.stdout + result.stderr
     words = result.stdout.split()
     totals = {name: float(value) for name, value in zip(words[0::2], words[1::2], strict=True)}
@@ -102,6 +102,6 @@ def test_mutations_are_noticed(mutation, program, ptx, tmp_path):
         changed.append(kernel[:first] + by + kernel[end:])
     mutated = tmp_path / "mutated.ptx"
     mutated.write_text("".join(changed))
-    result = run(program, [mutated, ptx["cuda", architecture]], 3, 40, 1, 90)
+    result = run(program, [mutated, ptx["cuda", architecture]], 3, 200, 1, 90)  # ends where it notices
     assert result.returncode == 1, result.stdout
     assert "FAILED: PTX: " in result.stdout
