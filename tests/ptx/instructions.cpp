@@ -135,10 +135,10 @@ std::optional<Meaning> conversion(const std::string& rounding, Type to, Type fro
     return from.kind == 's' ? static_cast<double>(static_cast<std::int64_t>(x)) : static_cast<double>(x);
   };
   if (to.kind != 'f') {    // saturating; a NaN gives 0
-    if (rounding != "rzi" || to.kind != 's') return std::nullopt;
+    if ((rounding != "rzi" && rounding != "rni") || to.kind != 's') return std::nullopt;
     const double limit = std::ldexp(1.0, 8 * to.bytes - 1);
     return raw([=](std::uint64_t a) -> std::uint64_t {
-      const double x = value(a);
+      const double x = rounding == "rni" ? std::nearbyint(value(a)) : value(a);
       if (std::isnan(x)) return 0;
       if (x >= limit) return (std::uint64_t{1} << (8 * to.bytes - 1)) - 1;
       return static_cast<std::uint64_t>(static_cast<std::int64_t>(std::max(x, -limit)));
