@@ -105,7 +105,11 @@ def plan(results: Path, device: str, left: Callable[[], float]) -> Iterator[Step
         kernels = ["-k", "layers or large_batches or count_planes or network_equals"]
         yield (tested := Step("tests with wgmma", 90, [*pytest, TESTS, *kernels], using("wgmma"), wgmma))
         second = ["--wgmma", str(BUILD / "wgmma")] if tested.state == "ok" and gpu else []
-    yield Step("tests", 150, [*pytest, TESTS], using("package"), package)
+    yield (tested := Step("tests", 150, [*pytest, TESTS], using("package"), package))
+    if tested.state.startswith("failed") and gpu:  # whose fault is it?
+        for what in ("clusters", "dependent-launches"):
+            without = using("package") | {"QCFS_FAST_CUDA_WITHOUT": what}
+            yield Step(f"tests without {what}", 60, [*pytest, TESTS], without, package)
 
     bench = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device", device, "--output", str(results / "gpu.json")]
     if not gpu:

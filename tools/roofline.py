@@ -64,7 +64,9 @@ PLANS = """
 #include "cuda/kernels/tensor_layout.h"
 using namespace qcfs::cuda;
 int main(int, char** argv) {
-  const Device device{std::atoi(argv[1]), std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[2])};
+  const int capability = std::atoi(argv[2]);
+  const bool hopper = capability >= 90;
+  const Device device{std::atoi(argv[1]), capability, std::atoi(argv[3]), capability, hopper ? 8 : 1, hopper};
   Work w{};
   int from, projected;
   while (std::scanf("%ld %ld %ld %d %d %d", &w.pixels, &w.out_channels, &w.steps, &w.digits, &from, &projected) == 6) {

@@ -26,10 +26,9 @@ struct Device {
   int capability;      // 10 * major + minor
   int shared_bytes;    // per block, opt-in limit
   int code;            // what the loaded kernels were compiled for: 80 where a 9.0 GPU translates PTX of compute_80
+  int max_cluster;     // blocks of a thread-block cluster: 1 where there are none, 8 at most
+  bool dependent;      // launches may begin before the one before has ended
 };
-
-// Thread-block clusters and programmatic dependent launch.
-constexpr bool has_clusters(const Device& d) { return d.capability >= 90 && d.code >= 90; }
 
 enum class Path : int { direct = 0, tensor_cores = 1 };
 
@@ -56,7 +55,6 @@ struct Plan {
   // Blocks of a cluster: the splits that share a tile without a second kernel.
   int cluster() const { return slices == 0 ? splits : 1; }
 };
-constexpr int max_cluster = 8;    // what every GPU with clusters takes
 
 constexpr int stage_bytes = 64;    // of K in one pipeline stage
 constexpr int piece_bytes = 16;    // one asynchronous copy: channels of one tap are padded to this
@@ -177,10 +175,10 @@ inline Choice choose_tile(const Work& w, const Device& d) {
     if (T == 1 && tile == TileKind::counts) continue;
     if (tile == TileKind::wide && w.any_width) continue;
     for (const int splits : split_choices) {
-      const bool cluster = splits > 1 && has_clusters(d);
+      const bool cluster = splits > 1 && d.max_cluster > 1;
       const std::int64_t share = ceil_div(w.stages, splits);
       if (splits * 2 > w.stages && splits > 1) break;
-      if (cluster && (splits > max_cluster || (splits & (splits - 1)) != 0)) continue;
+      if (cluster && (splits > d.max_cluster || (splits & (splits - 1)) != 0)) continue;
       if ((splits - 1) * share >= w.stages) continue;    // one would be empty
       if (!cluster && splits > 1 && splits * w.pixels * w.out_channels * w.steps * 4 > max_partial_bytes) break;
       if (shared_bytes(tile_shape(T, tile), T, cluster) > static_cast<std::size_t>(d.shared_bytes)) continue;

@@ -1,5 +1,7 @@
 // The native CUDA API: turns the contract's structs into kernel parameters and queues the launches. The same file,
 // compiled by g++ over emulation/, runs them on the CPU.
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 
 #include "cuda/cuda.h"
@@ -85,7 +87,7 @@ bool fits(const ConvIf& a, const Plan& plan, const Device& device) {
     stages += stages_of(a.products[i].g.kernel_h * a.products[i].g.kernel_w, a.products[i].x.channels);
   }
   if (plan.splits < 1 || (plan.slices != 0 && (plan.splits == 1 || plan.slices != plan.splits))) return false;
-  if (plan.cluster() > (has_clusters(device) ? max_cluster : 1)) return false;
+  if (plan.cluster() > (device.max_cluster > 1 ? device.max_cluster : 1)) return false;
   if (plan.membrane_bytes < carried(a) * outputs * 4) return false;
   if (plan.partial_bytes < plan.slices * steps * outputs * 4) return false;
   if (plan.path == Path::direct) return plan.splits == 1;
@@ -110,10 +112,11 @@ bool are_aligned(int width, std::int64_t channels, std::initializer_list<const s
 // Whether fire_pair may end a launch. In sum mode, which has one step, the residual may be counts.
 bool is_simple(const LayerParams& p) {
   if (p.mode != Mode::sum && (p.mode != Mode::plain || p.held)) return false;
-  if (p.state_in != nullptr || p.state_out != nullptr || p.current != nullptr || p.bias_step != 0) return false;
+  if (p.current != nullptr || p.bias_step != 0) return false;
+  if (p.state_out != nullptr && p.steps != compiled_steps(p.steps)) return false;    // it runs all compiled steps
   const ResidualParams r = p.residual_count > 0 ? p.residuals[0] : ResidualParams{};
   if (p.residual_count > 1 || (p.residual_count == 1 && r.count != (p.mode == Mode::sum))) return false;
-  return are_aligned(2, p.out_channels, {p.bias, p.threshold, r.amplitude}, {p.out, r.data});
+  return are_aligned(2, p.out_channels, {p.bias, p.threshold, r.amplitude, p.state_in, p.state_out}, {p.out, r.data});
 }
 
 }    // namespace
@@ -359,6 +362,16 @@ const char* describe(int code) {
 #endif
 }
 
+namespace {
+
+// Whether the environment's list QCFS_FAST_CUDA_WITHOUT names something that a GPU could do.
+bool is_left_out(const char* what) {
+  const char* list = std::getenv("QCFS_FAST_CUDA_WITHOUT");
+  return list != nullptr && std::strstr(list, what) != nullptr;
+}
+
+}    // namespace
+
 #if defined(__CUDACC__)
 
 int device_count(int* count) { return cudaGetDeviceCount(count); }
@@ -376,6 +389,20 @@ int query_device(int index, Device* device) {
   if (e == cudaSuccess) e = cudaFuncGetAttributes(&kernel, pack_kernel);    // all kernels have the same architectures
   device->capability = 10 * major + minor;
   device->code = kernel.ptxVersion;
+  const bool hopper = device->capability >= 90 && device->code >= 90;
+  device->max_cluster = 1;
+  if (e == cudaSuccess && hopper && !is_left_out("clusters")) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(1, 1, 8);
+    config.blockDim = dim3(128);
+    e = cudaOccupancyMaxPotentialClusterSize(&device->max_cluster, pack_kernel, &config);
+    if (device->max_cluster > 8) device->max_cluster = 8;
+  }
+  int driver = 0, runtime = 0;
+  if (e == cudaSuccess) e = cudaDriverGetVersion(&driver);
+  if (e == cudaSuccess) e = cudaRuntimeGetVersion(&runtime);
+  // Graphs have edges for them since 12.3.
+  device->dependent = hopper && driver >= 12030 && runtime >= 12030 && !is_left_out("dependent-launches");
   return e;
 }
 
@@ -392,7 +419,10 @@ int current_device(int* index) {
 }
 
 int query_device(int, Device* device) {
-  *device = {132, emulation::capability, 227 * 1024, emulation::capability};
+  const bool hopper = emulation::capability >= 90;
+  *device = {132, emulation::capability, 227 * 1024, emulation::capability, 1, false};
+  device->max_cluster = hopper && !is_left_out("clusters") ? 8 : 1;
+  device->dependent = hopper && !is_left_out("dependent-launches");
   return ok;
 }
 

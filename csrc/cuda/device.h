@@ -25,6 +25,7 @@ using SharedAddress = std::uint32_t;
 struct LaunchOptions {
   int cluster = 1;           // blocks of a cluster, along z
   bool dependent = false;    // it may begin before the launch before it has ended; its kernel waits for that itself
+  std::size_t most_shared = 0;    // of the kernel in any launch: a limit that one launch lowers may not hold in a graph
 };
 
 // Where wgmma finds a matrix in shared memory: rows of 64 bytes with the swizzle of chunk_offset() (tensor_layout.h),
@@ -66,7 +67,7 @@ QCFS_DEVICE SharedAddress shared_address(const void* shared) {
 }
 
 // 16 bytes, global to shared, without passing through registers from sm_80 on; zeros where `valid` is false.
-// The source must be readable (any address of the operand) even then.
+// Nothing is read then, whatever the address.
 QCFS_DEVICE void copy16(SharedAddress shared, const void* global, bool valid) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0));
@@ -89,7 +90,9 @@ QCFS_DEVICE void copy4(SharedAddress shared, const void* global, bool valid) {
 
 // One byte, through a register.
 QCFS_DEVICE void copy1(SharedAddress shared, const std::uint8_t* global, bool valid) {
-  const unsigned v = valid ? __ldg(global) : 0u;
+  unsigned v = 0;
+  // Not the read-only path: a dependent launch is alive while the one before it writes.
+  if (valid) asm volatile("ld.global.u8 %0, [%1];\n" : "=r"(v) : "l"(global) : "memory");
   asm volatile("st.shared.u8 [%0], %1;\n" ::"r"(shared), "r"(v) : "memory");
 }
 
@@ -227,6 +230,10 @@ QCFS_DEVICE void wait_for_launch_before() {
 QCFS_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
+// The same, but what they wrote is not asked for: nobody leaves before all have come.
+QCFS_DEVICE void leave_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+}
 // The same place in the shared memory of another block of the cluster.
 QCFS_DEVICE SharedAddress in_block(SharedAddress at, std::int32_t rank) {
   SharedAddress remote;
@@ -279,9 +286,10 @@ int launch_kernel(void (*kernel)(Params), Grid grid, int threads, std::size_t sh
   if (grid.x == 0 || grid.y == 0) return 0;
   if (grid.x > 0x7fffffff || grid.y > 0xffff || grid.z > 0xffff) return cudaErrorInvalidConfiguration;
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared > 48 * 1024) {
+  const std::size_t most = options.most_shared > shared ? options.most_shared : shared;
+  if (most > 48 * 1024) {
     const cudaError_t e =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
     if (e != cudaSuccess) return e;
   }
   cudaLaunchAttribute attributes[2];

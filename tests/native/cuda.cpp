@@ -104,7 +104,7 @@ void spiking_layer(i64 steps) {
     if (chance(0.5)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 6)));
     plan.splits = static_cast<int>(cuda::ceil_div(stages, cuda::ceil_div(stages, plan.splits)));
     // Partial sums in a cluster's shared memory or, anywhere, in a workspace.
-    const bool cluster = cuda::has_clusters(launch.device) && plan.splits <= cuda::max_cluster && chance(0.6);
+    const bool cluster = plan.splits <= launch.device.max_cluster && chance(0.6);
     plan.slices = plan.splits > 1 && !cluster ? plan.splits : 0;
     plan.partial_bytes = plan.slices * std::min<i64>(a.steps, 8) * layer.outputs() * 4;
   }
@@ -544,6 +544,14 @@ void refusals() {
   a.out_channels = 4;
   refused(conv_if(a, plan), cuda::wrong_plan, "too few outputs for tensor cores");
 
+  for (const char* without : {"clusters", "dependent-launches"}) {
+    cuda::Device d;
+    setenv("QCFS_FAST_CUDA_WITHOUT", without, 1);
+    cuda::query_device(0, &d);
+    unsetenv("QCFS_FAST_CUDA_WITHOUT");
+    if ((d.max_cluster > 1) == (without[0] == 'c') || d.dependent == (without[0] == 'd')) fail("not left out");
+  }
+
   const std::vector<ReadoutTerm> terms(cuda::max_launch_terms + 1, ReadoutTerm{});
   const Readout readout{1, 1, 1, 1, 10, 4, terms.data(), cuda::max_launch_terms + 1, nullptr, nullptr};
   refused(cuda::readout(readout, {}), cuda::unsupported, "too many terms");
@@ -562,7 +570,8 @@ void refusals() {
 // The cost model must keep every plan inside the device: shared memory, no empty split.
 void plans() {
   for (const int capability : {75, 80, 86, 89, 90, 100, 120}) {
-    const cuda::Device d{capability == 75 ? 40 : 108, capability, capability == 75 ? 65536 : 101376, capability};
+    const cuda::Device d{capability == 75 ? 40 : 108, capability, capability == 75 ? 65536 : 101376, capability,
+                         capability >= 90 ? 8 : 1,    false};
     for (const i64 steps : {1, 2, 3, 4, 5, 8}) {
       for (const bool counts : {false, true}) {
         for (const i64 pixels : {1, 49, 12544, 802816}) {

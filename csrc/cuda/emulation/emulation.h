@@ -191,6 +191,7 @@ inline void add_where(std::int32_t& v, std::int32_t amplitude, std::uint32_t bit
 
 #define QCFS_HAS_CLUSTERS 1
 inline void cluster_barrier() { emulation::cluster_barrier(); }
+inline void leave_cluster() { emulation::cluster_barrier(); }
 inline SharedAddress in_block(SharedAddress at, std::int32_t rank) {
   return at | (static_cast<SharedAddress>(rank) + 1) << 24;
 }

@@ -415,15 +415,15 @@ struct ConvTile {
 
   // Ends a simple layer's neurons on the accumulators as they lie. Mask bytes go to `masks` [rows, mask_row] in shared
   // memory; those of pixels and channels that do not exist are never read.
-  template <bool has_residual>
+  template <bool has_residual, bool has_state>
   QCFS_DEVICE static void end_pairs(const LayerParams& p, const Accumulators& acc, unsigned char* masks,
                                     std::int32_t first_pixel, std::int32_t first_channel) {
     std::uint32_t residual[2 * pairs][parts][2];    // all asked for before any is used
     for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
       const std::int32_t pixel = first_pixel + row, o = first_channel + col;
-      if (!has_residual || pixel >= p.pixels || o >= p.out_channels) return;
+      const bool asked = has_residual && p.residual_count > 0 && pixel < p.pixels && o < p.out_channels;
       const std::int64_t index = static_cast<std::int64_t>(pixel) * p.out_channels + o;
-      residual[at.j][at.i][at.half] = load_bytes<2>(p.residuals[0].data + index);
+      residual[at.j][at.i][at.half] = asked ? load_bytes<2>(p.residuals[0].data + index) : 0;
     });
     QCFS_UNROLL
     for (int j = 0; j < 2 * pairs; ++j) {
@@ -433,8 +433,11 @@ struct ConvTile {
         if (at.j != j) return;
         std::int32_t currents[T][2];
         at.of(acc, currents);
-        const std::uint32_t bits =
-            fire_pair<T, has_residual>(p, channels, has_residual ? residual[j][at.i][at.half] : 0, currents);
+        const std::int32_t pixel = first_pixel + row;
+        if (has_state && (pixel >= p.pixels || o >= p.out_channels)) return;
+        const std::int64_t index = static_cast<std::int64_t>(pixel) * p.out_channels + o;
+        const std::uint32_t bits = fire_pair<T, has_residual, has_state>(
+            p, channels, index, has_residual ? residual[j][at.i][at.half] : 0, currents);
         store_bytes<2>(masks + row * mask_row + col, bits);
       });
     }
@@ -470,8 +473,12 @@ struct ConvTile {
       QCFS_UNROLL
       for (int t = 0; t < T; ++t) {
         if (t >= p.steps) break;
-        to[t * plane] = currents[t][0];
-        if (o + 1 < p.out_channels) to[t * plane + 1] = currents[t][1];
+        if (p.out_channels % 2 == 0) {    // four lanes fill a sector
+          store_values<2>(to + t * plane, currents[t]);
+        } else {
+          to[t * plane] = currents[t][0];
+          if (o + 1 < p.out_channels) to[t * plane + 1] = currents[t][1];
+        }
       }
     });
   }
@@ -518,18 +525,24 @@ struct ConvTile {
         load(y, x, sums);
         if (p.simple) {
           const ChannelPair channels(p, o);
-          const std::uint32_t bits =
-              p.residual_count == 0 ? fire_pair<T, false>(p, channels, 0, sums)
-                                    : fire_pair<T, true>(p, channels, load_bytes<2>(p.residuals[0].data + index), sums);
+          const std::uint32_t residual = p.residual_count > 0 ? load_bytes<2>(p.residuals[0].data + index) : 0;
+          const std::uint32_t bits = fire_pair<T, true, true>(p, channels, index, residual, sums);
           store_bytes<2>(p.out + index, bits);
           continue;
         }
+        std::uint32_t bytes = 0;
         QCFS_ROLLED
         for (int k = 0; k < 2 && o + k < p.out_channels; ++k) {
           std::int32_t currents[T];
           QCFS_UNROLL
           for (int t = 0; t < T; ++t) currents[t] = k == 0 ? sums[t][0] : sums[t][1];
-          p.out[index + k] = end_neuron<T>(p, index + k, o + k, currents);
+          bytes |= static_cast<std::uint32_t>(end_neuron<T>(p, index + k, o + k, currents)) << 8 * k;
+        }
+        if (p.wide_out) {
+          store_bytes<2>(p.out + index, bytes);
+        } else {
+          for (int k = 0; k < 2 && o + k < p.out_channels; ++k)
+            p.out[index + k] = static_cast<std::uint8_t>(bytes >> 8 * k);
         }
       }
     }
@@ -572,7 +585,7 @@ struct ConvTile {
     for_each_pair([&](Pair pair, std::int32_t row, std::int32_t col) { put_pair(currents, acc, pair, row, col); });
     cluster_barrier();
     currents.end(p, blockIdx.z * threads + threadIdx.x, p.cluster * threads, first_pixel, first_channel);
-    cluster_barrier();    // nobody leaves while others read from it
+    leave_cluster();    // not while others read from it
   }
 #endif
 };
@@ -682,10 +695,12 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
   if (p.partial != nullptr) return Conv::store_partial(p, acc, first_pixel, first_channel);
   if (!p.simple) return Conv::end_by_warps(p, acc, shared, first_pixel, first_channel);
   static_assert(Conv::rows * Conv::mask_row <= stages * Conv::bytes, "shared memory");
-  if (p.residual_count == 0) {
-    Conv::template end_pairs<false>(p, acc, shared, first_pixel, first_channel);
+  if (p.state_in != nullptr || p.state_out != nullptr) {
+    Conv::template end_pairs<true, true>(p, acc, shared, first_pixel, first_channel);
+  } else if (p.residual_count > 0) {
+    Conv::template end_pairs<true, false>(p, acc, shared, first_pixel, first_channel);
   } else {
-    Conv::template end_pairs<true>(p, acc, shared, first_pixel, first_channel);
+    Conv::template end_pairs<false, false>(p, acc, shared, first_pixel, first_channel);
   }
   __syncthreads();
   Conv::store_masks(p, shared, first_pixel, first_channel);
@@ -696,9 +711,11 @@ template <int T, TileKind tile, bool any_width>
 int launch_conv_if_tile(const LayerParams& p, int splits, const Launch& launch) {
   constexpr TileShape s = tile_shape(T, tile);
   const Grid grid{ceil_div(p.pixels, s.rows), ceil_div(p.out_channels, s.cols), splits};
+  LaunchOptions options = after_launch_before(launch);
+  options.cluster = p.cluster;
+  if (launch.device.max_cluster > 1) options.most_shared = shared_bytes(s, T, true);
   return launch_kernel(conv_if_kernel<T, s.row_parts, s.cols, s.warps, s.stages, s.a_planes, any_width>, grid,
-                       s.warps * 32, shared_bytes(s, T, p.cluster > 1), launch.stream, p,
-                       after_launch_before(launch, p.cluster));
+                       s.warps * 32, shared_bytes(s, T, p.cluster > 1), launch.stream, p, options);
 }
 
 // Inputs whose rows are not whole, aligned 16-byte pieces have kernels of the small tile and of the counts' tile only.

@@ -85,14 +85,16 @@ struct ChannelPair {
   QCFS_DEVICE ChannelPair(const LayerParams& p, std::int32_t o) {
     load_values<2>(n, p.threshold + o);
     load_values<2>(bias, p.bias + o);
+    amplitude[0] = amplitude[1] = 0;
     if (p.residual_count > 0) load_values<2>(amplitude, p.residuals[0].amplitude + o);
   }
 };
 
-// Ends both neurons. `residual` are their two bytes of it, the first one low. Returns their bytes likewise.
-template <int T, bool has_residual>
-QCFS_DEVICE std::uint32_t fire_pair(const LayerParams& p, const ChannelPair& c, std::uint32_t residual,
-                                    const std::int32_t (&currents)[T][2]) {
+// Ends both neurons, the first of which is `index` = pixel * O + o. `residual` are their two bytes of it, the first one
+// low. Returns their bytes likewise. `has_state`: membranes come from a launch before, or go on to another.
+template <int T, bool has_residual, bool has_state>
+QCFS_DEVICE std::uint32_t fire_pair(const LayerParams& p, const ChannelPair& c, std::int64_t index,
+                                    std::uint32_t residual, const std::int32_t (&currents)[T][2]) {
   std::uint32_t bits = 0;
   if constexpr (T == 1) {
     if (p.mode == Mode::sum) {
@@ -108,6 +110,7 @@ QCFS_DEVICE std::uint32_t fire_pair(const LayerParams& p, const ChannelPair& c, 
     }
   }
   std::int32_t v[2] = {c.n[0] / 2, c.n[1] / 2};
+  if (has_state && p.state_in != nullptr) load_values<2>(v, p.state_in + index);
   QCFS_UNROLL
   for (int t = 0; t < T; ++t) {
     QCFS_UNROLL
@@ -118,6 +121,7 @@ QCFS_DEVICE std::uint32_t fire_pair(const LayerParams& p, const ChannelPair& c, 
       fire_into(bits, bit, v[k], c.n[k]);
     }
   }
+  if (has_state && p.state_out != nullptr) store_values<2>(p.state_out + index, v);
   return bits & ((1u << p.steps) - 1) * 0x101u;    // nothing of steps that the launch does not have
 }
 
@@ -125,9 +129,11 @@ QCFS_DEVICE std::uint32_t fire_pair(const LayerParams& p, const ChannelPair& c, 
 template <int T>
 QCFS_DEVICE void add_operand(const std::int32_t* from, std::int64_t step, std::int32_t steps,
                              std::int32_t (&currents)[T]) {
+  std::int32_t value = *from;
   QCFS_UNROLL
   for (int t = 0; t < T; ++t) {
-    if (t < steps) currents[t] = wrapping_add(currents[t], from[t * step]);
+    if (step != 0 && t > 0 && t < steps) value = from[t * step];
+    currents[t] = wrapping_add(currents[t], value);
   }
 }
 

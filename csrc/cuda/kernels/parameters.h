@@ -14,9 +14,7 @@
 namespace qcfs::cuda {
 
 // Of a launch whose kernel calls wait_for_launch_before().
-inline LaunchOptions after_launch_before(const Launch& launch, int cluster = 1) {
-  return {cluster, has_clusters(launch.device)};
-}
+inline LaunchOptions after_launch_before(const Launch& launch) { return {1, launch.device.dependent, 0}; }
 
 struct ProductParams {
   const std::uint8_t* x;    // the launch's mask plane, or its first count plane
