@@ -215,7 +215,10 @@ def exceeded_limits(rows: list[dict]) -> list[str]:
     problems = []
     for row in rows:
         for where, what, most in LIMITS:
-            found = (row["loop"] | {"registers": row["registers"]})[what] if re.match(where, row["kernel"]) else 0
+            # Products of a warpgroup are asynchronous: a stage's masks are all cut before the first.
+            if not re.match(where, row["kernel"]) or (what == "before products" and row["arch"] == "90a"):
+                continue
+            found = (row["loop"] | {"registers": row["registers"]})[what]
             if found > most:
                 problems.append(f"{row['kernel']} for sm_{row['arch']}: {what} {found}, more than {most}")
     return problems
@@ -247,7 +250,7 @@ def table(report: dict) -> str:
     for a in architectures:
         loops = {k: rows[k, a]["loop"] for k in kernels if (k, a) in rows and rows[k, a]["loop"]}
         if loops:
-            kinds = list(next(iter(loops.values())))
+            kinds = ("products", "matrix loads", "copies", "executed", "before products", "layer's values")
             lines += ["", f"loop around the products, sm_{a}".ljust(44) + "  ".join(kinds)]
             lines += [
                 k.ljust(44) + "  ".join(str(v[kind]).rjust(len(kind)) for kind in kinds) for k, v in loops.items()
