@@ -13,6 +13,8 @@
 # make test-arm64  the CPU kernels for arm64, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user)
 # make docs   the documentation as a site, in site/              make gallery  run the notebooks of docs/gallery, keep outputs
 # make cuda-report  registers, spills and instructions of the CUDA kernels (where nvcc was found)
+# make gpu    on a machine with a GPU, nvcc and torch: builds, tests, sanitizers, benchmark and profile in ten minutes, with
+#             what PYTHON has and no network; GPU_ARGS="--device cpu" tries it out (tools/measure_gpu.py)
 # make lock   hashes of the versions in constraints.txt, into requirements/
 # Each sets up what it needs in .venv; PYTHON chooses the interpreter.
 
@@ -24,7 +26,7 @@ SOURCES := setup.py pyproject.toml MANIFEST.in CMakeLists.txt README.md $(shell 
 PYTHON_FILES := $(wildcard qcfs_fast tests benchmarks examples tools setup.py)
 CXX_FILES := $(shell find csrc tests qcfs_fast -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.c')
 
-.PHONY: demo docs gallery test test-slow quick fuzz fuzz-native soak test-triton test-arm64 check format bench readme-figures figures-write study-latency cuda-report lock clean
+.PHONY: demo docs gallery test test-slow quick fuzz fuzz-native soak test-triton test-arm64 check format bench readme-figures figures-write study-latency cuda-report gpu lock clean
 
 # Nothing below starts python in this folder: the package in use must be the installed one, with its kernels, and
 # not the sources beside it.
@@ -129,6 +131,9 @@ gallery: $(VENV)/.installed requirements/docs.txt
 
 cuda-report: $(VENV)/.installed $(VENV)/.tools
 	cd $(VENV) && bin/python ../tools/cuda_report.py --output cuda-report.json
+
+gpu:
+	$(PYTHON) tools/measure_gpu.py $(GPU_ARGS)
 
 check: $(VENV)/.tools
 	$(VENV)/bin/ruff format --check $(PYTHON_FILES)

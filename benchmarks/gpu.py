@@ -5,39 +5,54 @@
 
 Each contender runs under its best conditions:
 
-    ANN        the ReLU network in fp16 and bf16, channels_last; eager, compiled and as a CUDA graph
-    T-loop     the spiking network simulated step by step (qcfs_fast.model.simulation) in fp16 and fp32; eager, compiled
-    qcfs_fast  this package in 16 and 8 bits; eager and as a CUDA graph; its Triton kernels eager
+    ANN        the ReLU network in fp16 and bf16, channels_last; eager, compiled, and both as a CUDA graph
+    T-loop     the spiking network simulated step by step (qcfs_fast.model.simulation) in fp16 and fp32, likewise
+    qcfs_fast  this package in 16 and 8 bits, and in 8 bits with neurons of sum mode; eager and as a CUDA graph
+    wgmma      with --wgmma the same by a second CUDA module, built with QCFS_FAST_WGMMA
+    Triton     the same by the Triton kernels; eager
 
-Contenders take turns within every round, and the median over rounds is reported, so that clocks and other users affect
-all alike. Every spiking network is calibrated on the images it is timed on, and its firing rate is printed: a sparse,
-silent or saturated network measures something else. Before anything is timed, GPU results are compared with those of
-the CPU kernels (==).
+BatchNorm is folded into the convolutions of all, and cuDNN times its algorithms to choose one. Contenders take turns
+within every round, and the median over rounds is reported, so that clocks and other users affect all alike. Every
+spiking network is calibrated on the images it is timed on, and its firing rate is printed: a sparse, silent or
+saturated network measures something else.
+
+What is timed is what was compared. Before it is timed, each contender of ours answers the whole batch, by the call that
+is timed (a graph by its replay), and the answer must equal, with ==, that of the CPU kernels on eight of the images and
+that of the first contender on all.
 
 Then each spiking layer is timed alone. Its rate is given as a share of what one large int8 product (torch._int_mm)
 reaches in the same run, and the bytes it must move as a share of the bandwidth of a large copy. What fails is listed
 with its error and counts as not measured.
+
+Parts (a network, a batch, T) of the aims come first; with --budget none begins after so many seconds. The file is
+written after each part, and a run that finds a file of the same device and the same kernels goes on where that ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import importlib.util
 import json
 import math
-import platform
+import re
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 import qcfs_fast
 from qcfs_fast import backend
+from qcfs_fast.backend import cuda as cuda_backend
+from qcfs_fast.backend.information import processor
 from qcfs_fast.files import write_text_atomically
 from qcfs_fast.model.simulation import step_network
 from qcfs_fast.network.layers import Run, SpikingLayer
@@ -98,19 +113,29 @@ NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-class Table:
-    """The contenders of one table, and the errors of those that could not be made."""
+UNEQUAL = "another answer than the CPU's"
 
-    def __init__(self, clock: Clock, rounds: int) -> None:
+
+class Table:
+    """The contenders of one table, of those that `only` (a regular expression) finds; errors of those that failed."""
+
+    def __init__(self, clock: Clock, rounds: int, only: str = "") -> None:
         self.clock = clock
+        self.only = only
         self.effort = Effort(rounds, seconds=math.inf, min_rounds=1, reading=0.02)
         self.contenders: dict[str, Callable[[], Any]] = {}
         self.errors: dict[str, str] = {}
 
-    def attempt(self, name: str, make: Callable[[], Callable[[], Any]]) -> None:
+    def attempt(
+        self, name: str, make: Callable[[], Callable[[], Any]], equals: Callable[[Any], bool] = lambda out: True
+    ) -> None:
         """Make a contender and call it once, so that what cannot run is found here and not tried again for every T."""
+        if not re.search(self.only, name):
+            return
         try:
             run = make()
+            if not equals(run()):
+                raise AssertionError(UNEQUAL)
             self.clock(run)
             self.contenders[name] = run
         except Exception as error:  # whatever the compiler or the device raises is a result
@@ -136,11 +161,12 @@ def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    with torch.cuda.graph(graph, stream=side):
+        out = run()
 
-    def replay(keep: Any = run) -> None:  # `keep`: the graph reads the weights and inputs that `run` holds
+    def replay(keep: Any = run) -> Any:  # `keep`: the graph reads the weights and inputs that `run` holds
         graph.replay()
+        return out
 
     return replay
 
@@ -202,29 +228,83 @@ def loop_contenders(table: Table, steps: dict[str, Callable[[], Callable[[int], 
             return lambda: run(T)
 
         table.attempt(name, contender)
-
-
-def on_triton(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The same call through the Triton kernels; raises, with the reason, where they cannot run."""
-
-    def call() -> Any:
-        with backend.force(gpu="triton"):
-            return run()
-
-    return call
-
-
-def snn_contenders(table: Table, snns: dict[int, Any], images: Tensor, T: int) -> None:
-    for bits, snn in snns.items():
-        table.attempt(f"qcfs_fast {bits}-bit eager", lambda snn=snn: lambda: snn(images, T))
         if table.clock.events:
+            table.attempt(f"{name}, CUDA graph", lambda contender=contender: graphed(contender()))
 
-            def graph(snn: Any = snn) -> Callable[[], Any]:
+
+class Expected:
+    """The answer to a whole batch: the CPU's on up to eight of its images, and on all that of whoever came first."""
+
+    def __init__(self, snn: Any, images: Tensor, T: int) -> None:
+        self.rows = torch.linspace(0, len(images) - 1, min(8, len(images))).long()
+        some = images.cpu()[self.rows]
+        self.on_cpu = copy.deepcopy(snn).cpu()(some, T)
+        self.all: Tensor | None = None
+
+    def equals(self, out: Tensor) -> bool:
+        out = out.cpu()
+        if self.all is None and torch.equal(out[self.rows], self.on_cpu):
+            self.all = out
+        return self.all is not None and torch.equal(out, self.all)
+
+
+def on_triton() -> contextlib.AbstractContextManager[None]:
+    """The Triton kernels; an operator raises, with the reason, where they cannot run."""
+    return backend.force(gpu="triton")
+
+
+@contextlib.contextmanager
+def on_module(module: Any) -> Iterator[None]:
+    """The kernels of another CUDA module; packed weights are the same."""
+    before, cuda_backend.module = cuda_backend.module, module
+    try:
+        with backend.force(gpu="cuda"):
+            yield
+    finally:
+        cuda_backend.module = before
+
+
+def second_module(folder: Path) -> Any:
+    """The CUDA module of a package in this folder, besides the one in use."""
+    (path,) = folder.glob("qcfs_fast/_cuda*.so")
+    spec = importlib.util.spec_from_file_location("second._cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def snn_contenders(table: Table, snns: dict[str, Any], images: Tensor, T: int, wgmma: Any = None) -> None:
+    for form, snn in snns.items():
+        expected = Expected(snn, images, T)
+
+        def eager(kernels: Any, snn: Any = snn) -> Callable[[], Any]:
+            def run() -> Any:
+                with kernels():
+                    return snn(images, T)
+
+            return run
+
+        def graph(kernels: Any, snn: Any = snn) -> Callable[[], Any]:
+            with kernels():
                 captured = qcfs_fast.cuda_graph(snn, images, T)
-                return lambda: captured.graph.replay()
 
-            table.attempt(f"qcfs_fast {bits}-bit CUDA graph", graph)
-            table.attempt(f"Triton {bits}-bit eager", lambda snn=snn: on_triton(lambda: snn(images, T)))
+            def replay() -> Any:
+                captured.graph.replay()
+                return captured.output
+
+            return replay
+
+        named: dict[str, Any] = {"qcfs_fast": contextlib.nullcontext}
+        if wgmma is not None:
+            named["wgmma"] = functools.partial(on_module, wgmma)
+        for name, kernels in named.items():
+            table.attempt(f"{name} {form} eager", functools.partial(eager, kernels), expected.equals)
+            if table.clock.events:
+                table.attempt(f"{name} {form} CUDA graph", functools.partial(graph, kernels), expected.equals)
+        if table.clock.events:
+            table.attempt(f"Triton {form} eager", functools.partial(eager, on_triton), expected.equals)
 
 
 def rates(device: torch.device, clock: Clock) -> dict[str, Any]:
@@ -282,12 +362,6 @@ def layer_rows(
     return rows
 
 
-def check_equal(snn: Any, images: Tensor, T: int) -> bool:
-    """GPU against the CPU kernels on two images."""
-    some = images[:2].cpu()
-    return torch.equal(snn(some.to(images.device), T).cpu(), copy.deepcopy(snn).cpu()(some, T))
-
-
 def print_rows(title: str, rows: dict[str, Any]) -> None:
     print(f"\n{title}")
     for name, row in sorted(rows.items(), key=lambda r: r[1]["seconds"] if "error" not in r[1] else float("inf")):
@@ -295,121 +369,178 @@ def print_rows(title: str, rows: dict[str, Any]) -> None:
         print(f"  {name:36} {text}", flush=True)
 
 
-def print_layers(bits: int, rows: list[dict[str, Any]]) -> None:
+def print_layers(form: str, rows: list[dict[str, Any]]) -> None:
     def share(x: Any) -> str:
         return f"{x:>12}" if isinstance(x, str) else f"{100 * x:10.1f} %"
 
-    print(f"  {f'layer alone, {bits}-bit':36} {'ms':>9} {'int8 rate':>12} {'bandwidth':>12}")
+    print(f"  {f'layer alone, {form}':36} {'ms':>9} {'int8 rate':>12} {'bandwidth':>12}")
     for r in rows:
         print(f"  {r['layer']:36} {1e3 * r['seconds']:9.4f} {share(r['int8_share'])} {share(r['byte_share'])}")
 
 
-def aims(entry: dict[str, Any]) -> dict[str, Any]:
-    """The project's aims at T = 4 as ratios of what was measured, "not measured" where a part is missing."""
-    found = entry.get("T=4")
-    if found is None:
-        return {}
-    seconds = {n: r["seconds"] for n, r in found["contenders"].items() if "error" not in r}
+# What the project aims at with T = 4 on a Hopper GPU: network, batch, the ratio of the best of the first to the best of
+# the second, and its bound.
+ANN_GRAPH, ANN, LOOP = r"ANN fp16 .*CUDA graph", r"ANN fp16", r"T-loop"
+OURS, OUR_GRAPH, OUR_SUM = r"qcfs_fast 16-bit (eager|CUDA)", r"qcfs_fast 16-bit CUDA graph", r"qcfs_fast 8-bit sum"
+AIMS = (
+    ("resnet18", 1, "ours / fp16 ANN, both as CUDA graphs", OUR_GRAPH, ANN_GRAPH, "<=", 0.6),
+    ("resnet18", 256, "best T-loop / ours", LOOP, OURS, ">=", 7.0),
+    ("resnet18", 256, "ours / fp16 ANN", OURS, ANN, "<=", 0.6),
+    ("resnet18", 256, "fp16 ANN / ours in sum mode, 8 bits", ANN, OUR_SUM, ">=", 1.5),
+    ("cifar-resnet20", 128, "best T-loop / ours", LOOP, OURS, ">=", 10.0),
+)
 
-    def ratio(over: str, under: str) -> Any:
-        """Best time whose name starts with `over`, divided by the best that starts with `under`."""
-        a, b = ([s for n, s in seconds.items() if n.startswith(start)] for start in (over, under))
-        return min(a) / min(b) if a and b else NOT_MEASURED
 
-    def shares(bits: int) -> list[float]:
-        rows = found[f"layers ({bits}-bit)"]
-        return [r["int8_share"] for r in rows if not isinstance(r["int8_share"], str)]
+def aims(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each aim: what was found, and whether it is met; "not measured" where a part is missing or failed."""
+    tables = {(e["net"], e["batch"]): e["T=4"]["contenders"] for e in result["results"] if "T=4" in e}
+    rows = []
+    for net, batch, what, over, under, sign, bound in AIMS:
+        table = {} if "note" in result else tables.get((net, batch), {})
+        seconds = {n: r["seconds"] for n, r in table.items() if "error" not in r}
+        a, b = ([s for n, s in seconds.items() if re.match(pattern, n)] for pattern in (over, under))
+        row: dict[str, Any] = {"net": net, "batch": batch, "aim": f"{what} {sign} {bound}", "found": NOT_MEASURED}
+        row["state"] = NOT_MEASURED
+        if a and b:
+            row["found"] = min(a) / min(b)
+            row["state"] = "met" if (row["found"] <= bound if sign == "<=" else row["found"] >= bound) else "missed"
+        rows.append(row)
+    answers = [r.get("error", "") for e in result["results"] for r in ours(e)]
+    equal = NOT_MEASURED if not answers or "note" in result else "missed" if any(map(unequal, answers)) else "met"
+    return [*rows, {"net": "all", "batch": "all", "aim": "equal to the CPU kernels", "found": "", "state": equal}]
 
-    if entry["batch"] == 1:
-        return {"16-bit CUDA graph / ANN fp16 CUDA graph (aim <= 1.0)": ratio("qcfs_fast 16-bit CUDA", "ANN fp16 CUDA")}
-    return {
-        "best T-loop / 16-bit (aim >= 4)": ratio("T-loop", "qcfs_fast 16-bit"),
-        "Triton 16-bit / 16-bit eager (aim <= 1.6)": ratio("Triton 16-bit", "qcfs_fast 16-bit eager"),
-        "16-bit / 8-bit (aim >= 1.6 where compute-bound)": ratio("qcfs_fast 16-bit", "qcfs_fast 8-bit"),
-        "largest share of the int8 rate, one layer (aim >= 0.5)": max(shares(16), default=NOT_MEASURED),
-    }
+
+def ours(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of our contenders at every T."""
+    tables = [found["contenders"] for T, found in entry.items() if T.startswith("T=")]
+    return [row for table in tables for name, row in table.items() if not name.startswith(("ANN", "T-loop"))]
+
+
+def unequal(error: str) -> bool:
+    return UNEQUAL in error
+
+
+def print_aims(rows: list[dict[str, Any]]) -> None:
+    print("\naims at T = 4 on a Hopper GPU")
+    for row in rows:
+        found = row["found"] if isinstance(row["found"], str) else f"{row['found']:.2f}"
+        print(f"  {row['net']:16} {row['batch']!s:>4}  {row['aim']:56} {found:>13}  {row['state']}")
+
+
+def parts(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Networks and batches, those of the aims first."""
+    first = [aim[:2] for aim in AIMS]
+    return sorted(((n, b) for n in args.nets for b in args.batches), key=lambda part: part not in first)
+
+
+def begun(args: argparse.Namespace, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a run that ended before everything was measured, with the same facts."""
+    if not args.output.exists():
+        return []
+    before = json.loads(args.output.read_text())
+    alike = all(before.get(name) == value for name, value in facts.items())
+    return [{k: v for k, v in e.items() if k != "error"} for e in before["results"]] if alike else []
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measure every network and batch; the file is written after each, in case the next one is interrupted."""
+    """Measure every network and batch; the file is written after each T, in case the next one is interrupted."""
+    end = time.monotonic() + args.budget
+    torch.backends.cudnn.benchmark = True
     clock = Clock(device, events=True)
-    peak = rates(device, clock)
-    gpu = torch.cuda.get_device_name(device) if clock.events else platform.processor()
-    kernels = backend.describe_gpu() if clock.events else backend.describe()
-    result: dict[str, Any] = {
-        "device": gpu,
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if clock.events else processor(),
         "torch": torch.__version__,
-        "kernels": kernels,
-        "measured rates": peak,
+        "qcfs_fast": qcfs_fast.__version__,
+        "kernels": backend.describe_gpu() if clock.events else backend.describe(),
         "rounds": args.rounds,
-        "results": [],
     }
+    peak = rates(device, clock)
+    result: dict[str, Any] = {**facts, "measured rates": peak, "results": begun(args, facts)}
     if not clock.events:
         result["note"] = "a run on a CPU tries the script out; no figure in it is a measurement of the CUDA kernels"
         print(result["note"])
-    print(f"{gpu}, torch {torch.__version__}, kernels: {kernels}\nmeasured rates: {peak}")
-    for name in args.nets:
-        for batch in args.batches:
-            entry: dict[str, Any] = {"net": name, "batch": batch, "size": NETS[name][1]}
+    print(f"{', '.join(map(str, facts.values()))}\nmeasured rates: {peak}")
+    for name, batch in parts(args):
+        known = [e for e in result["results"] if (e["net"], e["batch"]) == (name, batch)]
+        entry: dict[str, Any] = known[0] if known else {"net": name, "batch": batch, "size": NETS[name][1]}
+        wanted = [T for T in args.steps if f"T={T}" not in entry]
+        if not wanted or time.monotonic() > end:
+            continue
+        if not known:
             result["results"].append(entry)
-            try:
-                measure_network(entry, args, device, clock, peak)
-            except Exception as error:
-                entry["error"] = describe_error(error)
-                print(f"\n{name}, batch {batch}: {NOT_MEASURED}: {entry['error']}")
-            write_text_atomically(args.output, json.dumps(result, indent=1))
+        try:
+            for _ in measure_network(entry, args, device, clock, peak, wanted):
+                result["aims"] = aims(result)
+                write_text_atomically(args.output, json.dumps(result, indent=1))
+                if time.monotonic() > end:
+                    break
+        except Exception as error:
+            entry["error"] = describe_error(error)
+            print(f"\n{name}, batch {batch}: {NOT_MEASURED}: {entry['error']}")
+    result["aims"] = aims(result)
+    print_aims(result["aims"])
+    write_text_atomically(args.output, json.dumps(result, indent=1))
     return result
 
 
 def measure_network(
-    entry: dict[str, Any], args: argparse.Namespace, device: torch.device, clock: Clock, peak: dict[str, Any]
-) -> None:
-    """Add to `entry` what one network at one batch size gives, for every T."""
+    entry: dict[str, Any],
+    args: argparse.Namespace,
+    device: torch.device,
+    clock: Clock,
+    peak: dict[str, Any],
+    steps: list[int],
+) -> Iterator[int]:
+    """Add to `entry` what one network at one batch size gives; yields after each T."""
     name, batch, size = entry["net"], entry["batch"], entry["size"]
-    max_T = max(args.steps)
+    max_T = max(4, *args.steps)
     torch.manual_seed(0)
-    net = NETS[name][0]().eval()
+    net = fuse(NETS[name][0]().eval())
     images = torch.randn(batch, 3, size, size)
     model = qcfs_fast.prepare(net, levels=4).to(device)
     qcfs_fast.calibrate(model, [images[:8].to(device)], progress=False)
     model = model.cpu()
-    shape = (3, size, size)
-    snns = {b: qcfs_fast.convert(model, max_T, b, input_shape=shape).to(device) for b in (16, 8)}
+    convert = functools.partial(qcfs_fast.convert, model, max_T, input_shape=(3, size, size), progress=False)
+    snns = {"16-bit": convert(weight_bits=16), "8-bit": convert(weight_bits=8)}
+    snns["8-bit sum"] = convert(weight_bits=8, neuron="sum")
+    snns = {form: snn.to(device) for form, snn in snns.items()}
     images = images.to(device)
-    entry["equal to CPU"] = {b: check_equal(s, images, max_T) for b, s in snns.items()}
-    if clock.events and not backend.absence["triton"]():
-        for b, s in snns.items():
-            same = on_triton(lambda s=s, images=images: check_equal(s, images, max_T))()
-            entry["equal to CPU"][f"{b}, Triton"] = same
-    anns = Table(clock, args.rounds)
+    wgmma = second_module(args.wgmma) if args.wgmma else None
+    anns = Table(clock, args.rounds, args.only)
     ann_contenders(anns, net, images)
     loops = loop_steps(model, images)
-    for T in args.steps:
-        table = Table(clock, args.rounds)
+    for T in steps:
+        table = Table(clock, args.rounds, args.only)
         table.contenders |= anns.contenders
         table.errors |= anns.errors
         loop_contenders(table, loops, T)
-        snn_contenders(table, snns, images, T)
+        snn_contenders(table, snns, images, T, wgmma)
         rows = table.measure()
-        rate = mean_rate(qcfs_fast.trace(snns[16], images[:8], T))
-        layers = {b: layer_rows(snn, images, T, clock, args.rounds, peak) for b, snn in snns.items()}
-        entry[f"T={T}"] = {"firing rate": rate, "contenders": rows}
-        entry[f"T={T}"] |= {f"layers ({b}-bit)": found for b, found in layers.items()}
-        equal = ", equal to the CPU" if all(entry["equal to CPU"].values()) else ", NOT EQUAL TO THE CPU"
-        print_rows(f"{name} {size}x{size}, batch {batch}, T={T}, firing {100 * rate:.1f} %{equal}", rows)
-        for bits, found in layers.items():
-            print_layers(bits, found)
-    entry["aims"] = aims(entry)
-    for what, value in entry["aims"].items():
-        print(f"  {what}: {value if isinstance(value, str) else f'{value:.2f}'}")
+        rate = mean_rate(qcfs_fast.trace(snns["16-bit"], images[:8], T))
+        found: dict[str, Any] = {"firing rate": rate, "contenders": rows}
+        title = f"{name} {size}x{size}, batch {batch}, T={T}, firing {100 * rate:.1f} %"
+        entry[f"T={T}"] = found
+        equal = "NOT EQUAL TO THE CPU" if any(unequal(r.get("error", "")) for r in ours(entry)) else "equal to the CPU"
+        print_rows(f"{title}, {equal}", rows)
+        for form in ("16-bit", "8-bit"):
+            found[f"layers ({form})"] = layer_rows(snns[form], images, T, clock, args.rounds, peak)
+            print_layers(form, found[f"layers ({form})"])
+        yield T
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 256])
-    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="T")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32, 128, 256])
+    parser.add_argument("--steps", nargs="+", type=int, default=[4, 1, 2, 8], metavar="T")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="contenders whose names have it (a regular expression)"
+    )
+    parser.add_argument(
+        "--wgmma", type=Path, metavar="FOLDER", help="of a package that was built with QCFS_FAST_WGMMA=ON"
+    )
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="no part begins after them")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))
     parser.add_argument("--device", default="cuda", help="cpu tries the script out; its figures mean nothing")
     args = parser.parse_args()
@@ -419,8 +550,8 @@ def main() -> int:
     with torch.no_grad():
         result = measure(args, torch.device(args.device))
     print(f"\nwritten to {args.output}")
-    unequal = [e for e in result["results"] if "error" in e or not all(e["equal to CPU"].values())]
-    return 1 if unequal else 0
+    rows = [row.get("error", "") for e in result["results"] for row in ours(e)]
+    return 1 if any("error" in e for e in result["results"]) or any(map(unequal, rows)) else 0
 
 
 if __name__ == "__main__":

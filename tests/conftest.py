@@ -18,8 +18,8 @@ import torch
 # The files that take longest, the longest first: workers take files in this order, and the last ones to be taken, which
 # leave a worker waiting for another, are short.
 LONGEST = [
-    "native", "triton_compile", "libqcfs", "cuda_emulation", "conversion", "random_networks", "demo", "examples",
-    "training", "interrupts", "triton", "spiking_layer", "torch_integration", "command_line", "simulation",
+    "native", "triton_compile", "libqcfs", "cuda_emulation", "cuda_ptx", "conversion", "random_networks", "demo",
+    "examples", "training", "interrupts", "triton", "spiking_layer", "torch_integration", "command_line", "simulation",
     "installation", "tooling", "fuzz",
 ]  # fmt: skip
 STATM = Path("/proc/self/statm")

@@ -1,6 +1,7 @@
 """The order of GPU backends and its overrides, with fakes in place of the backends."""
 
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ ORDER = ("cuda", "triton", "reference")
 def usable(monkeypatch):
     def only(*names):
         for name in ORDER:
-            monkeypatch.setitem(backend.absence, name, lambda name=name: "" if name in names else f"no {name} here")
+            monkeypatch.setitem(
+                backend.absence, name, lambda index=0, name=name: "" if name in names else f"no {name} here"
+            )
 
     return only
 
@@ -33,6 +36,37 @@ def test_order(usable):
             usable(*ORDER[i:])
             assert backend.gpu_backend() == name
             assert backend.describe_gpu()["in use"] == name
+
+
+def test_each_gpu_has_its_own_backend(monkeypatch):
+    """A GPU that the CUDA module holds no code for leaves the others to it, and is told of once."""
+    monkeypatch.setitem(backend.absence, "cuda", lambda index=0: "no code for GPU 1" if index == 1 else "")
+    monkeypatch.setitem(backend.absence, "triton", lambda index=0: "")
+    monkeypatch.setattr(choice, "_cuda_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    choice._tell_once.cache_clear()
+    with backend.force(gpu="auto"):
+        assert choice.backend_on(torch.device("cuda:0")) == "cuda"
+        with pytest.warns(RuntimeWarning, match="triton kernels run on cuda:1, since no code for GPU 1"):
+            assert choice.backend_on(torch.device("cuda:1")) == "triton"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert choice.backend_on(torch.device("cuda:1")) == "triton"
+        assert backend.describe_gpu() == {
+            "cuda": "GPU 0: usable; GPU 1: no code for GPU 1", "triton": "usable",
+            "in use": "GPU 0: cuda; GPU 1: triton",
+        }  # fmt: skip
+    with backend.force(gpu="cuda"), pytest.raises(RuntimeError, match="asked for, but no code for GPU 1"):
+        choice.backend_on(torch.device("cuda:1"))
+
+
+def test_without_a_cuda_module_nothing_is_told(usable, monkeypatch):
+    monkeypatch.setattr(choice, "_cuda_built", lambda: False)
+    usable("triton", "reference")
+    choice._tell_once.cache_clear()
+    with backend.force(gpu="auto"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choice.backend_on(torch.device("cuda:0")) == "triton"
 
 
 def test_a_backend_asked_for_is_never_replaced(usable):
@@ -150,7 +184,7 @@ def test_triton_versions():
 )
 def test_without_a_usable_triton_only_info_changes(version, says, monkeypatch):
     monkeypatch.setattr(choice, "triton_version", lambda: version)
-    monkeypatch.setitem(backend.absence, "cuda", lambda: "no cuda here")
+    monkeypatch.setitem(backend.absence, "cuda", lambda index=0: "no cuda here")
     choice._triton_absence.cache_clear()
     try:
         facts = qcfs_fast.info()

@@ -14,11 +14,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+
+from qcfs_fast.study.benchmark import cases
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("cuda_report", ROOT / "tools/cuda_report.py")
-cuda_report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cuda_report)
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_report, roofline = tool("cuda_report"), tool("roofline")
 
 pytestmark = [pytest.mark.cuda, pytest.mark.native]
 needs_module = pytest.mark.skipif(
@@ -109,14 +119,89 @@ def test_a_missing_instruction_is_a_problem():
     assert cuda_report.missing_instructions({key: good + Counter({"STL.64": 1})}) != []
 
 
-def configure(build, **environment):
+def test_an_exceeded_limit_is_a_problem():
+    row = {"kernel": "image_tensor_kernel", "arch": "90", "registers": 128, "loop": {"beside products": 240}}
+    assert cuda_report.exceeded_limits([row, {**row, "kernel": "another", "registers": 255}]) == []
+    assert len(cuda_report.exceeded_limits([{**row, "registers": 129}])) == 1
+    assert len(cuda_report.exceeded_limits([{**row, "loop": {"beside products": 241}}])) == 1
+    loop = {"before products": 9, "layer's values": 0}
+    row = {"kernel": "conv_if_kernel<4, 1, 64, 4, 4, 1, 0>", "arch": "90", "registers": 255, "loop": loop}
+    assert cuda_report.exceeded_limits([row]) == []
+    for what in loop:
+        assert len(cuda_report.exceeded_limits([{**row, "loop": {**loop, what: 99}}])) == 1
+    counts = {**row, "kernel": "conv_if_kernel<4, 1, 64, 4, 3, 4, 1>", "loop": {**loop, "layer's values": 9}}
+    assert cuda_report.exceeded_limits([counts]) == []
+
+
+SASS = """
+/*0000*/ MOV R1, c[0x0][0x28] ;
+/*0010*/ LDGSTS.E.BYPASS.128 [R7], desc[UR4][R2.64] ;
+/*0020*/ @P0 BRA 0x50 ;
+/*0030*/ IADD3 R1, R1, 0x1, RZ ;
+/*0040*/ IADD3 R2, R2, 0x1, RZ ;
+/*0050*/ @!P1 BRA 0x80 ;
+/*0060*/ LDGSTS.E.BYPASS.128 [R7], desc[UR4][R2.64] ;
+/*0070*/ BRA 0x90 ;
+/*0080*/ IADD3 R3, R3, 0x1, RZ ;
+/*0090*/ IMMA.16832.U8.S8 R8, R4.ROW, R6.COL, R8 ;
+/*00a0*/ @P2 BRA 0x10 ;
+/*00b0*/ EXIT ;
+"""
+
+
+def test_what_a_round_executes():
+    """The loop begins at 0x10. An ordinary round skips 0x30 and 0x40, copies at 0x60 and so skips 0x80."""
+    code = [cuda_report.instruction(m) for m in map(cuda_report.LINE.search, SASS.splitlines()) if m]
+    loop = cuda_report.product_loop(code)
+    assert (loop["products"], loop["copies"], loop["arithmetic"], loop["executed"]) == (1, 2, 3, 7)
+
+
+@pytest.mark.parametrize("label", ["resnet18 224", "resnet20 32"])
+def test_the_roofline_counts_the_products_of_the_networks(label):
+    name, shape = cases.NETWORKS[label]
+    macs = []
+
+    def count(layer, _, out):
+        macs.append(out[0].numel() * layer.weight[0].numel())
+
+    network = cases.random_network(name, shape[-1]).eval()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    network(torch.zeros(1, *shape))
+    (estimated,) = (n for n in roofline.NETWORKS if n.lower().replace("-", "").replace(" at", "") == label)
+    layers = roofline.convolutions(estimated)
+    assert sum(size**2 * out * (9 * c + projected) for size, out, c, projected in layers) == sum(macs[1:])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_the_roofline_asks_the_cost_model(tmp_path):
+    arches = [str(gpu.capability) for gpu in roofline.GPUS.values()]
+    kernels = ["image_tensor_kernel", "conv_if_kernel<4, 1, 64, 4, 4, 1, 0>", "conv_if_kernel<4, 1, 32, 4, 4, 1, 0>"]
+    rows = [{"kernel": k, "arch": a, "loop": {"executed": 200}} for k in kernels for a in arches]
+    (tmp_path / "report.json").write_text(json.dumps({"kernels": rows}))
+    command = [sys.executable, ROOT / "tools/roofline.py", tmp_path / "report.json", "--layers"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sums = dict(re.findall(r"^(\S.*): .* all ([\d.]+)$", done.stdout, re.MULTILINE))
+    assert len(sums) == len(arches) * len(roofline.NETWORKS) * 4
+    for what, ms in sums.items():
+        assert float(ms) > 0
+        if "16 bits" in what:
+            assert float(ms) > float(sums[what.replace("16 bits", " 8 bits")])
+    for part in re.split(r"^(?=\S)", done.stdout, flags=re.MULTILINE):  # a network's lines
+        splits = re.findall(r"512 to 512 at 7: .*K/(\d+) ", part)
+        assert all((int(n) > 1) == ("batch   1" in part) for n in splits)  # a deep layer of one image is split over K
+
+
+def configure(build, *options, **environment):
     """CMake's configuration step alone."""
     pybind11 = pytest.importorskip("pybind11")
     cmake = next((p for p in (Path(sys.executable).parent / "cmake", Path("/usr/bin/cmake")) if p.exists()), None)
     if cmake is None:
         pytest.skip("cmake is not installed")
-    command = [cmake, "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
-    command.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    command = [cmake, "-G", "Ninja", "-S", ROOT, "-B", build, f"-DPython_EXECUTABLE={sys.executable}"]
+    command += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *options]
     env = {**os.environ, "QCFS_FAST_CUDA": "auto", **environment}
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
@@ -139,7 +224,27 @@ def test_a_broken_nvcc_is_none(tmp_path):
     nvcc.chmod(0o755)
     result = configure(tmp_path / "auto", CUDA_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "no working nvcc, building without the CUDA module" in result.stdout
+    assert "building without the CUDA module: no working nvcc was found" in result.stdout
     result = configure(tmp_path / "on", CUDA_HOME=str(tmp_path), QCFS_FAST_CUDA="on")
     assert result.returncode != 0
     assert "no working nvcc was found; set CUDA_HOME" in " ".join(result.stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+@pytest.mark.parametrize(("listed", "wgmma", "built"), [
+    ("7.0 8.0+PTX", "OFF", "8.0+PTX"),  # common in images for torch; the kernels need 7.5
+    ("9.0", "ON", "9.0a"),
+    ("8.0;9.0+PTX", "ON", "8.0 9.0a+PTX"),
+    ("9.0", "OFF", "9.0"),
+    ("6.1,7.0", "OFF", None),
+])  # fmt: skip
+def test_which_architectures_are_built(listed, wgmma, built, tmp_path):
+    result = configure(tmp_path, f"-DQCFS_FAST_WGMMA={wgmma}", TORCH_CUDA_ARCH_LIST=listed)
+    assert result.returncode == 0, result.stderr
+    if built is None:
+        assert "without the CUDA module: TORCH_CUDA_ARCH_LIST names no architecture from 7.5 on" in result.stdout
+    else:
+        assert f"CUDA architectures {built}\n" in result.stdout
+        assert ("sm_90a" in (tmp_path / "build.ninja").read_text()) == ("9.0a" in built)
+    assert ("7.0 is left out" in result.stdout) == ("7.0" in listed)

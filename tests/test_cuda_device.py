@@ -3,6 +3,11 @@
 compute-sanitizer runs this file too, see docs/cuda.md.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +21,9 @@ from qcfs_fast.operators.neuron import MODES
 
 problem = "torch sees no GPU" if not torch.cuda.is_available() else cuda_backend.unavailable()
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(problem != "", reason=problem or "runs")]
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +40,14 @@ def on_gpu(args, device="cuda"):
         return [move(v) for v in a] if isinstance(a, list) else a
 
     return tuple(move(a) for a in args)
+
+
+def test_a_few_layers():
+    """Little enough for compute-sanitizer (tools/measure_gpu.py)."""
+    for seed in range(12):
+        case = random_case(seed, max_pixels=6)
+        got = torch.ops.qcfs_fast.conv2d_if(*on_gpu(case.operands))
+        assert np.array_equal(got.cpu().numpy(), case.want.masks), f"seed {seed}"
 
 
 def test_random_layers_equal_the_oracle():
@@ -58,6 +74,35 @@ def test_random_layers_of_every_mode(mode):
     evidence.check()
 
 
+def layer(T, N, size, C, O, kernel, stride):
+    """Operands of a layer on random masks, whose neurons are neither silent nor saturated."""
+    g = torch.Generator().manual_seed(T + size + C)
+    planes = (T + 7) // 8
+    x = torch.zeros((planes, N, size, size, C), dtype=torch.uint8)
+    for t in range(8):
+        x |= (torch.rand(x.shape, generator=g) < 0.15).to(torch.uint8) << t
+    if planes == T:
+        x &= 1
+    w = torch.randint(-2000, 2001, (kernel, kernel, C, O), generator=g, dtype=torch.int16)
+    bias = torch.randint(-500, 2000, (O,), generator=g, dtype=torch.int32)
+    threshold = torch.full((O,), 2 * int(1200 * (0.15 * kernel * kernel * C) ** 0.5), dtype=torch.int32)
+    return (
+        [x],
+        [w],
+        [kernel, kernel, stride, stride, kernel // 2, kernel // 2, 1, 1, 1],
+        [],
+        [],
+        None,
+        bias,
+        threshold,
+        T,
+    )
+
+
+def rate_of(masks, T):
+    return sum(float(((masks[t // 8] >> (t % 8)) & 1).float().mean()) for t in range(T)) / T
+
+
 @pytest.mark.parametrize("T", [1, 2, 4, 8, 33])
 @pytest.mark.parametrize(("N", "size", "C", "O", "kernel", "stride"), [
     (8, 56, 64, 64, 3, 1), (2, 56, 64, 128, 3, 2), (1, 14, 256, 256, 3, 1), (1, 7, 512, 512, 3, 1),
@@ -65,21 +110,50 @@ def test_random_layers_of_every_mode(mode):
 ])  # fmt: skip
 def test_layers_of_real_networks_equal_the_cpu(T, N, size, C, O, kernel, stride):
     """Sizes at which each tile, split-K and the wide stores are chosen."""
-    g = torch.Generator().manual_seed(T + size + C)
-    planes = (T + 7) // 8
-    x = (torch.rand((planes, N, size, size, C, 8), generator=g) < 0.15).to(torch.uint8)
-    x = (x << torch.arange(8, dtype=torch.uint8)).sum(-1).to(torch.uint8)
-    if planes == T:
-        x &= 1
-    w = torch.randint(-2000, 2001, (kernel, kernel, C, O), generator=g, dtype=torch.int16)
-    bias = torch.randint(-500, 2000, (O,), generator=g, dtype=torch.int32)
-    threshold = torch.full((O,), 2 * int(1200 * (0.15 * kernel * kernel * C) ** 0.5), dtype=torch.int32)
-    geometry = [kernel, kernel, stride, stride, kernel // 2, kernel // 2, 1, 1, 1]
-    args = ([x], [w], geometry, [], [], None, bias, threshold, T)
+    args = layer(T, N, size, C, O, kernel, stride)
     want = torch.ops.qcfs_fast.conv2d_if(*args)
-    rate = sum(float(((want[t // 8] >> (t % 8)) & 1).float().mean()) for t in range(T)) / T
-    assert 0.05 < rate < 0.95
+    assert 0.05 < rate_of(want, T) < 0.95
     assert torch.equal(want, torch.ops.qcfs_fast.conv2d_if(*on_gpu(args)).cpu())
+
+
+@pytest.mark.parametrize(("size", "C", "O", "stride"), [(56, 64, 64, 1), (28, 128, 128, 1), (14, 256, 512, 2)])
+def test_large_batches_equal_the_cpu(size, C, O, stride):
+    """The plans of batch 256, as the benchmark times them. Samples are independent: the CPU computes the last eight."""
+    args = layer(4, 256, size, C, O, 3, stride)
+    some = ([args[0][0][:, -8:].contiguous()], *args[1:])
+    want = torch.ops.qcfs_fast.conv2d_if(*some)
+    assert 0.05 < rate_of(want, 4) < 0.95
+    assert torch.equal(want, torch.ops.qcfs_fast.conv2d_if(*on_gpu(args)).cpu()[:, -8:])
+
+
+@pytest.mark.parametrize("T", [4, 8, 11, 20])
+def test_count_planes_and_residuals_of_counts(T):
+    """Behind an average pool; T on both sides of a launch's eight steps."""
+    for C, O in ((64, 64), (48, 40), (3, 7)):
+        x, w, geometry, _, _, _, bias, threshold, _ = layer(T, 2, 9, C, O, 3, 1)
+        g = torch.Generator().manual_seed(T)
+        counts = torch.randint(0, 256, (T, *x[0].shape[1:]), generator=g, dtype=torch.uint8)
+        residual = torch.randint(0, 256, (T, 2, 9, 9, O), generator=g, dtype=torch.uint8)
+        amplitude = torch.randint(-30, 31, (O,), generator=g, dtype=torch.int32)
+        args = ([counts, x[0]], w * 2, geometry * 2, [residual], [amplitude], None, bias, threshold * 100, T)
+        want = torch.ops.qcfs_fast.conv2d_if(*args)
+        assert 0.05 < rate_of(want, T) < 0.95
+        assert torch.equal(want, torch.ops.qcfs_fast.conv2d_if(*on_gpu(args)).cpu())
+
+
+def test_operands_that_are_not_aligned():
+    """Views that begin inside of an allocation: contiguous ones are read where they lie, others are copied."""
+    for C in (64, 48):
+        args = layer(4, 2, 9, C, 64, 3, 1)
+        want = torch.ops.qcfs_fast.conv2d_if(*args)
+        on_device = on_gpu(args)
+        x = on_device[0][0]
+        shifted = torch.empty(x.numel() + 1, dtype=torch.uint8, device=x.device)[1:].view(x.shape)
+        wide = torch.empty((*x.shape[:-1], C + 1), dtype=torch.uint8, device=x.device)[..., 1:]
+        for view in (shifted, wide):
+            view.copy_(x)
+            assert view.data_ptr() % 4 != 0
+            assert torch.equal(want, torch.ops.qcfs_fast.conv2d_if([view], *on_device[1:]).cpu())
 
 
 class Net(nn.Module):
@@ -157,7 +231,7 @@ def test_a_graph_made_under_inference_mode():
     assert torch.equal(want, graph(images.cuda()).cpu())
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_gpus
 def test_graphs_on_two_devices():
     snn, images = converted(4)
     others = torch.randn_like(images)
@@ -205,11 +279,106 @@ def test_an_empty_batch():
     assert snn.to("cuda")(images[:0].cuda(), per_step=True).shape == (4, 0, 10)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_the_device_of_the_input():
+def check_reduced_overhead():
+    snn, images = converted(4)
+    others = torch.randn_like(images)
+    want, want_others = snn(images), snn(others)
+    snn = snn.to("cuda")
+    compiled = torch.compile(snn, mode="reduce-overhead")
+    for _ in range(4):  # warm-up, record, replay
+        assert torch.equal(want, compiled(images.cuda()).cpu())
+        assert torch.equal(want_others, compiled(others.cuda()).cpu())
+
+
+def check_a_graph_of_triton_kernels():
     snn, images = converted(4)
     want = snn(images)
-    snn = snn.to("cuda:1")
-    assert torch.cuda.current_device() == 0
-    assert torch.equal(want, snn(images.to("cuda:1")).cpu())
-    assert torch.cuda.current_device() == 0
+    snn, x = snn.to("cuda"), images.cuda()
+    with backend.force(gpu="triton"):
+        graph = qcfs_fast.cuda_graph(snn, x)
+    assert torch.equal(want, graph(x).cpu())
+    graph.check()
+    x[1, 0, 3, 3] = float("inf")
+    assert torch.equal(want[[0, 2, 3]], graph(x).cpu()[[0, 2, 3]])
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        graph.check()
+
+
+def in_a_process(code, **environment):
+    """What a process of its own prints: under pytest, Triton interprets its kernels."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "QCFS_FAST_BACKEND": "cuda", **environment}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_compiled_with_reduced_overhead():
+    """Its graphs allow no call to keep memory that it allocates; the network has not run before."""
+    in_a_process("import test_cuda_device as device; device.check_reduced_overhead()")
+
+
+@pytest.mark.skipif(backend.absence["triton"]() != "", reason="Triton cannot run here")
+def test_a_graph_of_triton_kernels_tells_of_nan():
+    code = "import test_cuda_device as device; device.check_a_graph_of_triton_kernels()"
+    in_a_process(code, QCFS_FAST_TRITON_TUNE="0")
+
+
+def test_weights_that_go_while_another_stream_reads_them():
+    """Their packed memory must not be given to what comes next on the stream that packed it."""
+    args = layer(4, 64, 28, 128, 128, 3, 1)
+    want = torch.ops.qcfs_fast.conv2d_if(*args)
+    x, w, *rest = on_gpu(args)
+    torch.ops.qcfs_fast.conv2d_if(x, w, *rest)
+    other = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(50_000_000)
+        got = torch.ops.qcfs_fast.conv2d_if(x, w, *rest)
+        w[0].record_stream(other)
+    size = cuda_backend.module.packed_bytes(w[0], False)
+    del w
+    taken = [torch.full((size,), 1, dtype=torch.int8, device="cuda") for _ in range(4)]
+    torch.cuda.synchronize()
+    assert torch.equal(want, got.cpu())
+    assert all(bool((t == 1).all()) for t in taken)
+
+
+@two_gpus
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_device_of_the_input(current):
+    """Not the current one, which stays as it is."""
+    snn, images = converted(4)
+    want = snn(images)
+    before = torch.cuda.current_device()
+    torch.cuda.set_device(current)
+    try:
+        for device in ("cuda:1", "cuda:0", "cuda:1"):
+            snn = snn.to(device)
+            assert torch.equal(want, snn(images.to(device)).cpu())
+            assert torch.cuda.current_device() == current
+    finally:
+        torch.cuda.set_device(before)
+
+
+USES_THE_SECOND = """
+import ctypes, torch, qcfs_fast
+x = torch.zeros((1, 2, 4, 4, 32), dtype=torch.uint8, device="cuda:1")
+w = torch.ones((3, 3, 32, 16), dtype=torch.int16, device="cuda:1")
+n = torch.full((16,), 8, dtype=torch.int32, device="cuda:1")
+torch.ops.qcfs_fast.conv2d_if([x], [w], [3, 3, 1, 1, 1, 1, 1, 1, 1], [], [], None, 0 * n, n, 4)
+torch.cuda.synchronize(1)
+driver, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+for index in (0, 1):
+    flags, active = ctypes.c_uint(), ctypes.c_int()
+    assert driver.cuDeviceGet(ctypes.byref(device), index) == 0
+    assert driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active)) == 0
+    print(active.value)
+"""
+
+
+@two_gpus
+def test_the_first_gpu_gets_no_context_from_work_on_the_second():
+    assert in_a_process(USES_THE_SECOND).split() == ["0", "1"]

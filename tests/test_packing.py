@@ -1,5 +1,6 @@
 """The one cache of packed weights: what is kept, when it is stale, and into which memory it is packed again."""
 
+import ctypes
 import gc
 import os
 import weakref
@@ -160,6 +161,7 @@ def test_packed_weights_end_with_their_network():
     """Those of the operators and those of the native network, whose memory is seen in the process."""
     gc.collect()
     before, resident = len(packing.packed_weights._entries), []
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", int)  # what is free, glibc keeps or not as it likes
     for _ in range(12):
         model = nn.Sequential(nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 4))
         snn = qcfs_fast.convert(networks.lively(model, (64,)), T=2, progress=False, check=False)
@@ -172,5 +174,6 @@ def test_packed_weights_end_with_their_network():
         gc.collect()
         assert gone() is None
         assert len(packing.packed_weights._entries) == before
+        trim(0)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
     assert max(resident[6:]) < resident[5] + 24  # MiB; the weights of three networks would be so much

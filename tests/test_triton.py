@@ -1,6 +1,5 @@
 """Every operator through the Triton kernels, in Triton's interpreter, against the CPU kernels and the reference: ==."""
 
-import contextlib
 import importlib.util
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -549,14 +548,11 @@ def test_tiles_are_timed_once(tmp_path, monkeypatch):
     monkeypatch.setattr(triton_tiles, "_known", None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "fake")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    devices = []
-    monkeypatch.setattr(torch.cuda, "device", lambda device: devices.append(device) or contextlib.nullcontext())
     ran = []
     monkeypatch.setattr(triton_tiles, "_milliseconds", lambda run: (run(), -float(len(ran)))[1])
     options = triton_tiles.candidates(problem())
     assert triton_tiles.choose(problem(), ran.append, "gpu 1", False) == options[-1]  # each beats the one before
     assert ran == options
-    assert devices == ["gpu 1"]  # timed where the operands are, not on the current device
     monkeypatch.setattr(triton_tiles, "_known", None)  # a new process reads the file
     assert triton_tiles.choose(problem(), ran.append, None, False) == options[-1]
     assert ran == options

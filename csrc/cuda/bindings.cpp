@@ -1,9 +1,10 @@
-// Python binding of the CUDA backend: reads calls (core/python.h), makes the tensors' device current, queues the
-// launches, raises on a bad code. Every address is device memory; shapes, dtypes and devices were checked in Python.
+// Python binding of the CUDA backend: reads calls (core/python.h), queues the launches on the caller's stream, raises
+// on a bad code. Every address is device memory; shapes, dtypes and devices were checked in Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -16,6 +17,7 @@ namespace py = pybind11;
 
 namespace {
 
+using qcfs::cuda::Device;
 using qcfs::cuda::Launch;
 using qcfs::cuda::Plan;
 using qcfs::python::data;
@@ -24,48 +26,35 @@ void check(int code, const std::string& op) {
   if (code != qcfs::cuda::ok) throw std::runtime_error(op + ": " + qcfs::cuda::describe(code));
 }
 
-// (device index, stream address)
+// (device index, stream address). The caller makes the device current (qcfs_fast/backend/protocol.py).
 using Where = std::tuple<int, std::uintptr_t>;
 
-// Makes the device current, and the one before it again at the end.
-class Guard {
- public:
-  Guard(const Where& where, const std::string& op) {
-    const int device = std::get<0>(where);
-    check(qcfs::cuda::set_device(device, &previous_), op);
-    changed_ = previous_ != device;
-    launch_.stream = reinterpret_cast<void*>(std::get<1>(where));
-    const int code = qcfs::cuda::query_device(device, &launch_.device);
-    if (code != qcfs::cuda::ok) {
-      restore();
-      check(code, op);
-    }
+// What launches on a device have to know of it, asked once.
+Device device_of(int index, const std::string& op) {
+  static std::map<int, Device> known;
+  const auto found = known.find(index);
+  if (found != known.end()) return found->second;
+  Device device{};
+  check(qcfs::cuda::query_device(index, &device), op);
+  return known[index] = device;
+}
+
+Launch launch_on(const Where& where, const std::string& op) {
+  const int index = std::get<0>(where);
+  int current = 0;
+  check(qcfs::cuda::current_device(&current), op);
+  if (current != index) {
+    throw std::runtime_error(op + ": the operands are on GPU " + std::to_string(index) + ", but GPU " +
+                             std::to_string(current) + " is the current one");
   }
-  ~Guard() { restore(); }
-  Guard(const Guard&) = delete;
-  Guard& operator=(const Guard&) = delete;
-
-  const Launch& launch() const { return launch_; }
-
- private:
-  // Restoring can fail only if the context is lost, which the next call reports.
-  void restore() {
-    int ignored = 0;
-    if (changed_) static_cast<void>(qcfs::cuda::set_device(previous_, &ignored));
-    changed_ = false;
-  }
-
-  int previous_ = 0;
-  bool changed_ = false;
-  Launch launch_{};
-};
+  return {reinterpret_cast<void*>(std::get<1>(where)), device_of(index, op)};
+}
 
 // Conv2dIf between plan and run (qcfs_fast/backend/protocol.py).
 class SpikingLayer {
  public:
-  SpikingLayer(const Where& where, py::handle call) : where_(where), a_(call) {
-    const Guard guard(where_, "conv2d_if");
-    plan_ = qcfs::cuda::plan_conv_if(a_.layer, guard.launch().device);
+  SpikingLayer(const Where& where, py::handle call) : launch_(launch_on(where, "conv2d_if")), a_(call) {
+    plan_ = qcfs::cuda::plan_conv_if(a_.layer, launch_.device);
   }
 
   bool on_tensor_cores() const { return plan_.path == qcfs::cuda::Path::tensor_cores; }
@@ -73,28 +62,26 @@ class SpikingLayer {
   // `packed` holds one tensor for each product, or none where the direct kernel runs; `state` is None where the layer
   // has none.
   void fire(const std::string& op, const py::list& packed, py::handle workspace, py::handle out, py::handle state) {
-    const Guard guard(where_, op);
     std::vector<const std::int8_t*> weights;
     for (const py::handle w : packed) weights.push_back(data<const std::int8_t>(w));
     a_.layer.out = data<std::uint8_t>(out);
     a_.layer.state_out = data<std::int32_t>(state);
-    check(qcfs::cuda::conv_if(a_.layer, weights.data(), plan_, data<void>(workspace), guard.launch()), op);
+    check(qcfs::cuda::conv_if(a_.layer, weights.data(), plan_, data<void>(workspace), launch_), op);
   }
 
  private:
-  Where where_;
+  Launch launch_;
   qcfs::python::SpikingLayer a_;
   Plan plan_{};
 };
 
-// The shape of a weight [KH, KW, C/groups, O] or [K, O] as packing sees it. `image`: for the first layer, all of K as
-// if it were the channels of one tap.
+// The shape of a weight [KH, KW, C/groups, O] or [K, O] as packing sees it.
 struct WeightShape {
-  WeightShape(py::handle weight, bool image) {
+  explicit WeightShape(py::handle weight) {
     std::vector<std::int64_t> size = qcfs::python::shape(weight);
     size.insert(size.begin(), 4 - size.size(), 1);
-    kernel = {image ? 1 : size[0], image ? 1 : size[1], 1, 1, 0, 0, 1, 1, 1};
-    channels = image ? size[0] * size[1] * size[2] : size[2];
+    kernel = {size[0], size[1], 1, 1, 0, 0, 1, 1, 1};
+    channels = size[2];
     out_channels = size[3];
     bytes = static_cast<int>(qcfs::python::integer(qcfs::python::result_of(weight, QCFS_NAME("element_size"))));
   }
@@ -105,16 +92,15 @@ struct WeightShape {
 };
 
 std::size_t packed_bytes(py::handle weight, bool image) {
-  const WeightShape w(weight, image);
-  return qcfs::cuda::packed_bytes(w.kernel, w.channels, w.out_channels, w.bytes);
+  const WeightShape w(weight);
+  return qcfs::cuda::packed_bytes(w.kernel, w.channels, w.out_channels, w.bytes, image);
 }
 
 void pack_weight(const Where& where, py::handle weight, bool image, py::handle packed) {
   const std::string op = "weight packing";
-  const Guard guard(where, op);
-  const WeightShape w(weight, image);
-  check(qcfs::cuda::pack_weight(w.kernel, w.channels, w.out_channels, w.bytes, data<const void>(weight),
-                                data<std::int8_t>(packed), guard.launch()),
+  const WeightShape w(weight);
+  check(qcfs::cuda::pack_weight(w.kernel, w.channels, w.out_channels, w.bytes, image, data<const void>(weight),
+                                data<std::int8_t>(packed), launch_on(where, op)),
         op);
 }
 
@@ -125,10 +111,9 @@ bool analog_on_tensor_cores(py::handle call) {
 
 void analog(const Where& where, py::handle call, py::handle packed, py::handle out) {
   const std::string op = "analog convolution";
-  const Guard guard(where, op);
   qcfs::AnalogConv a = qcfs::python::analog_conv(call);
   qcfs::python::set_output(a, out);
-  check(qcfs::cuda::analog(a, data<const std::int8_t>(packed), guard.launch()), op);
+  check(qcfs::cuda::analog(a, data<const std::int8_t>(packed), launch_on(where, op)), op);
 }
 
 // Both tables of windows on the device, int64 [out, 3].
@@ -138,32 +123,28 @@ qcfs::python::Windows windows(py::handle rows, py::handle cols) {
 }
 
 void pool(const Where& where, py::handle call, py::handle rows, py::handle cols, py::handle out) {
-  const Guard guard(where, "pool");
-  check(qcfs::cuda::pool(qcfs::python::pool(call, out, windows(rows, cols)), guard.launch()), "pool");
+  check(qcfs::cuda::pool(qcfs::python::pool(call, out, windows(rows, cols)), launch_on(where, "pool")), "pool");
 }
 
 void pool_counts(const Where& where, py::handle call, py::handle rows, py::handle cols, py::handle out) {
-  const Guard guard(where, "pool_counts");
-  check(qcfs::cuda::pool_counts(qcfs::python::pool_counts(call, out, windows(rows, cols)), guard.launch()),
+  check(qcfs::cuda::pool_counts(qcfs::python::pool_counts(call, out, windows(rows, cols)),
+                                launch_on(where, "pool_counts")),
         "pool_counts");
 }
 
 void count(const Where& where, py::handle call, py::handle out) {
-  const Guard guard(where, "count");
-  check(qcfs::cuda::count(qcfs::python::count(call, out), guard.launch()), "count");
+  check(qcfs::cuda::count(qcfs::python::count(call, out), launch_on(where, "count")), "count");
 }
 
 void readout(const Where& where, py::handle call, py::handle out) {
-  const Guard guard(where, "readout");
   const qcfs::python::ReadoutLayer layer(call, out);
-  check(qcfs::cuda::readout(layer.layer, guard.launch()), "readout");
+  check(qcfs::cuda::readout(layer.layer, launch_on(where, "readout")), "readout");
 }
 
 void quantize_input(const Where& where, py::handle call, py::handle workspace, py::handle out, py::handle exponent) {
-  const Guard guard(where, "quantize_input");
-  check(
-      qcfs::cuda::quantize(qcfs::python::quantize(call, out, exponent), data<std::uint32_t>(workspace), guard.launch()),
-      "quantize_input");
+  check(qcfs::cuda::quantize(qcfs::python::quantize(call, out, exponent), data<std::uint32_t>(workspace),
+                             launch_on(where, "quantize_input")),
+        "quantize_input");
 }
 
 }    // namespace

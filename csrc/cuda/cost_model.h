@@ -2,14 +2,17 @@
 // taken. Host code only, the same for the device build and the emulation. It never changes a result, only how long it
 // takes.
 //
-// Estimated cycles of one launch, per streaming multiprocessor (SM):
+// Estimated cycles of one launch, per streaming multiprocessor (SM), on which up to `together` blocks run at once:
 //
-//     block  = digits * stages / splits * max(BM * BN * 64 * T / macs, (BM + BN) * 64 / l2_bytes) + block_overhead
-//     layer  = ceil(blocks / (SMs * resident)) * resident * block
-//              + split-K: second_launch, and its partial sums over memory_bytes a cycle and SM
+//     busy   = max(BM * BN * 64 * T / macs, (BM + BN) * 64 / l2_bytes)
+//     stage  = max(together * busy, BM * BN * 64 * T / macs + stage_latency)
+//     round  = digits * stages / splits * stage + block_overhead
+//     layer  = the rounds that blocks / SMs take
+//              + split K: in a cluster cluster_overhead; else second_launch, and the partial sums at memory_bytes
 //
-// `macs` are the int8 multiply-adds that mma.sync does in a cycle on an SM. Rates come from data sheets and overheads
-// are estimates; none is measured.
+// A block that has an SM for itself pays the latency of every stage: the wait, the barrier, ldmatrix, the first
+// product. `macs` are the int8 multiply-adds that mma.sync does in a cycle on an SM. Rates come from data sheets and
+// latencies are estimates; none is measured.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +25,9 @@ struct Device {
   int multiprocessors;
   int capability;      // 10 * major + minor
   int shared_bytes;    // per block, opt-in limit
+  int code;            // what the loaded kernels were compiled for: 80 where a 9.0 GPU translates PTX of compute_80
+  int max_cluster;     // blocks of a thread-block cluster: 1 where there are none, 8 at most
+  bool dependent;      // launches may begin before the one before has ended
 };
 
 enum class Path : int { direct = 0, tensor_cores = 1 };
@@ -41,11 +47,13 @@ struct TileShape {
 struct Plan {
   Path path;
   TileKind tile;
-  int splits;                     // of K; more than one: partial sums, then a second kernel
-  int slices;                     // partial sums per output: `splits`, or 0 when fused
+  int splits;                     // of K, each a block for every tile
+  int slices;                     // partial sums of an output that a second kernel adds: `splits`, or 0 when fused
   std::int64_t membrane_bytes;    // and what else a neuron carries from launch to launch
   std::int64_t partial_bytes;
   std::int64_t workspace_bytes() const { return membrane_bytes + partial_bytes; }
+  // Blocks of a cluster: the splits that share a tile without a second kernel.
+  int cluster() const { return slices == 0 ? splits : 1; }
 };
 
 constexpr int stage_bytes = 64;    // of K in one pipeline stage
@@ -70,8 +78,11 @@ constexpr TileShape tile_shape(int T, TileKind tile) {
   return {128, 64, 4, 2, 4, 1};
 }
 
-constexpr std::size_t tile_shared_bytes(const TileShape& s) {
-  return static_cast<std::size_t>(s.stages) * static_cast<std::size_t>(s.rows * s.a_planes + s.cols) * stage_bytes;
+// The pipeline's; blocks of a cluster need room for their accumulators too, whose rows are padded (SharedCurrents).
+constexpr std::size_t shared_bytes(const TileShape& s, int T, bool cluster) {
+  const int pipeline = s.stages * (s.rows * s.a_planes + s.cols) * stage_bytes;
+  const int currents = cluster ? T * s.rows * (s.cols + 8) * 4 : 0;
+  return static_cast<std::size_t>(pipeline > currents ? pipeline : currents);
 }
 
 constexpr int resident = 2;    // blocks on an SM: what registers allow the widest tiles
@@ -79,21 +90,29 @@ constexpr int resident = 2;    // blocks on an SM: what registers allow the wide
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Per cycle and SM: bytes that the L2 cache gives, and bytes that partial sums go to memory with.
-constexpr double l2_bytes = 32, memory_bytes = 16;
-// Cycles: filling the pipeline and the epilogue of a block; launching the second kernel of a split K.
-constexpr double block_overhead = 1500, second_launch = 4000;
+constexpr double l2_bytes = 24, memory_bytes = 16;
+// Cycles: of a stage until its first product has begun; of a block outside of its stages (launch, filling the pipeline,
+// epilogue); of a cluster's two barriers and of reading other blocks' sums; of launching a second kernel.
+constexpr double stage_latency = 120, block_overhead = 3000, cluster_overhead = 1500, second_launch = 7000;
 
-inline double macs_per_cycle(int capability) {
+struct Rates {
+  double macs;         // int8 multiply-adds of a cycle and SM
+  int shared_on_sm;    // KiB of shared memory
+};
+constexpr Rates rates(int capability) {
   switch (capability) {
     case 75:
+      return {1024, 64};
     case 86:
     case 89:
     case 120:
-      return 1024;
+      return {1024, 100};
     case 90:
-      return 2560;    // of 4096; mma.sync does not reach wgmma's rate
+      return {2560, 228};    // of 4096; mma.sync does not reach wgmma's rate
+    case 80:
+      return {2048, 164};
     default:
-      return 2048;
+      return {2048, 228};
   }
 }
 
@@ -101,23 +120,35 @@ struct Work {
   std::int64_t pixels, out_channels, stages, steps;
   int digits;
   bool counts;
+  bool any_width;    // rows that are not whole 16-byte pieces: only the small tile and that of counts take them
 };
 
-inline double estimate_cycles(const Work& w, const Device& d, TileKind tile, int splits) {
+// Blocks that an SM holds at once, by registers (about 36 and 1.5 for each accumulator) and shared memory.
+constexpr int together(const TileShape& s, int T, bool cluster, int capability) {
+  const int accumulators = s.row_parts * s.cols / 2 * T;
+  const int by_registers = 65536 / (32 * s.warps * (36 + accumulators * 3 / 2));
+  const int by_memory = rates(capability).shared_on_sm * 1024 / (static_cast<int>(shared_bytes(s, T, cluster)) + 1024);
+  const int blocks = by_registers < by_memory ? by_registers : by_memory;
+  return blocks > 1 ? blocks : 1;
+}
+
+inline double estimate_cycles(const Work& w, const Device& d, TileKind tile, int splits, bool cluster) {
   const int T = compiled_steps(w.steps);
   const TileShape s = tile_shape(T, tile);
-  const double tile_macs = static_cast<double>(s.rows) * s.cols * stage_bytes * T;
-  const double product = tile_macs / macs_per_cycle(d.capability);
+  // A block cannot use all four tensor units unless it has at least four warps.
+  const double product = static_cast<double>(s.rows) * s.cols * stage_bytes * T / rates(d.capability).macs;
+  const double alone = product * (s.warps < 4 ? 4.0 / s.warps : 1.0) + stage_latency;
   const double traffic = static_cast<double>(s.rows * s.a_planes + s.cols) * stage_bytes / l2_bytes;
-  // A block alone on an SM cannot use all four tensor units unless it has at least four warps.
-  const double sharing = s.warps >= 4 ? 1.0 : 4.0 / s.warps / resident;
-  const double block =
-      static_cast<double>(w.digits * ceil_div(w.stages, splits)) * (product > traffic ? product : traffic) * sharing +
-      block_overhead;
+  const double stages = static_cast<double>(w.digits * ceil_div(w.stages, splits));
+  const auto round = [&](double blocks) {
+    const double shared = blocks * (product > traffic ? product : traffic);
+    return stages * (shared > alone ? shared : alone) + block_overhead;
+  };
   const std::int64_t blocks = ceil_div(w.pixels, s.rows) * ceil_div(w.out_channels, s.cols) * splits;
-  const std::int64_t on_sm = ceil_div(blocks, d.multiprocessors);
-  const std::int64_t waves = on_sm <= resident ? on_sm : ceil_div(on_sm, resident) * resident;
-  double cycles = static_cast<double>(waves) * block;
+  const std::int64_t on_sm = ceil_div(blocks, d.multiprocessors), most = together(s, T, cluster, d.capability);
+  double cycles = static_cast<double>(on_sm / most) * round(static_cast<double>(most));
+  if (on_sm % most != 0) cycles += round(static_cast<double>(on_sm % most));
+  if (cluster) return cycles + cluster_overhead;
   if (splits > 1) {
     const double partial = 8.0 * static_cast<double>(w.pixels * w.out_channels * w.steps * splits);
     cycles += second_launch + partial / (memory_bytes * d.multiprocessors);
@@ -131,26 +162,30 @@ constexpr std::int64_t max_partial_bytes = std::int64_t{64} << 20;
 struct Choice {
   TileKind tile;
   int splits;
+  bool cluster;
 };
 
 inline Choice choose_tile(const Work& w, const Device& d) {
-  Choice best{w.counts ? TileKind::counts : TileKind::small, 1};
+  Choice best{w.counts ? TileKind::counts : TileKind::small, 1, false};
+  const int T = compiled_steps(w.steps);
   double least = -1;
   for (const TileKind tile : {TileKind::wide, TileKind::small, TileKind::counts}) {
-    const int T = compiled_steps(w.steps);
     // At one step a count plane is loaded as a mask plane is, so every tile serves.
     if (T > 1 && (tile == TileKind::counts) != w.counts) continue;
     if (T == 1 && tile == TileKind::counts) continue;
-    if (tile_shared_bytes(tile_shape(T, tile)) > static_cast<std::size_t>(d.shared_bytes)) continue;
+    if (tile == TileKind::wide && w.any_width) continue;
     for (const int splits : split_choices) {
-      if (splits > 1 &&
-          (splits * 2 > w.stages || splits * w.pixels * w.out_channels * w.steps * 4 > max_partial_bytes)) {
-        break;
-      }
-      const double cycles = estimate_cycles(w, d, tile, splits);
+      const bool cluster = splits > 1 && d.max_cluster > 1;
+      const std::int64_t share = ceil_div(w.stages, splits);
+      if (splits * 2 > w.stages && splits > 1) break;
+      if (cluster && (splits > d.max_cluster || (splits & (splits - 1)) != 0)) continue;
+      if ((splits - 1) * share >= w.stages) continue;    // one would be empty
+      if (!cluster && splits > 1 && splits * w.pixels * w.out_channels * w.steps * 4 > max_partial_bytes) break;
+      if (shared_bytes(tile_shape(T, tile), T, cluster) > static_cast<std::size_t>(d.shared_bytes)) continue;
+      const double cycles = estimate_cycles(w, d, tile, splits, cluster);
       if (least < 0 || cycles < least) {
         least = cycles;
-        best = {tile, splits};
+        best = {tile, splits, cluster};
       }
     }
   }

@@ -30,8 +30,8 @@ struct Launch {
 
 const char* describe(int code);
 int device_count(int* count);
-int set_device(int index, int* previous);
-int query_device(int index, Device* device);
+int current_device(int* index);
+int query_device(int index, Device* device);    // of the current device; `code` loads the kernels there
 
 // A spiking layer runs on tensor cores, with the weights of product i packed by pack_weight in `packed[i]`, or in a
 // direct kernel, with weights as in the contract and `packed` unused. plan_conv_if chooses one and says how much
@@ -39,12 +39,13 @@ int query_device(int index, Device* device);
 Plan plan_conv_if(const ConvIf& a, const Device& device);
 int conv_if(const ConvIf& a, const std::int8_t* const* packed, const Plan& plan, void* workspace, const Launch& launch);
 
-std::size_t packed_bytes(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes);
-int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes,
+// `image`: for the first layer, in an order of its own.
+std::size_t packed_bytes(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes,
+                         bool image);
+int pack_weight(const Geometry& g, std::int64_t channels, std::int64_t out_channels, int weight_bytes, bool image,
                 const void* weight, std::int8_t* packed, const Launch& launch);
 
-// The first layer runs on tensor cores where analog_on_tensor_cores allows it. Its weights are then packed as those of
-// a pointwise layer of kernel_h * kernel_w * channels inputs. With packed = null it runs in a plain kernel.
+// The first layer runs on tensor cores where analog_on_tensor_cores allows it; with packed = null, in a plain kernel.
 bool analog_on_tensor_cores(const Geometry& g, std::int64_t channels, std::int64_t out_channels);
 int analog(const AnalogConv& a, const std::int8_t* packed, const Launch& launch);
 

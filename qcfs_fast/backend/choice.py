@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from . import native
 
 ENGINES = (
@@ -109,8 +111,8 @@ def force(
 
 
 @functools.cache
-def _cuda_absence() -> str:
-    return str(importlib.import_module("qcfs_fast.backend.cuda").unavailable())
+def _cuda_absence(index: int = 0) -> str:
+    return str(importlib.import_module("qcfs_fast.backend.cuda").unavailable(index))
 
 
 @functools.cache
@@ -135,7 +137,7 @@ def triton_absence(version: str | None) -> str:
 
 
 @functools.cache
-def _triton_absence() -> str:
+def _triton_absence(index: int = 0) -> str:
     reason = triton_absence(triton_version())
     if not reason:
         try:
@@ -145,25 +147,25 @@ def _triton_absence() -> str:
     return reason
 
 
-# Why a backend cannot run here; an empty string means that it can. A backend joins by an entry here, in BACKENDS and
-# GPU_ORDER, and in registration.kernels.
-absence: dict[str, Callable[[], str]] = {
+# Why a backend cannot run on a GPU (its index, by default the first's); an empty string means that it can. A backend
+# joins by an entry here, in BACKENDS and GPU_ORDER, and in registration.kernels.
+absence: dict[str, Callable[..., str]] = {
     "cuda": _cuda_absence,
     "triton": _triton_absence,
-    "reference": lambda: "",
+    "reference": lambda index=0: "",
 }
 
 
-def gpu_backend() -> str:
-    """Name of the backend that operators on GPU tensors use: the one asked for, or the first that can run.
+def gpu_backend(index: int = 0) -> str:
+    """Name of the backend that operators on tensors of a GPU use: the one asked for, or the first that can run there.
 
     Raises:
         RuntimeError: the backend asked for cannot run; nothing else is taken in its place.
     """
     requested = settings().gpu
     if requested == "auto":
-        return next(name for name in GPU_ORDER if not absence[name]())
-    reason = absence[requested]()
+        return next(name for name in GPU_ORDER if not absence[name](index))
+    reason = absence[requested](index)
     if reason:
         raise RuntimeError(f"the {requested} backend was asked for, but {reason}")
     return requested
@@ -185,14 +187,42 @@ def cpu_backend() -> str:
     return "reference" if settings().reference or native.module is None else "cpu"
 
 
+def backend_on(device: torch.device) -> str:
+    """Name of the backend that operators on tensors of this device use."""
+    if device.type == "cpu":
+        return cpu_backend()
+    name = gpu_backend(device.index)
+    if name != "cuda" and settings().gpu == "auto" and _cuda_built():
+        _tell_once(f"qcfs_fast: {name} kernels run on {device}, since {absence['cuda'](device.index)}")
+    return name
+
+
+@functools.cache
+def _cuda_built() -> bool:
+    return importlib.util.find_spec("qcfs_fast._cuda") is not None
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
 def describe_gpu() -> dict[str, str]:
-    """State of each GPU backend for `info`: "usable" or why not, and which one would run."""
-    states = {name: absence[name]() or "usable" for name in GPU_ORDER if name != "reference"}
-    try:
-        states["in use"] = gpu_backend()
-    except RuntimeError as error:
-        states["in use"] = f"none: {error}"
-    return states
+    """Each GPU backend for `info`: "usable" or why not, and which one would run. Of each GPU if they differ."""
+
+    def in_use(index: int) -> str:
+        try:
+            return gpu_backend(index)
+        except RuntimeError as error:
+            return f"none: {error}"
+
+    def of_each(state: Callable[[int], str]) -> str:
+        states = [state(i) for i in range(torch.cuda.device_count() or 1)]
+        alike = len(set(states)) == 1
+        return states[0] if alike else "; ".join(f"GPU {i}: {text}" for i, text in enumerate(states))
+
+    found = {name: of_each(lambda i, name=name: absence[name](i) or "usable") for name in GPU_ORDER[:-1]}  # type: ignore[misc]
+    return found | {"in use": of_each(in_use)}
 
 
 # ---------------------------------------------------------------------------------------------- CPU

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..operators import reference
+from ..operators.finite import refuse_not_finite
 from ..operators.signature import (
-    NOT_FINITE,
     Conv2dCurrent,
     Conv2dEncode,
     Conv2dIf,
@@ -34,34 +34,36 @@ from ..operators.signature import (
     QuantizeInput,
     Readout,
 )
-from .packing import Packed, Packing, capturing, window_table
-from .protocol import Kernels, Plan
+from .packing import Packed, Packing, window_table
+from .protocol import GpuKernels, Plan
 
 module: Any = None
 
 
-def unavailable() -> str:
-    """Loads the module; returns why it cannot run here, or an empty string."""
+def unavailable(index: int = 0) -> str:
+    """Loads the module; returns why it cannot run on this GPU, or an empty string."""
     global module
     if module is None:
         try:
             module = importlib.import_module("qcfs_fast._cuda")
         except ImportError as error:
             return f"CUDA module absent ({error})"
-    try:
-        devices = int(module.device_count())
-    except RuntimeError as error:
-        return f"CUDA module built, but {error}"
-    if devices == 0 or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return "CUDA module built, but torch sees no GPU"
-    for i in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(i)
-        if not covers(module.ARCHITECTURES, capability):
-            wanted = ".".join(map(str, capability))
-            return (
-                f"the CUDA module holds code for {module.ARCHITECTURES}, not for GPU {i} of compute capability "
-                f"{wanted}; build again with TORCH_CUDA_ARCH_LIST={wanted}"
-            )
+    try:
+        module.device_count()
+    except RuntimeError as error:
+        return (
+            f"CUDA module built, but {error}; update the driver, or build again with an nvcc of CUDA "
+            f"{torch.version.cuda}, as torch was"
+        )
+    capability = torch.cuda.get_device_capability(index)
+    if not covers(module.ARCHITECTURES, capability):
+        wanted = ".".join(map(str, capability))
+        return (
+            f"the CUDA module holds code for {module.ARCHITECTURES}, not for GPU {index} of compute capability "
+            f"{wanted}; build again with TORCH_CUDA_ARCH_LIST={wanted}"
+        )
     return ""
 
 
@@ -86,7 +88,7 @@ def _where(x: Tensor) -> tuple[int, int]:
     return int(stream.device.index), int(stream.cuda_stream)
 
 
-class _CudaKernels(Kernels):
+class _CudaKernels(GpuKernels):
     def __call__(self, a: Operator) -> Any:
         """A CUDA error carries the operator's name and its operands' shapes."""
         if isinstance(a, LinearIf):  # comes again as a Conv2dIf
@@ -112,7 +114,7 @@ def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _packing(weight: Tensor, dense: Tensor, image: bool = False) -> Packing:
-    """Digit planes of a weight; `image`: for the first layer, all of K as if it were the channels of one tap."""
+    """Digit planes of a weight; `image`: of the first layer's, in pieces of four channels instead of sixteen."""
 
     def pack() -> Packed:
         packed = _empty(dense, (module.packed_bytes(dense, image),), torch.int8)
@@ -160,15 +162,17 @@ def _analog(a: Conv2dCurrent, plan: Plan, packed: list[Packed]) -> Tensor:
 # -------------------------------------------------------------------------------- pooling and counting
 
 
-def _tables(a: Pool | MaxPool | PoolCounts, device: torch.device) -> tuple[Tensor, Tensor]:
-    return window_table(tuple(a.rows), device, torch.int64), window_table(tuple(a.cols), device, torch.int64)
+def _plan_windows(a: Pool | MaxPool | PoolCounts) -> Plan:
+    return Plan("", detail=[window_table(tuple(w), a.device, torch.int64) for w in (a.rows, a.cols)])
 
 
-@KERNELS.operator(Pool)
-@KERNELS.operator(MaxPool)
-def _pool(a: Pool | MaxPool) -> Tensor:
+@KERNELS.operator(Pool, _plan_windows)
+@KERNELS.operator(MaxPool, _plan_windows)
+@KERNELS.operator(PoolCounts, _plan_windows)
+def _pool(a: Pool | MaxPool | PoolCounts, plan: Plan, packed: list[Packed]) -> Tensor:
     out: Tensor = a.empty()
-    module.pool(_where(out), a, *_tables(a, out.device), out)
+    launch = module.pool_counts if isinstance(a, PoolCounts) else module.pool
+    launch(_where(out), a, *plan.detail, out)
     return out
 
 
@@ -176,13 +180,6 @@ def _pool(a: Pool | MaxPool) -> Tensor:
 def _count(a: Count) -> Tensor:
     out: Tensor = a.empty()
     module.count(_where(out), a, out)
-    return out
-
-
-@KERNELS.operator(PoolCounts)
-def _pool_counts(a: PoolCounts) -> Tensor:
-    out: Tensor = a.empty()
-    module.pool_counts(_where(out), a, *_tables(a, out.device), out)
     return out
 
 
@@ -198,18 +195,10 @@ def _readout(a: Readout) -> Tensor:
     return out
 
 
-# Where a capture leaves the flags of its quantize_input calls, for CudaGraph.check().
-captured_flags: list[Tensor] | None = None
-
-
 @KERNELS.operator(QuantizeInput)
 def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
     q, exponent = a.empty()
     workspace = _empty(q, (q.shape[0] + 1,), torch.int32)
     module.quantize_input(_where(q), a, workspace, q, exponent)
-    if capturing(q):
-        if captured_flags is not None:
-            captured_flags.append(workspace)
-    elif int(workspace[-1]):
-        raise ValueError(NOT_FINITE)
+    refuse_not_finite(workspace[-1:])
     return q, exponent

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators.signature import NOT_FINITE
-from . import cuda
+from ..operators.finite import kept_flags, raise_flags
 
 
 class CudaGraph:
@@ -26,7 +25,6 @@ class CudaGraph:
             )
         self.run = run  # keeps the network, whose weights the graph reads
         self.graph = torch.cuda.CUDAGraph()
-        self._flags: list[Tensor] = []
         # Normal tensors even under inference_mode: a later call outside of it must write to the input.
         with torch.cuda.device(example.device), torch.inference_mode(False), torch.no_grad():
             self.input = example.detach().clone()
@@ -36,13 +34,9 @@ class CudaGraph:
                 for _ in range(2):
                     run(self.input)
             torch.cuda.current_stream().wait_stream(side)
-            saved, cuda.captured_flags = cuda.captured_flags, self._flags
-            try:
-                # Torch's own capture stream belongs to the device of the process's first capture.
-                with torch.cuda.graph(self.graph, stream=side):
-                    self.output = run(self.input)
-            finally:
-                cuda.captured_flags = saved
+            # Torch's own capture stream belongs to the device of the process's first capture.
+            with kept_flags() as self._flags, torch.cuda.graph(self.graph, stream=side):
+                self.output = run(self.input)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape != self.input.shape:
@@ -59,8 +53,7 @@ class CudaGraph:
 
         Replays cannot raise; a sample with such values is computed as if it were zero.
         """
-        if any(int(flag[-1]) for flag in self._flags):
-            raise ValueError(NOT_FINITE)
+        raise_flags(self._flags)
 
 
 def cuda_graph(snn: Any, example: Tensor, T: int | None = None, per_step: bool = False) -> CudaGraph:

@@ -8,7 +8,8 @@ One cache serves every backend, under one rule:
                    same memory (`in_place`), because CUDA graphs that were captured before go on reading it
     never kept     weights without a version counter (made under torch.inference_mode()), and what is packed while a
                    CUDA graph is captured: the capture only records it, and its result exists in replays alone
-    other streams  may read what was packed, so the stream that packs it on a GPU is waited for, once
+    other streams  may read what was packed on a GPU, so the stream that packs it is waited for, once; and its memory is
+                   given to nobody before they have read it, even if the weights are gone
 
 A change through .data or .numpy() does not raise the version counter and is not noticed; never change weights that way.
 """
@@ -18,10 +19,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ..operators.finite import capturing
 
 Packed = Sequence[Tensor]
 
@@ -41,6 +44,7 @@ class _Entry:
     weights: tuple[weakref.ref[Tensor], ...]
     states: tuple[tuple[int, int], ...]
     packed: Packed
+    streams: set[int] = field(default_factory=set)  # that have read it
 
     def fresh(self, weights: Sequence[Tensor]) -> bool:
         for w, ref, state in zip(weights, self.weights, self.states, strict=True):
@@ -48,10 +52,15 @@ class _Entry:
                 return False
         return True
 
-
-def capturing(x: Tensor) -> bool:
-    """Whether work on x is being recorded into a CUDA graph, which cannot wait for a result."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    def lent(self) -> Packed:
+        """What was packed, to be read on the current stream. The allocator knows only the stream that made it."""
+        if self.packed[0].is_cuda:
+            stream = torch.cuda.current_stream(self.packed[0].device)
+            if stream.cuda_stream not in self.streams:
+                self.streams.add(stream.cuda_stream)
+                for t in self.packed:
+                    t.record_stream(stream)
+        return self.packed
 
 
 class PackedWeights:
@@ -64,7 +73,7 @@ class PackedWeights:
         key = (packing.layout, tuple(map(id, weights)))
         entry = self._entries.get(key)
         if entry is not None and entry.fresh(weights):
-            return entry.packed
+            return entry.lent()
         # Normal tensors even under inference_mode: a later call outside of it may have to write to them.
         with torch.inference_mode(False), torch.no_grad():
             if any(w.is_inference() for w in weights) or capturing(weights[0]):
@@ -78,8 +87,8 @@ class PackedWeights:
         if weights[0].is_cuda:
             torch.cuda.current_stream(weights[0].device).synchronize()
         refs = tuple(weakref.ref(w, lambda _: self._entries.pop(key, None)) for w in weights)
-        self._entries[key] = _Entry(refs, states, packed)
-        return packed
+        made = self._entries[key] = _Entry(refs, states, packed)
+        return made.lent()
 
     def forget(self, weights: Iterable[Tensor]) -> None:
         """Let go of what was made of these weights; it is made again at their next use."""

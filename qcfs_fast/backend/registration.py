@@ -1,7 +1,7 @@
 """torch.ops.qcfs_fast: every operator of signature.py as a torch operator.
 
 An operator gets its schema, a fake kernel for torch.compile and torch.export (the checks, then an empty result), and
-one function for each device that checks the call and hands it to the backend that choice.py names.
+one function that checks the call and hands it to the backend that choice.py names for the device.
 """
 
 from __future__ import annotations
@@ -39,14 +39,15 @@ def kernels(name: str) -> Kernels:
 
 
 def register(library: torch.library.Library, kind: type[Operator]) -> None:
-    """Define an operator in a library: schema, fake kernel, and the way to a backend for each device."""
+    """Define an operator in a library: schema, fake kernel, and the way to a backend."""
 
-    def on(backend: Callable[[], str]) -> Callable[..., Any]:
-        return lambda *operands: kernels(backend())(kind.checked(*operands))
+    def call(*operands: Any) -> Any:
+        a = kind.checked(*operands)
+        return kernels(choice.backend_on(a.device))(a)
 
     library.define(kind.schema())
-    library.impl(kind.name, on(choice.cpu_backend), "CPU")
-    library.impl(kind.name, on(choice.gpu_backend), "CUDA")
+    for device in ("CPU", "CUDA"):
+        library.impl(kind.name, call, device)
     fake: Callable[..., Any] = lambda *operands: kind.checked(*operands).empty()  # noqa: E731
     torch.library.register_fake(f"{library.ns}::{kind.name}", fake, lib=library)
 

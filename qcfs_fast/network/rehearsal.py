@@ -2,6 +2,10 @@
 
 The image and all tensors have shapes and no values (torch's device meta). So every operator checks its operands, and
 what it would compute is bound.
+
+And a run without kernels, on a GPU: each operator packs its weights and makes its tables, and computes nothing. What
+lives on after a call is then made before the first one. A call that torch.compile records into a CUDA graph
+(mode="reduce-overhead") may not make such a thing: its memory belongs to the graph.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..backend.protocol import getting_ready
 from ..errors import FormatError
 from ..operators.limits import MAX_HELD, MAX_STATED
 from .layers import IMAGE, PIXELS, Layer, Run, SpikePool, signs
@@ -59,6 +64,14 @@ def rehearsed(
         require(held <= MAX_HELD, f"{name}: spikes of more than {MAX_HELD} bytes would wait for their readers")
         held -= sum(_bytes_of(values[node]) for node in set(layer.inputs) if last[node] == name)
     return shape, sizes
+
+
+def get_ready(layers: Sequence[tuple[str, Layer]], input_shape: Sequence[int], run: Run, device: torch.device) -> None:
+    """Pack the weights of a network that has come to a GPU, and make the tables for images of this shape."""
+    values: dict[str, Any] = {IMAGE: torch.empty((1, *input_shape), device=device)}
+    with getting_ready():
+        for name, layer in layers:
+            values[name] = layer(values, run)
 
 
 def _bytes_of(value: Any) -> int:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backend import choice
 from ..errors import FormatError
 from ..operators.limits import MAX_COUNT, MAX_SOURCES, MAX_SUM
 from ..operators.neuron import Neuron
 from . import anytime, saving, tail
 from .executor import Executor
 from .layers import IMAGE, INPUT, EncodingLayer, ImageInput, Layer, Readout, Run, SpikingLayer, Values
-from .rehearsal import rehearsed
+from .rehearsal import get_ready, rehearsed
 from .schema import printable
 from .stream import Stream
 from .tail import checked_form
@@ -230,6 +231,9 @@ class SNN(Branch):
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
         super()._apply(move, recurse)
+        device = self._program[0][1].source.device
+        if self.input_shape is not None and (device.type == "cuda" or choice.triton_on_cpu()):
+            get_ready(self._program, self.input_shape, Run(self.T, self._neuron), device)
         return self
 
     def train(self, mode: bool = True) -> SNN:

@@ -7,5 +7,6 @@ neuron.py     the modes of the neuron
 geometry.py   the geometry of a convolution
 windows.py    the windows of a pool
 masks.py      spike masks and count planes
+finite.py     what becomes of NaN and infinity in an image
 limits.py     every limit, with its reason, and the bound on T
 """

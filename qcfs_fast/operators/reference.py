@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .finite import refuse_not_finite
 from .geometry import convolution_size, split
 from .limits import IMAGE_MEMBRANE
 from .masks import pack, unpack
 from .neuron import MODES
 from .signature import (
-    NOT_FINITE,
     Conv2dCurrent,
     Conv2dEncode,
     Conv2dIf,
@@ -202,8 +202,9 @@ def readout(a: Readout) -> Tensor:
 def quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
     z = a.x.to(torch.float32).index_select(1, a.source) * a.scale[:, None, None]
     z = (z + a.shift[:, None, None]).to(torch.float64)
-    if not bool(torch.isfinite(z).all()):
-        raise ValueError(NOT_FINITE)
+    finite = torch.isfinite(z).flatten(1).all(1)
+    refuse_not_finite(~finite)
+    z = z.where(finite[:, None, None, None], 0)
     largest = z.abs().flatten(1).amax(1) if z.numel() else z.new_zeros(z.shape[0])
     limit = float(2 ** (a.bits - 1) - 1)
     _, exponent = torch.frexp(largest / limit)

@@ -143,6 +143,12 @@ class Operator:
                 key.append(value)
         return tuple(key)
 
+    @property
+    def device(self) -> torch.device:
+        """Where all operands are and the result will be."""
+        like: Tensor = getattr(self, self.anchor)
+        return like.device
+
     def empty(self) -> Any:
         """Memory for the result, which a kernel writes whole."""
         like: Tensor = getattr(self, self.anchor)

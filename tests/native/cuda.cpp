@@ -1,7 +1,8 @@
 // Runs the CUDA backend's kernels on the CPU (csrc/cuda/emulation) and compares every byte with plain loops over int64
 // and double. Every operand is a heap block of exactly its size, so that ASan sees an index that strays.
 //
-// Usage: emulation_test SEED SPIKING_LAYERS [T]. Prints one line of totals, which say what the random layers covered.
+// Usage: emulation_test SEED SPIKING_LAYERS [T [CAPABILITY]]. T = 0: any; CAPABILITY: of the GPU to imitate, without it
+// now one, now another. Prints one line of totals, which say what the random layers covered.
 #include "cuda/cuda.h"
 
 #include <sys/mman.h>
@@ -51,7 +52,8 @@ class Block {
 struct Totals {
   Evidence evidence;
   i64 layers = 0, neurons = 0;
-  i64 tensor = 0, direct = 0, split = 0, several = 0, long_runs = 0, counted = 0, extreme = 0, images = 0, other = 0;
+  i64 tensor = 0, direct = 0, split = 0, clusters = 0, several = 0, long_runs = 0, counted = 0, extreme = 0, images = 0,
+      other = 0;
   i64 tiles[3] = {0, 0, 0}, modes[5] = {0, 0, 0, 0, 0}, states = 0, alone = 0;
 } totals;
 
@@ -95,13 +97,15 @@ void spiking_layer(i64 steps) {
     for (const Product& p : layer.products) {
       const i64 C = p.x.channels, O = a.out_channels;
       stages += cuda::stages_of(p.g.kernel_h * p.g.kernel_w, C);
-      const auto& to = packed.emplace_back(static_cast<i64>(cuda::packed_bytes(p.g, C, O, p.weight_bytes)));
-      if (cuda::pack_weight(p.g, C, O, p.weight_bytes, p.weight, to.data(), launch) != 0) fail("packing");
+      const auto& to = packed.emplace_back(static_cast<i64>(cuda::packed_bytes(p.g, C, O, p.weight_bytes, false)));
+      if (cuda::pack_weight(p.g, C, O, p.weight_bytes, false, p.weight, to.data(), launch) != 0) fail("packing");
       packed_data.push_back(to.data());
     }
-    if (chance(0.3)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 5)));
+    if (chance(0.5)) plan.splits = static_cast<int>(std::min(stages, uniform(1, 6)));
     plan.splits = static_cast<int>(cuda::ceil_div(stages, cuda::ceil_div(stages, plan.splits)));
-    plan.slices = plan.splits > 1 ? plan.splits : 0;
+    // Partial sums in a cluster's shared memory or, anywhere, in a workspace.
+    const bool cluster = plan.splits <= launch.device.max_cluster && chance(0.6);
+    plan.slices = plan.splits > 1 && !cluster ? plan.splits : 0;
     plan.partial_bytes = plan.slices * std::min<i64>(a.steps, 8) * layer.outputs() * 4;
   }
   const Block<std::int32_t> workspace(plan.workspace_bytes() / 4);
@@ -121,7 +125,8 @@ void spiking_layer(i64 steps) {
   for (const Product& p : layer.products) totals.counted += p.x.coding == Coding::count && a.steps > 1;
   if (plan.path == Path::tensor_cores) {
     ++totals.tensor;
-    totals.split += plan.splits > 1;
+    totals.split += plan.slices > 1;
+    totals.clusters += plan.cluster() > 1;
     totals.several += a.product_count > 1;
     ++totals.tiles[compiled == 1 && plan.tile == TileKind::counts ? 0 : static_cast<int>(plan.tile)];
   } else {
@@ -141,12 +146,13 @@ void expect_equal(const Block<T>& want, const Block<T>& got, const char* what) {
 }
 
 void analog_layer() {
-  const i64 groups = any_of<i64>({1, 1, 1, 1, 1, 3}), C = groups * uniform(1, 4);
+  // K of one stage to many: the image kernel knows the pieces of eight at a time.
+  const i64 kernel_w = any_of<i64>({1, 3, 5, 7, 13, 13}), more = kernel_w > 5 ? 9 : 0;
+  const i64 groups = any_of<i64>({1, 1, 1, 1, 1, 3}), C = groups * (chance(0.2) ? uniform(5, 9) : uniform(1, 4));
   const i64 O = groups * any_of<i64>({1, 5, 8, 13, 16, 64, 70});
-  const Geometry g{uniform(1, 3), uniform(1, 5), uniform(1, 2), uniform(1, 3),
-                   uniform(0, 2), uniform(0, 1), uniform(1, 2), 1,
-                   groups};
-  const i64 N = uniform(1, 3), H = uniform(5, 9), W = uniform(5, 11);
+  const Geometry g{uniform(1, 3) + more, kernel_w, uniform(1, 2), uniform(1, 3), uniform(0, 2), uniform(0, 2),
+                   uniform(1, 2),        1,        groups};
+  const i64 N = uniform(1, 3), H = uniform(5, 9) + 2 * more, W = uniform(5, 11) + 2 * more;
   const i64 OH = out_size(H, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h);
   const i64 OW = out_size(W, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w);
   const i64 T = any_of<i64>({0, 1, 4, 8, 11}), outputs = N * OH * OW * O, planes = planes_of(Coding::mask, T);
@@ -214,10 +220,8 @@ void analog_layer() {
                      T > 0 ? nullptr : got.data()};
   Block<std::int8_t> packed(0);
   if (cuda::analog_on_tensor_cores(g, C, O) && chance(0.8)) {
-    const Geometry dense{1, 1, 1, 1, 0, 0, 1, 1, 1};
-    const i64 K = g.kernel_h * g.kernel_w * C;
-    packed = Block<std::int8_t>(static_cast<i64>(cuda::packed_bytes(dense, K, O, 2)));
-    if (cuda::pack_weight(dense, K, O, 2, weight.data(), packed.data(), launch_settings()) != 0) fail("packing");
+    packed = Block<std::int8_t>(static_cast<i64>(cuda::packed_bytes(g, C, O, 2, true)));
+    if (cuda::pack_weight(g, C, O, 2, true, weight.data(), packed.data(), launch_settings()) != 0) fail("packing");
     ++totals.images;
   }
   if (cuda::analog(a, packed.count() > 0 ? packed.data() : nullptr, launch_settings()) != 0) fail("analog");
@@ -474,8 +478,8 @@ void large_input(Path path) {
   const cuda::Launch launch = launch_settings();
   const cuda::Plan plan = cuda::plan_conv_if(a, launch.device);
   if (plan.path != path) fail("the large input took another path");
-  Block<std::int8_t> packed(static_cast<i64>(cuda::packed_bytes(g, C, O, 1)));
-  if (path == Path::tensor_cores && cuda::pack_weight(g, C, O, 1, weight.data(), packed.data(), launch) != 0)
+  Block<std::int8_t> packed(static_cast<i64>(cuda::packed_bytes(g, C, O, 1, false)));
+  if (path == Path::tensor_cores && cuda::pack_weight(g, C, O, 1, false, weight.data(), packed.data(), launch) != 0)
     fail("packing");
   const std::int8_t* packed_data = packed.data();
   const Block<std::int32_t> workspace(plan.workspace_bytes() / 4);
@@ -521,7 +525,8 @@ void refusals() {
   a.residual_count = cuda::max_launch_residuals + 1;
   refused(conv_if(a, {}), cuda::unsupported, "too many residuals");
 
-  const cuda::Plan plan = cuda::plan_conv_if(layer, launch_settings().device);
+  const cuda::Device device = launch_settings().device;
+  const cuda::Plan plan = cuda::plan_conv_if(layer, device);
   if (plan.path != Path::tensor_cores) fail("the layer of the refusals takes another path");
   cuda::Plan wrong = plan;
   wrong.splits = wrong.slices = 0;
@@ -529,6 +534,9 @@ void refusals() {
   wrong.splits = wrong.slices = 2;    // the layer has one stage
   wrong.partial_bytes = 1 << 20;
   refused(conv_if(layer, wrong), cuda::wrong_plan, "splits without work");
+  wrong = plan;
+  wrong.splits = 16;
+  refused(conv_if(layer, wrong), cuda::wrong_plan, "a cluster beyond the largest");
   a = layer;
   a.steps = 9;
   refused(conv_if(a, plan), cuda::wrong_plan, "membranes without memory");
@@ -536,11 +544,20 @@ void refusals() {
   a.out_channels = 4;
   refused(conv_if(a, plan), cuda::wrong_plan, "too few outputs for tensor cores");
 
+  for (const char* without : {"clusters", "dependent-launches"}) {
+    cuda::Device d;
+    setenv("QCFS_FAST_CUDA_WITHOUT", without, 1);
+    cuda::query_device(0, &d);
+    unsetenv("QCFS_FAST_CUDA_WITHOUT");
+    if ((d.max_cluster > 1) == (without[0] == 'c') || d.dependent == (without[0] == 'd')) fail("not left out");
+  }
+
   const std::vector<ReadoutTerm> terms(cuda::max_launch_terms + 1, ReadoutTerm{});
   const Readout readout{1, 1, 1, 1, 10, 4, terms.data(), cuda::max_launch_terms + 1, nullptr, nullptr};
   refused(cuda::readout(readout, {}), cuda::unsupported, "too many terms");
   const i64 largest = i64{1} << 30;
-  refused(cuda::pack_weight(product.g, largest, 64, 2, nullptr, nullptr, {}), cuda::unsupported, "2^30 inputs to pack");
+  refused(cuda::pack_weight(product.g, largest, 64, 2, false, nullptr, nullptr, {}), cuda::unsupported,
+          "2^30 inputs to pack");
   AnalogConv image{};
   image.batch = image.out_h = image.out_w = image.in_h = image.in_w = 1;
   image.in_channels = largest;
@@ -553,16 +570,22 @@ void refusals() {
 // The cost model must keep every plan inside the device: shared memory, no empty split.
 void plans() {
   for (const int capability : {75, 80, 86, 89, 90, 100, 120}) {
-    const cuda::Device d{capability == 75 ? 40 : 108, capability, capability == 75 ? 65536 : 101376};
+    const cuda::Device d{capability == 75 ? 40 : 108, capability, capability == 75 ? 65536 : 101376, capability,
+                         capability >= 90 ? 8 : 1,    false};
     for (const i64 steps : {1, 2, 3, 4, 5, 8}) {
       for (const bool counts : {false, true}) {
         for (const i64 pixels : {1, 49, 12544, 802816}) {
-          const cuda::Work w{pixels, any_of<i64>({16, 64, 512}), any_of<i64>({1, 9, 72}), steps, 2, counts};
+          const cuda::Work w{pixels,     any_of<i64>({16, 64, 512}), any_of<i64>({1, 9, 72}), steps, 2, counts,
+                             chance(0.3)};
           const cuda::Choice c = cuda::choose_tile(w, d);
           const auto shape = cuda::tile_shape(cuda::compiled_steps(steps), c.tile);
-          if (cuda::tile_shared_bytes(shape) > static_cast<std::size_t>(d.shared_bytes))
+          const int T = cuda::compiled_steps(steps);
+          if (cuda::shared_bytes(shape, T, c.cluster) > static_cast<std::size_t>(d.shared_bytes))
             fail("a tile beyond shared memory");
-          if (c.splits > w.stages) fail("a split without work");
+          if ((c.splits - 1) * cuda::ceil_div(w.stages, c.splits) >= w.stages) fail("a split without work");
+          if (c.cluster != (c.splits > 1 && capability >= 90))
+            fail("a cluster where there is none, or none where one is");
+          if (w.any_width && c.tile == TileKind::wide) fail("a tile that does not take narrow copies");
           if (pixels >= 802816 && c.splits > 1) fail("split-K where the grid fills the GPU many times over");
           if (pixels == 1 && w.stages == 72 && w.out_channels <= 64 && c.splits == 1)
             fail("no split-K for one pixel and a long K");
@@ -577,8 +600,10 @@ void plans() {
 int main(int argc, char** argv) {
   const auto seed = static_cast<std::uint64_t>(argc > 1 ? std::atoll(argv[1]) : 1);
   const i64 layers = argc > 2 ? std::atoll(argv[2]) : 50, steps = argc > 3 ? std::atoll(argv[3]) : 0;
+  const int capability = argc > 4 ? std::atoi(argv[4]) : 0;
   generator.seed(seed);
   cuda::emulation::schedule_seed = seed * 2 + 1;
+  if (capability != 0) cuda::emulation::capability = capability;
   plans();
   refusals();
   if (steps == 0) {
@@ -586,9 +611,9 @@ int main(int argc, char** argv) {
     large_input(Path::direct);
   }
   for (i64 i = 0; i < layers; ++i) {
-    cuda::emulation::capability = i % 5 == 4 ? 75 : 90;
+    cuda::emulation::capability = capability != 0 ? capability : i % 5 == 4 ? 75 : 90;
     spiking_layer(steps);
-    if (i % 2 == 0) analog_layer();
+    analog_layer();
     switch (i % 5) {
       case 0:
         pooling();
@@ -607,18 +632,20 @@ int main(int argc, char** argv) {
     }
   }
   std::printf(
-      "layers %lld neurons %lld rate %.4f ties %lld tensor %lld direct %lld split %lld several %lld long %lld counted "
+      "layers %lld neurons %lld rate %.4f ties %lld tensor %lld direct %lld split %lld clusters %lld several %lld long "
+      "%lld counted "
       "%lld "
       "extreme %lld wide %lld small %lld counts %lld images %lld other %lld states %lld alone %lld plain %lld offset "
       "%lld masked %lld signed %lld sum %lld\n",
       static_cast<long long>(totals.layers), static_cast<long long>(totals.neurons), totals.evidence.rate(),
       static_cast<long long>(totals.evidence.ties), static_cast<long long>(totals.tensor),
       static_cast<long long>(totals.direct), static_cast<long long>(totals.split),
-      static_cast<long long>(totals.several), static_cast<long long>(totals.long_runs),
-      static_cast<long long>(totals.counted), static_cast<long long>(totals.extreme),
-      static_cast<long long>(totals.tiles[0]), static_cast<long long>(totals.tiles[1]),
-      static_cast<long long>(totals.tiles[2]), static_cast<long long>(totals.images),
-      static_cast<long long>(totals.other), static_cast<long long>(totals.states), static_cast<long long>(totals.alone),
+      static_cast<long long>(totals.clusters), static_cast<long long>(totals.several),
+      static_cast<long long>(totals.long_runs), static_cast<long long>(totals.counted),
+      static_cast<long long>(totals.extreme), static_cast<long long>(totals.tiles[0]),
+      static_cast<long long>(totals.tiles[1]), static_cast<long long>(totals.tiles[2]),
+      static_cast<long long>(totals.images), static_cast<long long>(totals.other),
+      static_cast<long long>(totals.states), static_cast<long long>(totals.alone),
       static_cast<long long>(totals.modes[0]), static_cast<long long>(totals.modes[1]),
       static_cast<long long>(totals.modes[2]), static_cast<long long>(totals.modes[3]),
       static_cast<long long>(totals.modes[4]));

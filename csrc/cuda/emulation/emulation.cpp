@@ -2,6 +2,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -17,13 +18,21 @@ namespace qcfs::cuda::emulation {
 Index thread_index, block_index;
 int capability = 90;
 std::uint64_t schedule_seed = 1;
+bool (*run_elsewhere)(const KernelLaunch&) = nullptr;
+
+std::uint64_t random() {
+  schedule_seed ^= schedule_seed << 13;
+  schedule_seed ^= schedule_seed >> 7;
+  schedule_seed ^= schedule_seed << 17;
+  return schedule_seed;
+}
 
 namespace {
 
 constexpr std::size_t stack_bytes = 256 * 1024;
 constexpr int warp_size = 32;
 
-enum class State { ready, at_collective, at_barrier, finished };
+enum class State { ready, at_collective, at_barrier, at_cluster_barrier, finished };
 
 struct Copy {
   unsigned char* to;
@@ -33,6 +42,7 @@ struct Copy {
 
 struct Fiber {
   ucontext_t context;
+  int rank, thread;    // of its block in the cluster, and its own in the block
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
   void* fake_stack = nullptr;
   State state = State::ready;
@@ -41,18 +51,27 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;    // of copies: the last one is open
 };
 
-std::vector<std::unique_ptr<Fiber>> fibers;
+struct Free {
+  void operator()(unsigned char* p) const { std::free(p); }
+};
+
+struct Block {
+  Index index;
+  std::unique_ptr<unsigned char, Free> shared;    // none after the last thread's end
+  int running;                                    // threads
+};
+
+std::vector<std::unique_ptr<Fiber>> fibers;    // block after block
+std::vector<Block> cluster;
 Fiber* current = nullptr;
 ucontext_t scheduler;
 void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 std::size_t scheduler_stack_bytes = 0;
 const std::function<void()>* body = nullptr;
-struct Free {
-  void operator()(unsigned char* p) const { std::free(p); }
-};
-std::unique_ptr<unsigned char, Free> shared;
 std::size_t shared_bytes = 0;
+
+Block& block_of(const Fiber& f) { return cluster[static_cast<std::size_t>(f.rank)]; }
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "emulation: %s (block %u %u %u)\n", what, block_index.x, block_index.y, block_index.z);
@@ -85,32 +104,31 @@ void entry() {
   finish_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   (*body)();
   current->state = State::finished;
+  Block& block = block_of(*current);
+  if (--block.running == 0) {
+    std::memset(block.shared.get(), 0xa5, shared_bytes);
+    block.shared.reset();
+  }
   start_switch(nullptr, scheduler_stack, scheduler_stack_bytes);
   setcontext(&scheduler);
 }
 
-void resume(int thread) {
-  current = fibers[static_cast<std::size_t>(thread)].get();
-  thread_index = {static_cast<unsigned>(thread), 0, 0};
+void resume(Fiber& f) {
+  current = &f;
+  thread_index = {static_cast<unsigned>(f.thread), 0, 0};
+  block_index = block_of(f).index;
   start_switch(&scheduler_fake_stack, current->stack.get(), stack_bytes);
   swapcontext(&scheduler, &current->context);
   finish_switch(scheduler_fake_stack, nullptr, nullptr);
 }
 
-std::uint64_t random() {
-  schedule_seed ^= schedule_seed << 13;
-  schedule_seed ^= schedule_seed >> 7;
-  schedule_seed ^= schedule_seed << 17;
-  return schedule_seed;
-}
-
 // Runs the lanes of one warp until all stand at a barrier or have finished.
-void run_warp(int first, int lanes) {
+void run_warp(std::size_t first, int lanes) {
   for (;;) {
     int collectives = 0, ready = 0;
     for (int i = 0; i < lanes; ++i) {
-      Fiber& f = *fibers[static_cast<std::size_t>(first + i)];
-      if (f.state == State::ready) resume(first + i);
+      Fiber& f = *fibers[first + static_cast<std::size_t>(i)];
+      if (f.state == State::ready) resume(f);
       if (f.state == State::at_collective) ++collectives;
       if (f.state == State::ready) ++ready;
     }
@@ -118,9 +136,9 @@ void run_warp(int first, int lanes) {
     if (collectives == 0) return;
     if (collectives != warp_size) fail("a warp instruction was not reached by all 32 lanes");
     void* operands[warp_size];
-    Fiber& leader = *fibers[static_cast<std::size_t>(first)];
+    Fiber& leader = *fibers[first];
     for (int i = 0; i < warp_size; ++i) {
-      Fiber& f = *fibers[static_cast<std::size_t>(first + i)];
+      Fiber& f = *fibers[first + static_cast<std::size_t>(i)];
       if (f.collective != leader.collective) fail("the lanes of a warp execute different instructions");
       operands[i] = f.operands;
       f.state = State::ready;
@@ -129,36 +147,52 @@ void run_warp(int first, int lanes) {
   }
 }
 
-void run_block(int threads) {
-  while (fibers.size() < static_cast<std::size_t>(threads)) fibers.push_back(std::make_unique<Fiber>());
-  for (int i = 0; i < threads; ++i) {
-    Fiber& f = *fibers[static_cast<std::size_t>(i)];
+// Lets these fibers go on where all that still run wait at `barrier`. Returns whether there were any.
+bool open_barrier(State barrier, std::size_t first, std::size_t count) {
+  std::size_t waiting = 0, finished = 0;
+  for (std::size_t i = first; i < first + count; ++i) {
+    waiting += fibers[i]->state == barrier;
+    finished += fibers[i]->state == State::finished;
+  }
+  if (waiting == 0 || waiting + finished != count) return false;
+  if (barrier == State::at_barrier && finished != 0) return false;    // __syncthreads is for all threads of the block
+  for (std::size_t i = first; i < first + count; ++i) {
+    if (fibers[i]->state == barrier) fibers[i]->state = State::ready;
+  }
+  return true;
+}
+
+// Runs the blocks of a cluster side by side, each with `threads` threads.
+void run_cluster(int threads) {
+  const std::size_t block_fibers = static_cast<std::size_t>(threads), count = cluster.size() * block_fibers;
+  while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
+  for (std::size_t i = 0; i < count; ++i) {
+    Fiber& f = *fibers[i];
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = stack_bytes;
     f.context.uc_link = nullptr;
     makecontext(&f.context, entry, 0);
+    f.rank = static_cast<int>(i / block_fibers);
+    f.thread = static_cast<int>(i % block_fibers);
     f.state = State::ready;
     f.groups.assign(1, {});
   }
-  const int warps = (threads + warp_size - 1) / warp_size;
-  std::vector<int> order(static_cast<std::size_t>(warps));
-  for (int w = 0; w < warps; ++w) order[static_cast<std::size_t>(w)] = w;
+  std::vector<std::size_t> warps;    // their first fibers
+  for (std::size_t i = 0; i < count; ++i) {
+    if (fibers[i]->thread % warp_size == 0) warps.push_back(i);
+  }
   for (;;) {
-    for (std::size_t w = order.size(); w > 1; --w) std::swap(order[w - 1], order[random() % w]);
-    int waiting = 0, finished = 0;
-    for (const int w : order) {
-      const int first = w * warp_size;
-      run_warp(first, threads - first < warp_size ? threads - first : warp_size);
+    for (std::size_t w = warps.size(); w > 1; --w) std::swap(warps[w - 1], warps[random() % w]);
+    for (const std::size_t first : warps) run_warp(first, std::min(threads - fibers[first]->thread, warp_size));
+    bool opened = open_barrier(State::at_cluster_barrier, 0, count);
+    for (std::size_t i = 0; i < count; i += block_fibers) {
+      opened = open_barrier(State::at_barrier, i, block_fibers) || opened;
     }
-    for (int i = 0; i < threads; ++i) {
-      Fiber& f = *fibers[static_cast<std::size_t>(i)];
-      waiting += f.state == State::at_barrier;
-      finished += f.state == State::finished;
-      if (f.state == State::at_barrier) f.state = State::ready;
-    }
-    if (finished == threads) return;
-    if (waiting != threads) fail("some threads wait at a barrier that others never reach");
+    if (opened) continue;
+    const auto finished = [](const Block& b) { return b.running == 0; };
+    if (std::all_of(cluster.begin(), cluster.end(), finished)) return;
+    fail("some threads wait at a barrier that others never reach");
   }
 }
 
@@ -174,9 +208,21 @@ void add_wrapping(std::int32_t& to, std::int64_t value) {
 
 }    // namespace
 
-unsigned char* shared_memory() { return shared.get(); }
+unsigned char* shared_memory() { return block_of(*current).shared.get(); }
 
 void barrier() { yield(State::at_barrier); }
+
+int cluster_rank() { return current->rank; }
+
+void cluster_barrier() { yield(State::at_cluster_barrier); }
+
+unsigned char* remote_shared(int rank) {
+  if (rank < 0 || static_cast<std::size_t>(rank) >= cluster.size())
+    fail("shared memory of a block outside the cluster");
+  unsigned char* memory = cluster[static_cast<std::size_t>(rank)].shared.get();
+  if (memory == nullptr) fail("shared memory of a block that has ended");
+  return memory;
+}
 
 void collective(Collective execute, void* operands) {
   current->collective = execute;
@@ -190,7 +236,7 @@ void execute(const Copy& c) {
       reinterpret_cast<std::uintptr_t>(c.from) % static_cast<unsigned>(c.bytes) != 0) {
     fail("a misaligned asynchronous copy");
   }
-  const auto offset = static_cast<std::size_t>(c.to - shared.get());
+  const auto offset = static_cast<std::size_t>(c.to - shared_memory());
   if (offset + static_cast<std::size_t>(c.bytes) > shared_bytes) fail("an asynchronous copy beyond shared memory");
   if (c.from == nullptr) {
     std::memset(c.to, 0, static_cast<std::size_t>(c.bytes));
@@ -219,16 +265,22 @@ void wait_copies(int pending) {
   }
 }
 
-void run_grid(Grid grid, int threads, std::size_t bytes, const std::function<void()>& kernel) {
+void run_grid(Grid grid, int threads, std::size_t bytes, int cluster_blocks, const std::function<void()>& kernel) {
+  if (grid.z % cluster_blocks != 0) fail("a grid that is no whole number of clusters");
   body = &kernel;
   shared_bytes = bytes;
-  for (std::int64_t z = 0; z < grid.z; ++z) {
+  cluster.resize(static_cast<std::size_t>(cluster_blocks));
+  for (std::int64_t z = 0; z < grid.z; z += cluster_blocks) {
     for (std::int64_t y = 0; y < grid.y; ++y) {
       for (std::int64_t x = 0; x < grid.x; ++x) {
-        shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024)));
-        std::memset(shared.get(), 0xa5, bytes);
-        block_index = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)};
-        run_block(threads);
+        for (Block& block : cluster) {
+          const auto rank = static_cast<unsigned>(&block - cluster.data());
+          block.index = {static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z) + rank};
+          block.shared.reset(static_cast<unsigned char*>(std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024)));
+          std::memset(block.shared.get(), 0xa5, bytes);
+          block.running = threads;
+        }
+        run_cluster(threads);
       }
     }
   }
@@ -241,7 +293,7 @@ void load_matrices(void* const* lanes) {
   for (int lane = 0; lane < warp_size; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const unsigned char* row = static_cast<const MatrixRows*>(lanes[8 * i + lane / 4])->row;
-      const auto offset = static_cast<std::size_t>(row - shared.get());
+      const auto offset = static_cast<std::size_t>(row - shared_memory());
       if (offset % 16 != 0 || offset + 16 > shared_bytes)
         fail("ldmatrix reads a misaligned row or beyond shared memory");
       std::memcpy(static_cast<const MatrixRows*>(lanes[lane])->r + i, row + 4 * (lane % 4), 4);
@@ -315,7 +367,7 @@ void multiply_wgmma(void* const* lanes) {
     const std::size_t at = field(0, 14) * 16 + n / 8 * field(32, 14) * 16 + n % 8 * 64 + k;
     const std::size_t swizzled = at ^ (at >> 3 & 0x30);
     if (swizzled >= shared_bytes) fail("an asynchronous product reads beyond shared memory");
-    return static_cast<std::int32_t>(static_cast<std::int8_t>(shared.get()[swizzled]));
+    return static_cast<std::int32_t>(static_cast<std::int8_t>(shared_memory()[swizzled]));
   };
   std::int32_t a[16][32];
   for (int lane = 0; lane < warp_size; ++lane) {
@@ -344,5 +396,11 @@ void multiply_wgmma(void* const* lanes) {
 }
 
 void meet(void* const*) {}
+
+void largest(void* const* lanes) {
+  std::uint32_t most = 0;
+  for (int lane = 0; lane < warp_size; ++lane) most = std::max(most, *static_cast<const std::uint32_t*>(lanes[lane]));
+  for (int lane = 0; lane < warp_size; ++lane) *static_cast<std::uint32_t*>(lanes[lane]) = most;
+}
 
 }    // namespace qcfs::cuda::emulation

@@ -27,17 +27,18 @@ constexpr int direct_threads = 128;
 
 template <int T>
 __global__ void __launch_bounds__(direct_threads, 4) conv_if_direct_kernel(const __grid_constant__ LayerParams p) {
+  wait_for_launch_before();
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * direct_threads + threadIdx.x;
   if (index >= static_cast<std::int64_t>(p.pixels) * p.out_channels) return;
   const std::int32_t o = static_cast<std::int32_t>(index % p.out_channels);
   const std::int32_t pixel = static_cast<std::int32_t>(index / p.out_channels);
   const std::int32_t col = pixel % p.out_w, row = pixel / p.out_w % p.out_h, sample = pixel / (p.out_w * p.out_h);
-  std::int32_t acc[T][1];
+  std::int32_t acc[T];
   QCFS_UNROLL
-  for (int t = 0; t < T; ++t) acc[t][0] = 0;
+  for (int t = 0; t < T; ++t) acc[t] = 0;
   const auto multiply_sums = [&](std::int32_t factor) {
     QCFS_UNROLL
-    for (int t = 0; t < T; ++t) acc[t][0] = wrapping_multiply(acc[t][0], factor);
+    for (int t = 0; t < T; ++t) acc[t] = wrapping_multiply(acc[t], factor);
   };
   for (std::int32_t i = 0; i < p.product_count; ++i) {
     const ProductParams& q = p.products[i];
@@ -60,12 +61,12 @@ __global__ void __launch_bounds__(direct_threads, 4) conv_if_direct_kernel(const
           if (q.count) {
             QCFS_UNROLL
             for (int t = 0; t < T; ++t) {
-              if (t < p.steps) acc[t][0] = wrapping_add(acc[t][0], w * from[t * plane + c]);
+              if (t < p.steps) acc[t] = wrapping_add(acc[t], w * from[t * plane + c]);
             }
           } else {
             const std::int32_t mask = from[c];
             QCFS_UNROLL
-            for (int t = 0; t < T; ++t) acc[t][0] = wrapping_add(acc[t][0], (mask >> t) & 1 ? w : 0);
+            for (int t = 0; t < T; ++t) acc[t] = wrapping_add(acc[t], (mask >> t) & 1 ? w : 0);
           }
         }
       }
@@ -76,9 +77,10 @@ __global__ void __launch_bounds__(direct_threads, 4) conv_if_direct_kernel(const
 }
 
 template <int T>
-int launch_direct(const LayerParams& p, void* stream) {
+int launch_direct(const LayerParams& p, const Launch& launch) {
   const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, direct_threads)};
-  return launch_kernel(conv_if_direct_kernel<T>, grid, direct_threads, 0, stream, p);
+  return launch_kernel(conv_if_direct_kernel<T>, grid, direct_threads, 0, launch.stream, p,
+                       after_launch_before(launch));
 }
 
 }    // namespace qcfs::cuda

@@ -19,16 +19,22 @@
 
 namespace qcfs::cuda {
 
-constexpr int elementwise_threads = 256;
+constexpr int elementwise_threads = 256, elementwise_warps = elementwise_threads / 32;
 
 QCFS_DEVICE std::int64_t global_thread() {
   return static_cast<std::int64_t>(blockIdx.x) * elementwise_threads + threadIdx.x;
 }
 
 template <typename Params>
-int launch_elements(void (*kernel)(Params), std::int64_t elements, void* stream, const Params& params) {
-  return launch_kernel(kernel, Grid{ceil_div(elements, elementwise_threads)}, elementwise_threads, 0, stream, params);
+int launch_elements(void (*kernel)(Params), std::int64_t elements, void* stream, const Params& params,
+                    LaunchOptions options = {}) {
+  return launch_kernel(kernel, Grid{ceil_div(elements, elementwise_threads)}, elementwise_threads, 0, stream, params,
+                       options);
 }
+
+// A launch that does nothing, to stand between two that must not overlap.
+struct Empty {};
+__global__ void empty_kernel(const __grid_constant__ Empty) {}
 
 // A row of bytes cut into quads: four neighbouring bytes, the last quad perhaps fewer. A thread reads a quad into one
 // word and writes it from one: in one access where every row is aligned to 4, else byte by byte.
@@ -64,17 +70,17 @@ QCFS_DEVICE void store_quad(std::uint8_t* p, const ByteRow& row, std::int64_t fi
 struct PackParams {
   const void* weight;    // [taps, C, O]
   std::int8_t* packed;
-  std::int32_t taps, channels, out_channels, padded_out, stages, digits;
+  std::int32_t taps, channels, out_channels, padded_out, stages, digits, piece;
 };
 
-static __global__ void pack_kernel(const __grid_constant__ PackParams p) {
+__global__ void pack_kernel(const __grid_constant__ PackParams p) {
   const std::int64_t index = global_thread();
   const std::int64_t plane = static_cast<std::int64_t>(p.stages) * p.padded_out * stage_bytes;
   if (index >= plane) return;
   const std::int32_t k = static_cast<std::int32_t>(index % stage_bytes);
   const std::int32_t o = static_cast<std::int32_t>(index / stage_bytes % p.padded_out);
   const std::int32_t stage = static_cast<std::int32_t>(index / stage_bytes / p.padded_out);
-  const Source from = packed_source(stage, k, pieces_per_tap(p.channels));
+  const Source from = packed_source(stage, k, p.channels, p.piece);
   const bool exists = from.tap < p.taps && from.channel < p.channels && o < p.out_channels;
   const std::int64_t at =
       exists ? (static_cast<std::int64_t>(from.tap) * p.channels + from.channel) * p.out_channels + o : 0;
@@ -94,7 +100,8 @@ struct CountParams {
   ByteRow row;
 };
 
-static __global__ void count_kernel(const __grid_constant__ CountParams p) {
+__global__ void count_kernel(const __grid_constant__ CountParams p) {
+  wait_for_launch_before();
   const std::int64_t quad = global_thread(), n = p.a.elements;
   if (quad >= p.row.quads) return;
   std::uint32_t sum[4] = {0, 0, 0, 0}, word = 0;
@@ -134,7 +141,8 @@ QCFS_DEVICE std::uint32_t larger_bytes(std::uint32_t a, std::uint32_t b) {
 
 // One thread has four channels of one output position and all the steps of an input plane. Sums stay below 256
 // (contract), so four of them are added in one word.
-static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
+__global__ void pool_kernel(const __grid_constant__ PoolParams p) {
+  wait_for_launch_before();
   const Pool& a = p.a;
   std::int64_t index = global_thread();
   if (index >= p.planes * a.batch * a.out_h * a.out_w * p.channels.quads) return;
@@ -170,7 +178,8 @@ static __global__ void pool_kernel(const __grid_constant__ PoolParams p) {
   }
 }
 
-static __global__ void pool_counts_kernel(const __grid_constant__ PoolCounts p) {
+__global__ void pool_counts_kernel(const __grid_constant__ PoolCounts p) {
+  wait_for_launch_before();
   std::int64_t index = global_thread();
   if (index >= p.images * p.out_h * p.out_w * p.channels) return;
   std::int32_t* out = p.out + index;
@@ -217,21 +226,26 @@ QCFS_DEVICE float transformed(const Quantize& a, const ImagePixel& i, std::int64
   return add_rn(mul_rn(i.x[a.source[channel] * a.stride_c], a.scale[channel]), a.shift[channel]);
 }
 
-static __global__ void largest_kernel(const __grid_constant__ QuantizeParams p) {
+// Atomics on one address are executed one after the other, so a block issues one.
+__global__ void largest_kernel(const __grid_constant__ QuantizeParams p) {
+  QCFS_SHARED(shared);
+  std::uint32_t* const of_warps = reinterpret_cast<std::uint32_t*>(shared);
   const ImagePixel i = image_pixel(p.a);
-  if (!i.exists) return;
   std::uint32_t largest = 0;
-  for (std::int64_t c = 0; c < p.a.channels; ++c) {
+  for (std::int64_t c = 0; i.exists && c < p.a.channels; ++c) {
     const std::uint32_t size = bits_of(transformed(p.a, i, c)) & 0x7fffffffu;
     largest = size > largest ? size : largest;
   }
-  // Most threads find a larger value already there. They read it first, because an atomic by every thread would be
-  // executed one after the other.
-  if (largest > *const_cast<const volatile std::uint32_t*>(p.largest + i.sample))
-    atomicMax(p.largest + i.sample, largest);
+  largest = warp_max(largest);
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = largest;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 1; w < elementwise_warps; ++w) largest = of_warps[w] > largest ? of_warps[w] : largest;
+  atomicMax(p.largest + i.sample, largest);
 }
 
-static __global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {
+__global__ void quantize_kernel(const __grid_constant__ QuantizeParams p) {
+  wait_for_launch_before();
   const ImagePixel i = image_pixel(p.a);
   if (!i.exists) return;
   std::int32_t* out = p.a.out + (i.sample * p.a.height * p.a.width + i.pixel) * p.a.channels;

@@ -1,16 +1,14 @@
 // The end of a layer: from currents to mask bytes, in the modes of the contract.
 //
-//     integrate_and_fire   the plain neuron and sum mode: adds residuals, bias and the image's current, then for the
-//                          launch's steps
-//                              v += I[t]     s[t] = v >= n     v -= n * s[t]
-//     end_neuron           any mode, one neuron. Offset and masked neurons run over the same currents again. A window
-//                          is no longer than the first launch, so later launches only go on from what it left.
-//     encode_current       the plain recursion on a current that is the same at every step, v[-1] = n/2
-//     image_epilogue       the first layer, whose result is either the current itself or its encoding
+//     fire_pair        two neighbouring channels of a simple layer: plain neurons, or counts in sum mode, that
+//     integrate
+//                      products, a bias and at most one residual
+//                          v += I[t]     s[t] = v >= n     v -= n * s[t]
+//     end_neuron       any neuron, with any operands. Offset and masked neurons run over the same currents again. A
+//                      window is no longer than the first launch, so later launches only go on from what it left.
 //
-// A thread ends `width` neighbouring channels of one pixel: of plain neurons 4 where every operand [.., O] may be
-// accessed so (one 16-byte access of int32, one 4-byte access of masks), else 1. One neuron of the other modes needs no
-// more registers than four plain ones. Exact: integers.
+// Nearly all layers are simple. Theirs are four instructions for a step of a neuron, six with a residual. Exact:
+// integers.
 #pragma once
 
 #include <cstdint>
@@ -25,13 +23,17 @@ namespace qcfs::cuda {
 
 template <int width>
 QCFS_DEVICE void load_values(std::int32_t (&to)[width], const std::int32_t* from) {
-  static_assert(width == 1 || width == 4, "one access");
+  static_assert(width == 1 || width == 2 || width == 4, "one access");
   if constexpr (width == 4) {
     const int4 v = *reinterpret_cast<const int4*>(from);
     to[0] = v.x;
     to[1] = v.y;
     to[2] = v.z;
     to[3] = v.w;
+  } else if constexpr (width == 2) {
+    const int2 v = *reinterpret_cast<const int2*>(from);
+    to[0] = v.x;
+    to[1] = v.y;
   } else {
     to[0] = *from;
   }
@@ -39,9 +41,11 @@ QCFS_DEVICE void load_values(std::int32_t (&to)[width], const std::int32_t* from
 
 template <int width>
 QCFS_DEVICE void store_values(std::int32_t* to, const std::int32_t (&from)[width]) {
-  static_assert(width == 1 || width == 4, "one access");
+  static_assert(width == 1 || width == 2 || width == 4, "one access");
   if constexpr (width == 4) {
     *reinterpret_cast<int4*>(to) = int4{from[0], from[1], from[2], from[3]};
+  } else if constexpr (width == 2) {
+    *reinterpret_cast<int2*>(to) = int2{from[0], from[1]};
   } else {
     *to = from[0];
   }
@@ -51,6 +55,7 @@ QCFS_DEVICE void store_values(std::int32_t* to, const std::int32_t (&from)[width
 template <int width>
 QCFS_DEVICE std::uint32_t load_bytes(const std::uint8_t* from) {
   if constexpr (width == 4) return *reinterpret_cast<const std::uint32_t*>(from);
+  if constexpr (width == 2) return *reinterpret_cast<const std::uint16_t*>(from);
   return *from;
 }
 
@@ -58,58 +63,10 @@ template <int width>
 QCFS_DEVICE void store_bytes(std::uint8_t* to, std::uint32_t bytes) {
   if constexpr (width == 4) {
     *reinterpret_cast<std::uint32_t*>(to) = bytes;
+  } else if constexpr (width == 2) {
+    *reinterpret_cast<std::uint16_t*>(to) = static_cast<std::uint16_t>(bytes);
   } else {
     *to = static_cast<std::uint8_t>(bytes);
-  }
-}
-
-// Adds an operand [.., O], `from` at the first of these neurons, to what they integrate: to `constant` where it is the
-// same at every step, else, `step` values from one step to the next, to `currents`.
-template <int T, int width>
-QCFS_DEVICE void add_operand(const std::int32_t* from, std::int64_t step, std::int32_t steps,
-                             std::int32_t (&constant)[width], std::int32_t (&currents)[T][width]) {
-  std::int32_t value[width];
-  if (step == 0) {
-    load_values<width>(value, from);
-    QCFS_UNROLL
-    for (int j = 0; j < width; ++j) constant[j] = wrapping_add(constant[j], value[j]);
-    return;
-  }
-  QCFS_UNROLL
-  for (int t = 0; t < T; ++t) {
-    if (t >= steps) break;
-    load_values<width>(value, from + t * step);
-    QCFS_UNROLL
-    for (int j = 0; j < width; ++j) currents[t][j] = wrapping_add(currents[t][j], value[j]);
-  }
-}
-
-// All that `width` neighbouring neurons integrate: at step t, currents[t] + constant. The first one is `index` =
-// pixel * O + o. `currents` hold the sums over the products; those of steps that the launch does not have are ignored.
-template <int T, int width>
-QCFS_DEVICE void add_sources(const LayerParams& p, std::int64_t index, std::int32_t o, std::int32_t (&constant)[width],
-                             std::int32_t (&currents)[T][width]) {
-  const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
-  QCFS_UNROLL
-  for (int j = 0; j < width; ++j) constant[j] = 0;
-  add_operand<T, width>(p.bias + o, p.bias_step, p.steps, constant, currents);
-  if (p.current != nullptr) add_operand<T, width>(p.current + index, p.current_step, p.steps, constant, currents);
-  QCFS_ROLLED
-  for (std::int32_t i = 0; i < p.residual_count; ++i) {
-    const ResidualParams& r = p.residuals[i];
-    std::int32_t amplitude[width];
-    load_values<width>(amplitude, r.amplitude + o);
-    std::uint32_t bytes = load_bytes<width>(r.data + index);
-    QCFS_UNROLL
-    for (int t = 0; t < T; ++t) {
-      if (r.count && t > 0 && t < p.steps) bytes = load_bytes<width>(r.data + t * plane + index);
-      QCFS_UNROLL
-      for (int j = 0; j < width; ++j) {
-        const std::uint32_t byte = bytes >> (8 * j) & 0xff;
-        const std::int32_t spikes = static_cast<std::int32_t>(r.count ? byte : byte >> t & 1);
-        currents[t][j] = wrapping_add(currents[t][j], amplitude[j] * spikes);
-      }
-    }
   }
 }
 
@@ -121,45 +78,93 @@ QCFS_DEVICE std::uint32_t count_spikes(std::int32_t current, std::int32_t n, std
   return count < static_cast<std::uint32_t>(levels) ? count : static_cast<std::uint32_t>(levels);
 }
 
-// Ends `width` neighbouring plain neurons, or neurons in sum mode, whose operands are those of add_sources. Returns
-// their bytes, the first one lowest.
-template <int T, int width>
-QCFS_DEVICE std::uint32_t integrate_and_fire(const LayerParams& p, std::int64_t index, std::int32_t o,
-                                             std::int32_t (&currents)[T][width]) {
-  std::int32_t constant[width], n[width], v[width];
-  add_sources<T, width>(p, index, o, constant, currents);
-  load_values<width>(n, p.threshold + o);
+// What a simple layer has for two neighbouring channels at every pixel, the first one `o`.
+struct ChannelPair {
+  std::int32_t n[2], bias[2], amplitude[2];    // threshold; amplitude of the residual
+
+  QCFS_DEVICE ChannelPair(const LayerParams& p, std::int32_t o) {
+    load_values<2>(n, p.threshold + o);
+    load_values<2>(bias, p.bias + o);
+    amplitude[0] = amplitude[1] = 0;
+    if (p.residual_count > 0) load_values<2>(amplitude, p.residuals[0].amplitude + o);
+  }
+};
+
+// Ends both neurons, the first of which is `index` = pixel * O + o. `residual` are their two bytes of it, the first one
+// low. Returns their bytes likewise. `has_state`: membranes come from a launch before, or go on to another.
+template <int T, bool has_residual, bool has_state>
+QCFS_DEVICE std::uint32_t fire_pair(const LayerParams& p, const ChannelPair& c, std::int64_t index,
+                                    std::uint32_t residual, const std::int32_t (&currents)[T][2]) {
   std::uint32_t bits = 0;
   if constexpr (T == 1) {
     if (p.mode == Mode::sum) {
       QCFS_UNROLL
-      for (int j = 0; j < width; ++j) {
-        bits |= count_spikes(currents[0][j] + constant[j] * p.levels, n[j], p.levels) << (8 * j);
+      for (int k = 0; k < 2; ++k) {
+        std::int32_t current = wrapping_add(currents[0][k], c.bias[k] * p.levels);
+        if (has_residual) {
+          current = wrapping_add(current, c.amplitude[k] * static_cast<std::int32_t>(residual >> 8 * k & 0xff));
+        }
+        bits |= count_spikes(current, c.n[k], p.levels) << 8 * k;
       }
       return bits;
     }
   }
-  if (p.state_in != nullptr) {
-    load_values<width>(v, p.state_in + index);
-  } else {
-    QCFS_UNROLL
-    for (int j = 0; j < width; ++j) v[j] = n[j] / 2;
-  }
+  std::int32_t v[2] = {c.n[0] / 2, c.n[1] / 2};
+  if (has_state && p.state_in != nullptr) load_values<2>(v, p.state_in + index);
   QCFS_UNROLL
   for (int t = 0; t < T; ++t) {
-    if (t >= p.steps) break;
     QCFS_UNROLL
-    for (int j = 0; j < width; ++j) {
-      const std::int32_t current = wrapping_add(currents[t][j], constant[j]);
-      bits |= static_cast<std::uint32_t>(fire(v[j], current, n[j])) << (8 * j + t);
+    for (int k = 0; k < 2; ++k) {
+      const std::uint32_t bit = 1u << (8 * k + t);
+      v[k] = wrapping_add(v[k], wrapping_add(currents[t][k], c.bias[k]));
+      if (has_residual) add_where(v[k], c.amplitude[k], residual, bit);
+      fire_into(bits, bit, v[k], c.n[k]);
     }
   }
-  if (p.state_out != nullptr) store_values<width>(p.state_out + index, v);
-  return bits;
+  if (has_state && p.state_out != nullptr) store_values<2>(p.state_out + index, v);
+  return bits & ((1u << p.steps) - 1) * 0x101u;    // nothing of steps that the launch does not have
 }
 
-// One neuron and all that it integrates in a launch, for the modes that run over the currents more than once or keep
-// more than a membrane, and for membranes that are held within limits.
+// Adds an operand [.., O], `from` at this neuron, `step` values from one step to the next.
+template <int T>
+QCFS_DEVICE void add_operand(const std::int32_t* from, std::int64_t step, std::int32_t steps,
+                             std::int32_t (&currents)[T]) {
+  std::int32_t value = *from;
+  QCFS_UNROLL
+  for (int t = 0; t < T; ++t) {
+    if (step != 0 && t > 0 && t < steps) value = from[t * step];
+    currents[t] = wrapping_add(currents[t], value);
+  }
+}
+
+// All that a neuron integrates beside the products, whose sums `currents` hold; those of steps that the launch does not
+// have are ignored. `index` = pixel * O + o. In sum mode everything that is the same at every step counts `levels`
+// times.
+template <int T>
+QCFS_DEVICE void add_sources(const LayerParams& p, std::int64_t index, std::int32_t o, std::int32_t (&currents)[T]) {
+  if (T == 1 && p.mode == Mode::sum) {
+    const std::int32_t constant = p.current == nullptr ? p.bias[o] : p.bias[o] + p.current[index];
+    currents[0] = wrapping_add(currents[0], constant * p.levels);
+  } else {
+    add_operand<T>(p.bias + o, p.bias_step, p.steps, currents);
+    if (p.current != nullptr) add_operand<T>(p.current + index, p.current_step, p.steps, currents);
+  }
+  const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
+  QCFS_ROLLED
+  for (std::int32_t i = 0; i < p.residual_count; ++i) {
+    const ResidualParams& r = p.residuals[i];
+    const std::int32_t amplitude = r.amplitude[o];
+    std::uint32_t byte = r.data[index];
+    QCFS_UNROLL
+    for (int t = 0; t < T; ++t) {
+      if (r.count && t > 0 && t < p.steps) byte = r.data[t * plane + index];
+      const std::int32_t spikes = static_cast<std::int32_t>(r.count ? byte : byte >> t & 1);
+      currents[t] = wrapping_add(currents[t], amplitude * spikes);
+    }
+  }
+}
+
+// One neuron and all that it integrates in a launch.
 template <int T>
 struct Integrator {
   std::int32_t n;
@@ -227,18 +232,17 @@ struct Integrator {
 // Ends one neuron in any mode; operands as in add_sources. Returns its byte of `out`.
 template <int T>
 QCFS_DEVICE std::uint8_t end_neuron(const LayerParams& p, std::int64_t index, std::int32_t o,
-                                    std::int32_t (&currents)[T][1]) {
-  if (p.mode == Mode::sum || (p.mode == Mode::plain && !p.held)) {
-    return static_cast<std::uint8_t>(integrate_and_fire<T, 1>(p, index, o, currents));
-  }
-  std::int32_t constant[1];
-  add_sources<T, 1>(p, index, o, constant, currents);
+                                    std::int32_t (&currents)[T]) {
+  add_sources<T>(p, index, o, currents);
   Integrator<T> neuron;
   neuron.n = p.threshold[o];
+  if (T == 1 && p.mode == Mode::sum) {
+    return static_cast<std::uint8_t>(count_spikes(currents[0], neuron.n, p.levels));
+  }
   neuron.steps = p.steps;
   neuron.limit = p.held ? image_membrane * neuron.n : INT32_MAX;
   QCFS_UNROLL
-  for (int t = 0; t < T; ++t) neuron.current[t] = wrapping_add(currents[t][0], constant[0]);
+  for (int t = 0; t < T; ++t) neuron.current[t] = currents[t];
 
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   const bool first = p.state_in == nullptr;
@@ -275,60 +279,26 @@ constexpr int epilogue_threads = 128;
 // products), then ends the layer.
 template <int T>
 __global__ void __launch_bounds__(epilogue_threads, 4) epilogue_kernel(const __grid_constant__ LayerParams p) {
+  wait_for_launch_before();
   const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * epilogue_threads + threadIdx.x;
   if (index >= plane) return;
-  std::int32_t acc[T][1];
+  std::int32_t acc[T];
   QCFS_UNROLL
   for (int t = 0; t < T; ++t) {
-    acc[t][0] = 0;
+    acc[t] = 0;
     if (t < p.steps) {
       for (std::int32_t i = 0; i < p.slices; ++i)
-        acc[t][0] = wrapping_add(acc[t][0], p.partial[(i * p.steps + t) * plane + index]);
+        acc[t] = wrapping_add(acc[t], p.partial[(i * p.steps + t) * plane + index]);
     }
   }
   p.out[index] = end_neuron<T>(p, index, static_cast<std::int32_t>(index % p.out_channels), acc);
 }
 
 template <int T>
-int launch_epilogue(const LayerParams& p, void* stream) {
+int launch_epilogue(const LayerParams& p, const Launch& launch) {
   const Grid grid{ceil_div(static_cast<std::int64_t>(p.pixels) * p.out_channels, epilogue_threads)};
-  return launch_kernel(epilogue_kernel<T>, grid, epilogue_threads, 0, stream, p);
-}
-
-// All steps of `width` neurons on a constant current. `threshold` is that of the first neuron's channel; its mask byte
-// of plane 0 goes to `out`, and planes lie `plane` bytes apart.
-template <int width>
-QCFS_DEVICE void encode_current(const std::int32_t (&current)[width], const std::int32_t* threshold, std::uint8_t* out,
-                                std::int64_t plane, std::int64_t steps) {
-  std::int32_t n[width], v[width];
-  load_values<width>(n, threshold);
-  QCFS_UNROLL
-  for (int j = 0; j < width; ++j) v[j] = n[j] / 2;
-  std::uint32_t bits = 0;
-  for (std::int32_t t = 0; t < steps; ++t) {
-    QCFS_UNROLL
-    for (int j = 0; j < width; ++j) {
-      bits |= static_cast<std::uint32_t>(fire(v[j], current[j], n[j])) << (8 * j + t % 8);
-    }
-    if (t % 8 == 7 || t + 1 == steps) {
-      store_bytes<width>(out + t / 8 * plane, bits);
-      bits = 0;
-    }
-  }
-}
-
-// Ends `width` neighbouring channels, from `o` on, of one pixel of the first layer.
-template <int width>
-QCFS_DEVICE void image_epilogue(const AnalogConv& a, std::int64_t pixel, std::int64_t o,
-                                const std::int32_t (&current)[width]) {
-  const std::int64_t index = pixel * a.out_channels + o;
-  if (a.steps == 0) {
-    store_values<width>(a.out_current + index, current);
-    return;
-  }
-  const std::int64_t plane = a.batch * a.out_h * a.out_w * a.out_channels;
-  encode_current<width>(current, a.threshold + o, a.out_mask + index, plane, a.steps);
+  return launch_kernel(epilogue_kernel<T>, grid, epilogue_threads, 0, launch.stream, p, after_launch_before(launch));
 }
 
 }    // namespace qcfs::cuda

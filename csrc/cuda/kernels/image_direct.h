@@ -21,7 +21,7 @@
 
 #include "core/contract.h"
 #include "cuda/device.h"
-#include "cuda/kernels/epilogue.h"
+#include "cuda/kernels/image_epilogue.h"
 
 namespace qcfs::cuda {
 
@@ -33,8 +33,9 @@ struct ImageDirectParams {
 };
 
 // Channels of a thread lie in one group: a group's outputs are cut into blocks of four, the last one narrower.
-static __global__ void __launch_bounds__(image_direct_threads)
+__global__ void __launch_bounds__(image_direct_threads)
     image_direct_kernel(const __grid_constant__ ImageDirectParams p) {
+  wait_for_launch_before();
   const AnalogConv& a = p.a;
   const Geometry& g = a.g;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * image_direct_threads + threadIdx.x;
@@ -75,17 +76,12 @@ static __global__ void __launch_bounds__(image_direct_threads)
       }
     }
   }
+  const ImageChannels channels =
+      image_channels(a, static_cast<std::int32_t>(o), static_cast<std::int32_t>(end - o), false);
+  const double power = ldexp(1.0, a.exponent[sample]);
   QCFS_UNROLL
-  for (int j = 0; j < direct_channels; ++j) {
-    if (o + j >= end) continue;
-    const double scale = ldexp(a.gain[o + j], a.exponent[sample]);
-    QCFS_UNROLL
-    for (int i = 0; i < direct_pixels; ++i) {
-      if (col + i >= a.out_w) continue;
-      const double z = add_rn(mul_rn(static_cast<double>(acc[i][j]), scale), a.offset[o + j]);
-      const std::int32_t current[1] = {to_grid(z, a.low[o + j], a.high[o + j])};
-      image_epilogue<1>(a, line * a.out_w + col + i, o + j, current);
-    }
+  for (int i = 0; i < direct_pixels; ++i) {
+    if (col + i < a.out_w) end_image(a, channels, line * a.out_w + col + i, acc[i], power);
   }
 }
 

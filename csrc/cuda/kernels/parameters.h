@@ -9,8 +9,12 @@
 
 #include "core/neuron.h"
 #include "cuda/cuda.h"
+#include "cuda/device.h"
 
 namespace qcfs::cuda {
+
+// Of a launch whose kernel calls wait_for_launch_before().
+inline LaunchOptions after_launch_before(const Launch& launch) { return {1, launch.device.dependent, 0}; }
 
 struct ProductParams {
   const std::uint8_t* x;    // the launch's mask plane, or its first count plane
@@ -41,7 +45,8 @@ struct LayerParams {
   std::int32_t slices;          // partial sums of an output that the epilogue kernel adds
   std::int32_t padded_out;      // O rounded up as in packed weights
   std::int32_t wide_out;        // the output may be stored 16 bytes at a time
-  std::int32_t quads;           // four neighbouring channels are ended at once: aligned in every operand [.., O]
+  std::int32_t simple;          // fire_pair (epilogue.h) ends the layer
+  std::int32_t cluster;         // blocks that share a tile, each with a share of K; 1: K is not split so
   Mode mode;
   std::int32_t window, iterations, levels;    // as in Neuron
   std::int32_t held;                          // membranes stay within +-image_membrane thresholds

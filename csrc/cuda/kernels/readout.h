@@ -31,9 +31,10 @@ struct ReadoutParams {
 };
 static_assert(sizeof(ReadoutParams) <= 4096, "kernel parameters of older GPUs");
 
-static __global__ void __launch_bounds__(readout_channels* readout_parts, 2)
+__global__ void __launch_bounds__(readout_channels* readout_parts, 2)
     readout_kernel(const __grid_constant__ ReadoutParams p) {
   QCFS_SHARED(shared);
+  wait_for_launch_before();
   std::int64_t* partial = reinterpret_cast<std::int64_t*>(shared);
   const std::int32_t lane = threadIdx.x % readout_channels, part = threadIdx.x / readout_channels;
   const std::int64_t O = p.out_channels, pixel = blockIdx.x;

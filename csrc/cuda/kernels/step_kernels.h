@@ -8,9 +8,9 @@
 namespace qcfs::cuda {
 
 struct StepKernels {
-  int (*tensor)(const LayerParams& p, TileKind tile, int splits, void* stream);
-  int (*direct)(const LayerParams& p, void* stream);
-  int (*epilogue)(const LayerParams& p, void* stream);
+  int (*tensor)(const LayerParams& p, TileKind tile, int splits, const Launch& launch);
+  int (*direct)(const LayerParams& p, const Launch& launch);
+  int (*epilogue)(const LayerParams& p, const Launch& launch);
 };
 
 extern const StepKernels steps_1, steps_2, steps_4, steps_8;

@@ -1,7 +1,7 @@
 // Where the operands of the tensor cores lie: packed weights in global memory, tiles in shared memory.
 //
-// K, the dimension that a product sums over, is cut into pieces of 16 channels of one filter tap (the last piece of a
-// tap is padded with zeros). Four pieces are a stage of the copy pipeline: 64 bytes of K.
+// K, the dimension that a product sums over, is cut into pieces of 16 channels of one filter tap, of 4 in the first
+// layer (the last piece of a tap is padded with zeros). 64 bytes of K are a stage of the copy pipeline.
 //
 // Packed weights are int8 [digits, stages, O rounded up to 64, 64], so a block of N output channels reads N * 64
 // consecutive bytes a stage. Digit plane 0 is the high digit of w = 256 * d1 + d0, d0 in -128 .. 127.
@@ -14,13 +14,15 @@
 
 namespace qcfs::cuda {
 
-QCFS_HD static inline std::int32_t pieces_per_tap(std::int64_t channels) {
-  return static_cast<std::int32_t>((channels + piece_bytes - 1) / piece_bytes);
+constexpr int image_piece = 4;    // channels of a piece of the first layer
+
+QCFS_HD static inline std::int32_t pieces_per_tap(std::int64_t channels, int piece = piece_bytes) {
+  return static_cast<std::int32_t>((channels + piece - 1) / piece);
 }
 
-QCFS_HD static inline std::int32_t stages_of(std::int64_t taps, std::int64_t channels) {
-  const std::int64_t per_stage = stage_bytes / piece_bytes;
-  return static_cast<std::int32_t>((taps * pieces_per_tap(channels) + per_stage - 1) / per_stage);
+QCFS_HD static inline std::int32_t stages_of(std::int64_t taps, std::int64_t channels, int piece = piece_bytes) {
+  const std::int64_t per_stage = stage_bytes / piece;
+  return static_cast<std::int32_t>((taps * pieces_per_tap(channels, piece) + per_stage - 1) / per_stage);
 }
 
 constexpr std::int64_t padded_channels(std::int64_t out_channels) { return ceil_div(out_channels, 64) * 64; }
@@ -29,9 +31,9 @@ constexpr std::int64_t padded_channels(std::int64_t out_channels) { return ceil_
 struct Source {
   std::int32_t tap, channel;
 };
-QCFS_HD static inline Source packed_source(std::int32_t stage, std::int32_t k, std::int32_t pieces) {
-  const std::int32_t piece = stage * (stage_bytes / piece_bytes) + k / piece_bytes;
-  return {piece / pieces, piece % pieces * piece_bytes + k % piece_bytes};
+QCFS_HD static inline Source packed_source(std::int32_t stage, std::int32_t k, std::int32_t channels, int piece) {
+  const std::int32_t index = stage * (stage_bytes / piece) + k / piece, pieces = pieces_per_tap(channels, piece);
+  return {index / pieces, index % pieces * piece + k % piece};
 }
 
 QCFS_HD static inline std::int8_t low_digit(std::int32_t w) { return static_cast<std::int8_t>(w & 0xff); }

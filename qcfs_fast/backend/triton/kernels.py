@@ -63,6 +63,7 @@ import triton.language as tl
 
 # Adding and subtracting 1.5 * 2^52 rounds a double of magnitude below 2^51 to an integer, halves to even.
 ROUND = tl.constexpr(6755399441055744.0)
+INFINITY = tl.constexpr(0x7F800000)  # its bits as a float32; those of NaN lie above
 
 
 @triton.jit
@@ -759,7 +760,7 @@ def quantize(
     """q = rint(z * 2^-e) with the smallest e for which largest <= (2^(BITS-1) - 1) * 2^e. Grid: N * tiles of a sample.
 
     With largest = f * 2^q and f of 53 bits, `limit` has 53 bits too: e = q + 54 - BITS if f is not above it, else one
-    more.
+    more. A sample that holds NaN or infinity comes out as zeros.
     """
     tiles = tl.cdiv(per_sample, BLOCK)
     sample = tl.program_id(0) // tiles
@@ -772,8 +773,9 @@ def quantize(
     fraction = (bits & 0xFFFFFFFFFFFFF) | 0x10000000000000
     e = ((bits >> 52) - 1023 - 52 + 54 - BITS).to(tl.int32)
     e = tl.where(fraction <= limit, e, e + 1)
-    e = tl.where(largest == 0, 0, e)
+    e = tl.where((largest == 0) | (largest >= INFINITY), 0, e)
     z = _scaled_input(x, source, scale, shift, image, i, valid, C, W, stride_n, stride_c, stride_h, stride_w)
+    z = tl.where(largest < INFINITY, z, 0.0)
     q = (z.to(tl.float64) * _power_of_two(-e) + ROUND) - ROUND
     tl.store(out + image * per_sample + i, q.to(tl.int32), mask=valid)
     if tile == 0:

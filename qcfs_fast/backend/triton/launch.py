@@ -9,7 +9,6 @@ Triton is imported here and nowhere else in the package, when the first operator
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import re
@@ -21,10 +20,10 @@ import torch
 import triton
 from torch import Tensor
 
+from ...operators.finite import refuse_not_finite
 from ...operators.geometry import split
 from ...operators.neuron import MODES
 from ...operators.signature import (
-    NOT_FINITE,
     Conv2dCurrent,
     Conv2dEncode,
     Conv2dIf,
@@ -36,12 +35,12 @@ from ...operators.signature import (
     QuantizeInput,
     Readout,
 )
-from ..packing import Packed, Packing, capturing, window_table
-from ..protocol import Kernels, Plan
+from ..packing import Packed, Packing, window_table
+from ..protocol import GpuKernels, Plan
 from . import kernels, tiles
 
 MAX_STEPS = 8  # that a launch holds in registers: the bits of a mask byte
-KERNELS = Kernels("triton")
+KERNELS = GpuKernels("triton")
 INTERPRETED = not isinstance(kernels.count, triton.JITFunction)
 HIP = torch.version.hip is not None
 
@@ -101,10 +100,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> N
     """Run a kernel; double arithmetic must round after every operation, so contraction is off."""
     if min(grid) == 0:
         return
-    device = next(a.device for a in args if isinstance(a, Tensor))
     limit = {} if HIP else {"maxnreg": MAX_REGISTERS}
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, enable_fp_fusion=False, **limit, **options)
+    kernel[grid](*args, enable_fp_fusion=False, **limit, **options)
 
 
 def _blocks(size: int, block: int) -> int:
@@ -427,9 +424,6 @@ def _analog(a: Conv2dCurrent) -> Tensor:
     return out
 
 
-INFINITY = 0x7F800000  # its bits as a float32; those of NaN lie above
-
-
 @KERNELS.operator(QuantizeInput)
 def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
     x = a.x
@@ -441,9 +435,7 @@ def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
     operands = (x, a.source, a.scale, a.shift, largest)
     grid = (N * _blocks(size, block),)
     _launch(kernels.largest_input, grid, *operands, size, C, W, *x.stride(), BLOCK=block)
-    # The check needs the result on the host; a graph under capture cannot wait for it.
-    if not capturing(x) and largest.numel() and int(largest.max()) >= INFINITY:
-        raise ValueError(NOT_FINITE)
+    refuse_not_finite(largest, kernels.INFINITY.value)
     limit = (2 ** (a.bits - 1) - 1) << (54 - a.bits)
     _launch(kernels.quantize, grid, *operands, q, exponent, limit, a.bits, size, C, W, *x.stride(), BLOCK=block)
     return q, exponent
@@ -452,12 +444,12 @@ def _quantize_input(a: QuantizeInput) -> tuple[Tensor, Tensor]:
 # -------------------------------------------------------------------------------- pooling and counting
 
 
-def _windows(a: Pool | MaxPool | PoolCounts, device: torch.device) -> tuple[Tensor, Tensor]:
-    return window_table(tuple(a.rows), device, torch.int32), window_table(tuple(a.cols), device, torch.int32)
+def _plan_windows(a: Pool | MaxPool | PoolCounts) -> Plan:
+    return Plan("", detail=[window_table(tuple(w), a.device, torch.int32) for w in (a.rows, a.cols)])
 
 
-@KERNELS.operator(Pool)
-def _pool(a: Pool) -> Tensor:
+@KERNELS.operator(Pool, _plan_windows)
+def _pool(a: Pool, settled: Plan, packed: list[Packed]) -> Tensor:
     x, T = a.x, a.T
     _, N, H, W, C = x.shape
     out: Tensor = a.empty()
@@ -465,14 +457,14 @@ def _pool(a: Pool) -> Tensor:
     block = _power(C, 16, 128)
     _launch(
         kernels.pool, (_rows("pool", N, OH, OW), _blocks(C, block), _blocks(T, 8)),
-        x, *_windows(a, x.device), out, H, W, C, OH, OW, x.stride(0), out.stride(0), T, a.multiple,
+        x, *settled.detail, out, H, W, C, OH, OW, x.stride(0), out.stride(0), T, a.multiple,
         COUNT=x.shape[0] == T, BC=block, num_warps=1 if block < 64 else 2,
     )  # fmt: skip
     return out
 
 
-@KERNELS.operator(MaxPool)
-def _max_pool(a: MaxPool) -> Tensor:
+@KERNELS.operator(MaxPool, _plan_windows)
+def _max_pool(a: MaxPool, settled: Plan, packed: list[Packed]) -> Tensor:
     x = a.x
     _, N, H, W, C = x.shape
     out: Tensor = a.empty()
@@ -480,7 +472,7 @@ def _max_pool(a: MaxPool) -> Tensor:
     block = _power(C, 32, 256)
     _launch(
         kernels.max_pool, (_rows("max_pool", N, OH, OW), _blocks(C, block), x.shape[0]),
-        x, *_windows(a, x.device), out, H, W, C, OH, OW, x.stride(0), out.stride(0), LARGEST=a.counts,
+        x, *settled.detail, out, H, W, C, OH, OW, x.stride(0), out.stride(0), LARGEST=a.counts,
         BC=block, num_warps=1,
     )  # fmt: skip
     return out
@@ -497,15 +489,15 @@ def _count(a: Count) -> Tensor:
     return out
 
 
-@KERNELS.operator(PoolCounts)
-def _pool_counts(a: PoolCounts) -> Tensor:
+@KERNELS.operator(PoolCounts, _plan_windows)
+def _pool_counts(a: PoolCounts, settled: Plan, packed: list[Packed]) -> Tensor:
     S, N, H, W, C = a.counts.shape
     out: Tensor = a.empty()
     OH, OW = out.shape[2:4]
     block = _power(C, 32, 128)
     _launch(
         kernels.pool_counts, (_rows("pool_counts", S, N, OH, OW), _blocks(C, block)),
-        a.counts, *_windows(a, out.device), out, H, W, C, OH, OW, a.multiple, BC=block, num_warps=1,
+        a.counts, *settled.detail, out, H, W, C, OH, OW, a.multiple, BC=block, num_warps=1,
     )  # fmt: skip
     return out
 

@@ -177,7 +177,6 @@ def choose(problem: Problem, run: Callable[[Tile], None], device: Any, interpret
         return _known[key]
     if torch.cuda.is_current_stream_capturing():
         return options[0]
-    with torch.cuda.device(device):  # do_bench times and waits for the current one
-        _known[key] = fastest(options, run, _milliseconds)
+    _known[key] = fastest(options, run, _milliseconds)  # on the current device, the operands' (protocol.py)
     write_cache(cache_file(), {key: _known[key]})
     return _known[key]

@@ -288,7 +288,7 @@ _KINDS = {"ImageInput": "input", "EncodingLayer": "analog", "SpikePool": "pool",
 
 def _engine(layer: Layer, device: torch.device) -> str:
     """What runs a layer: the layer's own statement, else the kernels that the backend chose for all."""
-    kernels = backend.describe() if device.type == "cpu" else backend.gpu_backend()
+    kernels = backend.describe() if device.type == "cpu" else backend.gpu_backend(device.index or 0)
     named = getattr(layer, "engine", "")
     return f"{named}, {kernels}" if named else kernels
 
