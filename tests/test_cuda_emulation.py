@@ -86,24 +86,21 @@ def plain_objects(tmp_path_factory):
 
 # One line of the kernels changed, as a slip of the pen would.
 CONV, IMAGE = "cuda/kernels/conv_if_tensor.h", "cuda/kernels/image_tensor.h"
+WALK, END = "cuda/kernels/walk.h", "cuda/kernels/tile_end.h"
 EPILOGUE, PARAMETERS = "cuda/kernels/epilogue.h", "cuda/kernels/parameters.h"
 MUTATIONS = {
     "none": (CONV, "copies_wait<0>();", "copies_wait<0>();"),
     "swizzle of the copy only": (CONV, "tiles + chunk_offset(thread / 4, thread % 4);", "tiles + thread * 16;"),
-    "row of the second fragment half": (CONV, "+ 8 * half + lane / 4,", "+ 4 * half + lane / 4,"),
+    "row of the second fragment half": (END, "+ 8 * half + lane / 4,", "+ 4 * half + lane / 4,"),
     "half of K twice": (CONV, "lane / 8 % 2) ^ 32 * half;", "lane / 8 % 2) ^ 16 * half;"),
     "no wait for the copies": (CONV, "copies_wait<stages - 2>();", "copies_wait<stages - 1>();"),
     "no barrier": (CONV, "      __syncthreads();    // everyone's", "      // everyone's"),
     "slot refilled while it is read": (CONV, "write = (stages - 1) * Conv::bytes;", "write = 0;"),
-    "no barrier within the warp": (CONV, "      sync_warp();\n      currents.end", "      currents.end"),
+    "no barrier within the warp": (END, "      sync_warp();\n      currents.end", "      currents.end"),
     "pixel column past the edge": (CONV, "(k.x[i] + k.dx) < static", "(k.x[i] + k.dx) <= static"),
-    "weights of the next stage": (
-        CONV,
-        "weight += weights;",
-        "weight += weights + 64;",
-    ),
+    "weights of the next stage": (WALK, "weight += weights;", "weight += weights + 64;"),
     "second digit without its shift": (CONV, "walk.digit - before.digit)", "0)"),
-    "the product of the stage": (CONV, "enter(p, product + 1, 0, rest);", "enter(p, product, 0, rest);"),
+    "the product of the stage": (WALK, "enter(p, product + 1, 0, rest);", "enter(p, product, 0, rest);"),
     "sign of a scale": (PARAMETERS, "from.negative != to.negative ? -1", "from.negative != to.negative ? 1"),
     "the last scale": (
         CONV,
@@ -120,10 +117,10 @@ MUTATIONS = {
     "masked at zero": (EPILOGUE, "more = end > 0;", "more = end >= 0;"),
     "negative spikes unpaid": (EPILOGUE, "v < 0 && sent > 0", "v < 0 && sent >= 0"),
     "membrane limit": (EPILOGUE, "v > limit ? limit", "v > 2 * limit ? limit"),
-    "slices of a split": (CONV, "p.partial + blockIdx.z * p.steps", "p.partial + blockIdx.z / 2 * p.steps"),
-    "a cluster without its barrier": (CONV, "    cluster_barrier();\n    currents.end", "    currents.end"),
-    "a block of the cluster twice": (CONV, "(blockIdx.z) + block) % blocks", "(blockIdx.z) + block / 2) % blocks"),
-    "a block's share of a cluster": (CONV, "blockIdx.z * threads + threadIdx.x, p.cluster", "threadIdx.x, p.cluster"),
+    "slices of a split": (END, "p.partial + blockIdx.z * p.steps", "p.partial + blockIdx.z / 2 * p.steps"),
+    "a cluster without its barrier": (END, "    cluster_barrier();\n    currents.end", "    currents.end"),
+    "a block of the cluster twice": (END, "(blockIdx.z) + block) % blocks", "(blockIdx.z) + block / 2) % blocks"),
+    "a block's share of a cluster": (END, "blockIdx.z * threads + threadIdx.x, p.cluster", "threadIdx.x, p.cluster"),
     "an early copy's weights": (CONV, "if (s >= early) Conv", "if (s > early) Conv"),
     "bits of a pair's second neuron": (EPILOGUE, "- 1) * 0x101u;", "- 1) * 0x81u;"),
     "the wrong half of a residual": (EPILOGUE, "1u << (8 * k + t)", "1u << (8 * (k ^ 1) + t)"),

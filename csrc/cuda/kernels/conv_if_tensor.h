@@ -28,157 +28,27 @@
 // The loop around the products holds nothing else than a wait, a barrier, the products of a stage and, after half of
 // them, the copies for a later one. What changes between products and digits happens between two of its runs (Walk).
 //
-// The epilogue of simple layers (epilogue.h) runs on the accumulators as they lie: a lane has two neighbouring channels
-// of a pixel. The mask bytes pass through shared memory so that a store has 16 of them. Any other layer's accumulators
-// go through shared memory a few channels at a time, and neurons end one by one in a loop: its code is long.
-//
-// Split K, where one block for each tile would leave the GPU idle. From sm_90 on the blocks of a tile are a cluster:
-// each leaves its accumulators in its shared memory and ends a share of the tile's neurons on the sums of all. Before,
-// they go to a workspace, and a second launch ends the layer.
+// The accumulators of a split K meet, and neurons end, in tile_end.h.
 //
 // Registers a thread: T * row_parts * BN / 2 accumulators (64 to 128), BN / 4 weight fragments, 4 to 8 masks, about 50
 // addresses. With 128 threads that stays under 255 registers, without spills, and lets two blocks share an SM: one
 // multiplies while the other is in its epilogue.
-// Shared memory: stages * (BM * planes + BN) * 64 bytes, 20 to 60 KiB; clusters: at least the accumulators
-// (cost_model.h). Exact: integers modulo 2^32, and the contract keeps every final value inside 32 bits. This is why the
-// masks are shifted before the product and not the sums after it: a sum scaled by 2^t could leave 32 bits.
+// Shared memory: stages * (BM * planes + BN) * 64 bytes, 20 to 60 KiB, or the accumulators of a cluster.
+//
+// Exact: integers modulo 2^32, and the contract keeps every final value inside 32 bits. This is why the masks are
+// shifted before the product and not the sums after it: a sum scaled by 2^t could leave 32 bits.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/cost_model.h"
 #include "cuda/device.h"
-#include "cuda/kernels/epilogue.h"
 #include "cuda/kernels/parameters.h"
 #include "cuda/kernels/tensor_layout.h"
+#include "cuda/kernels/tile_end.h"
+#include "cuda/kernels/walk.h"
 
 namespace qcfs::cuda {
-
-// A block's share of K, the same for every digit: `stages` of them, from stage `first_stage` of a product on.
-struct Share {
-  std::int32_t first_product, first_stage, stages;
-
-  QCFS_DEVICE explicit Share(const LayerParams& p) {
-    first_stage = static_cast<std::int32_t>(blockIdx.z) * p.split_stages;
-    const std::int32_t remaining = p.stages - first_stage;
-    stages = remaining < p.split_stages ? remaining : p.split_stages;
-    for (first_product = 0;; ++first_product) {
-      const ProductParams& q = p.products[first_product];
-      const std::int32_t n = stages_of(q.kernel_h * q.kernel_w, q.channels);
-      if (first_stage < n) return;
-      first_stage -= n;
-    }
-  }
-};
-
-// A walk over the share: for each digit, the products one after the other. A segment is the part of one product, with
-// one digit. The copies and the products walk alike, the copies ahead by up to `stages` - 1 stages.
-struct Walk {
-  std::int32_t digit, product, first_stage;
-  std::int32_t left;    // stages of this segment that are still to come
-  std::int32_t rest;    // stages of the segments that follow with the same digit
-
-  QCFS_DEVICE Walk(const LayerParams& p, const Share& share) { begin(p, share, 0); }
-
-  QCFS_DEVICE void next(const LayerParams& p, const Share& share) {
-    if (rest > 0) {
-      enter(p, product + 1, 0, rest);
-    } else {
-      begin(p, share, digit + 1);
-    }
-  }
-
- private:
-  QCFS_DEVICE void begin(const LayerParams& p, const Share& share, std::int32_t next_digit) {
-    digit = next_digit;
-    enter(p, share.first_product, share.first_stage, share.stages);
-  }
-
-  QCFS_DEVICE void enter(const LayerParams& p, std::int32_t next_product, std::int32_t stage, std::int32_t stages) {
-    product = next_product;
-    first_stage = stage;
-    const ProductParams& q = p.products[product];
-    const std::int32_t n = stages_of(q.kernel_h * q.kernel_w, q.channels) - stage;
-    left = n < stages ? n : stages;
-    rest = stages - left;
-  }
-};
-
-// Where a thread's next copies come from. A thread copies piece `column` = thread % 4 of each stage, for rows
-// thread / 4, thread / 4 + threads / 4, .. of the mask tile and of the weight tile. The addresses are kept from stage
-// to stage in registers, so advance() costs the loop around the products a few additions. enter() computes them anew.
-template <int loads>
-struct CopyCursor {
-  static constexpr std::int32_t outside = 1 << 29;    // no row of pixels is as far, nor brought inside by it
-
-  std::int32_t product = -1;
-  std::int32_t piece, pieces;                  // the piece within the tap; pieces of a tap
-  std::int32_t columns_left, rows_left;        // taps to come in this row of the kernel; rows of it
-  std::int32_t kernel_w, step_x, step_y;       // dilations
-  std::int32_t height, width;                  // of the input
-  std::int32_t dy, dx;                         // of the tap, in pixels
-  std::int64_t offset;                         // of tap and piece, in bytes
-  std::int64_t to_next_column, to_next_row;    // what offset grows by
-  std::intptr_t from[loads];                   // address of each row's pixel under tap (0, 0), inside the input or not
-  std::int32_t y[loads], x[loads];             // its coordinates
-  const std::int8_t* weight;
-
-  QCFS_DEVICE void enter(const LayerParams& p, const Walk& at, std::int32_t first_pixel, std::int32_t first_channel,
-                         std::int32_t threads) {
-    const bool same_pixels = at.product == product;
-    product = at.product;
-    const ProductParams& q = p.products[product];
-    const std::int32_t thread = threadIdx.x, column = thread % 4;
-    const std::int32_t stages = stages_of(q.kernel_h * q.kernel_w, q.channels);
-    pieces = pieces_per_tap(q.channels);
-    const std::int32_t first_piece = at.first_stage * (stage_bytes / piece_bytes) + column, tap = first_piece / pieces;
-    piece = first_piece % pieces;
-    kernel_w = q.kernel_w;
-    columns_left = kernel_w - tap % kernel_w;
-    rows_left = q.kernel_h - tap / kernel_w;
-    step_x = q.dilation_w;
-    step_y = q.dilation_h;
-    height = q.height;
-    width = q.width;
-    dx = tap % kernel_w * step_x;
-    dy = rows_left > 0 ? tap / kernel_w * step_y : outside;
-    offset = (static_cast<std::int64_t>(tap / kernel_w * step_y) * width + dx) * q.channels + piece * piece_bytes;
-    to_next_column = static_cast<std::int64_t>(step_x) * q.channels - pieces * piece_bytes;
-    to_next_row =
-        (static_cast<std::int64_t>(step_y) * width - static_cast<std::int64_t>(kernel_w) * step_x) * q.channels;
-    weight =
-        static_cast<const std::int8_t*>(q.weight) + thread * piece_bytes +
-        ((static_cast<std::int64_t>(at.digit) * stages + at.first_stage) * p.padded_out + first_channel) * stage_bytes;
-    if (same_pixels) return;
-    QCFS_UNROLL
-    for (int i = 0; i < loads; ++i) {
-      const std::int32_t pixel = first_pixel + thread / 4 + i * (threads / 4);
-      const std::int32_t area = p.out_h * p.out_w;
-      const bool exists = pixel < p.pixels;
-      y[i] = exists ? pixel % area / p.out_w * q.stride_h - q.pad_h : -2 * outside;
-      x[i] = pixel % p.out_w * q.stride_w - q.pad_w;
-      const std::int64_t row = static_cast<std::int64_t>(pixel / area) * height + y[i];
-      from[i] = reinterpret_cast<std::intptr_t>(q.x) + (exists ? (row * width + x[i]) * q.channels : 0);
-    }
-  }
-
-  // To the next stage of the same segment; `weights` bytes lie between two stages of packed weights.
-  QCFS_DEVICE void advance(std::uint32_t weights) {
-    weight += weights;
-    piece += stage_bytes / piece_bytes;
-    offset += stage_bytes;
-    while (piece >= pieces) {    // to the next tap
-      piece -= pieces;
-      dx += step_x;
-      offset += to_next_column;
-      if (--columns_left > 0) continue;
-      columns_left = kernel_w;
-      dx = 0;
-      offset += to_next_row;
-      dy = --rows_left > 0 ? dy + step_y : outside;
-    }
-  }
-};
 
 // The work of one block. Template parameters (tile_shape() in cost_model.h chooses them):
 //
@@ -248,22 +118,9 @@ struct ConvTile {
     }
   }
 
-  using Accumulators = std::int32_t[T][parts][2 * pairs][4];
-
-  template <typename Change>
-  QCFS_DEVICE static void for_each(Accumulators& acc, Change&& change) {
-    QCFS_UNROLL
-    for (int t = 0; t < T; ++t) {
-      QCFS_UNROLL
-      for (int i = 0; i < parts; ++i) {
-        QCFS_UNROLL
-        for (int j = 0; j < 2 * pairs; ++j) {
-          QCFS_UNROLL
-          for (int r = 0; r < 4; ++r) change(acc[t][i][j][r]);
-        }
-      }
-    }
-  }
+  using End = TileEnd<T, parts, cols, warps>;
+  using Accumulators = typename End::Accumulators;
+  static_assert(End::shared_bytes <= stages * bytes, "shared memory");
 
   // A lane's row addresses for ldmatrix in the first stage, for the two halves of K.
   struct Lane {
@@ -369,223 +226,7 @@ struct ConvTile {
       }
     }
     load();
-    wgmma_wait([&](auto&& change) { for_each(acc, change); });
-  }
-#endif
-
-  // In a 16 x 8 accumulator fragment lane l holds rows l/4 and l/4 + 8, channels 2*(l%4) and 2*(l%4) + 1: two pairs of
-  // neighbouring channels. Calls see(pair, row, column) with the pair's row and its first column within the tile.
-  template <typename See>
-  QCFS_DEVICE static void for_each_pair(See&& see) {
-    const std::int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    QCFS_UNROLL
-    for (int j = 0; j < 2 * pairs; ++j) {
-      QCFS_UNROLL
-      for (int i = 0; i < parts; ++i) {
-        QCFS_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          see(Pair{i, j, half}, 16 * (parts * warp + i) + 8 * half + lane / 4, 8 * j + lane % 4 * 2);
-        }
-      }
-    }
-  }
-  struct Pair {
-    int i, j, half;
-    QCFS_DEVICE void of(const Accumulators& acc, std::int32_t (&currents)[T][2]) const {
-      QCFS_UNROLL
-      for (int t = 0; t < T; ++t) {
-        currents[t][0] = acc[t][i][j][2 * half];
-        currents[t][1] = acc[t][i][j][2 * half + 1];
-      }
-    }
-    // To the place `by` fragments before, in ascending order of fragments.
-    QCFS_DEVICE void move_down(Accumulators& acc, int by) const {
-      if (j < by) return;
-      QCFS_UNROLL
-      for (int t = 0; t < T; ++t) {
-        acc[t][i][j - by][2 * half] = acc[t][i][j][2 * half];
-        acc[t][i][j - by][2 * half + 1] = acc[t][i][j][2 * half + 1];
-      }
-    }
-  };
-
-  // Bytes from one row of the mask bytes in shared memory to the next: the pairs of a fragment fall into different
-  // banks, and 16 bytes stay aligned.
-  static constexpr int mask_row = cols == 16 ? 16 : cols + 16;
-
-  // Ends a simple layer's neurons on the accumulators as they lie. Mask bytes go to `masks` [rows, mask_row] in shared
-  // memory; those of pixels and channels that do not exist are never read.
-  template <bool has_residual, bool has_state>
-  QCFS_DEVICE static void end_pairs(const LayerParams& p, const Accumulators& acc, unsigned char* masks,
-                                    std::int32_t first_pixel, std::int32_t first_channel) {
-    std::uint32_t residual[2 * pairs][parts][2];    // all asked for before any is used
-    for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
-      const std::int32_t pixel = first_pixel + row, o = first_channel + col;
-      const bool asked = has_residual && p.residual_count > 0 && pixel < p.pixels && o < p.out_channels;
-      const std::int64_t index = static_cast<std::int64_t>(pixel) * p.out_channels + o;
-      residual[at.j][at.i][at.half] = asked ? load_bytes<2>(p.residuals[0].data + index) : 0;
-    });
-    QCFS_UNROLL
-    for (int j = 0; j < 2 * pairs; ++j) {
-      const std::int32_t o = first_channel + 8 * j + threadIdx.x % 4 * 2;
-      const ChannelPair channels(p, o < p.out_channels ? o : 0);
-      for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
-        if (at.j != j) return;
-        std::int32_t currents[T][2];
-        at.of(acc, currents);
-        const std::int32_t pixel = first_pixel + row;
-        if (has_state && (pixel >= p.pixels || o >= p.out_channels)) return;
-        const std::int64_t index = static_cast<std::int64_t>(pixel) * p.out_channels + o;
-        const std::uint32_t bits = fire_pair<T, has_residual, has_state>(
-            p, channels, index, has_residual ? residual[j][at.i][at.half] : 0, currents);
-        store_bytes<2>(masks + row * mask_row + col, bits);
-      });
-    }
-  }
-
-  // The mask bytes of a tile, 16 a store where the output is so aligned.
-  QCFS_DEVICE static void store_masks(const LayerParams& p, const unsigned char* masks, std::int32_t first_pixel,
-                                      std::int32_t first_channel) {
-    for (std::int32_t i = threadIdx.x * 16; i < rows * cols; i += threads * 16) {
-      const std::int32_t at = first_pixel + i / cols, o = first_channel + i % cols;
-      if (at >= p.pixels) continue;
-      const unsigned char* from = masks + i / cols * mask_row + i % cols;
-      std::uint8_t* to = p.out + static_cast<std::int64_t>(at) * p.out_channels + o;
-      if (p.wide_out && o < p.out_channels) {
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-      } else {
-        for (int j = 0; j < 16 && o + j < p.out_channels; ++j) to[j] = from[j];
-      }
-    }
-  }
-
-  // Partial sums of a split K, for a second launch.
-  QCFS_DEVICE static void store_partial(const LayerParams& p, const Accumulators& acc, std::int32_t first_pixel,
-                                        std::int32_t first_channel) {
-    const std::int64_t plane = static_cast<std::int64_t>(p.pixels) * p.out_channels;
-    for_each_pair([&](Pair at, std::int32_t row, std::int32_t col) {
-      const std::int32_t pixel = first_pixel + row, o = first_channel + col;
-      if (pixel >= p.pixels || o >= p.out_channels) return;
-      std::int32_t* to =
-          p.partial + blockIdx.z * p.steps * plane + static_cast<std::int64_t>(pixel) * p.out_channels + o;
-      std::int32_t currents[T][2];
-      at.of(acc, currents);
-      QCFS_UNROLL
-      for (int t = 0; t < T; ++t) {
-        if (t >= p.steps) break;
-        if (p.out_channels % 2 == 0) {    // four lanes fill a sector
-          store_values<2>(to + t * plane, currents[t]);
-        } else {
-          to[t * plane] = currents[t][0];
-          if (o + 1 < p.out_channels) to[t * plane + 1] = currents[t][1];
-        }
-      }
-    });
-  }
-
-  // Accumulators of `height` pixels x `width` channels in shared memory, int32 [T, height, row]. Rows are padded so
-  // that the pairs which half a warp stores fall into different banks.
-  template <int height, int width>
-  struct SharedCurrents {
-    static constexpr int row = width == 8 ? 8 : width + 8, words = T * height * row;
-    std::int32_t* memory;
-    std::int32_t blocks;    // of the cluster: a neuron's currents are the sums of theirs; 1: of this block alone
-
-    QCFS_DEVICE static int at(int t, std::int32_t y, std::int32_t x) { return (t * height + y) * row + x; }
-
-    QCFS_DEVICE void load(std::int32_t y, std::int32_t x, std::int32_t (&sums)[T][2]) const {
-      QCFS_UNROLL
-      for (int t = 0; t < T; ++t) load_values<2>(sums[t], memory + at(t, y, x));
-#if defined(QCFS_HAS_CLUSTERS)
-      for (std::int32_t block = 1; block < blocks; ++block) {
-        // Each block begins with itself and goes round, so that not all ask the same one.
-        const std::int32_t rank = (static_cast<std::int32_t>(blockIdx.z) + block) % blocks;
-        const SharedAddress from = in_block(shared_address(memory), rank);
-        QCFS_UNROLL
-        for (int t = 0; t < T; ++t) {
-          std::int32_t value[2];
-          load_remote(value, from + at(t, y, x) * 4);
-          sums[t][0] = wrapping_add(sums[t][0], value[0]);
-          sums[t][1] = wrapping_add(sums[t][1], value[1]);
-        }
-      }
-#endif
-    }
-
-    // Ends the neurons: pairs `first`, `first` + `stride`, .. of them. The first one is at pixel and channel given.
-    QCFS_DEVICE void end(const LayerParams& p, std::int32_t first, std::int32_t stride, std::int32_t first_pixel,
-                         std::int32_t first_channel) const {
-      QCFS_ROLLED
-      for (std::int32_t i = first; i < height * width / 2; i += stride) {
-        const std::int32_t y = i / (width / 2), x = i % (width / 2) * 2;
-        const std::int32_t pixel = first_pixel + y, o = first_channel + x;
-        if (pixel >= p.pixels || o >= p.out_channels) continue;
-        const std::int64_t index = static_cast<std::int64_t>(pixel) * p.out_channels + o;
-        std::int32_t sums[T][2];
-        load(y, x, sums);
-        if (p.simple) {
-          const ChannelPair channels(p, o);
-          const std::uint32_t residual = p.residual_count > 0 ? load_bytes<2>(p.residuals[0].data + index) : 0;
-          const std::uint32_t bits = fire_pair<T, true, true>(p, channels, index, residual, sums);
-          store_bytes<2>(p.out + index, bits);
-          continue;
-        }
-        std::uint32_t bytes = 0;
-        QCFS_ROLLED
-        for (int k = 0; k < 2 && o + k < p.out_channels; ++k) {
-          std::int32_t currents[T];
-          QCFS_UNROLL
-          for (int t = 0; t < T; ++t) currents[t] = k == 0 ? sums[t][0] : sums[t][1];
-          bytes |= static_cast<std::uint32_t>(end_neuron<T>(p, index + k, o + k, currents)) << 8 * k;
-        }
-        if (p.wide_out) {
-          store_bytes<2>(p.out + index, bytes);
-        } else {
-          for (int k = 0; k < 2 && o + k < p.out_channels; ++k)
-            p.out[index + k] = static_cast<std::uint8_t>(bytes >> 8 * k);
-        }
-      }
-    }
-  };
-
-  template <int height, int width>
-  QCFS_DEVICE static void put_pair(const SharedCurrents<height, width>& to, const Accumulators& acc, Pair pair,
-                                   std::int32_t y, std::int32_t x) {
-    std::int32_t currents[T][2];
-    pair.of(acc, currents);
-    QCFS_UNROLL
-    for (int t = 0; t < T; ++t) store_values<2>(to.memory + to.at(t, y, x), currents[t]);
-  }
-
-  // Ends neurons of any mode, a few channels of a warp's pixels at a time.
-  QCFS_DEVICE static void end_by_warps(const LayerParams& p, Accumulators& acc, unsigned char* shared,
-                                       std::int32_t first_pixel, std::int32_t first_channel) {
-    constexpr int width = T == 8 ? 8 : 16, height = 16 * parts;
-    using Currents = SharedCurrents<height, width>;
-    static_assert(warps * Currents::words * 4 <= stages * bytes, "shared memory");
-    const std::int32_t lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * height;
-    const Currents currents{reinterpret_cast<std::int32_t*>(shared) + threadIdx.x / 32 * Currents::words, 1};
-    QCFS_ROLLED
-    for (std::int32_t first = 0; first < cols; first += width) {
-      for_each_pair([&](Pair pair, std::int32_t row, std::int32_t col) {
-        if (pair.j < width / 8) put_pair(currents, acc, pair, row - first_row, col);
-        pair.move_down(acc, width / 8);    // registers have no index
-      });
-      sync_warp();
-      currents.end(p, lane, 32, first_pixel + first_row, first_channel + first);
-      sync_warp();
-    }
-  }
-
-#if defined(QCFS_HAS_CLUSTERS)
-  // Ends this block's share of the neurons of the cluster's tile.
-  QCFS_DEVICE static void end_in_cluster(const LayerParams& p, const Accumulators& acc, unsigned char* shared,
-                                         std::int32_t first_pixel, std::int32_t first_channel) {
-    const SharedCurrents<rows, cols> currents{reinterpret_cast<std::int32_t*>(shared), p.cluster};
-    for_each_pair([&](Pair pair, std::int32_t row, std::int32_t col) { put_pair(currents, acc, pair, row, col); });
-    cluster_barrier();
-    currents.end(p, blockIdx.z * threads + threadIdx.x, p.cluster * threads, first_pixel, first_channel);
-    leave_cluster();    // not while others read from it
+    wgmma_wait([&](auto&& change) { End::for_each(acc, change); });
   }
 #endif
 };
@@ -635,9 +276,9 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
   }
 
   typename Conv::Accumulators acc;
-  Conv::for_each(acc, [](std::int32_t& a) { a = 0; });
+  Conv::End::for_each(acc, [](std::int32_t& a) { a = 0; });
   const auto multiply_sums = [&](std::int32_t factor) {
-    if (factor != 1) Conv::for_each(acc, [=](std::int32_t& a) { a = wrapping_multiply(a, factor); });
+    if (factor != 1) Conv::End::for_each(acc, [=](std::int32_t& a) { a = wrapping_multiply(a, factor); });
   };
   const typename Conv::Lane lane(tiles);
   SharedAddress read = 0, write = (stages - 1) * Conv::bytes;    // stages of the pipeline, from `tiles` on
@@ -689,21 +330,7 @@ __global__ void __launch_bounds__(32 * warps, resident) conv_if_kernel(const __g
   copies_wait<0>();
   __syncthreads();    // everyone has left the stages, whose memory serves the epilogue
 
-#if defined(QCFS_HAS_CLUSTERS)
-  if (p.cluster > 1) return Conv::end_in_cluster(p, acc, shared, first_pixel, first_channel);
-#endif
-  if (p.partial != nullptr) return Conv::store_partial(p, acc, first_pixel, first_channel);
-  if (!p.simple) return Conv::end_by_warps(p, acc, shared, first_pixel, first_channel);
-  static_assert(Conv::rows * Conv::mask_row <= stages * Conv::bytes, "shared memory");
-  if (p.state_in != nullptr || p.state_out != nullptr) {
-    Conv::template end_pairs<true, true>(p, acc, shared, first_pixel, first_channel);
-  } else if (p.residual_count > 0) {
-    Conv::template end_pairs<true, false>(p, acc, shared, first_pixel, first_channel);
-  } else {
-    Conv::template end_pairs<false, false>(p, acc, shared, first_pixel, first_channel);
-  }
-  __syncthreads();
-  Conv::store_masks(p, shared, first_pixel, first_channel);
+  Conv::End::end(p, acc, shared, first_pixel, first_channel);
 }
 
 // A launch of at most T steps with the tile that the plan chose.
