@@ -107,11 +107,7 @@ MUTATIONS = {
         "multiply_sums(scale_of(p.products[walk.product]));",
         "multiply_sums(scale_of(p.products[0]));",
     ),
-    "bias of the first step": (
-        EPILOGUE,
-        "wrapping_add(currents[t], from[t * step])",
-        "wrapping_add(currents[t], from[t / 4 * step])",
-    ),
+    "bias of the first step": (EPILOGUE, "value = from[t * step];", "value = from[t / 4 * step];"),
     "one spike too many": (EPILOGUE, "least - n + 1;", "least - n;"),
     "one spike too few": (EPILOGUE, "left >= n && spikes < window", "left >= n"),
     "masked at zero": (EPILOGUE, "more = end > 0;", "more = end >= 0;"),
