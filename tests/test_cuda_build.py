@@ -230,6 +230,16 @@ def test_a_broken_nvcc_is_none(tmp_path):
     assert "no working nvcc was found; set CUDA_HOME" in " ".join(result.stderr.split())
 
 
+def test_an_old_nvcc_is_none(tmp_path):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.4, V11.4.152'\n")
+    nvcc.chmod(0o755)
+    result = configure(tmp_path / "auto", CUDA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "without the CUDA module: nvcc 11.4 is older than 11.8, which the CUDA module needs" in result.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 @pytest.mark.parametrize(("listed", "wgmma", "built"), [
