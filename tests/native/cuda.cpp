@@ -544,6 +544,8 @@ void refusals() {
   a.out_channels = 4;
   refused(conv_if(a, plan), cuda::wrong_plan, "too few outputs for tensor cores");
 
+  const int capability = cuda::emulation::capability;
+  cuda::emulation::capability = 90;
   for (const char* without : {"clusters", "dependent-launches"}) {
     cuda::Device d;
     setenv("QCFS_FAST_CUDA_WITHOUT", without, 1);
@@ -551,6 +553,7 @@ void refusals() {
     unsetenv("QCFS_FAST_CUDA_WITHOUT");
     if ((d.max_cluster > 1) == (without[0] == 'c') || d.dependent == (without[0] == 'd')) fail("not left out");
   }
+  cuda::emulation::capability = capability;
 
   const std::vector<ReadoutTerm> terms(cuda::max_launch_terms + 1, ReadoutTerm{});
   const Readout readout{1, 1, 1, 1, 10, 4, terms.data(), cuda::max_launch_terms + 1, nullptr, nullptr};
