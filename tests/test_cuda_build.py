@@ -216,12 +216,16 @@ def test_wrong_build_settings_say_so(variable, value, message, tmp_path):
     assert message in " ".join(result.stderr.split())
 
 
+def write_nvcc(home, *lines):
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    nvcc.chmod(0o755)
+
+
 def test_a_broken_nvcc_is_none(tmp_path):
     """`auto` builds without the CUDA module, `on` says what is missing."""
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'nvcc: unsupported host compiler' >&2\nexit 1\n")
-    nvcc.chmod(0o755)
+    write_nvcc(tmp_path, "echo 'nvcc: unsupported host compiler' >&2", "exit 1")
     result = configure(tmp_path / "auto", CUDA_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "building without the CUDA module: no working nvcc was found" in result.stdout
@@ -231,10 +235,7 @@ def test_a_broken_nvcc_is_none(tmp_path):
 
 
 def test_an_old_nvcc_is_none(tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.4, V11.4.152'\n")
-    nvcc.chmod(0o755)
+    write_nvcc(tmp_path, "echo 'Cuda compilation tools, release 11.4, V11.4.152'")
     result = configure(tmp_path / "auto", CUDA_HOME=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "without the CUDA module: nvcc 11.4 is older than 11.8, which the CUDA module needs" in result.stdout

@@ -113,18 +113,8 @@ def plan(results: Path, device: str, left: Callable[[], float]) -> Iterator[Step
 
     bench = [sys.executable, str(ROOT / "benchmarks/gpu.py"), "--device", device, "--output", str(results / "gpu.json")]
     if not gpu:
-        bench += [
-            "--nets",
-            "cifar-resnet20",
-            "--batches",
-            "1",
-            "--steps",
-            "1",
-            "--rounds",
-            "1",
-            "--only",
-            "16-bit eager",
-        ]
+        bench += ["--nets", "cifar-resnet20", "--batches", "1", "--steps", "1", "--rounds", "1"]
+        bench += ["--only", "16-bit eager"]
         yield Step("benchmark", 120, bench, using("package"), package)
         return
     aims = ["--nets", "resnet18", "cifar-resnet20", "--batches", "1", "128", "256", "--steps", "4", "--budget", "130"]

@@ -66,7 +66,7 @@ using namespace qcfs::cuda;
 int main(int, char** argv) {
   const int capability = std::atoi(argv[2]);
   const bool hopper = capability >= 90;
-  const Device device{std::atoi(argv[1]), capability, std::atoi(argv[3]), capability, hopper ? 8 : 1, hopper};
+  const Device device{std::atoi(argv[1]), capability, std::atoi(argv[3]), hopper ? 8 : 1, hopper};
   Work w{};
   int from, projected;
   while (std::scanf("%ld %ld %ld %d %d %d", &w.pixels, &w.out_channels, &w.steps, &w.digits, &from, &projected) == 6) {

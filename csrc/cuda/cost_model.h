@@ -25,7 +25,6 @@ struct Device {
   int multiprocessors;
   int capability;      // 10 * major + minor
   int shared_bytes;    // per block, opt-in limit
-  int code;            // what the loaded kernels were compiled for: 80 where a 9.0 GPU translates PTX of compute_80
   int max_cluster;     // blocks of a thread-block cluster: 1 where there are none, 8 at most
   bool dependent;      // launches may begin before the one before has ended
 };
@@ -78,10 +77,14 @@ constexpr TileShape tile_shape(int T, TileKind tile) {
   return {128, 64, 4, 2, 4, 1};
 }
 
-// The pipeline's; blocks of a cluster need room for their accumulators too, whose rows are padded (SharedCurrents).
+// Words from a row of accumulators of `cols` channels in shared memory to the next: padded so that the pairs which half
+// a warp stores fall into different banks.
+constexpr int currents_row(int cols) { return cols == 8 ? 8 : cols + 8; }
+
+// The pipeline's; blocks of a cluster need room for their accumulators too.
 constexpr std::size_t shared_bytes(const TileShape& s, int T, bool cluster) {
   const int pipeline = s.stages * (s.rows * s.a_planes + s.cols) * stage_bytes;
-  const int currents = cluster ? T * s.rows * (s.cols + 8) * 4 : 0;
+  const int currents = cluster ? T * s.rows * currents_row(s.cols) * 4 : 0;
   return static_cast<std::size_t>(pipeline > currents ? pipeline : currents);
 }
 

@@ -388,8 +388,8 @@ int query_device(int index, Device* device) {
   if (e == cudaSuccess) e = attribute(cudaDevAttrComputeCapabilityMinor, &minor);
   if (e == cudaSuccess) e = cudaFuncGetAttributes(&kernel, pack_kernel);    // all kernels have the same architectures
   device->capability = 10 * major + minor;
-  device->code = kernel.ptxVersion;
-  const bool hopper = device->capability >= 90 && device->code >= 90;
+  // A 9.0 GPU may run PTX of compute_80, which has neither.
+  const bool hopper = device->capability >= 90 && kernel.ptxVersion >= 90;
   device->max_cluster = 1;
   if (e == cudaSuccess && hopper && !is_left_out("clusters")) {
     cudaLaunchConfig_t config{};
@@ -420,7 +420,7 @@ int current_device(int* index) {
 
 int query_device(int, Device* device) {
   const bool hopper = emulation::capability >= 90;
-  *device = {132, emulation::capability, 227 * 1024, emulation::capability, 1, false};
+  *device = {132, emulation::capability, 227 * 1024, 1, false};
   device->max_cluster = hopper && !is_left_out("clusters") ? 8 : 1;
   device->dependent = hopper && !is_left_out("dependent-launches");
   return ok;

@@ -31,7 +31,7 @@ struct Launch {
 const char* describe(int code);
 int device_count(int* count);
 int current_device(int* index);
-int query_device(int index, Device* device);    // of the current device; `code` loads the kernels there
+int query_device(int index, Device* device);    // the current one; it loads the kernels there
 
 // A spiking layer runs on tensor cores, with the weights of product i packed by pack_weight in `packed[i]`, or in a
 // direct kernel, with weights as in the contract and `packed` unused. plan_conv_if chooses one and says how much

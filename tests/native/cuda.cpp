@@ -573,8 +573,8 @@ void refusals() {
 // The cost model must keep every plan inside the device: shared memory, no empty split.
 void plans() {
   for (const int capability : {75, 80, 86, 89, 90, 100, 120}) {
-    const cuda::Device d{capability == 75 ? 40 : 108, capability, capability == 75 ? 65536 : 101376, capability,
-                         capability >= 90 ? 8 : 1,    false};
+    const cuda::Device d{capability == 75 ? 40 : 108, capability, capability == 75 ? 65536 : 101376,
+                         capability >= 90 ? 8 : 1, false};
     for (const i64 steps : {1, 2, 3, 4, 5, 8}) {
       for (const bool counts : {false, true}) {
         for (const i64 pixels : {1, 49, 12544, 802816}) {

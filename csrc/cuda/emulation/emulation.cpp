@@ -212,8 +212,6 @@ unsigned char* shared_memory() { return block_of(*current).shared.get(); }
 
 void barrier() { yield(State::at_barrier); }
 
-int cluster_rank() { return current->rank; }
-
 void cluster_barrier() { yield(State::at_cluster_barrier); }
 
 unsigned char* remote_shared(int rank) {

@@ -50,7 +50,6 @@ std::uint64_t random();    // the next number from the seed
 
 unsigned char* shared_memory();
 void barrier();
-int cluster_rank();
 void cluster_barrier();
 unsigned char* remote_shared(int rank);
 // Runs `execute` once for the warp with the 32 lanes' operand pointers.

@@ -1,8 +1,7 @@
 // The end of a layer: from currents to mask bytes, in the modes of the contract.
 //
-//     fire_pair        two neighbouring channels of a simple layer: plain neurons, or counts in sum mode, that
-//     integrate
-//                      products, a bias and at most one residual
+//     fire_pair        two neighbouring channels of a simple layer: plain neurons, or counts in sum mode, on products,
+//                      a bias and at most one residual
 //                          v += I[t]     s[t] = v >= n     v -= n * s[t]
 //     end_neuron       any neuron, with any operands. Offset and masked neurons run over the same currents again. A
 //                      window is no longer than the first launch, so later launches only go on from what it left.
@@ -21,52 +20,38 @@
 
 namespace qcfs::cuda {
 
-template <int width>
-QCFS_DEVICE void load_values(std::int32_t (&to)[width], const std::int32_t* from) {
-  static_assert(width == 1 || width == 2 || width == 4, "one access");
-  if constexpr (width == 4) {
-    const int4 v = *reinterpret_cast<const int4*>(from);
-    to[0] = v.x;
-    to[1] = v.y;
-    to[2] = v.z;
-    to[3] = v.w;
-  } else if constexpr (width == 2) {
-    const int2 v = *reinterpret_cast<const int2*>(from);
-    to[0] = v.x;
-    to[1] = v.y;
-  } else {
-    to[0] = *from;
-  }
+// One access for `width` neighbouring values, of 2 or 4.
+QCFS_DEVICE void load_values(std::int32_t (&to)[2], const std::int32_t* from) {
+  const int2 v = *reinterpret_cast<const int2*>(from);
+  to[0] = v.x;
+  to[1] = v.y;
 }
 
 template <int width>
 QCFS_DEVICE void store_values(std::int32_t* to, const std::int32_t (&from)[width]) {
-  static_assert(width == 1 || width == 2 || width == 4, "one access");
+  static_assert(width == 2 || width == 4, "one access");
   if constexpr (width == 4) {
     *reinterpret_cast<int4*>(to) = int4{from[0], from[1], from[2], from[3]};
-  } else if constexpr (width == 2) {
-    *reinterpret_cast<int2*>(to) = int2{from[0], from[1]};
   } else {
-    *to = from[0];
+    *reinterpret_cast<int2*>(to) = int2{from[0], from[1]};
   }
 }
 
 // `width` bytes in a word, the first one lowest.
 template <int width>
 QCFS_DEVICE std::uint32_t load_bytes(const std::uint8_t* from) {
+  static_assert(width == 2 || width == 4, "one access");
   if constexpr (width == 4) return *reinterpret_cast<const std::uint32_t*>(from);
-  if constexpr (width == 2) return *reinterpret_cast<const std::uint16_t*>(from);
-  return *from;
+  return *reinterpret_cast<const std::uint16_t*>(from);
 }
 
 template <int width>
 QCFS_DEVICE void store_bytes(std::uint8_t* to, std::uint32_t bytes) {
+  static_assert(width == 2 || width == 4, "one access");
   if constexpr (width == 4) {
     *reinterpret_cast<std::uint32_t*>(to) = bytes;
-  } else if constexpr (width == 2) {
-    *reinterpret_cast<std::uint16_t*>(to) = static_cast<std::uint16_t>(bytes);
   } else {
-    *to = static_cast<std::uint8_t>(bytes);
+    *reinterpret_cast<std::uint16_t*>(to) = static_cast<std::uint16_t>(bytes);
   }
 }
 
@@ -83,10 +68,10 @@ struct ChannelPair {
   std::int32_t n[2], bias[2], amplitude[2];    // threshold; amplitude of the residual
 
   QCFS_DEVICE ChannelPair(const LayerParams& p, std::int32_t o) {
-    load_values<2>(n, p.threshold + o);
-    load_values<2>(bias, p.bias + o);
+    load_values(n, p.threshold + o);
+    load_values(bias, p.bias + o);
     amplitude[0] = amplitude[1] = 0;
-    if (p.residual_count > 0) load_values<2>(amplitude, p.residuals[0].amplitude + o);
+    if (p.residual_count > 0) load_values(amplitude, p.residuals[0].amplitude + o);
   }
 };
 
@@ -110,7 +95,7 @@ QCFS_DEVICE std::uint32_t fire_pair(const LayerParams& p, const ChannelPair& c, 
     }
   }
   std::int32_t v[2] = {c.n[0] / 2, c.n[1] / 2};
-  if (has_state && p.state_in != nullptr) load_values<2>(v, p.state_in + index);
+  if (has_state && p.state_in != nullptr) load_values(v, p.state_in + index);
   QCFS_UNROLL
   for (int t = 0; t < T; ++t) {
     QCFS_UNROLL

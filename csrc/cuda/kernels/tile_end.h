@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "cuda/cost_model.h"
 #include "cuda/device.h"
 #include "cuda/kernels/epilogue.h"
 #include "cuda/kernels/parameters.h"
@@ -150,11 +151,10 @@ struct TileEnd {
     });
   }
 
-  // Accumulators of `height` pixels x `width` channels in shared memory, int32 [T, height, row]. Rows are padded so
-  // that the pairs which half a warp stores fall into different banks.
+  // Accumulators of `height` pixels x `width` channels in shared memory, int32 [T, height, row].
   template <int height, int width>
   struct SharedCurrents {
-    static constexpr int row = width == 8 ? 8 : width + 8, words = T * height * row;
+    static constexpr int row = currents_row(width), words = T * height * row;
     std::int32_t* memory;
     std::int32_t blocks;    // of the cluster: a neuron's currents are the sums of theirs; 1: of this block alone
 
@@ -162,7 +162,7 @@ struct TileEnd {
 
     QCFS_DEVICE void load(std::int32_t y, std::int32_t x, std::int32_t (&sums)[T][2]) const {
       QCFS_UNROLL
-      for (int t = 0; t < T; ++t) load_values<2>(sums[t], memory + at(t, y, x));
+      for (int t = 0; t < T; ++t) load_values(sums[t], memory + at(t, y, x));
 #if defined(QCFS_HAS_CLUSTERS)
       for (std::int32_t block = 1; block < blocks; ++block) {
         // Each block begins with itself and goes round, so that not all ask the same one.
