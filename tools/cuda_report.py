@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("75", "80", "86", "90", "100", "120")
 # What a kernel must contain: instruction (a regular expression) by least and largest architecture.
 EXPECTED = (
     ("conv_if_kernel", "tensor-core product", r"IMMA\.16832\.U8\.S8|IGMMA\.64x\d+x32\.U8\.S8", 80, 999),

@@ -158,8 +158,10 @@ def estimate(network: str, batch: int, digits: int, gpu: Gpu, stage: Mapping[str
 
 
 def stages_in(report: Mapping, gpu: Gpu) -> dict[str, int]:
-    """Instructions that a stage executes, by the beginning of the kernel's name."""
-    loops = {r["kernel"]: r["loop"] for r in report["kernels"] if r["arch"].rstrip("a") == str(gpu.capability)}
+    """Instructions that a stage executes, by the beginning of the kernel's name, of the code that this GPU takes."""
+    built = {int(r["arch"].rstrip("a")) for r in report["kernels"]}
+    served = max(a for a in built if a <= gpu.capability and a // 10 == gpu.capability // 10)
+    loops = {r["kernel"]: r["loop"] for r in report["kernels"] if r["arch"].rstrip("a") == str(served)}
     names = ["image_tensor_kernel", *(f"conv_if_kernel<{T}, 1, {cols}," for cols in (64, 32))]
     return {n: min(loop["executed"] for k, loop in loops.items() if k.startswith(n) and loop) for n in names}
 

@@ -173,6 +173,7 @@ void run_cluster(int threads) {
     f.context.uc_stack.ss_size = stack_bytes;
     f.context.uc_link = nullptr;
     makecontext(&f.context, entry, 0);
+    f.context.uc_stack.ss_size = 0;    // else ASan clears its notes about the whole stack at every switch
     f.rank = static_cast<int>(i / block_fibers);
     f.thread = static_cast<int>(i % block_fibers);
     f.state = State::ready;
