@@ -436,7 +436,7 @@ def test_a_cuda_error_of_a_linear_layer_is_told_once(on_cuda, monkeypatch):
 
 def test_which_gpus_the_code_covers():
     default = "7.5 8.0 8.6 9.0 10.0 12.0+PTX"
-    for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 3), (12, 1), (13, 0)):
+    for capability in ((7, 5), (8, 0), (8, 7), (8, 9), (9, 0), (10, 3), (12, 1), (13, 0)):
         assert cuda_backend.covers(default, capability), capability
     for capability in ((7, 0), (7, 2), (6, 1), (11, 0)):
         assert not cuda_backend.covers(default, capability), capability

@@ -100,6 +100,7 @@ void finish_switch([[maybe_unused]] void* saved, [[maybe_unused]] const void** b
 #endif
 }
 
+// Leaves `from`, where it comes back to, and goes on at `to`.
 void go(Place& from, Place& to) {
 #if defined(QCFS_ASAN)
   swapcontext(&from.context, &to.context);
@@ -193,8 +194,8 @@ void run_cluster(int threads) {
     beginning.uc_stack.ss_size = stack_bytes;
     beginning.uc_link = nullptr;
     makecontext(&beginning, entry, 0);
-    f.place.begun = false;
     beginning.uc_stack.ss_size = 0;    // else ASan clears its notes about the whole stack at every switch
+    f.place.begun = false;
     f.rank = static_cast<int>(i / block_fibers);
     f.thread = static_cast<int>(i % block_fibers);
     f.state = State::ready;
